@@ -1,0 +1,20 @@
+"""Imported first by every program here: find the repository, and the virtual environment that ``make setup`` made.
+
+So that ``bin/train`` works without activating anything, also below ``mpirun``: where the running Python is not that of
+``.venv`` and lacks torch, the program is started again with the one that has it.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+python = root / ".venv" / "bin" / "python"
+
+if importlib.util.find_spec("torch") is None or importlib.util.find_spec("mpi4py") is None:
+    if python.exists() and Path(sys.prefix).resolve() != (root / ".venv").resolve():
+        os.execv(python, [str(python), *sys.argv])
+    sys.exit(f"{Path(sys.argv[0]).name}: error: torch and mpi4py are not installed for {sys.executable}: run 'make setup' first")
+
+sys.path.insert(0, str(root))

@@ -1,0 +1,1 @@
+"""Options: documented dataclasses (``training``, ``preprocessing``) and how they are parsed (``cli``)."""

@@ -1,0 +1,45 @@
+"""Every exception that lapse-elmo raises for something a user can mend.
+
+The message of a :class:`UserError` is one line: what is wrong, what was found, what was expected, what to do next.
+The programs in ``bin/`` print that line without a traceback and end with status 2. Anything else is a bug of ours and
+keeps its traceback (status 1).
+"""
+
+
+class UserError(Exception):
+    """A mistake, or a state of the machine, that the user can mend.
+
+    ``everywhere`` is true when every rank is known to raise the same error at the same point (a wrong option, or a
+    check made by one rank and agreed by all): such an error is printed once and the job ends in order. Any other ends
+    the job by an abort that names the rank.
+    """
+
+    everywhere = False
+
+
+class ConfigError(UserError):
+    """An option is unknown, malformed, out of range or contradicts another or the world size."""
+
+
+class LaunchError(UserError):
+    """The MPI launcher does not fit the MPI library, or the job's shape is not supported."""
+
+
+class CorpusError(UserError):
+    """A text, vocabulary or shard file is missing, damaged, foreign or does not fit the others."""
+
+
+class OutputError(UserError):
+    """An output exists already, or cannot be written (permissions, a full disk)."""
+
+
+class CheckpointError(UserError):
+    """A saved model is missing, incomplete, damaged or of another configuration."""
+
+
+class ServerError(UserError):
+    """A parameter server was called with keys or buffers that it must refuse, or out of turn."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on, for instance because the loss is not finite."""

@@ -1,0 +1,281 @@
+"""The MPI world: ranks, nodes, agreements between ranks, and an end for every job.
+
+The only module besides the MPI engine of the parameter server that imports mpi4py. All waiting is done by polling with
+short sleeps once a wait gets long: MPI libraries spin in blocking calls, which starves the ranks that compute as soon
+as there are more ranks than cores.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from lapse_elmo.errors import LaunchError, UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+# What launchers tell a process about itself, before MPI is initialised: (rank, size) by launcher.
+_LAUNCHER_VARIABLES = (
+    ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+_LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_SPIN_S = 0.002  # how long a wait spins before it starts to sleep, when every rank has a core of its own
+_LONGEST_SLEEP_S = 0.001
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity, cut by the CPU quota of its cgroup."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def launcher_rank_and_size() -> tuple[int, int]:
+    """Rank and size as the launcher's environment tells them; (0, 1) without a launcher."""
+    for rank, size in _LAUNCHER_VARIABLES:
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+class World:
+    """All ranks of the job, seen from one of them.
+
+    ``rank``, ``size``: this rank and the number of ranks. ``node``, ``num_nodes``: its node (the ranks that share
+    memory with it), numbered by first rank. ``local_rank``, ``local_size``: its place in the node. ``host``: name.
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None = None) -> None:
+        self.comm = comm
+        self.host = socket.gethostname()
+        self.rank, self.size = (comm.rank, comm.size) if comm is not None else (0, 1)
+        self.node_comm: MPI.Intracomm | None = None
+        self.node, self.num_nodes, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.oversubscribed = False
+        self.waited_s = 0.0
+        if comm is not None:
+            from mpi4py import MPI
+
+            node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+            self.node_comm = node_comm
+            self.local_rank, self.local_size = node_comm.rank, node_comm.size
+            self.oversubscribed = self.local_size > usable_cores()
+            leaders = sorted(set(self.allgather(self._bcast_on(node_comm, comm.rank, 0))))
+            self.num_nodes = len(leaders)
+            self.node = leaders.index(self._bcast_on(node_comm, comm.rank, 0))
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}/{self.size} {self.host}"
+
+    def wait(self, request: MPI.Request) -> None:
+        """Complete a nonblocking operation without keeping a core busy."""
+        if request.Test():
+            return
+        start = time.perf_counter()
+        sleep_s = 1e-5
+        while not request.Test():
+            if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
+                time.sleep(sleep_s)
+                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+        self.waited_s += time.perf_counter() - start
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+        if self.comm is not None:
+            self.wait(self.comm.Ibarrier())
+
+    def node_barrier(self) -> None:
+        """Return once every rank of this node has come here."""
+        if self.node_comm is not None:
+            self.wait(self.node_comm.Ibarrier())
+
+    def bcast(self, obj: T, root: int = 0) -> T:
+        """Rank ``root``'s ``obj`` (anything that pickles) on every rank."""
+        return obj if self.comm is None else self._bcast_on(self.comm, obj, root)
+
+    def _bcast_on(self, comm: MPI.Intracomm, obj: T, root: int) -> T:
+        data = bytearray(pickle.dumps(obj)) if comm.rank == root else bytearray()
+        length = np.array([len(data)], np.int64)
+        self.wait(comm.Ibcast(length, root))
+        if comm.rank != root:
+            data = bytearray(int(length[0]))
+        self.wait(comm.Ibcast(data, root))
+        return obj if comm.rank == root else pickle.loads(data)
+
+    def allgather(self, obj: T) -> list[T]:
+        """Every rank's ``obj``, by rank, on every rank."""
+        if self.comm is None:
+            return [obj]
+        data = pickle.dumps(obj)
+        lengths = np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([len(data)], np.int64), lengths))
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        buffer = bytearray(int(starts[-1]))
+        from mpi4py import MPI
+
+        self.wait(self.comm.Iallgatherv(data, [buffer, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]))
+        return [pickle.loads(buffer[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+    def gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        """Every rank's ``numbers`` (k,) as (size, k): one small message, for what is exchanged at each step."""
+        out = np.empty((self.size, *numbers.shape), numbers.dtype)
+        if self.comm is None:
+            out[0] = numbers
+        else:
+            self.wait(self.comm.Iallgather(np.ascontiguousarray(numbers), out))
+        return out
+
+    def sum_(self, array: np.ndarray) -> np.ndarray:
+        """Add up the ranks' contiguous arrays in place; every rank gets the same bits."""
+        if self.comm is not None:
+            from mpi4py import MPI
+
+            self.wait(self.comm.Iallreduce(MPI.IN_PLACE, array))
+        return array
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0 alone; its result, or its UserError, reaches every rank."""
+        result: T | None = None
+        error: UserError | None = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except UserError as caught:
+                error = caught
+        result, error = self.bcast((result, error))
+        if error is not None:
+            error.everywhere = True
+            raise error
+        return result  # type: ignore[return-value]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every rank; if it raises a UserError on any, the first one is raised on all."""
+        result: T | None = None
+        error: UserError | None = None
+        try:
+            result = function()
+        except UserError as caught:
+            error = caught
+        errors = self.allgather(error)
+        for rank, other in enumerate(errors):
+            if other is not None:
+                alike = all(str(e) == str(other) for e in errors)
+                raised = other if alike else type(other)(f"[rank {rank}/{self.size}] {other}")
+                raised.everywhere = True
+                raise raised
+        return result  # type: ignore[return-value]
+
+    def abort(self, status: int) -> None:
+        """End every rank of the job at once."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.comm is not None and self.size > 1:
+            self.comm.Abort(status)
+        os._exit(status)
+
+
+def solo() -> World:
+    """A world of this process alone, without MPI."""
+    return World(None)
+
+
+def enter() -> World:
+    """Join the MPI world.
+
+    :raises LaunchError: where the launcher started several processes but MPI sees a world of one, which is what a
+        launcher of another MPI family leads to, or where there is no usable MPI library.
+    """
+    local_size = next((int(os.environ[v]) for v in _LOCAL_SIZE_VARIABLES if v in os.environ), 1)
+    if local_size > usable_cores():
+        # Read by MPICH when it is loaded: a rank in a library-internal wait (Init, Finalize) yields its core.
+        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise _everywhere(LaunchError(
+            f"no MPI library can be loaded ({reason}): run 'make setup', which installs one, or load your site's MPI "
+            "and name its family in MPI4PY_MPIABI (mpich or openmpi)"
+        )) from None
+    expected = launcher_rank_and_size()[1]
+    size = MPI.COMM_WORLD.size
+    if size != expected and size == 1:
+        library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
+        raise _everywhere(LaunchError(
+            f"the launcher started {expected} processes but {library} sees a world of 1: launcher and MPI library are of "
+            "different families; use the mpirun of the library (.venv/bin/mpirun for the one that make setup installs; "
+            "with Slurm, srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
+        ))
+    return World(MPI.COMM_WORLD)
+
+
+def _everywhere(error: UserError) -> UserError:
+    error.everywhere = True
+    return error
+
+
+def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[str], prog: str) -> None:
+    """Run a program of ``bin/``: ``main(argv, enter)``, which calls ``enter()`` once its options are parsed.
+
+    A UserError becomes one line and status 2, anything else a traceback and status 1. An error of one rank ends the
+    whole job; what ends it is an abort, since the other ranks may be waiting for this one.
+    """
+    world: World | None = None
+
+    def enter_once() -> World:
+        nonlocal world
+        world = enter()
+        threading.excepthook = lambda hook: _fail(world, prog, hook.exc_value or RuntimeError("thread failed"))
+        return world
+
+    try:
+        main(argv, enter_once)
+    except SystemExit as stop:
+        if world is None or world.size == 1:
+            raise
+        world.abort(stop.code if isinstance(stop.code, int) and stop.code else 1)
+    except BaseException as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
+        _fail(world, prog, error)
+
+
+def _fail(world: World | None, prog: str, error: BaseException) -> None:
+    """Report ``error`` and end the process, and with it the job."""
+    rank = world.rank if world else launcher_rank_and_size()[0]
+    if isinstance(error, UserError):
+        everywhere = error.everywhere or world is None
+        if everywhere and rank != 0:
+            # Rank 0 says it. A launcher kills the rest of the job at the first bad status: let the line come first.
+            time.sleep(0.3)
+        else:
+            prefix = f"[{world}] " if world and world.size > 1 and not everywhere else ""
+            print(f"{prog}: {prefix}error: {error}", file=sys.stderr, flush=True)
+        if everywhere:
+            sys.exit(2)
+        status = 2
+    elif isinstance(error, KeyboardInterrupt):
+        status = 130
+    else:
+        prefix = f"[{world}] " if world and world.size > 1 else ""
+        text = "".join(traceback.format_exception(error))
+        print("".join(prefix + line for line in text.splitlines(keepends=True)), file=sys.stderr, flush=True)
+        status = 1
+    (world or solo()).abort(status)
