@@ -1,0 +1,96 @@
+"""Adagrad and plain gradient descent as additions, fit for rows of a server and for dense parameters alike.
+
+A server adds what is pushed, so an optimizer here computes what to add (a delta) and leaves the adding to the caller.
+The gradients of a row that occurs several times must be summed first, so that a batch makes one step per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def adagrad_delta(
+    gradient: Tensor,
+    accumulator: Tensor,
+    learning_rate: float,
+    epsilon: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What Adagrad adds: ``-learning_rate * g / (sqrt(accumulator + g * g) + epsilon)``, and ``g * g``.
+
+    In this order of operations, which is torch.optim.Adagrad's for dense parameters.
+
+    :param gradient: any shape, repeats of a row summed.
+    :param accumulator: sum of squares before this step, of the same shape; not changed.
+    :param out: (weight delta, accumulator delta) to write to, for instance two halves of the rows to push; then there
+        are no temporaries. They may be strided but must overlap neither each other nor the inputs.
+    :return: (weight delta, accumulator delta).
+    """
+    weight_delta, accumulator_delta = out or (torch.empty_like(gradient), torch.empty_like(gradient))
+    torch.mul(gradient, gradient, out=accumulator_delta)
+    torch.add(accumulator, accumulator_delta, out=weight_delta)
+    denominator = weight_delta.sqrt_().add_(epsilon)
+    torch.addcdiv(gradient.new_zeros(()), gradient, denominator, value=-learning_rate, out=weight_delta)
+    return weight_delta, accumulator_delta
+
+
+def sgd_delta(gradient: Tensor, learning_rate: float, out: Tensor | None = None) -> Tensor:
+    """What plain gradient descent adds, ``-learning_rate * gradient``; ``out`` may be ``gradient`` itself."""
+    return torch.mul(gradient, -learning_rate, out=out)
+
+
+class DenseOptimizer:
+    """Adagrad, or plain gradient descent, over a list of dense parameters, in place.
+
+    :param parameters: tensors to update, in an order that does not change; they are kept by reference.
+    :param learning_rate: the step size.
+    :param initial_accumulator: what Adagrad's accumulators start at; None means plain gradient descent, without any.
+    :param epsilon: added to the root of Adagrad's accumulators.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        learning_rate: float,
+        initial_accumulator: float | None = 1.0,
+        epsilon: float = 1e-7,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.learning_rate = learning_rate
+        self.epsilon = epsilon
+        self.accumulators: list[Tensor] = []
+        if initial_accumulator is not None:
+            self.accumulators = [torch.full_like(p, initial_accumulator, requires_grad=False) for p in self.parameters]
+        self._uses_accumulators = initial_accumulator is not None
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
+        """One update with ``scale * gradients``, which are not changed.
+
+        :param gradients: one for each parameter, of its shape.
+        :param scale: for instance the factor of a global-norm clip.
+        """
+        for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            scaled = gradient if scale == 1.0 else gradient * scale
+            if self._uses_accumulators:
+                accumulator = self.accumulators[index]
+                weight_delta, accumulator_delta = adagrad_delta(scaled, accumulator, self.learning_rate, self.epsilon)
+                accumulator.add_(accumulator_delta)
+            else:
+                weight_delta = sgd_delta(scaled, self.learning_rate)
+            parameter.add_(weight_delta)
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """The accumulators, by reference, in the order of the parameters; an empty list for gradient descent."""
+        return {"accumulators": self.accumulators}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Copy accumulators from another optimizer's :meth:`state_dict`; their number and shapes must fit."""
+        for own, other in zip(self.accumulators, state["accumulators"], strict=True):
+            if own.shape != other.shape:
+                raise ValueError(f"accumulator of shape {tuple(other.shape)}, expected {tuple(own.shape)}")
+            own.copy_(other)
