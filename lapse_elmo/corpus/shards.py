@@ -1,0 +1,181 @@
+"""A set of shards as one sequence of sentences.
+
+Global sentence numbers run over the shards in order: first those of shard 0, then those of shard 1, and so on.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, shard_name
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.errors import CorpusError
+
+if TYPE_CHECKING:
+    from lapse_elmo.world import World
+
+__all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "find_shards", "shard_name"]
+
+_COUNT_TOKENS = 1 << 20
+
+PathLike = str | os.PathLike[str]
+
+
+class ShardSet:
+    """All sentences of one split. Files are opened by the process that reads, when it first does.
+
+    :ivar paths: of the files, by shard number.
+    :ivar num_sentences: of the set, as ``num_tokens`` and ``num_unknown``.
+    :ivar vocabulary_size: V, the number of classes; ids run to V.
+    :ivar vocabulary_sha256: of the vocabulary file that the ids speak of.
+    :ivar set_sha256: names this set: the same text, vocabulary and options give the same one.
+    """
+
+    def __init__(self, files: Sequence[ShardFile]) -> None:
+        """``files`` by shard number; use :meth:`open`."""
+        self._files = list(files)
+        headers = [file.header for file in files]
+        self.paths = [file.path for file in files]
+        self.split = headers[0].split
+        self.num_sentences = sum(header.num_sentences for header in headers)
+        self.num_tokens = sum(header.num_tokens for header in headers)
+        self.num_unknown = sum(header.num_unknown for header in headers)
+        self.vocabulary_size = headers[0].vocabulary_size
+        self.vocabulary_sha256 = headers[0].vocabulary_sha256
+        self.set_sha256 = headers[0].set_sha256
+        self._starts = np.cumsum([0] + [header.num_sentences for header in headers])
+
+    @classmethod
+    def open(
+        cls, paths: PathLike | Sequence[PathLike], split: str = "train", vocabulary: Vocabulary | None = None
+    ) -> ShardSet:
+        """The set that ``paths`` hold: a directory (its shards of ``split``), a glob pattern, files, or several of these.
+
+        :raises CorpusError: if there is no shard of ``split``, one is missing, double, damaged, of another set, split,
+            format or version, the set has no sentence, or its vocabulary is not ``vocabulary`` (where given).
+        """
+        assert split in SPLITS, split
+        files = [ShardFile(path) for path in find_shards([paths] if isinstance(paths, PathLike) else paths, split)]
+        for file in files:
+            if file.header.split != split:
+                raise CorpusError(f"shard {file.path} is {file.header.split} text; expected shards of {split} text")
+        _check_set(files)
+        shards = cls(sorted(files, key=lambda file: file.header.shard_index))
+        if not shards.num_sentences:
+            raise CorpusError(f"the {split} shards at {Path(files[0].path).parent} hold no sentence; make them again")
+        if vocabulary is not None and vocabulary.sha256 != shards.vocabulary_sha256:
+            raise CorpusError(
+                f"shard {files[0].path} was made with the vocabulary of SHA-256 {shards.vocabulary_sha256[:16]}... "
+                f"({shards.vocabulary_size} classes), not with the one given, {vocabulary.sha256[:16]}... "
+                f"({vocabulary.size} classes); give the vocabulary of the shards or make the shards again"
+            )
+        return shards
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The sentences ``indices`` (int64 global numbers, ascending): int32 tokens, int64 offsets of one entry more.
+
+        Sentence ``indices[i]`` is ``tokens[offsets[i]:offsets[i + 1]]``. Neighbours are read in one go.
+
+        :raises CorpusError: naming the file, if its data is damaged.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices):
+            assert 0 <= indices[0] and indices[-1] < self.num_sentences, "sentence number out of range"
+            assert (np.diff(indices) >= 0).all(), "sentence numbers must ascend"
+        cuts = np.searchsorted(indices, self._starts)
+        tokens, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
+        for number, file in enumerate(self._files):
+            if cuts[number] < cuts[number + 1]:
+                local = indices[cuts[number] : cuts[number + 1]] - self._starts[number]
+                shard_tokens, shard_lengths = file.read(local)
+                tokens.append(shard_tokens)
+                lengths.append(shard_lengths)
+        return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
+
+    def unigram_counts(self, world: World) -> np.ndarray:
+        """How often each id occurs, int64 (V + 1,). Every rank of ``world`` calls this and counts a part of the tokens.
+
+        :raises CorpusError: naming the file, if its data is damaged.
+        """
+        counts = np.zeros(self.vocabulary_size + 1, np.int64)
+        number = 0
+        for file in self._files:
+            for start in range(0, file.header.num_tokens, _COUNT_TOKENS):
+                if number % world.size == world.rank:
+                    tokens = file.tokens(start, min(start + _COUNT_TOKENS, file.header.num_tokens))
+                    counts += np.bincount(tokens, minlength=len(counts))
+                number += 1
+        world.sum_(counts)
+        return counts
+
+    def close(self) -> None:
+        """Close all files; a further read opens them again."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.num_sentences
+
+
+def find_shards(arguments: Sequence[PathLike], split: str | None = None) -> list[str]:
+    """The shard files that ``arguments`` name, each once; of a directory those of ``split``, or of both.
+
+    :raises CorpusError: for an argument that names nothing.
+    """
+    pattern = f"{split or '*'}-*-of-*.h5"
+    kind = f"{split} shards" if split else "shards"
+    found: dict[str, str] = {}
+    for argument in map(os.fspath, arguments):
+        if os.path.isdir(argument):
+            names = glob.glob(os.path.join(glob.escape(argument), pattern))
+        elif os.path.lexists(argument):
+            names = [argument]
+        elif glob.has_magic(argument):
+            names = glob.glob(argument, recursive=True)
+        else:
+            raise CorpusError(f"shards {argument} do not exist; make them with bin/preprocess shards")
+        if not names:
+            where = f"directory {argument} holds" if os.path.isdir(argument) else f"pattern {argument!r} matches"
+            raise CorpusError(f"{where} no {kind} ({pattern}); make them with bin/preprocess shards")
+        for name in sorted(names):
+            found.setdefault(os.path.realpath(name), name)
+    if not found:
+        raise CorpusError(f"no {kind} were given; make some with bin/preprocess shards")
+    return list(found.values())
+
+
+def _check_set(files: Sequence[ShardFile]) -> None:
+    """:raises CorpusError: unless ``files`` are all the shards of one set, each once."""
+    first = files[0]
+    for file in files:
+        if file.header.vocabulary_sha256 != first.header.vocabulary_sha256:
+            raise CorpusError(
+                f"shards {first.path} and {file.path} were made with different vocabularies; make one set of them"
+            )
+        if file.header.num_shards != first.header.num_shards or file.header.set_sha256 != first.header.set_sha256:
+            raise CorpusError(f"shards {first.path} and {file.path} belong to different sets; keep only one set there")
+    by_index: dict[int, str] = {}
+    for file in files:
+        if file.header.shard_index in by_index:
+            raise CorpusError(
+                f"{by_index[file.header.shard_index]} and {file.path} are both shard {file.header.shard_index}; remove one"
+            )
+        by_index[file.header.shard_index] = file.path
+    missing = [index for index in range(first.header.num_shards) if index not in by_index]
+    if missing:
+        raise CorpusError(
+            f"{len(missing)} of {first.header.num_shards} {first.header.split} shards are missing beside {first.path}, "
+            f"the first is shard {missing[0]}; name all of them or make the set again"
+        )
