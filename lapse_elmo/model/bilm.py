@@ -1,0 +1,193 @@
+"""The bidirectional language model of ELMo between the word tables: embedded tokens in, predicting vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.model import reference
+from lapse_elmo.model.initial_values import LSTM_INITS, initialize_lstm
+from lapse_elmo.model.lstm import FusedElmoLstm
+from lapse_elmo.model.packing import Packing
+
+
+@dataclass(frozen=True)
+class BiLMOptions:
+    """Sizes and switches of the biLM.
+
+    ``dropout`` acts on the input of the LSTM and on the predicting vectors, ``recurrent_dropout`` on the recurrent
+    state, with one mask for each sentence. ``context`` chooses the predicting vector: the ``top`` layer (ELMo) or the
+    scalar ``mix`` of all layers (lapse-elmo). ``lstm`` chooses the implementation: ``fused`` or ``allennlp``, with
+    equal results. ``stateful`` lets state pass from one batch to the next. A clip of 0 means none.
+
+    :raises ConfigError: for a value out of range.
+    """
+
+    projection_size: int = 128
+    cell_size: int = 512
+    num_layers: int = 2
+    dropout: float = 0.1
+    recurrent_dropout: float = 0.0
+    cell_clip: float = 3.0
+    projection_clip: float = 3.0
+    context: str = "top"
+    lstm: str = "fused"
+    lstm_init: str = "glorot"
+    stateful: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("projection_size", "cell_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name in ("dropout", "recurrent_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be at least 0 and below 1")
+        for name in ("cell_clip", "projection_clip"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive, or 0 for no clipping")
+        known = {"context": ("top", "mix"), "lstm": ("fused", "allennlp"), "lstm_init": LSTM_INITS}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, it must be one of {', '.join(choices)}")
+
+
+class ScalarMix(nn.Module):
+    """gamma * sum_k s_k * tensor_k with s = softmax(scalars), as AllenNLP's ScalarMix without layer norm.
+
+    ``scalars`` (number of tensors,) start at 0, ``gamma`` (1,) at 1.
+    """
+
+    def __init__(self, mixture_size: int) -> None:
+        super().__init__()
+        self.scalars = nn.Parameter(torch.zeros(mixture_size))
+        self.gamma = nn.Parameter(torch.ones(1))
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """:param tensors: as many as the mix has scalars, of one shape, which is the result's."""
+        weights = torch.softmax(self.scalars, 0) * self.gamma
+        mixed = tensors[0] * weights[0]
+        for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+            mixed = torch.addcmul(mixed, tensor, weight)
+        return mixed
+
+
+class BiLM(nn.Module):
+    """Stacked forward and backward LSTMs over embedded sentences, and the vectors that predict their words.
+
+    :param options: sizes and switches.
+    :param generator: source of the initial values; the same state gives the same model on every rank.
+    """
+
+    def __init__(self, options: BiLMOptions, generator: torch.Generator) -> None:
+        super().__init__()
+        self.options = options
+        self.lstm = _build_lstm(options)
+        initialize_lstm(self.lstm, options.lstm_init, generator)
+        self.mix = ScalarMix(options.num_layers + 1) if options.context == "mix" else None
+
+    def train(self, mode: bool = True) -> BiLM:
+        """As nn.Module.train; carried state is dropped where the mode changes."""
+        if mode != self.training:
+            self.reset_states()
+        super().train(mode)
+        return self
+
+    def reset_states(self) -> None:
+        """Let the next batch start from zero; needed only for a stateful model."""
+        self.lstm.reset_states()  # type: ignore[operator]
+
+    def forward(
+        self, embedded: Tensor, mask: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predicting vectors of the forward and the backward direction.
+
+        The forward vector at position t has read the tokens up to and including t, and predicts token t + 1; the
+        backward vector at t has read the sentence from its end down to and including t, and predicts token t - 1.
+
+        :param embedded: (B, T, D) word embeddings, float32 or float64.
+        :param mask: (B, T) bool, true at tokens (boundary tokens included), false at the padding after them.
+        :param generator: source of all dropout in training mode; None means torch's own seeded state. Dropout is
+            drawn for tokens only, so that padding changes nothing.
+        :return: two tensors (B, T, D), zero at padding.
+        """
+        packing = Packing.of_mask(mask)
+        tokens = self._dropout(packing.pack(embedded), packing, generator)
+        layers = self._run(tokens, packing, mask, generator)
+        directions = []
+        for direction in (0, 1):
+            top = layers[-1][direction]
+            if self.mix is not None:
+                top = self.mix([tokens, *(layer[direction] for layer in layers)])
+            directions.append(packing.unpack(self._dropout(top, packing, generator), *mask.shape))
+        return directions[0], directions[1]
+
+    def layers(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """All layers as contextual embeddings: (L + 1, B, T, 2D), forward then backward halves, zero at padding.
+
+        Layer 0 is the word embedding, twice side by side, as in ELMo. For use in evaluation mode, without dropout.
+        """
+        assert not self.training, "layers() is for evaluation: call eval() first"
+        packing = Packing.of_mask(mask)
+        tokens = packing.pack(embedded)
+        rows = [(tokens, tokens), *self._run(tokens, packing, mask, None)]
+        return torch.stack([packing.unpack(torch.cat(both, 1), *mask.shape) for both in rows])
+
+    def _dropout(self, tokens: Tensor, packing: Packing, generator: torch.Generator | None) -> Tensor:
+        """Dropout of packed rows (N, D)."""
+        probability = self.options.dropout
+        if not self.training or probability == 0.0:
+            return tokens
+        device = torch.device("cpu") if generator is None else generator.device
+        kept = torch.rand(tokens.shape, generator=generator, device=device).to(tokens.device) >= probability
+        return tokens * kept.to(tokens.dtype).div_(1.0 - probability)
+
+    def _run(
+        self, tokens: Tensor, packing: Packing, mask: Tensor, generator: torch.Generator | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's forward and backward outputs, (N, D) packed."""
+        if isinstance(self.lstm, FusedElmoLstm):
+            return self.lstm.run(tokens, packing, len(mask), generator)
+        if not packing.num_tokens:
+            return [(tokens, tokens)] * self.options.num_layers
+        if not self.options.stateful:
+            self.reset_states()
+        padded = packing.unpack(tokens, *mask.shape)
+        # AllenNLP draws its masks from torch's global state: lend it a seed of our generator's for this one call.
+        seeded = self.training and self.options.recurrent_dropout > 0.0 and generator is not None
+        with torch.random.fork_rng(devices=[], enabled=seeded):
+            if seeded:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            outputs = self.lstm(padded, mask)
+        halves = [packing.pack(output).chunk(2, 1) for output in outputs]
+        return [(forward, backward) for forward, backward in halves]
+
+
+def _build_lstm(options: BiLMOptions) -> nn.Module:
+    size = options.projection_size
+    if options.lstm == "fused":
+        return FusedElmoLstm(
+            size,
+            size,
+            options.cell_size,
+            options.num_layers,
+            recurrent_dropout_probability=options.recurrent_dropout,
+            memory_cell_clip_value=options.cell_clip,
+            state_projection_clip_value=options.projection_clip,
+            stateful=options.stateful,
+        )
+    # Its constructor draws values that are replaced at once: leave torch's global state as it was.
+    with torch.random.fork_rng(devices=[]):
+        return reference.elmo_lstm()(
+            size,
+            size,
+            options.cell_size,
+            options.num_layers,
+            requires_grad=True,
+            recurrent_dropout_probability=options.recurrent_dropout,
+            memory_cell_clip_value=options.cell_clip,
+            state_projection_clip_value=options.projection_clip,
+        )
