@@ -1,0 +1,174 @@
+"""Deterministic batches of one worker: which sentences, in which order, with which targets.
+
+The sentences of a shard set are numbered through. A worker owns a contiguous range of the numbers, so it reads only its
+own part of the shards; the ranges differ by at most one sentence, so all workers take the same number of steps. An
+epoch's order is random at two levels, for reading in runs: the worker's range is cut into blocks of ``BLOCK`` sentences
+whose order is shuffled; the sentences of ``POOL_BATCHES`` batches form a pool, in which they are sorted by length with
+random ties and cut into batches, whose order is shuffled. A batch thus holds sentences of like length from many places
+of the corpus, and every sentence comes once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
+from lapse_elmo.rng import stream
+
+BLOCK = 256
+POOL_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sentences of at most T positions, with what each direction predicts.
+
+    Rows of the tables are classes (id - 1). Targets are numbered forward first, then backward: N = forward + backward.
+    """
+
+    ids: np.ndarray  # (B, T) int64, padded by 0
+    num_tokens: int  # words, without boundaries and padding
+    num_cut: int  # sentences longer than the limit
+    input_rows: np.ndarray  # (U,) int64: distinct rows of the embedding table, ascending
+    input_index: np.ndarray  # (B, T) int64 into input_rows, 0 where padded
+    mask: np.ndarray  # (B, T) bool
+    forward_places: np.ndarray  # (Nf,) int64 into the flattened (B * T): positions that predict the next token
+    backward_places: np.ndarray  # (Nb,) likewise: positions that predict the previous one
+    target_rows: np.ndarray  # (N,) int64: rows of the softmax table
+    sentences: np.ndarray  # (B,) int64: numbers in the shard set, for error messages
+
+    @property
+    def num_targets(self) -> int:
+        return self.target_rows.size
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that hold a token or a boundary."""
+        return int(self.mask.sum())
+
+
+def make_batch(tokens: np.ndarray, offsets: np.ndarray, sentences: np.ndarray, max_length: int, boundaries: bool) -> Batch:
+    """The batch of the sentences ``tokens[offsets[i]:offsets[i + 1]]``.
+
+    A direction predicts at each position but its last: with boundaries a sentence of n tokens has n + 1 targets a
+    direction, without them n - 1.
+    """
+    full = np.diff(offsets)
+    lengths = np.minimum(full, max_length)
+    extra = 2 if boundaries else 0
+    widths = lengths + extra
+    ids = np.full((lengths.size, int(widths.max(initial=0))), PADDING, np.int64)
+    columns = np.arange(ids.shape[1])
+    mask = columns < widths[:, None]
+    inside = (columns >= extra // 2) & (columns < (widths - extra // 2)[:, None])
+    kept = np.arange(tokens.size) - np.repeat(offsets[:-1], full) < np.repeat(lengths, full)
+    ids[inside] = tokens[kept]
+    if boundaries:
+        ids[:, :1] = BEGIN
+        ids[np.arange(lengths.size), widths - 1] = END
+    input_rows, inverse = np.unique(ids[mask] - 1, return_inverse=True)
+    index = np.zeros(ids.shape, np.int64)
+    index[mask] = inverse
+    forward = np.flatnonzero(mask[:, 1:] & mask[:, :-1])  # numbered in rows of T - 1
+    rows, columns = np.divmod(forward, max(ids.shape[1] - 1, 1))
+    places = rows * ids.shape[1] + columns
+    flat = ids.reshape(-1)
+    return Batch(
+        ids=ids, num_tokens=int(lengths.sum()), num_cut=int((full > max_length).sum()), input_rows=input_rows,
+        input_index=index, mask=mask, forward_places=places, backward_places=places + 1,
+        target_rows=np.concatenate([flat[places + 1], flat[places]]) - 1, sentences=sentences,
+    )
+
+
+@dataclass(frozen=True)
+class WorkerPart:
+    """The range [first, end) of sentence numbers that one of ``num_workers`` workers owns."""
+
+    first: int
+    end: int
+
+    @classmethod
+    def of(cls, num_sentences: int, worker: int, num_workers: int) -> WorkerPart:
+        return cls(num_sentences * worker // num_workers, num_sentences * (worker + 1) // num_workers)
+
+
+class BatchStream:
+    """The training batches of one worker.
+
+    :param shards: the training shards. :param worker: this worker of ``num_workers``.
+    """
+
+    def __init__(
+        self, shards: ShardSet, worker: int, num_workers: int, batch_size: int, seed: int, max_length: int, boundaries: bool
+    ) -> None:
+        self.shards = shards
+        self.worker = worker
+        self.batch_size = batch_size
+        self.seed = seed
+        self.max_length = max_length
+        self.boundaries = boundaries
+        self.part = WorkerPart.of(shards.num_sentences, worker, num_workers)
+        longest = -(-shards.num_sentences // num_workers)
+        self.steps_per_epoch = -(-longest // batch_size)  # of the largest part: equal on all workers
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from ``first_step`` on; a worker with fewer sentences ends with an empty batch."""
+        pool_size = self.batch_size * POOL_BATCHES
+        order = self._block_order(epoch)
+        step = first_step
+        while step < self.steps_per_epoch:
+            pool = step // POOL_BATCHES
+            numbers = np.sort(order[pool * pool_size : (pool + 1) * pool_size])
+            tokens, offsets = self.shards.read(numbers)
+            for members in self._pool_batches(epoch, pool, np.diff(offsets))[step % POOL_BATCHES :]:
+                yield self._batch(tokens, offsets, numbers, members)
+                step += 1
+            # Only in the last pool, of a part that is shorter than the largest one.
+            if (pool + 1) * POOL_BATCHES >= self.steps_per_epoch:
+                for step in range(step, self.steps_per_epoch):
+                    yield self._batch(tokens, offsets, numbers, np.empty(0, np.int64))
+                return
+
+    def _block_order(self, epoch: int) -> np.ndarray:
+        """The part's sentence numbers, blocks shuffled."""
+        starts = np.arange(self.part.first, self.part.end, BLOCK)
+        rng = stream(self.seed, "block order", epoch, self.worker)
+        blocks = [np.arange(start, min(start + BLOCK, self.part.end)) for start in rng.permutation(starts)]
+        return np.concatenate(blocks) if blocks else np.empty(0, np.int64)
+
+    def _pool_batches(self, epoch: int, pool: int, lengths: np.ndarray) -> list[np.ndarray]:
+        """The pool's batches as arrays of places in the pool."""
+        rng = stream(self.seed, "pool order", epoch, self.worker, pool)
+        shuffled = rng.permutation(lengths.size)
+        by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+        # The incomplete batch, if any, should not always hold the longest sentences: let it start anywhere.
+        rotated = np.roll(by_length, -self.batch_size * int(rng.integers(max(lengths.size // self.batch_size, 1))))
+        batches = [rotated[i : i + self.batch_size] for i in range(0, lengths.size, self.batch_size)]
+        full = [b for b in batches if b.size == self.batch_size]
+        rest = [b for b in batches if b.size < self.batch_size]
+        return [full[i] for i in rng.permutation(len(full))] + rest
+
+    def _batch(self, tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray, members: np.ndarray) -> Batch:
+        return make_batch(*select(tokens, offsets, members), numbers[members], self.max_length, self.boundaries)
+
+
+def evaluation_batches(
+    shards: ShardSet, worker: int, num_workers: int, batch_size: int, max_length: int, boundaries: bool
+) -> Iterator[Batch]:
+    """Every sentence of this worker's part once, in order."""
+    part = WorkerPart.of(shards.num_sentences, worker, num_workers)
+    for first in range(part.first, part.end, batch_size):
+        numbers = np.arange(first, min(first + batch_size, part.end))
+        yield make_batch(*shards.read(numbers), numbers, max_length, boundaries)
+
+
+def select(tokens: np.ndarray, offsets: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and offsets of the sentences ``members``, in their order."""
+    lengths = offsets[members + 1] - offsets[members]
+    ends = np.cumsum(lengths)
+    places = np.arange(int(lengths.sum())) + np.repeat(offsets[members] - (ends - lengths), lengths)
+    return tokens[places], np.concatenate([[0], ends])

@@ -1,0 +1,244 @@
+"""The options of ``bin/train`` and ``bin/evaluate``: one documented dataclass a group, checked when it is made.
+
+Defaults follow the sources named in the README; where they differ, benchmarks/learning.md has the measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lapse_elmo.config.cli import option, parse
+from lapse_elmo.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEFAULT_SHARDS = "data/shards"
+DEFAULT_VOCAB = "data/vocab.txt"
+
+PRESETS = {
+    "small": {"projection_size": 128, "cell_size": 512, "num_layers": 2},
+    "original": {"projection_size": 512, "cell_size": 4096, "num_layers": 2},
+}
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
+def _positive(group: object, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        _require(value > 0, name, value, "a number above 0")
+
+
+def _fraction(group: object, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        _require(0 <= value < 1, name, value, "a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpus: where shards and vocabulary are and how sentences are cut"""
+
+    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="folder with the training and held-out shards")
+    vocab: str = option(DEFAULT_VOCAB, metavar="FILE", help="vocabulary that the shards were made with")
+    heldout: str = option("", metavar="DIR", help="held-out shards of another folder than --shards (a test set)")
+    max_length: int = option(400, metavar="N", help="tokens of a sentence that are used; longer ones are cut")
+    boundaries: bool = option(True, help="put <S> and </S> around each sentence and predict them")
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_length")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model: sizes and regularisation of the bidirectional LSTM"""
+
+    preset: str = option(
+        "", choices=("", *PRESETS), metavar="NAME",
+        help="small (D 128, C 512, L 2) or original (D 512, C 4096, L 2); sizes given beside it win",
+    )
+    projection_size: int = option(0, metavar="D", help="size of embedding and LSTM output (0: the preset's, 128)")
+    cell_size: int = option(0, metavar="C", help="size of the LSTM's memory cell (0: the preset's, 512)")
+    num_layers: int = option(0, metavar="L", help="LSTM layers in each direction (0: the preset's, 2)")
+    dropout: float = option(0.1, metavar="P", help="dropout on the embeddings and on the predicting vectors")
+    recurrent_dropout: float = option(0.0, metavar="P", help="dropout on the LSTM's output, one mask a sentence")
+    cell_clip: float = option(3.0, metavar="X", help="bound on the memory cell's values")
+    projection_clip: float = option(3.0, metavar="X", help="bound on the LSTM output's values")
+    context: str = option(
+        "top", choices=("top", "mix"), help="what predicts: the top layer (ELMo) or a scalar mix of all (lapse-elmo)"
+    )
+    lstm: str = option("fused", choices=("fused", "allennlp"), help="our packed LSTM or AllenNLP's ElmoLstm: same numbers")
+    lstm_init: str = option(
+        "glorot", choices=("glorot", "orthogonal"), help="initial LSTM kernels: bilm-tf's or AllenNLP's"
+    )
+
+    def __post_init__(self) -> None:
+        for name, value in PRESETS[self.preset or "small"].items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+        _positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
+        _fraction(self, "dropout", "recurrent_dropout")
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """Softmax: negative samples of the training loss (evaluation uses the full softmax)"""
+
+    num_samples: int = option(8192, metavar="S", help="negative samples a step, shared by the batch")
+    replacement: bool = option(False, help="draw the samples with replacement")
+    distribution: str = option(
+        "log-uniform", choices=("log-uniform", "uniform"), help="what the samples are drawn from"
+    )
+    sampling_scheme: str = option(
+        "preloc", choices=("naive", "preloc", "pool", "local"), help="how the server draws them (lapse_elmo/ps/sampling.py)"
+    )
+    num_tries: float = option(
+        0.0, metavar="N", help="draws behind the samples' expected counts, without replacement (0: computed)"
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_samples")
+        _require(self.num_tries >= 0, "num_tries", self.num_tries, "0 or more")
+        if self.replacement and self.num_tries:
+            raise ConfigError("--num-tries is for sampling without replacement; leave it out or give --no-replacement")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer: how a step changes the parameters"""
+
+    optimizer: str = option("adagrad", choices=("adagrad", "sgd"), help="update rule of rows and dense parameters")
+    learning_rate: float = option(0.2, metavar="X", help="learning rate")
+    initial_accumulator: float = option(1.0, metavar="X", help="Adagrad's accumulators at the start")
+    epsilon: float = option(1e-7, metavar="X", help="added to the root of Adagrad's accumulators")
+    clip_norm: float = option(10.0, metavar="X", help="bound on the global gradient norm (0: none)")
+    loss_scale: float = option(20.0, metavar="X", help="factor on the mean loss whose gradient is taken")
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "loss_scale", "epsilon")
+        _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
+        _require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training: how long, how much at once, from which seed"""
+
+    epochs: int = option(2, metavar="N", help="passes over the training shards")
+    max_steps: int = option(0, metavar="N", help="end after this many steps (0: when the epochs are done)")
+    max_minutes: float = option(0.0, metavar="N", help="end after this much training time (0: no limit)")
+    batch_size: int = option(32, metavar="B", help="sentences a step and rank")
+    lookahead: int = option(1, metavar="N", help="clocks by which a batch's intent and samples go ahead of its step")
+    seed: int = option(1, metavar="N", help="seed of every random stream")
+    sync: bool = option(False, help="order the ranks' pushes, so that equal seeds and ranks give equal bits")
+    dense: str = option(
+        "allreduce", choices=("allreduce", "ps"),
+        help="LSTM parameters: equal on all ranks by summed gradients, or kept in the server as rows",
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size")
+        for name in ("max_steps", "max_minutes", "lookahead", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        if self.sync and self.dense == "ps":
+            raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Devices: where the ranks compute"""
+
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
+    device_ids: tuple[int, ...] = option((), metavar="ID", help="GPUs to share among a node's ranks (default: all)")
+    threads: int = option(0, metavar="N", help="CPU threads a rank (0: the node's usable cores / its ranks)")
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "threads", self.threads, "0 or more")
+        _require(all(i >= 0 for i in self.device_ids), "device_ids", self.device_ids, "numbers from 0 on")
+        if self.device_ids and self.device == "cpu":
+            raise ConfigError("--device-ids names GPUs but --device is cpu; give one of the two")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run: what is written where, and when"""
+
+    run_dir: str = option("", metavar="DIR", help="folder for config, metrics and models (default: runs/DATE-TIME)")
+    overwrite: bool = option(False, help="replace a run that is already in --run-dir")
+    report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
+    progress: str = option("auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing")
+
+    def __post_init__(self) -> None:
+        _positive(self, "report_every")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer.optimizer == "sgd" and self.training.dense == "ps":
+            return
+        if self.softmax.distribution == "uniform" and self.softmax.num_tries:
+            raise ConfigError("--num-tries is for the log-uniform distribution; leave it out with --distribution uniform")
+
+
+def parse_train(argv: Sequence[str]) -> Config:
+    """The options of ``bin/train``."""
+    return parse(
+        Config, argv, prog="bin/train",
+        description="Train a sparse ELMo on integer shards: mpirun -n RANKS bin/train. The options below can also come "
+        "from a TOML file with a table a group.",
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """All options of an evaluation."""
+
+    model: str = option(positional=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or one of its checkpoints")
+    shards: str = option("", metavar="DIR", help="shards to evaluate on (default: the run's held-out shards)")
+    split: str = option("heldout", choices=("heldout", "train"), help="which shards of the folder")
+    vocab: str = option("", metavar="FILE", help="vocabulary (default: the run's)")
+    batch_size: int = option(64, metavar="B", help="sentences at once and rank")
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
+    device_ids: tuple[int, ...] = option((), metavar="ID", help="GPUs to share among a node's ranks (default: all)")
+    threads: int = option(0, metavar="N", help="CPU threads a rank (0: the node's usable cores / its ranks)")
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size")
+
+    @property
+    def devices(self) -> DeviceConfig:
+        return DeviceConfig(device=self.device, device_ids=self.device_ids, threads=self.threads)
+
+
+def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
+    """The options of ``bin/evaluate``."""
+    return parse(
+        EvaluateConfig, argv, prog="bin/evaluate",
+        description="Held-out perplexity of a saved model by full softmax: mpirun -n RANKS bin/evaluate RUN.",
+    )
+
+
+def from_tables(tables: dict) -> Config:
+    """The Config saved as nested plain values (:func:`lapse_elmo.config.cli.as_tables`)."""
+    groups = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    made = {}
+    for name, group in groups.items():
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in tables.get(name, {}).items()}
+        made[name] = group(**values)  # type: ignore[call-arg, misc]
+    return Config(**made)

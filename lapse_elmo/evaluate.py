@@ -1,0 +1,115 @@
+"""Held-out perplexity by full softmax, over all ranks; and the unigram perplexity to hold it against."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lapse_elmo import checkpoint
+from lapse_elmo.batches import evaluation_batches
+from lapse_elmo.config.training import DataConfig, parse_evaluate
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.corpus.vocabulary import END, UNKNOWN, Vocabulary
+from lapse_elmo.devices import choose_device
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.parameters import Parameters
+from lapse_elmo.step import predicting_vectors
+from lapse_elmo.world import World
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Summed nll (nats) of each direction over ``num_targets`` targets a direction, on all ranks."""
+
+    forward_nll: float
+    backward_nll: float
+    num_targets: int
+
+    @property
+    def forward(self) -> float:
+        return math.exp(self.forward_nll / self.num_targets)
+
+    @property
+    def backward(self) -> float:
+        return math.exp(self.backward_nll / self.num_targets)
+
+    @property
+    def mean(self) -> float:
+        return math.exp((self.forward_nll + self.backward_nll) / (2 * self.num_targets))
+
+
+@torch.no_grad()
+def evaluate(
+    parameters: Parameters, shards: ShardSet, data: DataConfig, batch_size: int, world: World, device: torch.device
+) -> Perplexity:
+    """Collective: perplexity over every sentence of ``shards``, each with state zero at its start.
+
+    The softmax rows are read in chunks, so that memory does not grow with the vocabulary.
+
+    :raises ConfigError: if no sentence has a target (single tokens without boundaries).
+    """
+    model = parameters.model
+    model.eval()
+    sums = np.zeros(3)
+    for batch in evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries):
+        if not batch.num_targets:
+            continue
+        embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
+        context = predicting_vectors(model, embedding, batch, None)
+        targets = torch.from_numpy(batch.target_rows).to(device)
+        nll = full_softmax_nll(context, ((first, w.to(device)) for first, w in parameters.softmax.chunks()), targets)
+        half = batch.num_targets // 2
+        sums += [float(nll[:half].sum()), float(nll[half:].sum()), half]
+    model.train()
+    world.sum_(sums)
+    if not sums[2]:
+        raise ConfigError("the held-out sentences have no targets: single tokens need --boundaries")
+    return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]))
+
+
+def unigram_perplexity(train: ShardSet, heldout: ShardSet, boundaries: bool, world: World) -> float:
+    """Collective: perplexity of the held-out text under the word frequencies of the training text.
+
+    A model must be far below it to have learnt more than frequencies. Targets are words and, with ``boundaries``, one
+    end of sentence each; a class that the training text lacks counts as if it had come once.
+    """
+    counts, targets = (shards.unigram_counts(world).astype(np.float64) for shards in (train, heldout))
+    if boundaries:
+        counts[END], targets[END] = train.num_sentences, heldout.num_sentences
+    counts[UNKNOWN:] = np.maximum(counts[UNKNOWN:], 1)
+    log_probability = np.log(np.maximum(counts, 1e-300) / counts.sum())
+    return math.exp(-float((targets * log_probability).sum()) / float(targets.sum()))
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> None:
+    """``bin/evaluate``: perplexity of a saved model on any shards."""
+    options = parse_evaluate(argv)
+    world = enter()
+    path = world.agree(lambda: checkpoint.find(Path(options.model)))
+    manifest = world.agree(lambda: checkpoint.read_manifest(path))
+    config = checkpoint.config_of(manifest, path)
+    device = choose_device(options.devices, world).device
+    vocabulary = world.together(lambda: Vocabulary.load(options.vocab or checkpoint.vocabulary_path(path, config)))
+    world.agree(lambda: checkpoint.require_vocabulary(manifest, vocabulary, path))
+    folder = options.shards or config.data.heldout or config.data.shards
+    with world.together(lambda: ShardSet.open(folder, options.split, vocabulary)) as shards:
+        parameters = Parameters(config, vocabulary.size, world, device)
+        checkpoint.restore(path, manifest, parameters, world)
+        start = time.perf_counter()
+        result = evaluate(parameters, shards, config.data, options.batch_size, world, device)
+        seconds = time.perf_counter() - start
+        parameters.server.close()
+    if world.rank == 0:
+        print(
+            f"model        {path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "
+            f"{result.num_targets:,} targets a direction)\nforward      {result.forward:.2f}\n"
+            f"backward     {result.backward:.2f}\nmean         {result.mean:.2f}\n"
+            f"speed        {shards.num_tokens / seconds:,.0f} tokens/s"
+        )

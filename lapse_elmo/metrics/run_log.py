@@ -1,0 +1,160 @@
+"""The record of a run: progress on stderr, ``metrics.jsonl`` and TensorBoard events. Rank 0 alone writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lapse_elmo.config.training import RunConfig
+from lapse_elmo.metrics.terminal import stderr_is_terminal
+from lapse_elmo.step import StepResult
+
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+
+
+@dataclass
+class Meter:
+    """Sums over the steps since the last report."""
+
+    nll: float = 0.0
+    num_targets: int = 0
+    num_tokens: int = 0
+    num_cut: int = 0
+    num_steps: int = 0
+    norm: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult) -> None:
+        self.nll += result.nll
+        self.num_targets += result.num_targets
+        self.num_tokens += result.num_tokens
+        self.num_cut += result.num_cut
+        self.num_steps += 1
+        self.norm += result.gradient_norm
+        for name, seconds in result.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    @property
+    def loss(self) -> float:
+        """Mean nll a target, in nats."""
+        return self.nll / self.num_targets if self.num_targets else math.nan
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(time.perf_counter() - self.start, 1e-9)
+
+    def metrics(self) -> dict[str, float]:
+        """By name, with units; times are rank 0's, a step."""
+        steps = max(self.num_steps, 1)
+        return {
+            "train/loss_nats": self.loss,
+            "train/gradient_norm": self.norm / steps,
+            "train/tokens_per_s": self.tokens_per_s,
+            **{f"step/{name}_s": seconds / steps for name, seconds in self.seconds.items()},
+        }
+
+
+class RunLog:
+    """Writes a run's record; on other ranks than 0 it does nothing.
+
+    :param active: true on the one rank that writes.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, num_steps: int, steps_per_epoch: int, active: bool) -> None:
+        self.active = active
+        self.steps_per_epoch = steps_per_epoch
+        self._report_every = config.report_every
+        self._bar: tqdm | None = None
+        self._lines = False
+        self._num_steps = num_steps
+        self._whole = Meter()
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = open(run_dir / METRICS, "w", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+        self._writer = SummaryWriter(str(run_dir / EVENTS))
+        kind = config.progress
+        if kind == "auto":
+            kind = "bar" if stderr_is_terminal() else "lines"
+        self._lines = kind == "lines"
+        if kind == "bar":
+            self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05, file=sys.stderr)
+
+    def step(self, step: int, meter: Meter) -> None:
+        """After every step; ``meter`` holds the steps since the last report."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {1 + (step - 1) // self.steps_per_epoch}", refresh=False)
+            self._bar.set_postfix_str(f"{meter.tokens_per_s:,.0f} tokens/s, loss {meter.loss:.3f}", refresh=False)
+            self._bar.update(1)
+
+    def report(self, step: int, meter: Meter) -> None:
+        """Metrics of the last ``report_every`` steps."""
+        if not self.active:
+            return
+        self.write("train", step, meter.metrics())
+        if self._lines:
+            elapsed = time.perf_counter() - self._whole.start
+            left = elapsed / step * (self._num_steps - step)
+            self.say(
+                f"epoch {1 + (step - 1) // self.steps_per_epoch}  step {step:,}/{self._num_steps:,}  "
+                f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}"
+            )
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and a TensorBoard point for each number."""
+        if not self.active:
+            return
+        record = {"kind": kind, "step": step, "time_s": time.time(), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """A line on stderr that a progress bar does not break."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        self._writer.close()
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns of text, the first row as head; numbers are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

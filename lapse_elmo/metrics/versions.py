@@ -1,0 +1,33 @@
+"""What software made a result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+
+from lapse_elmo import __version__
+from lapse_elmo.config.training import ROOT
+
+_PACKAGES = ("torch", "allennlp", "numpy", "h5py", "mpi4py", "mpich")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program (with its git commit, where it is a checkout), of Python and of the packages."""
+    found = {"lapse_elmo": __version__, "git_commit": git_commit(), "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """The checkout's commit, marked ``-dirty`` where files differ from it; "unknown" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

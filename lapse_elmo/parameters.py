@@ -1,0 +1,109 @@
+"""All parameters of a model: two tables and (by a switch) the dense part in the server, the rest on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from lapse_elmo.config.training import Config, ModelConfig
+from lapse_elmo.model.bilm import BiLM, BiLMOptions
+from lapse_elmo.model.optimizers import DenseOptimizer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.sampling import Distribution, Sampler
+from lapse_elmo.ps.shared import SharedMemoryServer
+from lapse_elmo.rng import torch_stream
+from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, UpdateRule
+from lapse_elmo.world import World
+
+
+def build_model(config: ModelConfig, seed: int) -> BiLM:
+    """The biLM with its initial values, equal on every rank."""
+    wanted = {field.name for field in dataclasses.fields(BiLMOptions)}
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name in wanted}
+    return BiLM(BiLMOptions(**options), torch_stream(seed, "initial lstm"))
+
+
+class Parameters:
+    """Tables, model and dense optimizer of one rank (collective: every rank makes and closes its own together).
+
+    :param num_classes: V, rows of both tables.
+    :param first_sample: number of the first negative sample, for a run that goes on.
+    """
+
+    def __init__(
+        self, config: Config, num_classes: int, world: World, device: torch.device, first_sample: int = 0
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.num_classes = num_classes
+        self.model = build_model(config.model, config.training.seed)
+        self.model.to(device)
+        dense = list(self.model.parameters())
+        self.rule = UpdateRule(config.optimizer)
+        size = config.model.projection_size
+        shapes = [
+            ("embedding", num_classes, self.rule.width(size)),
+            ("softmax", num_classes, self.rule.width(size + 1)),  # the bias is a row's last weight
+        ]
+        in_server = config.training.dense == "ps"
+        if in_server:
+            shapes.append(("dense", DenseTable.num_rows(dense), self.rule.width(DENSE_ROW)))
+        layout = Layout.of(*shapes)
+        self.server = SharedMemoryServer(world, layout, ("softmax", self._sampler()), first_sample)
+        self.embedding = RowTable(self.server, layout["embedding"], size, self.rule)
+        self.softmax = RowTable(self.server, layout["softmax"], size + 1, self.rule)
+        self.dense_table: DenseTable | None = None
+        if in_server:
+            self.dense_table = DenseTable(RowTable(self.server, layout["dense"], DENSE_ROW, self.rule), dense)
+        self.dense_optimizer = DenseOptimizer(
+            dense, config.optimizer.learning_rate,
+            config.optimizer.initial_accumulator if self.rule.has_accumulators else None, config.optimizer.epsilon,
+        )
+
+    @property
+    def tables(self) -> list[RowTable]:
+        """Everything in the server, in the order of its segments."""
+        tables = [self.embedding, self.softmax]
+        return [*tables, self.dense_table.table] if self.dense_table else tables
+
+    def initialise(self) -> None:
+        """Collective: initial values, which depend on the seed alone and not on the world.
+
+        Embedding Glorot uniform, softmax normal with deviation 1/sqrt(D), as bilm-tf. The softmax bias starts at the
+        log-uniform law's log probabilities, so that the first predictions are near word frequencies.
+        """
+        seed, size, rows = self.config.training.seed, self.config.model.projection_size, self.num_classes
+        bound = math.sqrt(6.0 / (rows + size))
+
+        def embedding(first: int, end: int) -> torch.Tensor:
+            generator = torch_stream(seed, "initial embedding", first)
+            return torch.empty(end - first, size).uniform_(-bound, bound, generator=generator)
+
+        log_probabilities = torch.from_numpy(Distribution("log-uniform", rows).probabilities).log().float()
+
+        def softmax(first: int, end: int) -> torch.Tensor:
+            generator = torch_stream(seed, "initial softmax", first)
+            weights = torch.randn(end - first, size, generator=generator) / math.sqrt(size)
+            return torch.cat([weights, log_probabilities[first:end, None]], 1)
+
+        self.embedding.initialise(self.world.rank, self.world.size, embedding)
+        self.softmax.initialise(self.world.rank, self.world.size, softmax)
+        if self.dense_table is not None and self.world.rank == 0:
+            self.dense_table.initialise()
+        self.server.quiesce()
+
+    def settle(self) -> None:
+        """Collective: every push is visible, and the model holds the newest dense parameters."""
+        self.server.quiesce()
+        if self.dense_table is not None:
+            self.dense_table.pull()
+        self.server.barrier()
+
+    def _sampler(self) -> Sampler:
+        softmax = self.config.softmax
+        distribution = Distribution(softmax.distribution, self.num_classes)
+        return Sampler(
+            distribution, softmax.sampling_scheme, softmax.replacement, self.config.training.seed, self.world.rank
+        )

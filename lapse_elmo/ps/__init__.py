@@ -1,0 +1,1 @@
+"""The parameter server: interface (``api``), key arithmetic (``layout``), sampling, and the engines."""

@@ -1,0 +1,155 @@
+"""The parameter server's interface: the verbs of Lapse, NuPS and AdaPM.
+
+Keys are int64, rows float32. A call concerns keys of one segment, whose width is that of the buffer's second dimension.
+NumPy arrays and CPU torch tensors both serve; both must be contiguous. A call that is refused raises
+:class:`~lapse_elmo.errors.ServerError`, which names the argument, and changes nothing.
+
+Consistency. A pull sees the worker's own completed pushes. Additions are atomic per row: no pull sees half a push, and
+after :meth:`ParameterServer.quiesce` the sum of integer-valued pushes is exact. ``localize`` and ``intent`` may change
+where a row is, never what it is. Buffers belong to the caller again as soon as a call returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from lapse_elmo.errors import ServerError
+from lapse_elmo.ps.layout import Layout, Segment
+
+Array: TypeAlias = "np.ndarray | torch.Tensor"
+
+
+@dataclass
+class SegmentStats:
+    """What this rank did to one segment since the start: rows, bytes moved, seconds spent in the calls."""
+
+    pulled_rows: int = 0
+    pushed_rows: int = 0
+    pulled_bytes: int = 0
+    pushed_bytes: int = 0
+    pull_s: float = 0.0
+    push_s: float = 0.0
+    lock_wait_s: float = 0.0
+
+
+@dataclass
+class ServerStats:
+    """Counters of one rank: by segment, and of announcements."""
+
+    segments: dict[str, SegmentStats] = field(default_factory=dict)
+    intended_rows: int = 0
+    localized_rows: int = 0
+    sampled_rows: int = 0
+
+
+class ParameterServer(ABC):
+    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls)."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.stats = ServerStats({segment.name: SegmentStats() for segment in layout.segments})
+        self.clock = 0
+        self.closed = False
+
+    @abstractmethod
+    def pull(self, keys: Array, out: Array) -> None:
+        """Copy the rows of ``keys`` (n,) into ``out`` (n, width). Keys may repeat, in any order."""
+
+    @abstractmethod
+    def push(self, keys: Array, deltas: Array) -> None:
+        """Add ``deltas`` (n, width) to the rows of ``keys`` (n,). The deltas of a repeated key are all added."""
+
+    @abstractmethod
+    def set(self, keys: Array, values: Array) -> None:
+        """Overwrite the rows of the distinct ``keys`` (n,) by ``values`` (n, width)."""
+
+    @abstractmethod
+    def localize(self, keys: Array) -> None:
+        """Bring the rows of ``keys`` to this worker's node."""
+
+    @abstractmethod
+    def intent(self, keys: Array, start: int, end: int) -> None:
+        """Announce access to the rows of ``keys`` by this worker in the clocks [start, end)."""
+
+    def advance_clock(self) -> int:
+        """One step is done; returns the new clock."""
+        self.require_open()
+        self.clock += 1
+        return self.clock
+
+    @abstractmethod
+    def prepare_sample(self, count: int, start: int, end: int) -> int:
+        """Announce that ``count`` sampled rows will be pulled in clocks [start, end); a handle for ``pull_sample``."""
+
+    @abstractmethod
+    def pull_sample(self, handle: int, keys_out: np.ndarray, out: Array | None) -> None:
+        """Fill ``keys_out`` (count,) int64 with the sample's keys and, where given, ``out`` (count, width) with its rows.
+
+        A handle serves once. Leaving ``out`` away is for callers that pull the rows together with others.
+        """
+
+    @abstractmethod
+    def quiesce(self) -> None:
+        """Collective: return when every completed push of every worker is visible to every other."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Collective: return when every worker has come here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Collective: give the rows' memory back. Any later call is refused."""
+
+    def require_open(self) -> None:
+        if self.closed:
+            raise ServerError("the parameter server is closed")
+
+    def checked_keys(self, keys: Array) -> tuple[np.ndarray, Segment | None]:
+        """``keys`` as a NumPy array, and the segment that they all belong to (None if there are none)."""
+        self.require_open()
+        keys = _numpy("keys", keys)
+        if keys.dtype != np.int64 or keys.ndim != 1:
+            raise ServerError(f"keys should be int64 of one dimension, not {keys.dtype} of shape {keys.shape}")
+        if not keys.size:
+            return keys, None
+        first, last = int(keys.min()), int(keys.max())
+        if first < 0 or last >= self.layout.num_keys:
+            bad = first if first < 0 else last
+            raise ServerError(f"keys: {bad} is outside [0, {self.layout.num_keys})")
+        segment = self.layout.segment_of(first, last)
+        if segment is None:
+            raise ServerError(f"keys: {first} and {last} belong to different segments; a call takes keys of one")
+        return keys, segment
+
+    def checked(self, name: str, keys: Array, values: Array) -> tuple[np.ndarray, torch.Tensor, Segment | None]:
+        """``keys``, ``values`` as a CPU tensor, and their segment; ServerError unless they fit each other."""
+        keys, segment = self.checked_keys(keys)
+        values = _numpy(name, values)
+        if values.dtype != np.float32:
+            raise ServerError(f"{name} should be float32, not {values.dtype}")
+        expected = (keys.size, segment.width if segment else 0)
+        if segment is not None and values.shape != expected:
+            raise ServerError(f"{name} should have shape {expected}, not {values.shape}")
+        return keys, torch.from_numpy(values), segment
+
+
+def _numpy(name: str, array: Array) -> np.ndarray:
+    """``array`` as a NumPy view of the same memory."""
+    if isinstance(array, torch.Tensor):
+        if array.device.type != "cpu":
+            raise ServerError(f"{name} should be in host memory, not on {array.device}")
+        if array.requires_grad:
+            raise ServerError(f"{name} should not require a gradient; pass its detach()")
+        if not array.is_contiguous():
+            raise ServerError(f"{name} should be contiguous")
+        return array.numpy()
+    if not isinstance(array, np.ndarray):
+        raise ServerError(f"{name} should be a NumPy array or a torch tensor, not {type(array).__name__}")
+    if not array.flags.c_contiguous:
+        raise ServerError(f"{name} should be contiguous")
+    return array

@@ -1,0 +1,59 @@
+"""The only key arithmetic: which segment, and which row of it, a key names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``num_rows`` rows of ``width`` float32 each, whose keys are ``first_key + 0 .. num_rows - 1``."""
+
+    name: str
+    num_rows: int
+    width: int
+    first_key: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_rows * self.width * 4
+
+    def keys(self, rows: np.ndarray) -> np.ndarray:
+        """Keys (n,) int64 of ``rows`` (n,), which count from 0 inside the segment."""
+        return rows + self.first_key
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All segments, one after another from key 0 on, in the order in which they were named."""
+
+    segments: tuple[Segment, ...] = field(default=())
+
+    @classmethod
+    def of(cls, *shapes: tuple[str, int, int]) -> Layout:
+        """The layout of segments given as (name, number of rows, width)."""
+        segments, first = [], 0
+        for name, num_rows, width in shapes:
+            segments.append(Segment(name, num_rows, width, first))
+            first += num_rows
+        return cls(tuple(segments))
+
+    def __getitem__(self, name: str) -> Segment:
+        return next(segment for segment in self.segments if segment.name == name)
+
+    @property
+    def num_keys(self) -> int:
+        return sum(segment.num_rows for segment in self.segments)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(segment.num_bytes for segment in self.segments)
+
+    def segment_of(self, first: int, last: int) -> Segment | None:
+        """The segment that holds both keys, or None."""
+        for segment in self.segments:
+            if segment.first_key <= first and last < segment.first_key + segment.num_rows:
+                return segment
+        return None

@@ -1,0 +1,110 @@
+"""Drawing negative samples: distributions over the rows of a segment, and the schemes of NuPS.
+
+Schemes differ in when rows are drawn and how often a draw is used again:
+
+==========  ============================================================  ==========================================
+scheme      what happens                                                  distribution of a sample
+==========  ============================================================  ==========================================
+``naive``   drawn when pulled; rows may be anywhere                       exact
+``preloc``  drawn when prepared, its intent announced                     exact
+``pool``    a pool of draws is used ``POOL_REUSE`` times, shuffled anew   exact for one sample; the samples of a pool
+                                                                          are dependent
+``local``   drawn when pulled, from the rows that are on the node         conditional on being local: exact where the
+                                                                          whole segment is
+==========  ============================================================  ==========================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from lapse_elmo.rng import stream
+
+SCHEMES = ("naive", "preloc", "pool", "local")
+DISTRIBUTIONS = ("log-uniform", "uniform")
+POOL_REUSE = 2
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution over rows 0 .. ``num_rows`` - 1; log-uniform supposes the most frequent row first.
+
+    Source of the log-uniform law: TensorFlow's candidate sampler, P(k) = log((k + 2) / (k + 1)) / log(num_rows + 1).
+    """
+
+    name: str
+    num_rows: int
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """P (num_rows,) float64."""
+        if self.name == "uniform":
+            return np.full(self.num_rows, 1.0 / self.num_rows)
+        rows = np.arange(self.num_rows, dtype=np.float64)
+        return np.log1p(1.0 / (rows + 1.0)) / np.log(self.num_rows + 1.0)
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """``count`` rows (count,) int64, drawn independently (with replacement)."""
+        if self.name == "uniform":
+            return rng.integers(self.num_rows, size=count)
+        rows = np.exp(rng.random(count) * np.log(self.num_rows + 1.0)).astype(np.int64) - 1
+        return np.clip(rows, 0, self.num_rows - 1, out=rows)  # exp may round up to num_rows + 1
+
+    def draw_distinct(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """The first ``count`` distinct rows (count,) int64 of a sequence of independent draws, in their order."""
+        tries = _expected_tries(self, count)
+        if tries > 2 * self.num_rows:
+            # The same law by an exponential race: O(num_rows) however rare the last rows are.
+            race = rng.standard_exponential(self.num_rows) / self.probabilities
+            nearest = np.argpartition(race, count - 1)[:count]
+            return nearest[np.argsort(race[nearest])]
+        rows = self.draw(rng, int(1.05 * tries) + 64)
+        while True:
+            distinct, first = np.unique(rows, return_index=True)
+            if distinct.size >= count:
+                return rows[np.sort(first)[:count]]
+            rows = np.concatenate([rows, self.draw(rng, count)])
+
+
+@lru_cache(maxsize=8)
+def _expected_tries(distribution: Distribution, count: int) -> float:
+    """Independent draws after which ``count`` distinct rows are expected: sum over rows of 1 - (1 - P)^n = count."""
+    if count >= distribution.num_rows:
+        return np.inf
+    log_miss = np.log1p(-distribution.probabilities)
+    low = high = float(count)
+    while -np.expm1(high * log_miss).sum() < count:
+        high *= 2
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        if -np.expm1(middle * log_miss).sum() < count:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The samples of one worker. A sample is a function of its number, so a resumed run draws what it would have drawn."""
+
+    distribution: Distribution
+    scheme: str
+    replacement: bool
+    seed: int
+    worker: int
+
+    def draw(self, number: int, count: int) -> np.ndarray:
+        """Rows (count,) int64 of the worker's sample ``number``."""
+        if self.scheme != "pool":
+            return self._draw(stream(self.seed, "sample", self.worker, number), count)
+        pool = self._draw(stream(self.seed, "sample pool", self.worker, number // POOL_REUSE), count)
+        return stream(self.seed, "sample order", self.worker, number).permutation(pool)
+
+    def _draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        if self.replacement:
+            return self.distribution.draw(rng, count)
+        return self.distribution.draw_distinct(rng, count)

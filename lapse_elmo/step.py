@@ -1,0 +1,252 @@
+"""One training step: pull rows, compute, agree between the ranks, push."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lapse_elmo.batches import Batch
+from lapse_elmo.config.training import Config
+from lapse_elmo.errors import TrainingError
+from lapse_elmo.model.bilm import BiLM
+from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
+from lapse_elmo.parameters import Parameters
+from lapse_elmo.rng import torch_stream
+from lapse_elmo.tables import PulledRows
+from lapse_elmo.world import World
+
+
+@dataclass(frozen=True)
+class AnnouncedBatch:
+    """A batch whose intent went out: ``sample`` is the handle of its negative samples (None for the full softmax)."""
+
+    batch: Batch
+    sample: int | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks: sums of nll (nats), targets, tokens; the gradient norm before clipping.
+
+    ``seconds`` are this rank's, by phase: pull, compute, agree (waiting for other ranks), push.
+    """
+
+    nll: float
+    num_targets: int
+    num_tokens: int
+    num_cut: int
+    gradient_norm: float
+    stop: bool
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Pulled:
+    """The rows of one step; ``samples`` and ``targets`` index ``softmax``."""
+
+    embedding: PulledRows
+    softmax: PulledRows
+    softmax_rows: np.ndarray
+    targets: np.ndarray
+    samples: np.ndarray
+
+
+class TrainingStep:
+    """Trains one batch a call, on every rank at the same time (collective).
+
+    :param should_stop: asked once a step on every rank; where any rank says yes, ``StepResult.stop`` is true on all.
+    """
+
+    def __init__(
+        self, config: Config, world: World, parameters: Parameters, device: torch.device, should_stop: Callable[[], bool]
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.parameters = parameters
+        self.model: BiLM = parameters.model
+        self.device = device
+        self.should_stop = should_stop
+        self.num_classes = parameters.softmax.segment.num_rows
+        self.samples_softmax = config.softmax.num_samples < self.num_classes
+        self._dense: list[nn.Parameter] = list(self.model.parameters())
+        self._flat = np.empty(sum(p.numel() for p in self._dense) + 1, np.float32)
+
+    def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
+        """Send the intent of a batch that will be trained at ``clock``, and have its samples drawn."""
+        server = self.parameters.server
+        self.parameters.embedding.intent(batch.input_rows, clock, clock + 1)
+        self.parameters.softmax.intent(np.unique(batch.target_rows), clock, clock + 1)
+        if not self.samples_softmax:
+            return AnnouncedBatch(batch, None)
+        return AnnouncedBatch(batch, server.prepare_sample(self.config.softmax.num_samples, clock, clock + 1))
+
+    def __call__(self, announced: AnnouncedBatch, step: int) -> StepResult:
+        batch = announced.batch
+        timer = _Timer()
+        pulled = self._pull(announced)
+        timer.lap("pull")
+        nll, embedding, softmax = self._compute(batch, pulled, step)
+        dense = [_gradient(p) for p in self._dense]
+        timer.lap("compute")
+        dense = self._reduce(dense, batch.num_targets)
+        sparse_square = float(embedding.square().sum(dtype=torch.float64) + softmax.square().sum(dtype=torch.float64))
+        mine = np.array(
+            [nll, batch.num_targets, batch.num_tokens, batch.num_cut, sparse_square, self.should_stop()], np.float64
+        )
+        ranks = self.world.gather_numbers(mine)
+        # Every rank takes the same factor: dense gradients are equal on all of them, sparse ones count by their mean.
+        norm = math.sqrt(sum(float(g.square().sum(dtype=torch.float64)) for g in dense) + float(ranks[:, 4].mean()))
+        if not (math.isfinite(norm) and np.isfinite(ranks).all()):
+            self._refuse(batch, step, mine)
+        timer.lap("agree")
+        self._push(pulled, embedding, softmax, dense, self._clip_factor(norm))
+        self.parameters.server.advance_clock()
+        timer.lap("push")
+        total = ranks.sum(0)
+        return StepResult(
+            nll=float(total[0]), num_targets=int(total[1]), num_tokens=int(total[2]), num_cut=int(total[3]),
+            gradient_norm=norm, stop=bool(total[5]), seconds=timer.seconds,
+        )
+
+    def _pull(self, announced: AnnouncedBatch) -> _Pulled:
+        batch, softmax = announced.batch, self.parameters.softmax
+        if self.parameters.dense_table is not None:
+            self.parameters.dense_table.pull()
+        embedding = self.parameters.embedding.pull(batch.input_rows)
+        if announced.sample is None:
+            samples = np.arange(self.num_classes)
+            return _Pulled(embedding, softmax.pull(samples), samples, batch.target_rows, samples)
+        keys = np.empty(self.config.softmax.num_samples, np.int64)
+        self.parameters.server.pull_sample(announced.sample, keys, None)
+        both = np.concatenate([batch.target_rows, keys - softmax.segment.first_key])
+        rows, index = np.unique(both, return_inverse=True)
+        targets, samples = index[: batch.num_targets], index[batch.num_targets :]
+        return _Pulled(embedding, softmax.pull(rows), rows, targets, samples)
+
+    def _compute(self, batch: Batch, pulled: _Pulled, step: int) -> tuple[float, Tensor, Tensor]:
+        """(nll, gradient of the embedding rows, gradient of the softmax rows); dense gradients are left in ``.grad``."""
+        for parameter in self._dense:
+            parameter.grad = None
+        embedding = pulled.embedding.weights.to(self.device).contiguous().requires_grad_()
+        softmax = pulled.softmax.weights.to(self.device).contiguous().requires_grad_()
+        if not batch.num_targets:
+            return 0.0, torch.zeros_like(embedding), torch.zeros_like(softmax)
+        dropout = torch_stream(self.config.training.seed, "dropout", self.world.rank, step)
+        context = predicting_vectors(self.model, embedding, batch, dropout)
+        nll = sampled_softmax_nll(
+            context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
+            self._log_expected(pulled.softmax_rows),
+        )
+        (nll * (self.config.optimizer.loss_scale / batch.num_targets)).backward()
+        return float(nll.detach()), _gradient(embedding), _gradient(softmax)
+
+    def _log_expected(self, rows: np.ndarray) -> Tensor | None:
+        """log of the expected count of each row (U,) in a sample; None where it is the same for all of them."""
+        softmax = self.config.softmax
+        if not self.samples_softmax or softmax.distribution == "uniform":
+            return None
+        return log_expected_count(
+            self._to_device(rows), self.num_classes, softmax.num_samples,
+            softmax.num_tries or None, replacement=softmax.replacement,
+        )
+
+    def _reduce(self, gradients: list[Tensor], num_targets: int) -> list[Tensor]:
+        """Mean of the ranks' dense gradients, weighted by their targets; as they are where the server adds them up."""
+        if self.world.size == 1 or self.parameters.dense_table is not None:
+            return gradients
+        start = 0
+        for gradient in gradients:
+            end = start + gradient.numel()
+            np.multiply(gradient.cpu().numpy().reshape(-1), np.float32(num_targets), out=self._flat[start:end])
+            start = end
+        self._flat[-1] = num_targets
+        self.world.sum_(self._flat)
+        mean = torch.from_numpy(self._flat[:-1]).mul_(1.0 / max(float(self._flat[-1]), 1.0)).to(self.device)
+        parts = torch.split(mean, [gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+    def _clip_factor(self, norm: float) -> float:
+        bound = self.config.optimizer.clip_norm
+        return bound / norm if bound and norm > bound else 1.0
+
+    def _push(
+        self, pulled: _Pulled, embedding: Tensor, softmax: Tensor, dense: list[Tensor], scale: float
+    ) -> None:
+        parameters = self.parameters
+
+        def push_rows() -> None:
+            parameters.embedding.push(pulled.embedding, embedding, scale)
+            parameters.softmax.push(pulled.softmax, softmax, scale)
+
+        if self.config.training.sync:
+            # All have pulled (the gradients were summed since), and now push one after another.
+            for rank in range(self.world.size):
+                if rank == self.world.rank:
+                    push_rows()
+                self.world.barrier()
+        else:
+            push_rows()
+        if parameters.dense_table is not None:
+            parameters.dense_table.push(dense, scale)
+        else:
+            parameters.dense_optimizer.step(dense, scale)
+
+    def _refuse(self, batch: Batch, step: int, mine: np.ndarray) -> None:
+        """Collective: end the run before anything is pushed, naming rank, step and sentences."""
+
+        def check() -> None:
+            if not np.isfinite(mine).all():
+                what = "loss" if not math.isfinite(mine[0]) else "gradient norm"
+                shown = ", ".join(map(str, np.sort(batch.sentences)[:8])) + (", ..." if batch.sentences.size > 8 else "")
+                raise TrainingError(
+                    f"the {what} is not finite at step {step} (sentences {shown}); nothing was pushed; lower "
+                    "--learning-rate, --loss-scale or --clip-norm"
+                )
+
+        self.world.together(check)
+        error = TrainingError(f"the dense gradient norm is not finite at step {step}; nothing was pushed")
+        error.everywhere = True
+        raise error
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: torch.Generator | None) -> Tensor:
+    """Predicting vectors (N, D) of a batch, forward targets first.
+
+    :param embedding: (U, D) weights of ``batch.input_rows``.
+    """
+    device = embedding.device
+    embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(device), embedding)
+    forward, backward = model(embedded, torch.from_numpy(batch.mask).to(device), dropout)
+    size = forward.shape[-1]
+    return torch.cat(
+        [
+            forward.reshape(-1, size)[torch.from_numpy(batch.forward_places).to(device)],
+            backward.reshape(-1, size)[torch.from_numpy(batch.backward_places).to(device)],
+        ]
+    )
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+class _Timer:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
