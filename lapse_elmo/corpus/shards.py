@@ -98,6 +98,14 @@ class ShardSet:
                 lengths.append(shard_lengths)
         return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
 
+    def shards_of(self, first: int, end: int) -> range:
+        """Numbers of the shards that hold the sentences [``first``, ``end``)."""
+        if first >= end:
+            return range(0)
+        return range(
+            int(np.searchsorted(self._starts, first, "right")) - 1, int(np.searchsorted(self._starts, end, "left"))
+        )
+
     def unigram_counts(self, world: World) -> np.ndarray:
         """How often each id occurs, int64 (V + 1,). Every rank of ``world`` calls this and counts a part of the tokens.
 
