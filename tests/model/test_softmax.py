@@ -1,0 +1,190 @@
+"""Sampled and full softmax against AllenNLP's loss and plain autograd, in float64; the sampler's expected counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lapse_elmo.model import reference
+from lapse_elmo.model.softmax import (
+    expected_num_tries,
+    full_softmax_nll,
+    log_expected_count,
+    log_uniform_probability,
+    sampled_softmax_nll,
+)
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def indices(high: int, count: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_nll(
+    context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor, log_expected: Tensor | None
+) -> Tensor:
+    """What sampled_softmax_nll computes, by autograd over the whole (N, S) matrix."""
+    offset = bias if log_expected is None else bias - log_expected
+    true = (context * weight[target_index]).sum(1) + offset[target_index]
+    logits = context @ weight[sample_index].t() + offset[sample_index]
+    logits = logits.masked_fill(sample_index == target_index[:, None], -math.inf)
+    return -torch.log_softmax(torch.cat([true[:, None], logits], 1), 1)[:, 0].sum()
+
+
+def leaves(num_targets: int, rows: int, size: int = 6) -> list[Tensor]:
+    shapes = [(num_targets, size), (rows, size), (rows,)]
+    return [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("num_targets", [1, 7, 8, 30])
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_equals_plain_autograd(num_targets: int, repeats: bool, corrected: bool) -> None:
+    target, sample = indices(25, num_targets), indices(25, 40) if repeats else torch.randperm(25)[:12]
+    log_expected = random(25, seed=7) if corrected else None
+    results = []
+    for nll in (lambda *a: sampled_softmax_nll(*a, chunk=8), plain_nll):
+        values = leaves(num_targets, 25)
+        loss = nll(*values, target, sample, log_expected)
+        (3.0 * loss).backward()
+        results.append([loss.detach(), *(value.grad for value in values)])
+    torch.testing.assert_close(*results, **TOLERANCE)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
+    num_classes, num_samples = 60, 25
+    samples, tries = np.random.default_rng(1).permutation(num_classes)[:num_samples], 41
+    theirs = reference.sampled_softmax_loss()(num_classes, 6, num_samples, sparse=sparse).double()
+    theirs.choice_func = lambda *_: (samples, tries)
+    target = indices(num_classes, 50)
+    context, weight, bias = leaves(50, num_classes)
+    rows, biases = (theirs.softmax_w.weight, theirs.softmax_b.weight) if sparse else (theirs.softmax_w, theirs.softmax_b)
+    with torch.no_grad():
+        rows.copy_(weight)
+        biases.copy_(bias.view_as(biases))
+    their_context = context.detach().clone().requires_grad_()
+    expected = theirs(their_context, target)
+    expected.backward()
+    # AllenNLP computes its expected counts in float32; ours are float64, so theirs bound the agreement.
+    log_expected = log_expected_count(torch.arange(num_classes), num_classes, num_samples, tries)
+    loss = sampled_softmax_nll(context, weight, bias, target, torch.from_numpy(samples), log_expected)
+    loss.backward()
+    found = [loss.detach(), context.grad, weight.grad, bias.grad]
+    dense = [g.to_dense() if g.is_sparse else g for g in (rows.grad, biases.grad)]
+    reached = [expected.detach(), their_context.grad, dense[0], dense[1].view(-1)]
+    torch.testing.assert_close(found, reached, rtol=2e-5, atol=2e-5)
+    # With their own counts, everything else agrees to the last digits.
+    _, counts, sample_counts = theirs.log_uniform_candidate_sampler(target, theirs.choice_func)
+    log_expected[target] = counts.double().log()
+    log_expected[samples] = sample_counts.double().log()
+    values = leaves(50, num_classes)
+    loss = sampled_softmax_nll(*values, target, torch.from_numpy(samples), log_expected)
+    loss.backward()
+    torch.testing.assert_close([loss.detach(), *(v.grad for v in values)], reached, rtol=2e-7, atol=2e-7)
+
+
+def test_all_rows_as_samples_are_the_full_softmax() -> None:
+    target, every = indices(25, 30), torch.arange(25)
+    context, weight, bias = leaves(30, 25)
+    loss = sampled_softmax_nll(context, weight, bias, target, every, None, chunk=7)
+    loss.backward()
+    twins = leaves(30, 25)
+    expected = torch.nn.functional.cross_entropy(twins[0] @ twins[1].t() + twins[2], target, reduction="sum")
+    expected.backward()
+    found = [loss.detach(), context.grad, weight.grad, bias.grad]
+    torch.testing.assert_close(found, [expected.detach(), *(v.grad for v in twins)], **TOLERANCE)
+
+
+def test_gradcheck() -> None:
+    target, sample = indices(7, 5), torch.tensor([1, 3, 3, 6])
+    log_expected = random(7)
+    assert torch.autograd.gradcheck(
+        lambda *values: sampled_softmax_nll(*values, target, sample, log_expected, chunk=2), leaves(5, 7, 3)
+    )
+
+
+def test_no_targets_no_samples_and_no_gradient() -> None:
+    context, weight, bias = leaves(0, 9)
+    none = torch.empty(0, dtype=torch.int64)
+    loss = sampled_softmax_nll(context, weight, bias, none, indices(9, 4))
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and weight.grad is not None and not weight.grad.any()
+    context, weight, bias = leaves(4, 9)
+    loss = sampled_softmax_nll(context, weight, bias, indices(9, 4), none)
+    assert float(loss.detach()) == 0.0, "a target without any negative is certain"
+    with torch.no_grad():
+        quiet = sampled_softmax_nll(context, weight, bias, indices(9, 4), indices(9, 5))
+    loud = sampled_softmax_nll(context, weight, bias, indices(9, 4), indices(9, 5))
+    assert torch.equal(quiet, loud.detach()) and not quiet.requires_grad
+
+
+def test_extreme_logits_stay_finite() -> None:
+    context, weight, bias = (value.detach() * 1e3 for value in leaves(20, 25))
+    arguments = (indices(25, 20), torch.arange(12), None)
+    values = [value.float().requires_grad_() for value in (context, weight, bias)]
+    loss = sampled_softmax_nll(*values, *arguments)
+    loss.backward()
+    expected = plain_nll(context, weight, bias, *arguments)
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=0.0)
+    assert all(bool(value.grad.isfinite().all()) for value in values if value.grad is not None)
+
+
+@pytest.mark.parametrize(("chunk", "class_chunk"), [(512, 32_768), (7, 10), (30, 57), (1, 1)])
+def test_full_softmax_equals_cross_entropy(chunk: int, class_chunk: int) -> None:
+    context, weight, bias = (value.detach() for value in leaves(30, 57))
+    target = indices(57, 30)
+    expected = torch.nn.functional.cross_entropy(context @ weight.t() + bias, target, reduction="sum")
+    torch.testing.assert_close(full_softmax_nll(context, weight, bias, target, chunk, class_chunk), expected, **TOLERANCE)
+    narrow = full_softmax_nll(context.float(), weight.float(), bias.float(), target, chunk, class_chunk)
+    assert narrow.dtype == torch.float64
+    torch.testing.assert_close(narrow, expected, rtol=1e-6, atol=0.0)
+    assert float(full_softmax_nll(context[:0], weight, bias, target[:0])) == 0.0
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 9_358, 793_471])
+def test_log_uniform_probabilities_sum_to_one(num_classes: int) -> None:
+    probability = log_uniform_probability(torch.arange(num_classes), num_classes)
+    assert abs(float(probability.sum()) - 1.0) < 1e-10
+    assert bool((probability[1:] < probability[:-1]).all())
+
+
+def test_expected_counts_are_those_of_draws() -> None:
+    num_classes, num_samples, repeats = 200, 50, 3000
+    generator = np.random.default_rng(3)
+    with_replacement, without, tries = np.zeros(num_classes), np.zeros(num_classes), []
+    for _ in range(repeats):
+        # inverse transform: floor((V + 1)^u) - 1 is log-uniform
+        draws = (np.exp(generator.random(2000) * math.log(num_classes + 1)).astype(int) - 1).clip(0, num_classes - 1)
+        np.add.at(with_replacement, draws[:num_samples], 1)
+        first_seen = np.sort(np.unique(draws, return_index=True)[1])
+        tries.append(first_seen[num_samples - 1] + 1)
+        without[np.unique(draws[: tries[-1]])] += 1
+    classes = torch.arange(num_classes)
+    expected = log_expected_count(classes, num_classes, num_samples, replacement=True).exp().numpy()
+    np.testing.assert_allclose(expected.sum(), num_samples, rtol=1e-9)
+    assert np.abs(with_replacement / repeats - expected).max() < 5 * math.sqrt(expected.max() / repeats)
+    expected = log_expected_count(classes, num_classes, num_samples).exp().numpy()
+    np.testing.assert_allclose(expected.sum(), num_samples, rtol=1e-9)
+    # Fixing the number of draws is an approximation of stopping at S distinct ones: hence the margin.
+    assert np.abs(without / repeats - expected).max() < 0.03
+    assert abs(expected_num_tries(num_classes, num_samples) / np.mean(tries) - 1.0) < 0.02
+
+
+def test_expected_counts_at_the_limits() -> None:
+    classes = torch.arange(12)
+    assert expected_num_tries(12, 12) == math.inf
+    assert torch.equal(log_expected_count(classes, 12, 12), torch.zeros(12, dtype=torch.float64))
+    given = log_expected_count(classes, 12, 5, 9.0).exp()
+    torch.testing.assert_close(given, 1.0 - (1.0 - log_uniform_probability(classes, 12)) ** 9)
+    one = log_expected_count(torch.tensor([793_470]), 793_471, 8192, 1.0).exp()
+    torch.testing.assert_close(one, log_uniform_probability(torch.tensor([793_470]), 793_471), rtol=1e-12, atol=0.0)
