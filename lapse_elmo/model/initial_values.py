@@ -31,7 +31,7 @@ def initialize_lstm(lstm: nn.Module, scheme: str, generator: torch.Generator) ->
             cell_size = cell.cell_size
             bias: Tensor = cell.state_linearity.bias  # type: ignore[union-attr, assignment]
             bias.zero_()
-            bias[cell_size : 2 * cell_size] = 1.0  # type: ignore[misc, operator]
+            bias[cell_size : 2 * cell_size] = 1.0  # type: ignore[operator]
 
 
 def _glorot(cell: nn.Module, generator: torch.Generator) -> None:

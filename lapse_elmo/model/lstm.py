@@ -220,9 +220,8 @@ class _PackedLstm(torch.autograd.Function):
             if dropout_mask is not None:
                 now.mul_(dropout_mask[:size])
             before, before_cells = now, cells[rows]
-        ctx.save_for_backward(
-            inputs, input_weight, state_weight, projection, first_hidden, first_cells, dropout_mask, gates, cells, hidden
-        )
+        given = (inputs, input_weight, state_weight, projection, first_hidden, first_cells, dropout_mask)
+        ctx.save_for_backward(*given, gates, cells, hidden)
         ctx.packing, ctx.clips = packing, (cell_clip, projection_clip)
         last_cells = cells.index_select(0, packing.last)
         ctx.mark_non_differentiable(last_cells)
@@ -230,10 +229,9 @@ class _PackedLstm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (inputs, input_weight, state_weight, projection, first_hidden, first_cells, dropout_mask, gates, cells, hidden) = (
-            ctx.saved_tensors
-        )
+    def backward(ctx: Any, d_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, input_weight, state_weight, projection, first_hidden, first_cells, dropout_mask = ctx.saved_tensors[:7]
+        gates, cells, hidden = ctx.saved_tensors[7:]
         packing: Packing = ctx.packing
         cell_clip, projection_clip = ctx.clips
         passes = _passing(hidden, dropout_mask, projection_clip, packing)

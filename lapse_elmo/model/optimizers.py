@@ -21,7 +21,8 @@ def adagrad_delta(
 ) -> tuple[Tensor, Tensor]:
     """What Adagrad adds: ``-learning_rate * g / (sqrt(accumulator + g * g) + epsilon)``, and ``g * g``.
 
-    In this order of operations, which is torch.optim.Adagrad's for dense parameters.
+    These are torch.optim.Adagrad's steps; the sums that a server makes of them differ from its in the last bit, since
+    it adds without rounding the product first.
 
     :param gradient: any shape, repeats of a row summed.
     :param accumulator: sum of squares before this step, of the same shape; not changed.
@@ -45,6 +46,8 @@ def sgd_delta(gradient: Tensor, learning_rate: float, out: Tensor | None = None)
 class DenseOptimizer:
     """Adagrad, or plain gradient descent, over a list of dense parameters, in place.
 
+    Equal to torch.optim.Adagrad and torch.optim.SGD to the last bit.
+
     :param parameters: tensors to update, in an order that does not change; they are kept by reference.
     :param learning_rate: the step size.
     :param initial_accumulator: what Adagrad's accumulators start at; None means plain gradient descent, without any.
@@ -64,7 +67,6 @@ class DenseOptimizer:
         self.accumulators: list[Tensor] = []
         if initial_accumulator is not None:
             self.accumulators = [torch.full_like(p, initial_accumulator, requires_grad=False) for p in self.parameters]
-        self._uses_accumulators = initial_accumulator is not None
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -73,15 +75,15 @@ class DenseOptimizer:
         :param gradients: one for each parameter, of its shape.
         :param scale: for instance the factor of a global-norm clip.
         """
-        for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+        accumulators: Sequence[Tensor | None] = self.accumulators or [None] * len(self.parameters)
+        for parameter, gradient, accumulator in zip(self.parameters, gradients, accumulators, strict=True):
             scaled = gradient if scale == 1.0 else gradient * scale
-            if self._uses_accumulators:
-                accumulator = self.accumulators[index]
-                weight_delta, accumulator_delta = adagrad_delta(scaled, accumulator, self.learning_rate, self.epsilon)
-                accumulator.add_(accumulator_delta)
-            else:
-                weight_delta = sgd_delta(scaled, self.learning_rate)
-            parameter.add_(weight_delta)
+            if accumulator is None:
+                parameter.add_(scaled, alpha=-self.learning_rate)
+                continue
+            # torch.optim.Adagrad's own operations: they round once where a separate delta would round twice.
+            accumulator.addcmul_(scaled, scaled)
+            parameter.addcdiv_(scaled, accumulator.sqrt().add_(self.epsilon), value=-self.learning_rate)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """The accumulators, by reference, in the order of the parameters; an empty list for gradient descent."""

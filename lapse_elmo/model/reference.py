@@ -41,17 +41,17 @@ _PACKAGE_NAMES = {
 _DEFERRED = ("allennlp.common.util", "allennlp.common.file_utils")
 
 
-def elmo_lstm() -> type[torch.nn.Module]:
+def elmo_lstm() -> Any:
     """AllenNLP's ElmoLstm class. Its state passes from batch to batch until ``reset_states()``."""
     return modules("elmo_lstm").ElmoLstm
 
 
-def scalar_mix() -> type[torch.nn.Module]:
+def scalar_mix() -> Any:
     """AllenNLP's ScalarMix class."""
     return modules("scalar_mix").ScalarMix
 
 
-def sampled_softmax_loss() -> type[torch.nn.Module]:
+def sampled_softmax_loss() -> Any:
     """AllenNLP's SampledSoftmaxLoss class; it draws from the global NumPy generator unless given another choice."""
     return modules("sampled_softmax_loss").SampledSoftmaxLoss
 

@@ -125,7 +125,7 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
             gradient * upstream if needed else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)

@@ -120,7 +120,8 @@ def test_no_tokens(lstm: str) -> None:
 
 
 def test_scalar_mix_equals_allennlps() -> None:
-    ours, theirs = ScalarMix(3).double(), reference.scalar_mix()(3, initial_scalar_parameters=[0.5, -1.0, 2.0]).double()
+    ours: Any = ScalarMix(3).double()
+    theirs = reference.scalar_mix()(3, initial_scalar_parameters=[0.5, -1.0, 2.0]).double()
     with torch.no_grad():
         ours.scalars.copy_(torch.tensor([0.5, -1.0, 2.0]))
         for gamma in (ours.gamma, theirs.gamma):
@@ -130,7 +131,7 @@ def test_scalar_mix_equals_allennlps() -> None:
     for output in outputs:
         (output**2).sum().backward()
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    expected: Any = torch.cat([parameter.grad for parameter in theirs.scalar_parameters])
+    expected = torch.cat([parameter.grad for parameter in theirs.scalar_parameters])
     torch.testing.assert_close(ours.scalars.grad, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours.gamma.grad, theirs.gamma.grad, rtol=1e-10, atol=1e-12)
 
@@ -170,6 +171,6 @@ def check_values(scheme: str, name: str, value: Tensor) -> None:
     [("cell_size", 0), ("num_layers", 0), ("dropout", 1.0), ("recurrent_dropout", -0.1), ("cell_clip", -1.0),
      ("projection_clip", math.nan), ("context", "both"), ("lstm", "cudnn"), ("lstm_init", "zero")],
 )
-def test_refuses_bad_options(field: str, value: object) -> None:
+def test_refuses_bad_options(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         replace(SMALL, **{field: value})

@@ -14,7 +14,7 @@ from lapse_elmo.model.initial_values import initialize_lstm
 from lapse_elmo.model.lstm import FusedElmoLstm
 from lapse_elmo.model.packing import Packing
 
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 LONG = [1, 200, 2, 57, 3, 120, 17, 199, 31]
 
 
@@ -26,7 +26,7 @@ def pair(scale: float = 1.0, layers: int = 2, clip: float | None = 3.0, dropout:
          input_size: int = 5) -> tuple[FusedElmoLstm, Any]:
     """A fused and a reference LSTM of equal parameters, ``scale`` times the usual ones."""
     sizes = (input_size, 5, 7, layers)
-    options = {
+    options: dict[str, Any] = {
         "recurrent_dropout_probability": dropout,
         "memory_cell_clip_value": clip,
         "state_projection_clip_value": clip,
@@ -51,7 +51,7 @@ def gradients(lstm: nn.Module, inputs: Tensor, mask: Tensor, upstream: Tensor) -
     output = lstm(inputs, mask)
     output.backward(upstream)
     assert inputs.grad is not None
-    found = {name: parameter.grad.clone() for name, parameter in lstm.named_parameters()}
+    found = {name: parameter.grad.clone() for name, parameter in lstm.named_parameters() if parameter.grad is not None}
     return output.detach(), {**found, "inputs": inputs.grad}
 
 
@@ -62,7 +62,7 @@ def assert_equal_with_gradients(ours: nn.Module, theirs: nn.Module, inputs: Tens
     torch.testing.assert_close(output, expected, **TOLERANCE)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected_grads[name], **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(grad, expected_grads[name], **TOLERANCE, msg=lambda text: f"{name}: {text}")  # noqa: B023
     return output
 
 
@@ -163,7 +163,7 @@ class Recomputed(torch.autograd.Function):
         return torch.func.functional_call(ctx.lstm, named, (inputs, ctx.mask))
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         values = [value.detach().requires_grad_() for value in ctx.saved_tensors]
         with torch.enable_grad():
             output = Recomputed.run(ctx, values[0], values[1:])

@@ -15,9 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -62,6 +61,6 @@ def test_missing_allennlp_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "allennlp"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(reference.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="not installed.*requirements.txt.*fused") as caught:
+    with pytest.raises(ConfigError, match=r"not installed.*requirements.txt.*fused") as caught:
         reference.elmo_lstm()
     assert "\n" not in str(caught.value)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from lapse_elmo.model.softmax import (
     sampled_softmax_nll,
 )
 
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +33,8 @@ def indices(high: int, count: int, seed: int = 0) -> Tensor:
 
 
 def plain_nll(
-    context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor, log_expected: Tensor | None
+    context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor,
+    log_expected: Tensor | None,
 ) -> Tensor:
     """What sampled_softmax_nll computes, by autograd over the whole (N, S) matrix."""
     offset = bias if log_expected is None else bias - log_expected
@@ -52,7 +56,8 @@ def test_equals_plain_autograd(num_targets: int, repeats: bool, corrected: bool)
     target, sample = indices(25, num_targets), indices(25, 40) if repeats else torch.randperm(25)[:12]
     log_expected = random(25, seed=7) if corrected else None
     results = []
-    for nll in (lambda *a: sampled_softmax_nll(*a, chunk=8), plain_nll):
+    functions: list[Callable[..., Tensor]] = [partial(sampled_softmax_nll, chunk=8), plain_nll]
+    for nll in functions:
         values = leaves(num_targets, 25)
         loss = nll(*values, target, sample, log_expected)
         (3.0 * loss).backward()
@@ -68,7 +73,9 @@ def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
     theirs.choice_func = lambda *_: (samples, tries)
     target = indices(num_classes, 50)
     context, weight, bias = leaves(50, num_classes)
-    rows, biases = (theirs.softmax_w.weight, theirs.softmax_b.weight) if sparse else (theirs.softmax_w, theirs.softmax_b)
+    rows, biases = theirs.softmax_w, theirs.softmax_b
+    if sparse:
+        rows, biases = rows.weight, biases.weight
     with torch.no_grad():
         rows.copy_(weight)
         biases.copy_(bias.view_as(biases))
@@ -88,7 +95,7 @@ def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
     log_expected[target] = counts.double().log()
     log_expected[samples] = sample_counts.double().log()
     values = leaves(50, num_classes)
-    loss = sampled_softmax_nll(*values, target, torch.from_numpy(samples), log_expected)
+    loss = sampled_softmax_nll(values[0], values[1], values[2], target, torch.from_numpy(samples), log_expected)
     loss.backward()
     torch.testing.assert_close([loss.detach(), *(v.grad for v in values)], reached, rtol=2e-7, atol=2e-7)
 
@@ -109,7 +116,7 @@ def test_gradcheck() -> None:
     target, sample = indices(7, 5), torch.tensor([1, 3, 3, 6])
     log_expected = random(7)
     assert torch.autograd.gradcheck(
-        lambda *values: sampled_softmax_nll(*values, target, sample, log_expected, chunk=2), leaves(5, 7, 3)
+        lambda c, w, b: sampled_softmax_nll(c, w, b, target, sample, log_expected, chunk=2), leaves(5, 7, 3)
     )
 
 
@@ -132,7 +139,7 @@ def test_extreme_logits_stay_finite() -> None:
     context, weight, bias = (value.detach() * 1e3 for value in leaves(20, 25))
     arguments = (indices(25, 20), torch.arange(12), None)
     values = [value.float().requires_grad_() for value in (context, weight, bias)]
-    loss = sampled_softmax_nll(*values, *arguments)
+    loss = sampled_softmax_nll(values[0], values[1], values[2], *arguments)
     loss.backward()
     expected = plain_nll(context, weight, bias, *arguments)
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=0.0)
@@ -144,7 +151,8 @@ def test_full_softmax_equals_cross_entropy(chunk: int, class_chunk: int) -> None
     context, weight, bias = (value.detach() for value in leaves(30, 57))
     target = indices(57, 30)
     expected = torch.nn.functional.cross_entropy(context @ weight.t() + bias, target, reduction="sum")
-    torch.testing.assert_close(full_softmax_nll(context, weight, bias, target, chunk, class_chunk), expected, **TOLERANCE)
+    wide = full_softmax_nll(context, weight, bias, target, chunk, class_chunk)
+    torch.testing.assert_close(wide, expected, **TOLERANCE)
     narrow = full_softmax_nll(context.float(), weight.float(), bias.float(), target, chunk, class_chunk)
     assert narrow.dtype == torch.float64
     torch.testing.assert_close(narrow, expected, rtol=1e-6, atol=0.0)
