@@ -1,0 +1,1 @@
+"""The verbs of ``bin/preprocess``: from text to a vocabulary and shards."""
