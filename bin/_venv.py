@@ -15,6 +15,7 @@ python = root / ".venv" / "bin" / "python"
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("mpi4py") is None:
     if python.exists() and Path(sys.prefix).resolve() != (root / ".venv").resolve():
         os.execv(python, [str(python), *sys.argv])
-    sys.exit(f"{Path(sys.argv[0]).name}: error: torch and mpi4py are not installed for {sys.executable}: run 'make setup' first")
+    name = Path(sys.argv[0]).name
+    sys.exit(f"{name}: error: torch and mpi4py are not installed for {sys.executable}: run 'make setup' first")
 
 sys.path.insert(0, str(root))

@@ -51,7 +51,9 @@ class Batch:
         return int(self.mask.sum())
 
 
-def make_batch(tokens: np.ndarray, offsets: np.ndarray, sentences: np.ndarray, max_length: int, boundaries: bool) -> Batch:
+def make_batch(
+    tokens: np.ndarray, offsets: np.ndarray, sentences: np.ndarray, max_length: int, boundaries: bool
+) -> Batch:
     """The batch of the sentences ``tokens[offsets[i]:offsets[i + 1]]``.
 
     A direction predicts at each position but its last: with boundaries a sentence of n tokens has n + 1 targets a
@@ -103,7 +105,14 @@ class BatchStream:
     """
 
     def __init__(
-        self, shards: ShardSet, worker: int, num_workers: int, batch_size: int, seed: int, max_length: int, boundaries: bool
+        self,
+        shards: ShardSet,
+        worker: int,
+        num_workers: int,
+        batch_size: int,
+        seed: int,
+        max_length: int,
+        boundaries: bool,
     ) -> None:
         self.shards = shards
         self.worker = worker
@@ -119,19 +128,15 @@ class BatchStream:
         """The batches of an epoch from ``first_step`` on; a worker with fewer sentences ends with an empty batch."""
         pool_size = self.batch_size * POOL_BATCHES
         order = self._block_order(epoch)
-        step = first_step
-        while step < self.steps_per_epoch:
-            pool = step // POOL_BATCHES
+        for pool in range(first_step // POOL_BATCHES, -(-self.steps_per_epoch // POOL_BATCHES)):
             numbers = np.sort(order[pool * pool_size : (pool + 1) * pool_size])
             tokens, offsets = self.shards.read(numbers)
-            for members in self._pool_batches(epoch, pool, np.diff(offsets))[step % POOL_BATCHES :]:
-                yield self._batch(tokens, offsets, numbers, members)
-                step += 1
-            # Only in the last pool, of a part that is shorter than the largest one.
-            if (pool + 1) * POOL_BATCHES >= self.steps_per_epoch:
-                for step in range(step, self.steps_per_epoch):
-                    yield self._batch(tokens, offsets, numbers, np.empty(0, np.int64))
-                return
+            members = self._pool_batches(epoch, pool, np.diff(offsets))
+            first = pool * POOL_BATCHES
+            wanted = min(POOL_BATCHES, self.steps_per_epoch - first)
+            members += [np.empty(0, np.int64)] * (wanted - len(members))
+            for places in members[max(first_step - first, 0) :]:
+                yield self._batch(tokens, offsets, numbers, places)
 
     def _block_order(self, epoch: int) -> np.ndarray:
         """The part's sentence numbers, blocks shuffled."""

@@ -54,7 +54,12 @@ class Progress:
 
 
 def save(
-    run_dir: Path, parameters: Parameters, vocabulary: Vocabulary, progress: Progress, results: dict[str, Any], world: World
+    run_dir: Path,
+    parameters: Parameters,
+    vocabulary: Vocabulary,
+    progress: Progress,
+    results: dict[str, Any],
+    world: World,
 ) -> Path:
     """Collective: write a checkpoint of settled parameters into ``run_dir``; its folder.
 
@@ -70,7 +75,8 @@ def save(
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = error.strerror or str(error)
-            raise OutputError(f"cannot write checkpoint {final}: {reason}; free some room or choose another --run-dir") from None
+            message = f"cannot write checkpoint {final}: {reason}; free some room or choose another --run-dir"
+            raise OutputError(message) from None
 
     def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -211,8 +217,8 @@ def _write_dense(path: Path, parameters: Parameters) -> dict[str, Any]:
     with h5py.File(path, "w") as file:
         for name, tensor in parameters.model.named_parameters():
             file[f"parameters/{name}"] = tensor.detach().cpu().numpy()
-        for name, tensor in zip(names, parameters.dense_optimizer.accumulators, strict=False):
-            file[f"accumulators/{name}"] = tensor.cpu().numpy()
+        for name, accumulator in zip(names, parameters.dense_optimizer.accumulators, strict=False):
+            file[f"accumulators/{name}"] = accumulator.cpu().numpy()
     return _entry(path)
 
 
@@ -221,7 +227,7 @@ def _read_dense(path: Path, parameters: Parameters) -> None:
     accumulators = parameters.dense_optimizer.accumulators
     with h5py.File(path, "r") as file:
         for number, (name, tensor) in enumerate(parameters.model.named_parameters()):
-            tensor.copy_(torch.from_numpy(file[f"parameters/{name}"][:]))
+            tensor.data.copy_(torch.from_numpy(file[f"parameters/{name}"][:]))
             if accumulators:
                 accumulators[number].copy_(torch.from_numpy(file[f"accumulators/{name}"][:]))
 

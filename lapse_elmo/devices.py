@@ -31,7 +31,8 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
         for number in wanted:
             if number >= available:
                 raise ConfigError(
-                    f"GPU {number} is asked for but {world.host} has {available}: use --device cpu or other --device-ids"
+                    f"GPU {number} is asked for but {world.host} has {available}: give --device cpu or other "
+                    "--device-ids"
                 )
 
     world.together(check)

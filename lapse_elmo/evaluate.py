@@ -34,15 +34,20 @@ class Perplexity:
 
     @property
     def forward(self) -> float:
-        return math.exp(self.forward_nll / self.num_targets)
+        return _exp(self.forward_nll / self.num_targets)
 
     @property
     def backward(self) -> float:
-        return math.exp(self.backward_nll / self.num_targets)
+        return _exp(self.backward_nll / self.num_targets)
 
     @property
     def mean(self) -> float:
-        return math.exp((self.forward_nll + self.backward_nll) / (2 * self.num_targets))
+        return _exp((self.forward_nll + self.backward_nll) / (2 * self.num_targets))
+
+
+def _exp(loss: float) -> float:
+    """exp, infinite where it overflows: a model that has diverged has a perplexity too."""
+    return math.exp(loss) if not loss > 700 else math.inf
 
 
 @torch.no_grad()
@@ -94,7 +99,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     world = enter()
     path = world.agree(lambda: checkpoint.find(Path(options.model)))
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
-    config = checkpoint.config_of(manifest, path)
+    config = world.agree(lambda: checkpoint.config_of(manifest, path))
     device = choose_device(options.devices, world).device
     vocabulary = world.together(lambda: Vocabulary.load(options.vocab or checkpoint.vocabulary_path(path, config)))
     world.agree(lambda: checkpoint.require_vocabulary(manifest, vocabulary, path))

@@ -64,7 +64,12 @@ class TrainingStep:
     """
 
     def __init__(
-        self, config: Config, world: World, parameters: Parameters, device: torch.device, should_stop: Callable[[], bool]
+        self,
+        config: Config,
+        world: World,
+        parameters: Parameters,
+        device: torch.device,
+        should_stop: Callable[[], bool],
     ) -> None:
         self.config = config
         self.world = world
@@ -95,15 +100,15 @@ class TrainingStep:
         dense = [_gradient(p) for p in self._dense]
         timer.lap("compute")
         dense = self._reduce(dense, batch.num_targets)
-        sparse_square = float(embedding.square().sum(dtype=torch.float64) + softmax.square().sum(dtype=torch.float64))
+        square = _square(embedding, softmax, *dense)
         mine = np.array(
-            [nll, batch.num_targets, batch.num_tokens, batch.num_cut, sparse_square, self.should_stop()], np.float64
+            [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.should_stop()], np.float64
         )
         ranks = self.world.gather_numbers(mine)
-        # Every rank takes the same factor: dense gradients are equal on all of them, sparse ones count by their mean.
-        norm = math.sqrt(sum(float(g.square().sum(dtype=torch.float64)) for g in dense) + float(ranks[:, 4].mean()))
+        # The mean over the ranks, so that all of them take the same factor, and the same way here.
+        norm = math.sqrt(float(ranks[:, 4].mean()))
         if not (math.isfinite(norm) and np.isfinite(ranks).all()):
-            self._refuse(batch, step, mine)
+            self._refuse(batch, step, nll, (embedding, softmax))
         timer.lap("agree")
         self._push(pulled, embedding, softmax, dense, self._clip_factor(norm))
         self.parameters.server.advance_clock()
@@ -130,7 +135,7 @@ class TrainingStep:
         return _Pulled(embedding, softmax.pull(rows), rows, targets, samples)
 
     def _compute(self, batch: Batch, pulled: _Pulled, step: int) -> tuple[float, Tensor, Tensor]:
-        """(nll, gradient of the embedding rows, gradient of the softmax rows); dense gradients are left in ``.grad``."""
+        """(nll, gradient of the embedding rows, of the softmax rows); dense gradients are left in ``.grad``."""
         for parameter in self._dense:
             parameter.grad = None
         embedding = pulled.embedding.weights.to(self.device).contiguous().requires_grad_()
@@ -197,13 +202,16 @@ class TrainingStep:
         else:
             parameters.dense_optimizer.step(dense, scale)
 
-    def _refuse(self, batch: Batch, step: int, mine: np.ndarray) -> None:
+    def _refuse(self, batch: Batch, step: int, nll: float, sparse: tuple[Tensor, Tensor]) -> None:
         """Collective: end the run before anything is pushed, naming rank, step and sentences."""
 
         def check() -> None:
-            if not np.isfinite(mine).all():
-                what = "loss" if not math.isfinite(mine[0]) else "gradient norm"
-                shown = ", ".join(map(str, np.sort(batch.sentences)[:8])) + (", ..." if batch.sentences.size > 8 else "")
+            # The dense gradients as they were before the ranks' were summed: a sum does not say whose was not finite.
+            mine = _square(*sparse, *(_gradient(p) for p in self._dense))
+            if not (math.isfinite(nll) and math.isfinite(mine)):
+                what = "gradient norm" if math.isfinite(nll) else "loss"
+                shown = ", ".join(map(str, np.sort(batch.sentences)[:8]))
+                shown += ", ..." if batch.sentences.size > 8 else ""
                 raise TrainingError(
                     f"the {what} is not finite at step {step} (sentences {shown}); nothing was pushed; lower "
                     "--learning-rate, --loss-scale or --clip-norm"
@@ -233,6 +241,11 @@ def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: to
             backward.reshape(-1, size)[torch.from_numpy(batch.backward_places).to(device)],
         ]
     )
+
+
+def _square(*tensors: Tensor) -> float:
+    """Sum of all squares."""
+    return sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -117,8 +117,8 @@ def open_corpus(config: Config, world: World) -> Corpus:
     def check_defaults() -> None:
         if data.shards == DEFAULT_SHARDS and not Path(data.shards).exists():
             raise CorpusError(
-                f"there are no shards at {DEFAULT_SHARDS} yet: run 'make train' for a first corpus, or bin/preprocess vocab "
-                "and bin/preprocess shards on your text (README.md), or name others by --shards and --vocab"
+                f"there are no shards at {DEFAULT_SHARDS} yet: run 'make train' for a first corpus, or bin/preprocess "
+                "vocab and bin/preprocess shards on your text (README.md), or name others by --shards and --vocab"
             )
         if data.vocab == DEFAULT_VOCAB and data.shards != DEFAULT_SHARDS and not Path(data.vocab).exists():
             raise CorpusError(f"there is no vocabulary at {DEFAULT_VOCAB}: name that of {data.shards} by --vocab")
@@ -241,8 +241,8 @@ def announce_start(
     )
     if config.softmax.num_samples >= corpus.vocabulary.size:
         log.say(
-            f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: training "
-            "uses the full softmax"
+            f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "
+            "training uses the full softmax"
         )
 
 
@@ -251,8 +251,8 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     head = ("epoch", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
     rows = [
         (
-            str(r.epoch), f"{r.num_tokens:,}", f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}", f"{r.heldout.forward:.1f}",
-            f"{r.heldout.backward:.1f}", f"{r.heldout.mean:.1f}", f"{unigram:.1f}",
+            *(str(r.epoch), f"{r.num_tokens:,}", f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
+            *(f"{value:.1f}" for value in (r.heldout.forward, r.heldout.backward, r.heldout.mean, unigram)),
         )
         for r in results
     ]

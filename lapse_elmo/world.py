@@ -7,6 +7,7 @@ as there are more ranks than cores.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import socket
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class World:
     memory with it), numbered by first rank. ``local_rank``, ``local_size``: its place in the node. ``host``: name.
     """
 
-    def __init__(self, comm: MPI.Intracomm | None = None) -> None:
+    def __init__(self, comm: MPI.Comm | None = None) -> None:
         self.comm = comm
         self.host = socket.gethostname()
         self.rank, self.size = (comm.rank, comm.size) if comm is not None else (0, 1)
@@ -76,6 +77,7 @@ class World:
             from mpi4py import MPI
 
             node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+            assert isinstance(node_comm, MPI.Intracomm)
             self.node_comm = node_comm
             self.local_rank, self.local_size = node_comm.rank, node_comm.size
             self.oversubscribed = self.local_size > usable_cores()
@@ -112,7 +114,7 @@ class World:
         """Rank ``root``'s ``obj`` (anything that pickles) on every rank."""
         return obj if self.comm is None else self._bcast_on(self.comm, obj, root)
 
-    def _bcast_on(self, comm: MPI.Intracomm, obj: T, root: int) -> T:
+    def _bcast_on(self, comm: MPI.Comm, obj: T, root: int) -> T:
         data = bytearray(pickle.dumps(obj)) if comm.rank == root else bytearray()
         length = np.array([len(data)], np.int64)
         self.wait(comm.Ibcast(length, root))
@@ -133,7 +135,7 @@ class World:
         from mpi4py import MPI
 
         self.wait(self.comm.Iallgatherv(data, [buffer, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]))
-        return [pickle.loads(buffer[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [pickle.loads(buffer[a:b]) for a, b in itertools.pairwise(starts)]
 
     def gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Every rank's ``numbers`` (k,) as (size, k): one small message, for what is exchanged at each step."""
@@ -221,9 +223,9 @@ def enter() -> World:
     if size != expected and size == 1:
         library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
         raise _everywhere(LaunchError(
-            f"the launcher started {expected} processes but {library} sees a world of 1: launcher and MPI library are of "
-            "different families; use the mpirun of the library (.venv/bin/mpirun for the one that make setup installs; "
-            "with Slurm, srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
+            f"the launcher started {expected} processes but {library} sees a world of 1: launcher and MPI library are "
+            "of different families; use the library's mpirun (.venv/bin/mpirun for the one that make setup installs; with "
+            "Slurm, srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
         ))
     return World(MPI.COMM_WORLD)
 
@@ -253,7 +255,7 @@ def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[st
         if world is None or world.size == 1:
             raise
         world.abort(stop.code if isinstance(stop.code, int) and stop.code else 1)
-    except BaseException as error:  # noqa: BLE001 (whatever it is, the other ranks must not wait for this one)
+    except BaseException as error:  # whatever it is, the other ranks must not wait for this one
         _fail(world, prog, error)
 
 

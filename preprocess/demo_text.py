@@ -2,8 +2,8 @@
 
 Taken are the docstrings and longer comments of the standard library and of the installed packages (found in the source
 files, nothing is imported), their text files, the service descriptions that botocore brings where it is installed, and
-the language reference that :mod:`pydoc` shows. See :mod:`preprocess.prose` for how they become sentences. Sentences that
-differ only in names and numbers are taken once, in the order of a hash, so an installation always gives the same text.
+the language reference that :mod:`pydoc` shows. See :mod:`preprocess.prose` for how they become sentences. Sentences
+that differ only in names and numbers are taken once, in the order of a hash, so an installation always gives the same text.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _num_tokens(content: Sequence[str]) -> int:
 def _sources() -> str:
     """What the text was taken from: it stays under the licences of these packages."""
     names = {(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()}
-    lines = [f"{name} {version}" for name, version in sorted(names, key=lambda pair: (pair[0].lower(), pair[1])) if name]
+    lines = [f"{name} {version}" for name, version in sorted(names, key=lambda n: (n[0].lower(), n[1])) if name]
     head = "Sentences from the documentation in these packages, each under its own licence:"
     return "\n".join([head, f"Python {platform.python_version()}", *lines]) + "\n"
 

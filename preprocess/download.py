@@ -79,8 +79,8 @@ def _get(url: str, path: Path, options: DownloadOptions, sleep: Callable[[float]
             part.unlink()
             _validator(part).unlink(missing_ok=True)
             raise CorpusError(
-                f"what {url} sent has SHA-256 {digest}, expected {options.sha256.lower()}; it was removed: check --sha256 "
-                "and the URL"
+                f"what {url} sent has SHA-256 {digest}, expected {options.sha256.lower()}; it was removed: check "
+                "--sha256 and the URL"
             )
         os.replace(part, path)
         sync_directory(path.parent)
@@ -107,7 +107,7 @@ def _fetch_with_retries(url: str, path: Path, retries: int, sleep: Callable[[flo
                 raise CorpusError(f"cannot fetch {url}: {_reason(error)}, after {failures} tries{kept}") from None
             sleep(min(2.0 ** (failures - 1), _LONGEST_PAUSE_S))
         except requests.RequestException as error:
-            raise CorpusError(f"cannot fetch {url}: {_reason(error)}; check the URL or give a mirror with --url") from None
+            raise CorpusError(f"cannot fetch {url}: {_reason(error)}; check it or give a mirror with --url") from None
 
 
 def _fetch(url: str, part: Path) -> None:
@@ -168,7 +168,8 @@ def _store(answer: requests.Response, part: Path, have: int, total: int | None) 
 def _extract(archive: Path, output: Path) -> None:
     """Unpack a tar file beside itself, each of its top directories whole or not at all.
 
-    :raises CorpusError: if the archive is damaged or holds names that lead outside. :raises OutputError: if the disk is full.
+    :raises CorpusError: if the archive is damaged or holds names that lead outside.
+    :raises OutputError: if one of the directories exists, or the disk is full.
     """
     done = archive.with_name(archive.name + ".extracted")
     digest = _recorded(archive.with_name(archive.name + ".sha256"))
@@ -183,7 +184,7 @@ def _extract(archive: Path, output: Path) -> None:
             with tarfile.open(archive, "r:*") as tar:
                 tar.extractall(temporary, filter="data")
         except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise CorpusError(f"archive {archive} is damaged or unsafe ({error}); remove it and download it again") from None
+            raise CorpusError(f"archive {archive} is damaged or unsafe ({error}); remove it and fetch it again") from None
         names = sorted(os.listdir(temporary))
         for name in names:
             if os.path.lexists(output / name):
@@ -211,14 +212,9 @@ def _recorded(path: Path) -> str | None:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read)
-
-
-def _digest(read: Callable[[int], bytes]) -> str:
-    """Python 3.10 has no hashlib.file_digest."""
-    digest = hashlib.sha256()
-    while data := read(1 << 20):
-        digest.update(data)
+        digest = hashlib.sha256()
+        while data := file.read(1 << 20):
+            digest.update(data)
     return digest.hexdigest()
 
 

@@ -33,12 +33,14 @@ _MARKUP = (
 )
 
 _END = re.compile(r"(?<=[.!?])[\")]*\s+(?=[\"(]?[A-Z])")
-_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|al|Fig|Eq|Sec|Dr|Mr|Mrs|Prof|St|No|pp|approx|resp|Vol|[A-Z])\.)$")
-_SYMBOLS = re.compile(r"[{}\[\]|\\<>=_@#~^*$`+&\x00-\x1f]|::|//|\w\(|\.\.|\w\.\w*[a-z]\w*|\(\)|[a-z][A-Z]|\d[a-zA-Z]{2}")
+_ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|al|Fig|Eq|Sec|Dr|Mr|Mrs|Prof|St|No|pp|approx|resp|Vol|[A-Z])\.$")
+_SYMBOLS = re.compile(
+    r"[{}\[\]|\\<>=_@#~^*$`+&\x00-\x1f]|::|//|\w\(|\.\.|\w\.\w*[a-z]\w*|\(\)|[a-z][A-Z]|\d[a-zA-Z]{2}"
+)
 _FUNCTION_WORDS = frozenset(
-    "a an the this that these those it its is are was were be been has have had do does not no of to in on at by for from "
-    "with as into if when then than or and but so which who you your we our they their he she his her will would can could "
-    "may might must should there all any each some other such only more most also both between".split()
+    """a an the this that these those it its is are was were be been has have had do does not no of to in on at by for
+    from with as into if when then than or and but so which who you your we our they their he she his her will would can
+    could may might must should there all any each some other such only more most also both between""".split()
 )
 _TOKEN = re.compile(
     r"""[A-Za-z]+(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|--|\d+(?:[.,]\d+)+
@@ -51,9 +53,10 @@ _DOTTED = re.compile(r"^(?:e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|[A-Z])\.$")
 def sentences(document: str) -> Iterator[str]:
     """The sentences of a piece of documentation that read as English, tokenised, words separated by one space."""
     for paragraph in _paragraphs(document):
+        text = paragraph
         for pattern, replacement in _MARKUP:
-            paragraph = pattern.sub(replacement, paragraph)
-        for sentence in _split(" ".join(paragraph.split())):
+            text = pattern.sub(replacement, text)
+        for sentence in _split(" ".join(text.split())):
             if _reads_as_english(sentence):
                 tokens = tokenise(sentence)
                 if 4 <= len(tokens) <= 80:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def _plan(options: ShardsOptions) -> list[_Split]:
     both = {os.path.realpath(path) for path in train} & {os.path.realpath(path) for path in heldout}
     if both:
         raise ConfigError(
-            f"{sorted(both)[0]} is both training and held-out text; perplexity on it would mean nothing, so give other files"
+            f"{min(both)} is both training and held-out text; perplexity on it would mean nothing, so give other files"
         )
     return [
         _Split("train", train, cut_into_parts(train), options.num_shards),
@@ -84,10 +84,11 @@ def _make_split(split: _Split, options: ShardsOptions, vocabulary: Vocabulary, w
                 progress.update(num_bytes)
                 staging.check()
 
-            return {
-                n: encode_part(split.parts[n], vocabulary, split.num_shards, piece_paths(pieces_at, split.name, n), on_block)
-                for n in mine
-            }
+            pieces = {}
+            for n in mine:
+                paths = piece_paths(pieces_at, split.name, n)
+                pieces[n] = encode_part(split.parts[n], vocabulary, split.num_shards, paths, on_block)
+            return pieces
 
     by_number = {n: piece for encoded in staging.phase(encode) for n, piece in encoded.items()}
     pieces = [by_number[n] for n in range(len(split.parts))]
@@ -110,13 +111,18 @@ def _make_split(split: _Split, options: ShardsOptions, vocabulary: Vocabulary, w
             return headers
 
     headers = [header for some in staging.phase(assemble) for header in some]
-    staging.phase(lambda: [path.unlink() for n in mine for path in piece_paths(pieces_at, split.name, n)])
+    staging.phase(lambda: _remove([path for n in mine for path in piece_paths(pieces_at, split.name, n)]))
     tokens = sum(header.num_tokens for header in headers)
     unknown = sum(header.num_unknown for header in headers)
     return (
         f"{len(headers)} {split.name} shard{'s' if len(headers) > 1 else ''} with {starts[-1]:,} sentences, "
         f"{tokens:,} tokens ({unknown / tokens:.2%} unknown)"
     )
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink()
 
 
 def _check_text(split: _Split, pieces: Sequence[Piece]) -> None:
@@ -169,7 +175,11 @@ def _header(
 
 
 def _write_shard(
-    path: Path, header: Header, split: _Split, groups: zip, check: Callable[[], None]
+    path: Path,
+    header: Header,
+    split: _Split,
+    groups: Iterable[tuple[Piece, tuple[Path, Path], int]],
+    check: Callable[[], None],
 ) -> None:
     """Assemble one shard. Sources are kept as names without directories: where they lay says nothing to others."""
     writer = None

@@ -6,6 +6,7 @@ leaves it behind; rank 0 of the next run for the same output removes it, since i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import glob
 import os
@@ -33,7 +34,7 @@ class Staging:
     """The hidden directory, as a context manager. Every rank enters it, and calls :meth:`phase` and :meth:`publish`."""
 
     def __init__(self, world: World, output: str, overwrite: bool) -> None:
-        """:raises OutputError: on all ranks, if ``output`` exists and may not be replaced, or its place is not writable."""
+        """:raises OutputError: on all ranks, if ``output`` exists and may not be replaced or its place is read-only."""
         self._world = world
         self._lock: BinaryIO | None = None
         self.output = Path(os.path.realpath(output))
@@ -99,10 +100,8 @@ class Staging:
         return directory
 
     def _raise_flag(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # on a full disk the others notice at the end of the phase
             self._flag.touch()
-        except OSError:
-            pass  # a full disk; the others notice by themselves, or at the end of the phase
 
     def _publish(self, new: Path) -> None:
         refuse_existing(self._shown, self._overwrite)
@@ -130,8 +129,8 @@ def _check_replaceable(directory: Path, shown: str) -> None:
     others = sorted(name for name in os.listdir(directory) if not _OURS.fullmatch(name))
     if others:
         raise OutputError(
-            f"{shown} holds other files than those made here (such as {others[0]}), so --overwrite does not replace it; "
-            "give another --output"
+            f"{shown} holds other files than those made here (such as {others[0]}), so --overwrite does not replace "
+            "it; give another --output"
         )
 
 

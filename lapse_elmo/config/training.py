@@ -5,7 +5,7 @@ Defaults follow the sources named in the README; where they differ, benchmarks/l
 
 from __future__ import annotations
 
-import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,9 @@ class ModelConfig:
     context: str = option(
         "top", choices=("top", "mix"), help="what predicts: the top layer (ELMo) or a scalar mix of all (lapse-elmo)"
     )
-    lstm: str = option("fused", choices=("fused", "allennlp"), help="our packed LSTM or AllenNLP's ElmoLstm: same numbers")
+    lstm: str = option(
+        "fused", choices=("fused", "allennlp"), help="our packed LSTM or AllenNLP's ElmoLstm: the same numbers"
+    )
     lstm_init: str = option(
         "glorot", choices=("glorot", "orthogonal"), help="initial LSTM kernels: bilm-tf's or AllenNLP's"
     )
@@ -95,7 +97,8 @@ class SoftmaxConfig:
         "log-uniform", choices=("log-uniform", "uniform"), help="what the samples are drawn from"
     )
     sampling_scheme: str = option(
-        "preloc", choices=("naive", "preloc", "pool", "local"), help="how the server draws them (lapse_elmo/ps/sampling.py)"
+        "preloc", choices=("naive", "preloc", "pool", "local"),
+        help="when the server draws them, and how often it uses a draw (lapse_elmo/ps/sampling.py)",
     )
     num_tries: float = option(
         0.0, metavar="N", help="draws behind the samples' expected counts, without replacement (0: computed)"
@@ -171,7 +174,9 @@ class RunConfig:
     run_dir: str = option("", metavar="DIR", help="folder for config, metrics and models (default: runs/DATE-TIME)")
     overwrite: bool = option(False, help="replace a run that is already in --run-dir")
     report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
-    progress: str = option("auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing")
+    progress: str = option(
+        "auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing"
+    )
 
     def __post_init__(self) -> None:
         _positive(self, "report_every")
@@ -190,10 +195,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.optimizer.optimizer == "sgd" and self.training.dense == "ps":
-            return
         if self.softmax.distribution == "uniform" and self.softmax.num_tries:
-            raise ConfigError("--num-tries is for the log-uniform distribution; leave it out with --distribution uniform")
+            raise ConfigError("--num-tries is for the log-uniform distribution; leave one of the two out")
 
 
 def parse_train(argv: Sequence[str]) -> Config:
@@ -236,9 +239,8 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
 
 def from_tables(tables: dict) -> Config:
     """The Config saved as nested plain values (:func:`lapse_elmo.config.cli.as_tables`)."""
-    groups = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     made = {}
-    for name, group in groups.items():
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in tables.get(name, {}).items()}
-        made[name] = group(**values)  # type: ignore[call-arg, misc]
+    for name, group in typing.get_type_hints(Config).items():
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in tables.get(name, {}).items()}
+        made[name] = group(**values)
     return Config(**made)

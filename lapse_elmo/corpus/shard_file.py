@@ -7,8 +7,8 @@ Layout of a file::
     sources   bytes (num_sources,)        names of the text files of the whole set, UTF-8
     attributes: see Header, and format, version
 
-All data is chunked and checksummed (fletcher32). It is not compressed: that was measured, on 16 million tokens of English
-news (one busy core of a Zen 4 processor; read and write in million tokens/s; one sentence at random, in microseconds)::
+All data is chunked and checksummed (fletcher32). It is not compressed: that was measured, on 16 million tokens of
+English (one busy core of a Zen 4 processor; read and write in million tokens/s; a sentence at random in microseconds)::
 
                         bytes/token   write   read   sentence
     fletcher32 alone, 16,384    4.0     121    181         52    <- chosen
@@ -22,6 +22,7 @@ A billion words are 4 GB, little beside the model that they train, and a sentenc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -111,10 +112,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Let go of the file after an error, whatever state it is in."""
-        try:
+        with contextlib.suppress(*_H5_ERRORS):
             self._file.close()
-        except _H5_ERRORS:
-            pass
 
 
 class _Appender:
@@ -211,7 +210,10 @@ class ShardFile:
         return [name.decode("utf-8", "replace") for name in self._slice("sources", 0, None)]
 
     def verify(self) -> None:
-        """Read everything: every checksum, every offset, every id, the counts. :raises CorpusError: if it is damaged."""
+        """Read everything: every checksum, every offset, every id, the counts.
+
+        :raises CorpusError: if anything is damaged.
+        """
         self.sources()
         num_unknown = 0
         for start in range(0, self.header.num_tokens, 64 * CHUNK):
@@ -257,7 +259,7 @@ class ShardFile:
         if isinstance(reason, OSError) and "signature not found" in str(reason):
             return CorpusError(f"{self.path} is not an HDF5 file; expected a shard made by bin/preprocess shards")
         text = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-        return CorpusError(f"shard {self.path} is damaged ({text}); copy it again or remake it with bin/preprocess shards")
+        return CorpusError(f"shard {self.path} is damaged ({text}); copy it again or make the shards again")
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -270,7 +272,7 @@ def _header(file: h5py.File, path: str) -> Header:
     """Read and check the header of an open file; h5py's errors are the caller's."""
     remake = "make the shards again with bin/preprocess shards"
     if _plain(file.attrs.get("format")) != FORMAT:
-        raise CorpusError(f"{path} is an HDF5 file but no shard of lapse-elmo; expected one made by bin/preprocess shards")
+        raise CorpusError(f"{path} is HDF5 but no shard of lapse-elmo; expected one made by bin/preprocess shards")
     version = _plain(file.attrs.get("version"))
     if version != VERSION:
         raise CorpusError(f"shard {path} has format version {version}, this program reads version {VERSION}; {remake}")
@@ -278,7 +280,7 @@ def _header(file: h5py.File, path: str) -> Header:
     for field in dataclasses.fields(Header):
         value = _plain(file.attrs[field.name])
         wanted = {"int": int, "str": str}[str(field.type)]
-        if type(value) is not wanted or (wanted is int and value < 0):
+        if type(value) is not wanted or (isinstance(value, int) and value < 0):
             raise ValueError(f"attribute {field.name} is {value!r}")
         values[field.name] = value
     header = Header(**values)

@@ -55,7 +55,7 @@ class ShardSet:
     def open(
         cls, paths: PathLike | Sequence[PathLike], split: str = "train", vocabulary: Vocabulary | None = None
     ) -> ShardSet:
-        """The set that ``paths`` hold: a directory (its shards of ``split``), a glob pattern, files, or several of these.
+        """The set that ``paths`` hold: a directory (its shards of ``split``), a pattern, files, or several of these.
 
         :raises CorpusError: if there is no shard of ``split``, one is missing, double, damaged, of another set, split,
             format or version, the set has no sentence, or its vocabulary is not ``vocabulary`` (where given).
@@ -86,7 +86,8 @@ class ShardSet:
         """
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices):
-            assert 0 <= indices[0] and indices[-1] < self.num_sentences, "sentence number out of range"
+            assert indices.min() >= 0, "negative sentence number"
+            assert indices.max() < self.num_sentences, "sentence number out of range"
             assert (np.diff(indices) >= 0).all(), "sentence numbers must ascend"
         cuts = np.searchsorted(indices, self._starts)
         tokens, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
@@ -145,7 +146,8 @@ def find_shards(arguments: Sequence[PathLike], split: str | None = None) -> list
     pattern = f"{split or '*'}-*-of-*.h5"
     kind = f"{split} shards" if split else "shards"
     found: dict[str, str] = {}
-    for argument in map(os.fspath, arguments):
+    for path in arguments:
+        argument = os.fspath(path)
         if os.path.isdir(argument):
             names = glob.glob(os.path.join(glob.escape(argument), pattern))
         elif os.path.lexists(argument):
@@ -178,7 +180,7 @@ def _check_set(files: Sequence[ShardFile]) -> None:
     for file in files:
         if file.header.shard_index in by_index:
             raise CorpusError(
-                f"{by_index[file.header.shard_index]} and {file.path} are both shard {file.header.shard_index}; remove one"
+                f"{by_index[file.header.shard_index]} and {file.path} are the same shard; remove one"
             )
         by_index[file.header.shard_index] = file.path
     missing = [index for index in range(first.header.num_shards) if index not in by_index]

@@ -1,7 +1,7 @@
 """Plain or gzip text, one sentence a line: finding the files, cutting them into parts, reading blocks of whole lines.
 
-A line ends at ``\\n`` (a ``\\r`` before it is white space); words are what :meth:`str.split` finds, so every Unicode white
-space separates them, as in bilm-tf. A line without words is no sentence. A byte order mark at the start is skipped.
+A line ends at ``\\n`` (a ``\\r`` before it is white space); words are what :meth:`str.split` finds, so every Unicode
+white space separates them, as in bilm-tf. A line without words is no sentence. A byte order mark at the start is skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, cast
 
 from lapse_elmo.errors import CorpusError
@@ -89,7 +88,7 @@ def _files_in(directory: str) -> list[str]:
 def _check_readable(path: str) -> None:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise CorpusError(f"text {path} is not a regular file (it is read more than once); write it to a file first")
+            raise CorpusError(f"text {path} is not a regular file, which is read more than once; copy it to one")
         with open(path, "rb") as file:
             if not file.read(1):
                 raise CorpusError(f"text {path} is empty; expected one sentence a line")
@@ -143,7 +142,7 @@ def read_blocks(part: Part) -> Iterator[Block]:
                         raise _too_long(part)
                 yield from _blocks(file, file, part)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"gzip text {part.path} is damaged or cut short ({error}); fetch or compress it again") from None
+        raise CorpusError(f"gzip text {part.path} is damaged or cut short ({error}); fetch it again") from None
     except OSError as error:
         raise CorpusError(f"cannot read text {part.path}: {error.strerror or error}") from None
 

@@ -88,7 +88,9 @@ class RunLog:
             kind = "bar" if stderr_is_terminal() else "lines"
         self._lines = kind == "lines"
         if kind == "bar":
-            self._bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05, file=sys.stderr)
+            self._bar = tqdm(
+                total=num_steps, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05, file=sys.stderr
+            )
 
     def step(self, step: int, meter: Meter) -> None:
         """After every step; ``meter`` holds the steps since the last report."""
@@ -146,10 +148,8 @@ def table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(c.rjust(w) if c[:1].isdigit() else c.ljust(w) for c, w in cells).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

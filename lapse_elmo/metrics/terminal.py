@@ -6,7 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-_LAUNCHERS = ("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "prterun", "orterun", "orted", "prted", "srun", "slurmstepd")
+_LAUNCHERS = (
+    *("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy"),
+    *("prterun", "orterun", "orted", "prted", "srun", "slurmstepd"),
+)
 _STDERR = 2
 
 

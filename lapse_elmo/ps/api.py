@@ -88,7 +88,7 @@ class ParameterServer(ABC):
 
     @abstractmethod
     def pull_sample(self, handle: int, keys_out: np.ndarray, out: Array | None) -> None:
-        """Fill ``keys_out`` (count,) int64 with the sample's keys and, where given, ``out`` (count, width) with its rows.
+        """Fill ``keys_out`` (count,) int64 with a sample's keys and, where given, ``out`` (count, width) with its rows.
 
         A handle serves once. Leaving ``out`` away is for callers that pull the rows together with others.
         """

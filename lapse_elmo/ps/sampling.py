@@ -89,7 +89,7 @@ def _expected_tries(distribution: Distribution, count: int) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The samples of one worker. A sample is a function of its number, so a resumed run draws what it would have drawn."""
+    """The samples of one worker, each a function of its number: a resumed run draws what it would have drawn."""
 
     distribution: Distribution
     scheme: str

@@ -2,8 +2,8 @@
 
 Rows lie in one MPI shared-memory window and are read and added to in place. Exactness comes from locks over intervals
 of keys: a call sorts its keys, and each run of ``_RUN`` of them is handled under a lock of the byte interval
-[first key, last key] of an unlinked file (open-file-description locks of Linux: the kernel finds the overlaps, a waiting
-rank sleeps, and the locks of a rank that dies are released). Pulls share a lock, so no pull sees half a row.
+[first key, last key] of an unlinked file (open-file-description locks of Linux: the kernel finds the overlaps, a
+waiting rank sleeps, and the locks of a rank that dies are released). Pulls share a lock, so no pull sees half a row.
 """
 
 from __future__ import annotations
@@ -240,4 +240,4 @@ def _allocate(world: World, num_bytes: int) -> tuple[Any, np.ndarray]:
     window = MPI.Win.Allocate_shared(num_bytes if world.local_rank == 0 else 0, 1, comm=world.node_comm)
     window.Lock_all()  # the epoch in which Sync, a memory barrier, is allowed
     buffer, _ = window.Shared_query(0)
-    return window, np.frombuffer(buffer, np.uint8)
+    return window, np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload]
