@@ -72,9 +72,8 @@ def save(
     def guarded(write: Any) -> Any:
         try:
             return write()
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = error.strerror or str(error)
+        except (OSError, RuntimeError) as error:  # HDF5 has both for a disk that refuses
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             message = f"cannot write checkpoint {final}: {reason}; free some room or choose another --run-dir"
             raise OutputError(message) from None
 
@@ -100,9 +99,14 @@ def save(
         partial.rename(final)
         _flush_folder(final.parent)
 
-    world.agree(lambda: guarded(prepare))
-    parts = world.allgather(world.together(lambda: guarded(write_files)))
-    world.agree(lambda: guarded(lambda: finish({name: entry for part in parts for name, entry in part.items()})))
+    try:
+        world.agree(lambda: guarded(prepare))
+        parts = world.allgather(world.together(lambda: guarded(write_files)))
+        world.agree(lambda: guarded(lambda: finish({name: entry for part in parts for name, entry in part.items()})))
+    except OutputError:
+        if world.rank == 0:  # and on all ranks: none of them writes any more
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
@@ -128,8 +132,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path / MANIFEST}: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST} is not a {FORMAT}")
-    if manifest["version"] != VERSION:
-        raise CheckpointError(f"{path} has format version {manifest['version']}, this program reads {VERSION}")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path} has format version {manifest.get('version')}, this program reads {VERSION}")
+    missing = [key for key in ("files", "config", "vocabulary_sha256", "num_classes") if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it has no {missing[0]!r}; use another checkpoint")
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from lapse_elmo import checkpoint
 from lapse_elmo.batches import evaluation_batches
 from lapse_elmo.config.training import DataConfig, parse_evaluate
+from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import END, UNKNOWN, Vocabulary
 from lapse_elmo.devices import choose_device
@@ -97,6 +99,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     """``bin/evaluate``: perplexity of a saved model on any shards."""
     options = parse_evaluate(argv)
     world = enter()
+    if options.output:
+        world.agree(lambda: refuse_existing(options.output, options.overwrite))
     path = world.agree(lambda: checkpoint.find(Path(options.model)))
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
     config = world.agree(lambda: checkpoint.config_of(manifest, path))
@@ -111,6 +115,14 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         result = evaluate(parameters, shards, config.data, options.batch_size, world, device)
         seconds = time.perf_counter() - start
         parameters.server.close()
+    if options.output:
+        values = {
+            "model": str(path), "shards": folder, "split": options.split, "num_sentences": shards.num_sentences,
+            "num_targets": result.num_targets, "forward_perplexity": result.forward,
+            "backward_perplexity": result.backward, "mean_perplexity": result.mean,
+        }
+        data = json.dumps(values, indent=1).encode() + b"\n"
+        world.agree(lambda: write_whole(options.output, data, options.overwrite))
     if world.rank == 0:
         print(
             f"model        {path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections import deque
@@ -20,9 +21,9 @@ from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, pa
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.devices import Device, choose_device
-from lapse_elmo.errors import ConfigError, CorpusError, OutputError
+from lapse_elmo.errors import ConfigError, CorpusError, OutputError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
-from lapse_elmo.metrics.run_log import METRICS, Meter, RunLog, table
+from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import AnnouncedBatch, TrainingStep
@@ -56,9 +57,9 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     config = name_run(config, world)
     corpus = open_corpus(config, world)
     run_dir = Path(config.run.run_dir)
-    world.agree(lambda: prepare_run_dir(run_dir, config))
     device = choose_device(config.devices, world)
     parameters = Parameters(config, corpus.vocabulary.size, world, device.device)
+    world.agree(lambda: prepare_run_dir(run_dir, config))  # the first to write, once nothing else can be refused
     parameters.initialise()
     results = train(config, world, corpus, parameters, device, run_dir)
     unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
@@ -133,6 +134,10 @@ def open_corpus(config: Config, world: World) -> Corpus:
         )
         error.everywhere = True
         raise error
+    if not data.boundaries and (data.max_length == 1 or heldout.num_tokens == heldout.num_sentences):
+        error = ConfigError("the held-out sentences have no targets: single tokens need --boundaries")
+        error.everywhere = True
+        raise error
     return Corpus(vocabulary, train_set, heldout)
 
 
@@ -149,18 +154,22 @@ def prepare_run_dir(run_dir: Path, config: Config) -> None:
 
     :raises OutputError: if there is a run already and it may not be overwritten, or the folder cannot be written.
     """
-    if (run_dir / METRICS).exists() and not config.run.overwrite:
+    checkpoints = run_dir / checkpoint.FOLDER
+    holds_run = (run_dir / METRICS).exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    if holds_run and not config.run.overwrite:
         raise OutputError(f"{run_dir} holds a run already: choose another --run-dir, or give --overwrite to replace it")
     try:
-        for folder in ("tensorboard", checkpoint.FOLDER):
+        vocabulary = Path(config.data.vocab).read_bytes()  # perhaps that of the run which is replaced
+        for folder in (EVENTS, checkpoint.FOLDER):
             if (run_dir / folder).exists():
                 shutil.rmtree(run_dir / folder)
-        (run_dir / checkpoint.FOLDER).mkdir(parents=True)
+        (run_dir / METRICS).unlink(missing_ok=True)
+        checkpoints.mkdir(parents=True)
         (run_dir / "config.toml").write_text(tomli_w.dumps(as_tables(config)), encoding="utf-8")
         (run_dir / "versions.toml").write_text(tomli_w.dumps(versions()), encoding="utf-8")
-        shutil.copyfile(config.data.vocab, run_dir / "vocab.txt")
+        (run_dir / "vocab.txt").write_bytes(vocabulary)
     except OSError as error:
-        raise OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}") from None
+        raise OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}; choose another") from None
 
 
 def batch_stream(config: Config, world: World, shards: ShardSet) -> BatchStream:
@@ -203,6 +212,13 @@ def finish_epoch(
     start = time.perf_counter()
     heldout = evaluate(parameters, corpus.heldout, config.data, config.training.batch_size, world, device.device)
     epoch = -(-step // stream.steps_per_epoch)
+    if not math.isfinite(heldout.mean):
+        error = TrainingError(
+            f"held-out perplexity is not finite at step {step}; this model is not saved; lower --learning-rate, "
+            "--loss-scale or --clip-norm"
+        )
+        error.everywhere = True
+        raise error
     log.write(
         "epoch", step,
         {

@@ -216,6 +216,8 @@ class EvaluateConfig:
     shards: str = option("", metavar="DIR", help="shards to evaluate on (default: the run's held-out shards)")
     split: str = option("heldout", choices=("heldout", "train"), help="which shards of the folder")
     vocab: str = option("", metavar="FILE", help="vocabulary (default: the run's)")
+    output: str = option("", metavar="FILE", help="write the result there too, as JSON")
+    overwrite: bool = option(False, help="replace --output if it exists")
     batch_size: int = option(64, metavar="B", help="sentences at once and rank")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
     device_ids: tuple[int, ...] = option((), metavar="ID", help="GPUs to share among a node's ranks (default: all)")

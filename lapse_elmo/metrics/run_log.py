@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
+from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step import StepResult
 
@@ -119,8 +120,11 @@ class RunLog:
         if not self.active:
             return
         record = {"kind": kind, "step": step, "time_s": time.time(), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise write_failed(self._file.name, error) from None
         for name, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
