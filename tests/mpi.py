@@ -1,0 +1,171 @@
+"""Real MPI jobs for tests: started by the environment's mpirun, with a hard time limit, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
+_LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_")
+_MARK = "LAPSE_ELMO_TEST_JOB"
+_GRACE_S = 3.0  # for the processes of a job that has ended, before they count as left behind
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has ended. ``survivors``: processes that outlived it and had to be killed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+    survivors: tuple[int, ...] = ()
+
+    @property
+    def output(self) -> str:
+        """Both streams, for the message of an assertion."""
+        return f"status {self.returncode} after {self.seconds:.1f} s\n{_shown(self.stdout, self.stderr)}"
+
+
+class RunningJob:
+    """A job under way; a context that leaves no process behind.
+
+    :ivar pid: of the launcher.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
+        self.command = list(command)
+        self._stdout = tempfile.TemporaryFile()  # noqa: SIM115 (files, not pipes: nobody needs to drain them)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self._mark = uuid.uuid4().hex
+        self._start = time.monotonic()
+        self._process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=self._stdout, stderr=self._stderr, cwd=cwd,
+            env={**env, _MARK: self._mark}, start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    def rank_pids(self) -> list[int]:
+        """Processes of the job that run Python: the ranks."""
+        return [pid for pid in _processes(self._mark) if _executable(pid) == os.path.realpath(sys.executable)]
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def text(self) -> tuple[str, str]:
+        """What was written so far, (stdout, stderr)."""
+        texts = []
+        for file in (self._stdout, self._stderr):
+            size = os.fstat(file.fileno()).st_size
+            texts.append(os.pread(file.fileno(), size, 0).decode(errors="replace"))
+        return texts[0], texts[1]
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the job."""
+        for pid in _processes(self._mark):
+            _kill(pid)
+
+    def wait(self, timeout: float) -> Job:
+        """The job's end.
+
+        :raises TimeoutError: with all output, if it has not ended by itself in ``timeout`` seconds; it is killed then.
+        """
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            stdout, stderr = self.text()
+            self.close()
+            command = " ".join(self.command)
+            raise TimeoutError(f"{command}\nran past {timeout} s\n{_shown(stdout, stderr)}") from None
+        seconds = time.monotonic() - self._start
+        survivors = _end(self._mark)
+        return Job(status, *self.text(), seconds, survivors)
+
+    def close(self) -> None:
+        self.kill()
+        self._process.wait()
+        _end(self._mark)
+
+    def __enter__(self) -> RunningJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start(
+    num_ranks: int, arguments: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *,
+    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool = True,
+) -> RunningJob:
+    """Start ``mpirun -n num_ranks python arguments...``.
+
+    :param arguments: a program of ours with its arguments (``["bin/train", "--epochs", "1"]``), a path alone, or what
+        else Python takes (``["-c", "..."]``, ``["-m", "module"]``).
+    :param env: beside this process's environment, which loses what a launcher or pytest put there.
+    :param launcher: false starts Python alone, without mpirun.
+    """
+    words = [arguments] if isinstance(arguments, str | os.PathLike) else list(arguments)
+    prefix = [str(MPIRUN), "-n", str(num_ranks)] if launcher else []
+    clean = {k: v for k, v in os.environ.items() if not k.startswith((*_LAUNCHER_PREFIXES, "PYTEST_"))}
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    return RunningJob([*prefix, sys.executable, *[os.fspath(word) for word in words]], clean, cwd)
+
+
+def mpirun(
+    num_ranks: int, arguments: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *, timeout: float = 60,
+    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool = True,
+) -> Job:
+    """Run a job as :func:`start` does, to its end.
+
+    :raises TimeoutError: with all output, if it takes longer than ``timeout`` seconds; all its processes are killed.
+    """
+    with start(num_ranks, arguments, env=env, cwd=cwd, launcher=launcher) as job:
+        return job.wait(timeout)
+
+
+def _shown(stdout: str, stderr: str) -> str:
+    return f"--- stdout\n{stdout}\n--- stderr\n{stderr}"
+
+
+def _processes(mark: str) -> list[int]:
+    """Living processes of the job. Launchers give each rank a session of its own, so the environment has to tell."""
+    entry = f"{_MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if entry in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+    return found
+
+
+def _end(mark: str) -> tuple[int, ...]:
+    """Give what is left of a job a moment to end, then kill it; what had to be killed."""
+    deadline = time.monotonic() + _GRACE_S
+    while (left := _processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in left:
+        _kill(pid)
+    return tuple(left)
+
+
+def _executable(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
