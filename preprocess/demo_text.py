@@ -3,7 +3,7 @@
 Taken are the docstrings and longer comments of the standard library and of the installed packages (found in the source
 files, nothing is imported), their text files, the service descriptions that botocore brings where it is installed, and
 the language reference that :mod:`pydoc` shows. See :mod:`preprocess.prose` for how they become sentences. Sentences
-that differ only in names and numbers are taken once, in the order of a hash, so an installation always gives the same text.
+that differ only in names and numbers are taken once, in the order of a hash, so an installation gives the same text.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _extract(archive: Path, output: Path) -> None:
             with tarfile.open(archive, "r:*") as tar:
                 tar.extractall(temporary, filter="data")
         except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise CorpusError(f"archive {archive} is damaged or unsafe ({error}); remove it and fetch it again") from None
+            raise CorpusError(f"archive {archive} is damaged or unsafe ({error}); remove and fetch it again") from None
         names = sorted(os.listdir(temporary))
         for name in names:
             if os.path.lexists(output / name):

@@ -37,11 +37,12 @@ _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|al|Fig|Eq|Sec|Dr|Mr|Mrs|Pr
 _SYMBOLS = re.compile(
     r"[{}\[\]|\\<>=_@#~^*$`+&\x00-\x1f]|::|//|\w\(|\.\.|\w\.\w*[a-z]\w*|\(\)|[a-z][A-Z]|\d[a-zA-Z]{2}"
 )
-_FUNCTION_WORDS = frozenset(
-    """a an the this that these those it its is are was were be been has have had do does not no of to in on at by for
-    from with as into if when then than or and but so which who you your we our they their he she his her will would can
-    could may might must should there all any each some other such only more most also both between""".split()
-)
+_FUNCTION_WORD_LIST = """
+a an the this that these those it its is are was were be been has have had do does not no of to in on at by for from with
+as into if when then than or and but so which who you your we our they their he she his her will would can could may
+might must should there all any each some other such only more most also both between
+"""
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORD_LIST.split())
 _TOKEN = re.compile(
     r"""[A-Za-z]+(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|--|\d+(?:[.,]\d+)+
         |[^\W_]+(?:[-/.][^\W_]+|'(?!(?:s|re|ve|ll|d|m)\b)[^\W_]+)*(?:\.(?=\s\S))?|\S""",

@@ -93,7 +93,7 @@ def _choose(counts: Counter[str], options: VocabOptions) -> Vocabulary:
     if not words:
         best = max((count for word, count in counts.items() if word not in SPECIAL), default=0)
         raise CorpusError(
-            f"no word occurs {options.threshold} times (the most frequent one {best}); lower --threshold, give more text"
+            f"no word occurs {options.threshold} times (the most frequent one {best}); lower --threshold"
         )
     words.sort(key=lambda word: (-counts[word], word))
     return Vocabulary.from_words(words[: options.max_size])

@@ -1,7 +1,7 @@
 """Plain or gzip text, one sentence a line: finding the files, cutting them into parts, reading blocks of whole lines.
 
 A line ends at ``\\n`` (a ``\\r`` before it is white space); words are what :meth:`str.split` finds, so every Unicode
-white space separates them, as in bilm-tf. A line without words is no sentence. A byte order mark at the start is skipped.
+white space separates them, as in bilm-tf. A line without words is no sentence. A byte order mark in front is skipped.
 """
 
 from __future__ import annotations

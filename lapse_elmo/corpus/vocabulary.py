@@ -1,11 +1,11 @@
 """The vocabulary: a UTF-8 file with one word a line, most frequent first, and the ids that follow from it.
 
 Ids are 0 padding, 1 ``<S>``, 2 ``</S>``, 3 ``<UNK>``, then the words in file order; the softmax class of an id is
-id - 1. The three special tokens are recognised on any line, or may be missing. :meth:`Vocabulary.from_words` puts them first,
-where bilm-tf and AllenNLP want them.
+id - 1. The three special tokens are recognised on any line, or may be missing. :meth:`Vocabulary.from_words` puts them
+first, where bilm-tf and AllenNLP want them.
 
 In running text ``<UNK>`` is an unknown word like any other. So are ``<S>`` and ``</S>``: sentence boundaries come
-from the lines of a text (the model adds their ids), and one inside a sentence would teach it that sentences end anywhere.
+from the lines of a text (the model adds their ids), and one inside a sentence would teach it wrong ends.
 
 A vocabulary of 793,471 lines loads in about half a second (``benchmarks/preprocess.py``).
 """
