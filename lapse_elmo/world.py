@@ -254,6 +254,8 @@ def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[st
     except SystemExit as stop:
         if world is None or world.size == 1:
             raise
+        why = stop.code if isinstance(stop.code, str) else f"sys.exit({stop.code})"
+        print(f"{prog}: [{world}] left the job: {why}", file=sys.stderr, flush=True)
         world.abort(stop.code if isinstance(stop.code, int) and stop.code else 1)
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
         _fail(world, prog, error)

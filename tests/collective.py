@@ -1,0 +1,54 @@
+"""Checks that all ranks of one job run together, each reported by name: starting a job for every check would be slow.
+
+A program calls :func:`run` with its checks; the test module starts it once (:func:`report_of`) and asserts on each name.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lapse_elmo.world import World
+from tests.mpi import mpirun
+
+
+def run(checks: Mapping[str, Callable[[], None]], world: World, folder: Path) -> None:
+    """Call every check on this rank, writing down how each ended before the next one starts."""
+    with open(folder / f"{world.rank}.jsonl", "w", encoding="utf-8") as file:
+        for name, check in checks.items():
+            error = None
+            try:
+                check()
+            except Exception:  # (whatever a check raises is its result)
+                error = traceback.format_exc()
+            file.write(json.dumps([name, error]) + "\n")
+            file.flush()
+            world.barrier()
+
+
+def report_of(program: Path, arguments: Sequence[str], num_ranks: int, folder: Path, timeout: float) -> dict[str, str]:
+    """What went wrong, by check and rank, in a job of ``program *arguments FOLDER``.
+
+    A check that ended well on every rank maps to ""; one that not all ranks came through to the job's output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        output = mpirun(num_ranks, [program, *arguments, folder], timeout=timeout).output
+    except TimeoutError as error:
+        output = str(error)
+    ended: dict[str, dict[int, str | None]] = {}
+    for rank in range(num_ranks):
+        path = folder / f"{rank}.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            name, error_text = json.loads(line)
+            ended.setdefault(name, {})[rank] = error_text
+    report = {}
+    for name, by_rank in ended.items():
+        failed = [f"on rank {rank}:\n{text}" for rank, text in by_rank.items() if text]
+        if len(by_rank) < num_ranks:
+            failed.append(f"only ranks {sorted(by_rank)} of {num_ranks} came through; the job: {output}")
+        report[name] = "\n".join(failed)
+    report[""] = output
+    return report

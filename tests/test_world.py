@@ -1,0 +1,163 @@
+"""The MPI world: collective calls in worlds of 1 to 4, and an end for every job, whatever happens on whichever rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from lapse_elmo import world as world_module
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.world import launch, launcher_rank_and_size, solo, usable_cores
+from tests import collective, world_program
+from tests.mpi import mpirun
+
+PROGRAM = Path(world_program.__file__)
+SIZES = (1, 2, 3, 4)
+END_S = 20  # far above the start of a job on a busy machine, far below the minute that the other ranks wait for
+STATUS = {"exception": 1, "user-error": 2, "exit-0": 1, "exit-text": 1, "thread": 1, "interrupt": 130}
+CAUSE = {
+    "exception": "RuntimeError: this breaks", "user-error": "error: this file is bad", "exit-0": "sys.exit(0)",
+    "exit-text": "parting words", "thread": "RuntimeError: thread breaks", "interrupt": "",
+}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return collective.report_of(PROGRAM, ["checks"], request.param, tmp_path_factory.mktemp("world"), timeout=60)
+
+
+@pytest.mark.parametrize("name", world_program.names())
+def test_collective(report: dict[str, str], name: str) -> None:
+    assert report.get(name, report[""]) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "rank"), [(kind, 2, rank) for kind in STATUS for rank in range(2)] + [("exception", 4, 3)]
+)
+def test_failure_of_one_rank_ends_the_job(kind: str, size: int, rank: int) -> None:
+    job = mpirun(size, [PROGRAM, "fail", kind, str(rank)], timeout=END_S)
+    assert job.returncode == STATUS[kind], job.output
+    assert job.survivors == ()
+    assert f"rank {rank}" in job.stderr, job.output
+    assert CAUSE[kind] in job.stderr, job.output
+    assert ("Traceback" in job.stderr) == (kind in ("exception", "thread")), job.output
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_killed_rank_ends_the_job(rank: int) -> None:
+    """Nobody is left to name it: the launcher tells of the signal."""
+    job = mpirun(2, [PROGRAM, "fail", "kill", str(rank)], timeout=END_S)
+    assert job.returncode not in (0, 2), job.output
+    assert job.survivors == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "line"), [("before", "unknown option '--what'"), ("agreed", "the shards are gone")]
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_mistake_that_all_ranks_see_is_printed_once(command: str, line: str, size: int) -> None:
+    job = mpirun(size, [PROGRAM, command], timeout=END_S)
+    assert job.returncode == 2, job.output
+    assert job.stderr.count(line) == 1, job.output
+    assert f"bin/test: error: {line}" in job.stderr, job.output
+    assert "rank" not in job.stderr, job.output
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_launcher_of_another_mpi_family(rank: int) -> None:
+    """Four processes that each see a world of one must not train four models over each other."""
+    env = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": str(rank)}
+    job = mpirun(1, [PROGRAM, "hello"], env=env, launcher=False, timeout=END_S)
+    assert job.returncode == 2, job.output
+    assert ("launcher started 4 processes" in job.stderr) == (rank == 0), job.output
+    assert "says" not in job.stdout
+
+
+def test_without_launcher() -> None:
+    job = mpirun(1, [PROGRAM, "hello"], launcher=False, timeout=END_S)
+    assert job.returncode == 0, job.output
+    assert job.stdout.startswith("rank 0/1 ")
+
+
+def test_no_usable_mpi_library() -> None:
+    job = mpirun(1, [PROGRAM, "hello"], launcher=False, timeout=END_S, env={"MPI4PY_LIBMPI": "/no/such/libmpi.so"})
+    assert job.returncode == 2, job.output
+    assert "no MPI library can be loaded" in job.stderr, job.output
+    assert "Traceback" not in job.stderr
+
+
+def test_exit_status_of_a_single_process_is_its_own() -> None:
+    def leave(argv: list[str], _: object) -> None:
+        sys.exit(int(argv[0]))
+
+    for status in (0, 3):
+        with pytest.raises(SystemExit) as stop:
+            launch(leave, [str(status)], prog="bin/test")
+        assert stop.value.code == status
+
+
+def test_user_error_without_a_world(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("--x is 0, expected a number above 0")
+
+    with pytest.raises(SystemExit) as stop:
+        launch(refuse, [], prog="bin/test")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "bin/test: error: --x is 0, expected a number above 0\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"PMI_RANK": "3", "PMI_SIZE": "8"}, (3, 8)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+        ({"PMIX_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6"}, (5, 6)),
+        ({"SLURM_PROCID": "0"}, (0, 1)),  # a batch script that starts Python itself
+    ],
+)
+def test_what_launchers_tell(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: tuple[int, int]
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("PMI", "OMPI", "SLURM")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launcher_rank_and_size() == expected
+
+
+def test_usable_cores_follow_the_affinity() -> None:
+    one = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, [{one}]); from lapse_elmo.world import usable_cores; print(usable_cores())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "1"
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("6400000 100000", 64), ("9900000 100000", 64)],
+)
+def test_usable_cores_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(world_module, "open", lambda *_, **__: StringIO(quota), raising=False)
+    assert usable_cores() == cores
+
+
+def test_usable_cores_without_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(world_module, "open", missing, raising=False)
+    assert usable_cores() == len(os.sched_getaffinity(0))
+
+
+def test_solo_needs_no_mpi() -> None:
+    code = "import sys; from lapse_elmo.world import solo; solo().barrier(); print('mpi4py' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+    assert solo().allgather("x") == ["x"]
