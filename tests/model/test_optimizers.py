@@ -32,6 +32,7 @@ def test_dense_equals_torch_exactly(initial: float, dtype: torch.dtype) -> None:
             assert torch.equal(optimizer.accumulators[index], expected.state[value]["sum"])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_rows_equal_torch_with_sparse_gradients() -> None:
     table, accumulator = random(20, 6), torch.ones(20, 6)
     theirs = torch.nn.Parameter(table.clone())
