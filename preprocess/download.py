@@ -153,6 +153,8 @@ def _store(answer: requests.Response, part: Path, have: int, total: int | None) 
         ) as progress,
     ):
         file.seek(have)
+        # urllib3's own length check would throw away what came before the end; ours below keeps it.
+        answer.raw.enforce_content_length = False
         for data in answer.iter_content(_READ_BYTES):
             file.write(data)
             progress.update(len(data))

@@ -35,12 +35,12 @@ _MARKUP = (
 _END = re.compile(r"(?<=[.!?])[\")]*\s+(?=[\"(]?[A-Z])")
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|al|Fig|Eq|Sec|Dr|Mr|Mrs|Prof|St|No|pp|approx|resp|Vol|[A-Z])\.$")
 _SYMBOLS = re.compile(
-    r"[{}\[\]|\\<>=_@#~^*$`+&\x00-\x1f]|::|//|\w\(|\.\.|\w\.\w*[a-z]\w*|\(\)|[a-z][A-Z]|\d[a-zA-Z]{2}"
+    r"[{}\[\]|\\<>=_@#~^*$`+&\x00-\x1f]|::|//|\w\(|\.\.|(?!(?:e\.g|i\.e)\b)\w\.\w*[a-z]\w*|\(\)|[a-z][A-Z]|\d[a-zA-Z]{2}"
 )
 _FUNCTION_WORD_LIST = """
-a an the this that these those it its is are was were be been has have had do does not no of to in on at by for from with
-as into if when then than or and but so which who you your we our they their he she his her will would can could may
-might must should there all any each some other such only more most also both between
+a an the this that these those it its is are was were be been has have had do does not no of to in on at by for from
+with as into if when then than or and but so which who you your we our they their he she his her will would can could
+may might must should there all any each some other such only more most also both between
 """
 _FUNCTION_WORDS = frozenset(_FUNCTION_WORD_LIST.split())
 _TOKEN = re.compile(

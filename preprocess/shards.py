@@ -190,8 +190,6 @@ def _write_shard(
                 writer.append(tokens, lengths)
             check()
         writer.close()
-    except RuntimeError as error:  # HDF5's way to say that the disk refused, beside OSError
-        raise OSError(str(error).splitlines()[0]) from None
     finally:
         if writer is not None:
             writer.abandon()

@@ -15,7 +15,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def write_failed(path: str | os.PathLike[str], error: OSError) -> OutputError:
     """The OutputError that says why ``path`` could not be written."""
     reason = error.strerror or str(error)
-    full = error.errno in _FULL or "No space left" in reason  # HDF5's errors do not always carry the number
+    full = error.errno in _FULL
     advice = "free some space or write to another disk" if full else "check the path and its permissions"
     return OutputError(f"cannot write {os.fspath(path)}: {reason}; {advice}")
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,10 +75,11 @@ class ShardWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header, sources: Sequence[str]) -> None:
-        """:raises OSError, RuntimeError: what HDF5 reports, here as in the other methods."""
+        """:raises OSError: if the file cannot be written, here as in the other methods."""
         self.path = os.fspath(path)
         self._header = header
-        self._file = h5py.File(self.path, "w", track_order=False)
+        self._sink = _Sink(self.path)
+        self._file = h5py.File(self._sink, "w", track_order=False)
         self._tokens = _Appender(self._file, "tokens", header.num_tokens, np.int32)
         self._offsets = _Appender(self._file, "offsets", header.num_sentences + 1, np.int64)
         self._offsets.append(np.zeros(1, np.int64))
@@ -91,6 +93,7 @@ class ShardWriter:
         self._offsets.append(self._tokens.count + np.cumsum(lengths, dtype=np.int64))
         self._tokens.append(tokens)
         self._num_unknown += int((tokens == 3).sum())
+        self._sink.check()
 
     def close(self) -> None:
         """Write what is buffered and the attributes, and flush the file to the disk."""
@@ -104,16 +107,52 @@ class ShardWriter:
         for name, value in dataclasses.asdict(self._header).items():
             self._file.attrs[name] = value
         self._file.close()
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        self._sink.finish()
 
     def abandon(self) -> None:
         """Let go of the file after an error, whatever state it is in."""
         with contextlib.suppress(*_H5_ERRORS):
             self._file.close()
+        self._sink.close()
+
+
+class _Sink(io.FileIO):
+    """A file for HDF5 that keeps the first error for later instead of raising it.
+
+    HDF5 crashes the process at its exit if a file cannot be written while it is closed, on a full disk for instance.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "w+")
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        while self._error is None and written < len(view):
+            try:
+                written += super().write(view[written:]) or 0
+            except OSError as error:
+                self._error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return size or 0
+
+    def check(self) -> None:
+        """:raises OSError: the first one that was kept."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Flush the file to the disk and close it. :raises OSError: the first one that was kept, or that comes now."""
+        self.check()
+        os.fsync(self.fileno())
+        self.close()
 
 
 class _Appender:
@@ -186,7 +225,7 @@ class ShardFile:
         first, last = int(run[0]), int(run[-1])
         offsets = self.offsets(first, last + 2)
         tokens = self.tokens(int(offsets[0]), int(offsets[-1]))
-        if len(run) == last + 1 - first:
+        if (np.diff(run) == 1).all():
             return tokens, np.diff(offsets)
         starts, lengths = offsets[run - first], np.diff(offsets)[run - first]
         return tokens[ranges(starts - offsets[0], lengths)], lengths

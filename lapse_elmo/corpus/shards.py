@@ -61,7 +61,8 @@ class ShardSet:
             format or version, the set has no sentence, or its vocabulary is not ``vocabulary`` (where given).
         """
         assert split in SPLITS, split
-        files = [ShardFile(path) for path in find_shards([paths] if isinstance(paths, (str, os.PathLike)) else paths, split)]
+        arguments = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        files = [ShardFile(path) for path in find_shards(arguments, split)]
         for file in files:
             if file.header.split != split:
                 raise CorpusError(f"shard {file.path} is {file.header.split} text; expected shards of {split} text")

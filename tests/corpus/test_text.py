@@ -1,0 +1,110 @@
+"""Finding, cutting and reading text files."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lapse_elmo.corpus import text
+from lapse_elmo.corpus.text import cut_into_parts, find_texts, read_blocks, share
+from lapse_elmo.errors import CorpusError
+
+
+def lines_of(path: Path) -> list[str]:
+    blocks = [block.text for part in cut_into_parts([str(path)]) for block in read_blocks(part)]
+    return "".join(blocks).split("\n")
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=12), max_size=30),
+       st.integers(1, 40), st.integers(1, 60), st.booleans())
+def test_every_line_once_however_it_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], block: int, part: int, zipped: bool
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "t"
+    data = "\n".join(["first", *lines]).encode()
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", block)
+        patch.setattr(text, "PART_BYTES", part)
+        assert lines_of(path) == data.decode().split("\n")
+
+
+def test_arguments_are_files_patterns_and_directories(tmp_path: Path) -> None:
+    for name in ("b", "a", ".hidden"):
+        (tmp_path / name).write_text("x\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c").write_text("x\n")
+    a, b, c = (str(tmp_path / name) for name in ("a", "b", "sub/c"))
+    assert find_texts([str(tmp_path)]) == [a, b]
+    assert find_texts([f"{tmp_path}/[ab]", a]) == [a, b]
+    assert find_texts([b, f"{tmp_path}/*"]) == [b, a, c]
+    (tmp_path / "odd[1]").write_text("x\n")
+    assert find_texts([str(tmp_path / "odd[1]")]) == [str(tmp_path / "odd[1]")]
+
+
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {
+        "missing": "does not exist", "*.txt": "no file matches", "empty": "is empty", "none": "has no files",
+        "broken": "cannot read text", "pipe": "not a regular file",
+    }.items():
+        with pytest.raises(CorpusError, match=message) as caught:
+            find_texts([str(tmp_path / name)])
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x\n")
+    (tmp_path / "secret").chmod(0)
+    with pytest.raises(CorpusError, match="Permission denied"):
+        find_texts([str(tmp_path / "secret")])
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_bad_utf8_names_file_and_line(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t"
+    for bad in range(1, 40):
+        data = b"".join(b"line \xff\n" if n == bad else b"line\n" for n in range(1, 41))
+        path.write_bytes(gzip.compress(data) if zipped else data)
+        monkeypatch.setattr(text, "BLOCK_BYTES", 16)
+        monkeypatch.setattr(text, "PART_BYTES", 33)
+        with pytest.raises(CorpusError, match=rf"t, line {bad}: byte 0xff"):
+            lines_of(path)
+
+
+def test_damaged_gzip_and_endless_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gzip.compress(os.urandom(5000).hex().encode() + b"\n")
+    for damaged in (data[:-100], data[:100] + b"\0\0\0\0" + data[104:], data[:12]):
+        (tmp_path / "t.gz").write_bytes(damaged)
+        with pytest.raises(CorpusError, match=r"t\.gz is damaged"):
+            lines_of(tmp_path / "t.gz")
+    monkeypatch.setattr(text, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 10)
+    for part in (1000, 30):
+        monkeypatch.setattr(text, "PART_BYTES", part)
+        (tmp_path / "long").write_bytes(b"a" * 500)
+        with pytest.raises(CorpusError, match="has a line of more than"):
+            lines_of(tmp_path / "long")
+
+
+def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(b"\xef\xbb\xbfa b\n")
+    assert lines_of(tmp_path / "t") == ["a b", ""]
+
+
+def test_every_part_has_one_rank(tmp_path: Path) -> None:
+    for n in range(7):
+        (tmp_path / f"t{n}").write_bytes(b"x\n" * (n + 1))
+    parts = cut_into_parts(find_texts([str(tmp_path)]))
+    for size in (1, 2, 3, 20):
+        assert sorted(n for mine in share(parts, size) for n in mine) == list(range(7))

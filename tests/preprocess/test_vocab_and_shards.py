@@ -1,0 +1,254 @@
+"""``vocab`` and ``shards``: the same bytes however they are run, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lapse_elmo.corpus import shard_file, text
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.errors import ConfigError, CorpusError, OutputError, UserError
+from preprocess import pieces
+from tests.mpi import ROOT, Job
+from tests.preprocess.texts import sentences, shards, tree, vocab, write
+
+PROGRAM = str(ROOT / "bin" / "preprocess")
+REAL = ROOT.parent / "shared" / "corpus" / "one-billion-word-sample"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[list[Path], Path]:
+    """Three training files (one gzip, one with blank lines) and a held-out file."""
+    train = [
+        write(tmp_path / "a.txt", sentences(50)),
+        write(tmp_path / "b.gz", sentences(31, 50)),
+        write(tmp_path / "c.txt", ["", *sentences(20, 81), "   ", "a last one"]),
+    ]
+    return train, write(tmp_path / "heldout.txt", sentences(9, 200))
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_vocabulary_order_threshold_and_size(tmp_path: Path) -> None:
+    train = write(tmp_path / "t", ["b b b a a a", "é é z z <UNK> <S> <S> <S>", "once"])
+    assert list(Vocabulary.load(vocab([train], tmp_path / "v1", 2)).words) == ["a", "b", "z", "é"]
+    assert list(Vocabulary.load(vocab([train], tmp_path / "v2", 1, max_size=3)).words) == ["a", "b", "z"]
+    with pytest.raises(CorpusError, match=r"no word occurs 9 times \(the most frequent one 3\)"):
+        vocab([train], tmp_path / "v3", 9)
+    assert not (tmp_path / "v3").exists()
+
+
+def test_vocabulary_of_any_order_and_compression(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
+    train, _ = corpus
+    plain = write(tmp_path / "b.txt", sentences(31, 50))
+    first = vocab(train, tmp_path / "v1").read_bytes()
+    assert vocab([train[2], plain, train[0]], tmp_path / "v2").read_bytes() == first
+
+
+def test_every_sentence_once_in_its_shard(
+    corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, heldout = corpus
+    monkeypatch.setattr(text, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(text, "PART_BYTES", 333)
+    monkeypatch.setattr(shard_file, "CHUNK", 64)
+    vocabulary = Vocabulary.load(vocab(train, tmp_path / "v", 3))
+    directory = shards(train, [heldout], tmp_path / "v", tmp_path / "out", num_shards=7)
+    lines = [*sentences(101), "a last one"]
+    expected = [vocabulary.encode(line.split()) for shard in range(7) for line in lines[shard::7]]
+    with ShardSet.open(directory, vocabulary=vocabulary) as read:
+        tokens, offsets = read.read(np.arange(read.num_sentences))
+        assert [part.tolist() for part in np.split(tokens, offsets[1:-1])] == expected
+        assert read.num_unknown == sum(sentence.count(3) for sentence in expected) > 0
+    with ShardSet.open(directory, "heldout", vocabulary) as read:
+        assert read.num_sentences == 9
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_same_bytes_on_any_number_of_ranks(
+    corpus: tuple[list[Path], Path], tmp_path: Path, mpirun: Callable[..., Job], size: int
+) -> None:
+    train, heldout = corpus
+    vocab(train, tmp_path / "v", 2)
+    shards(train, [heldout], tmp_path / "v", tmp_path / "out", num_shards=4)
+    job = mpirun(size, [PROGRAM, "vocab", *train, "--threshold", "2", "--output", tmp_path / "v2"])
+    assert job.returncode == 0, job.output
+    job = mpirun(size, [PROGRAM, "shards", *train, "--heldout", heldout, "--vocab", tmp_path / "v2",
+                        "--num-shards", "4", "--output", tmp_path / "out2"])
+    assert job.returncode == 0, job.output
+    assert (tmp_path / "v2").read_bytes() == (tmp_path / "v").read_bytes()
+    assert tree(tmp_path / "out2") == tree(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_error_on_one_rank_ends_all_and_leaves_nothing(
+    corpus: tuple[list[Path], Path], tmp_path: Path, mpirun: Callable[..., Job]
+) -> None:
+    train, heldout = corpus
+    vocab(train, tmp_path / "v")
+    (tmp_path / "bad.txt").write_bytes(b"good\nb\xe9d\n")
+    job = mpirun(3, [PROGRAM, "shards", *train, tmp_path / "bad.txt", "--heldout", heldout, "--vocab", tmp_path / "v",
+                     "--num-shards", "2", "--output", tmp_path / "out"])
+    assert job.returncode == 2, job.output
+    assert job.stderr.count("bad.txt, line 2: byte 0xe9") == 1
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_mistakes_are_one_line(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
+    (train, *_), heldout = corpus
+    v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
+    blank = write(tmp_path / "blank", ["", " "])
+    for texts, held, vocabulary, options, error, message in (
+        ([train], [train], v, {}, ConfigError, "both training and held-out"),
+        ([train], [heldout], v, {"num_shards": 51}, ConfigError, "50 sentences of train text cannot fill 51"),
+        ([train], [heldout], v, {"num_heldout_shards": 10}, ConfigError, "--num-heldout-shards 9"),
+        ([train], [heldout], tmp_path / "none", {}, CorpusError, "cannot read vocabulary"),
+        ([train, blank], [heldout], v, {}, CorpusError, "blank has no words"),
+        ([train], [tmp_path / "x*"], v, {}, CorpusError, "no file matches"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            shards(texts, held, vocabulary, out, **{"num_shards": 2, **options})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CorpusError, match="blank has no words"):
+        vocab([train, blank], tmp_path / "v2")
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_outputs_are_replaced_only_when_asked(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
+    (train, *_), heldout = corpus
+    v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
+    out.mkdir()
+    shards([train], [heldout], v, out, num_shards=2)
+    before = tree(out)
+    with pytest.raises(OutputError, match="out exists already"):
+        shards([train], [heldout], v, out, num_shards=3)
+    with pytest.raises(OutputError, match="v exists already"):
+        vocab([train], v)
+    with pytest.raises(UserError):
+        shards([train], [train], v, out, num_shards=3, overwrite=True)
+    assert tree(out) == before
+    shards([train], [heldout], v, out, num_shards=3, overwrite=True)
+    assert len(tree(out)) == 4
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match=r"other files.*mine\.txt"):
+        shards([train], [heldout], v, out, num_shards=2, overwrite=True)
+    assert len(tree(out)) == 5
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next(
+    corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (train, *_), heldout = corpus
+    v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from preprocess import shards, cli; "
+        "from lapse_elmo.world import solo; "
+        "shards.read_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL); cli.main(sys.argv[2:], solo)"
+    )
+    arguments = ["shards", train, "--heldout", heldout, "--vocab", v, "--output", out, "--num-shards", "2"]
+    ended = subprocess.run([sys.executable, "-c", script, ROOT, *map(str, arguments)], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
+    shards([train], [heldout], v, out, num_shards=2)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk(corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (train, *_), heldout = corpus
+    v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place, name in ((pieces, "_counts"), (shard_file.ShardWriter, "append")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            with pytest.raises(OutputError, match=r"cannot write .*out: No space left on device; free some space"):
+                shards([train], [heldout], v, out, num_shards=2)
+        assert not out.exists()
+        assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("limit", [1000, 30_000, 100_000])
+def test_a_file_size_limit(tmp_path: Path, limit: int) -> None:
+    """A real refusal by the system, in the pieces (1,000 bytes) and in HDF5 (the others)."""
+    train, heldout = write(tmp_path / "t", sentences(2000)), write(tmp_path / "h", sentences(5))
+    v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
+
+    script = (  # alone, since MPI needs larger files itself
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); limit = int(sys.argv[2]); "
+        "from lapse_elmo.world import launch, solo; from preprocess.cli import main; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
+        "launch(lambda argv, _: main(argv, solo), sys.argv[3:], 'bin/preprocess')"
+    )
+    arguments = ["shards", train, "--heldout", heldout, "--vocab", v, "--output", out, "--num-shards", 2]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *map(str, [ROOT, limit, *arguments])], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "File too large; free some space" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_command_line(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
+    (train, *_), heldout = corpus
+    assert run("--help").returncode == 0
+    assert run("shards", "--help").returncode == 0
+    for arguments, message in (
+        (["vocabs"], "did you mean 'vocab'"), (["vocab", train, "--treshold", 3], "did you mean '--threshold'"),
+        (["vocab", train, "--threshold", 0], "--threshold should be at least 1"), (["vocab"], "required"),
+    ):
+        ended = run(*arguments)
+        assert ended.returncode == 2
+        assert message in ended.stderr
+        assert ended.stderr.count("\n") == 1
+    ended = run("vocab", tmp_path / "*.txt", "--output", tmp_path / "deep" / "v")
+    assert ended.returncode == 0
+    assert ended.stdout.count("\n") == 1
+    ended = run("shards", train, "--heldout", heldout, "--vocab", tmp_path / "deep" / "v", "--output", tmp_path / "s",
+                "--num-shards", 3)
+    assert ended.returncode == 0
+    shown = run("inspect", tmp_path / "s", "--vocab", tmp_path / "deep" / "v", "--sentences", 2)
+    assert shown.returncode == 0
+    assert shown.stdout.count("verified") == 4
+    assert sentences(1)[0] in shown.stdout
+    path = next((tmp_path / "s").glob("train-00001*"))
+    data = bytearray(path.read_bytes())
+    data[data.index(np.array([4], np.int32).tobytes() * 1, 4000)] ^= 0xFF
+    path.write_bytes(data)
+    ended = run("inspect", path)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the sample of the benchmark is not here")
+def test_the_benchmark_sample(tmp_path: Path) -> None:
+    train = REAL / "training-monolingual.tokenized.shuffled"
+    heldout = REAL / "heldout-monolingual.tokenized.shuffled"
+    vocabulary = Vocabulary.load(vocab([train], tmp_path / "v", 3))
+    assert vocabulary.size == 9358
+    directory = shards([train], [heldout], tmp_path / "v", tmp_path / "out", num_shards=5)
+    counts: Counter[str] = Counter(word for path in train.iterdir() for word in path.read_text().split())
+    with ShardSet.open(directory, vocabulary=vocabulary) as read:
+        assert (read.num_sentences, read.num_tokens) == (11_716, counts.total())
+        assert read.num_unknown == sum(count for count in counts.values() if count < 3)
+    assert ShardSet.open(directory, "heldout").num_tokens == 12_240
