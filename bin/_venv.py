@@ -19,3 +19,7 @@ if importlib.util.find_spec("torch") is None or importlib.util.find_spec("mpi4py
     sys.exit(f"{name}: error: torch and mpi4py are not installed for {sys.executable}: run 'make setup' first")
 
 sys.path.insert(0, str(root))
+
+# Read when OpenMP is loaded, with torch. Its threads spin while they wait by default, which on cores shared with other
+# ranks or programs made a step up to ten times slower (benchmarks/README.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

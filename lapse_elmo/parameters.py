@@ -71,15 +71,15 @@ class Parameters:
     def initialise(self) -> None:
         """Collective: initial values, which depend on the seed alone and not on the world.
 
-        Embedding Glorot uniform, softmax normal with deviation 1/sqrt(D), as bilm-tf. The softmax bias starts at the
-        log-uniform law's log probabilities, so that the first predictions are near word frequencies.
+        The embedding is N(0, 1) (lapse-elmo, torch.nn.Embedding; with bilm-tf's Glorot bound, which shrinks with the
+        vocabulary, it learns far slower), the softmax normal with deviation 1/sqrt(D) (bilm-tf). The softmax bias starts
+        at the log-uniform law's log probabilities, so that the first predictions are near word frequencies.
         """
         seed, size, rows = self.config.training.seed, self.config.model.projection_size, self.num_classes
-        bound = math.sqrt(6.0 / (rows + size))
 
         def embedding(first: int, end: int) -> torch.Tensor:
             generator = torch_stream(seed, "initial embedding", first)
-            return torch.empty(end - first, size).uniform_(-bound, bound, generator=generator)
+            return torch.randn(end - first, size, generator=generator)
 
         log_probabilities = torch.from_numpy(Distribution("log-uniform", rows).probabilities).log().float()
 
