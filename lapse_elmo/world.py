@@ -224,8 +224,8 @@ def enter() -> World:
         library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
         raise _everywhere(LaunchError(
             f"the launcher started {expected} processes but {library} sees a world of 1: launcher and MPI library are "
-            "of different families; use the library's mpirun (.venv/bin/mpirun for the one that make setup installs; with "
-            "Slurm, srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
+            "of different families; use the library's mpirun (.venv/bin/mpirun for the one that make setup installs; "
+            "with Slurm, srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
         ))
     return World(MPI.COMM_WORLD)
 

@@ -1,6 +1,6 @@
 """Checks that all ranks of one job run together, each reported by name: starting a job for every check would be slow.
 
-A program calls :func:`run` with its checks; the test module starts it once (:func:`report_of`) and asserts on each name.
+A program calls :func:`run` with its checks; the test module starts it once (:func:`report_of`) and asserts on each.
 """
 
 from __future__ import annotations

@@ -112,9 +112,9 @@ class ParameterServer(ABC):
     def checked_keys(self, keys: Array) -> tuple[np.ndarray, Segment | None]:
         """``keys`` as a NumPy array, and the segment that they all belong to (None if there are none)."""
         self.require_open()
-        keys = _numpy("keys", keys)
-        if keys.dtype != np.int64 or keys.ndim != 1:
-            raise ServerError(f"keys should be int64 of one dimension, not {keys.dtype} of shape {keys.shape}")
+        keys = _numpy("keys", keys, np.int64)
+        if keys.ndim != 1:
+            raise ServerError(f"keys should be int64 of one dimension, not of shape {keys.shape}")
         if not keys.size:
             return keys, None
         first, last = int(keys.min()), int(keys.max())
@@ -126,21 +126,36 @@ class ParameterServer(ABC):
             raise ServerError(f"keys: {first} and {last} belong to different segments; a call takes keys of one")
         return keys, segment
 
-    def checked(self, name: str, keys: Array, values: Array) -> tuple[np.ndarray, torch.Tensor, Segment | None]:
-        """``keys``, ``values`` as a CPU tensor, and their segment; ServerError unless they fit each other."""
+    def checked(
+        self, name: str, keys: Array, values: Array, *, writes: bool = False
+    ) -> tuple[np.ndarray, torch.Tensor, Segment | None]:
+        """``keys``, ``values`` as a CPU tensor, and their segment; ServerError unless they fit each other.
+
+        :param writes: whether the call writes to ``values``.
+        """
         keys, segment = self.checked_keys(keys)
-        values = _numpy(name, values)
-        if values.dtype != np.float32:
-            raise ServerError(f"{name} should be float32, not {values.dtype}")
+        values = _numpy(name, values, np.float32)
         expected = (keys.size, segment.width if segment else 0)
         if segment is not None and values.shape != expected:
             raise ServerError(f"{name} should have shape {expected}, not {values.shape}")
+        if not values.flags.writeable:
+            if writes:
+                raise ServerError(f"{name} should be writable")
+            values = values.copy()  # a tensor cannot be read-only
         return keys, torch.from_numpy(values), segment
 
+    def checked_clocks(self, start: int, end: int) -> None:
+        """ServerError unless [start, end) is an interval of clocks."""
+        if not 0 <= start < end:
+            raise ServerError(f"start, end: [{start}, {end}) is not an interval of clocks")
 
-def _numpy(name: str, array: Array) -> np.ndarray:
-    """``array`` as a NumPy view of the same memory."""
+
+def _numpy(name: str, array: Array, dtype: type[np.generic]) -> np.ndarray:
+    """``array`` of ``dtype`` as a NumPy view of the same memory."""
+    expected = np.dtype(dtype)
     if isinstance(array, torch.Tensor):
+        if array.dtype != getattr(torch, expected.name):
+            raise ServerError(f"{name} should be {expected.name}, not {array.dtype}")
         if array.device.type != "cpu":
             raise ServerError(f"{name} should be in host memory, not on {array.device}")
         if array.requires_grad:
@@ -150,6 +165,8 @@ def _numpy(name: str, array: Array) -> np.ndarray:
         return array.numpy()
     if not isinstance(array, np.ndarray):
         raise ServerError(f"{name} should be a NumPy array or a torch tensor, not {type(array).__name__}")
+    if array.dtype != expected:
+        raise ServerError(f"{name} should be {expected.name}, not {array.dtype}")
     if not array.flags.c_contiguous:
         raise ServerError(f"{name} should be contiguous")
     return array

@@ -61,11 +61,9 @@ class SharedMemoryServer(ParameterServer):
         self._locks = _IntervalLock(world)
 
     def pull(self, keys: Array, out: Array) -> None:
-        keys, out, segment = self.checked("out", keys, out)
+        keys, out, segment = self.checked("out", keys, out, writes=True)
         if segment is None:
             return
-        if not out.numpy().flags.writeable:
-            raise ServerError("out should be writable")
         start = time.perf_counter()
         table, stats = self._tables[segment.name], self.stats.segments[segment.name]
         for rows, places in self._runs(keys, segment, exclusive=False):
@@ -104,8 +102,7 @@ class SharedMemoryServer(ParameterServer):
 
     def intent(self, keys: Array, start: int, end: int) -> None:
         keys, _ = self.checked_keys(keys)
-        if not 0 <= start < end:
-            raise ServerError(f"start, end: [{start}, {end}) is not an interval of clocks")
+        self.checked_clocks(start, end)
         self.stats.intended_rows += keys.size
 
     def prepare_sample(self, count: int, start: int, end: int) -> int:
@@ -115,6 +112,7 @@ class SharedMemoryServer(ParameterServer):
         sampler = self._sampled[1]
         if count < 1 or (not sampler.replacement and count > sampler.distribution.num_rows):
             raise ServerError(f"count: cannot sample {count} of {sampler.distribution.num_rows} rows")
+        self.checked_clocks(start, end)
         handle = self._next_handle
         rows = sampler.draw(handle, count) if sampler.scheme in ("preloc", "pool") else None
         if rows is not None:

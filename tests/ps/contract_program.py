@@ -1,0 +1,306 @@
+"""What every engine of the parameter server must do, called on all ranks of one job.
+
+Run as ``contract_program.py ENGINE FOLDER``.
+Rows are integers, so sums are exact. An engine is a function from (world, layout, sampled, first_sample) to a server.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lapse_elmo.errors import ServerError
+from lapse_elmo.ps.api import ParameterServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.sampling import Distribution, Sampler
+from lapse_elmo.ps.shared import SharedMemoryServer
+from lapse_elmo.world import World, launch
+from tests import collective
+from tests.ps.refusals import REFUSALS, check_refusal
+
+Engine = Callable[..., ParameterServer]
+ENGINES: dict[str, Engine] = {"shared": SharedMemoryServer}
+
+NUM_SAMPLED = 400
+# Long enough that one call spans several of an engine's internal pieces; single rows and odd widths at the edges.
+LAYOUT = Layout.of(("single", 1, 1), ("long", 5000, 3), ("wide", 64, 512), ("sampled", NUM_SAMPLED, 4))
+HOT = 6
+
+
+class Contract:
+    """The checks. Each gets a new server whose rows are all 0."""
+
+    def __init__(self, world: World, engine: Engine) -> None:
+        self.world = world
+        self.engine = engine
+        self._refusing: ParameterServer | None = None
+
+    def checks(self) -> dict[str, Callable[[], None]]:
+        return {name: partial(self._with_server, name) for name in names()}
+
+    def _open(self, first_sample: int = 0, scheme: str = "preloc") -> ParameterServer:
+        sampler = Sampler(Distribution("log-uniform", NUM_SAMPLED), scheme, False, seed=3, worker=self.world.rank)
+        server = self.engine(self.world, LAYOUT, ("sampled", sampler), first_sample)
+        if self.world.rank == 0:
+            for segment in LAYOUT.segments:
+                server.set(every_key(segment.name), np.zeros((segment.num_rows, segment.width), np.float32))
+        server.quiesce()
+        return server
+
+    def _with_server(self, name: str) -> None:
+        if name.startswith("refuses "):
+            if self._refusing is None:
+                self._refusing = self._open()  # one server for all refusals, since they change nothing
+            check_refusal(self._refusing, REFUSALS[name.removeprefix("refuses ")])
+            return
+        server = self._open()
+        getattr(self, name)(server)
+        server.close()
+
+    def rows_are_as_set(self, server: ParameterServer) -> None:
+        """Each rank sets its share, in any order; everybody sees all of it."""
+        for segment in LAYOUT.segments:
+            values = np.arange(segment.num_rows * segment.width, dtype=np.float32).reshape(-1, segment.width)
+            mine = self._rng().permutation(np.arange(self.world.rank, segment.num_rows, self.world.size))
+            server.set(segment.keys(mine), values[mine])
+            server.quiesce()
+            np.testing.assert_array_equal(pulled(server, every_key(segment.name)), values)
+
+    def hot_rows_add_up(self, server: ParameterServer) -> None:
+        """All ranks push to the same few rows at once."""
+        keys = every_key("wide")[:HOT]
+        deltas = np.ones((HOT, 512), np.float32) * np.arange(1, HOT + 1, dtype=np.float32)[:, None]
+        self.world.barrier()
+        for _ in range(150):
+            server.push(keys, deltas * (self.world.rank + 1))
+        server.quiesce()
+        factor = 150 * sum(range(1, self.world.size + 1))
+        np.testing.assert_array_equal(pulled(server, keys), deltas * factor)
+
+    def random_keys_add_up(self, server: ParameterServer) -> None:
+        """Unsorted, repeated keys over the whole segment, in calls of many sizes, from all ranks at once."""
+        expected = np.zeros((5000, 3))
+        for rank in range(self.world.size):
+            for keys, deltas in _random_pushes(rank):
+                np.add.at(expected, keys - LAYOUT["long"].first_key, deltas)
+        self.world.barrier()
+        for keys, deltas in _random_pushes(self.world.rank):
+            server.push(keys, deltas)
+        server.quiesce()
+        np.testing.assert_array_equal(pulled(server, every_key("long")), expected)
+
+    def pull_sees_own_pushes(self, server: ParameterServer) -> None:
+        """At once, without any waiting; and what others push meanwhile only adds."""
+        own, hot = every_key("wide")[[10 + self.world.rank]], every_key("wide")[:1]
+        last = 0.0
+        for count in range(1, 101):
+            server.push(np.concatenate([own, hot]), np.ones((2, 512), np.float32))
+            np.testing.assert_array_equal(pulled(server, own), np.full((1, 512), count))
+            seen = pulled(server, hot)[0, 0]
+            assert max(last, count) <= seen <= 100 * self.world.size
+            last = seen
+
+    def no_torn_rows(self, server: ParameterServer) -> None:
+        """A row whose entries are always pushed alike is never seen with different entries."""
+        rng, keys = self._rng(), every_key("wide")[:HOT]
+        self.world.barrier()
+        for _ in range(200):
+            some = rng.choice(keys, 4)
+            server.push(some, np.repeat(rng.integers(-3, 4, (4, 1)).astype(np.float32), 512, 1))
+            rows = pulled(server, rng.permutation(keys))
+            assert (rows == rows[:, :1]).all()
+
+    def no_torn_sets(self, server: ParameterServer) -> None:
+        rng, keys = self._rng(), every_key("wide")[:HOT]
+        self.world.barrier()
+        for _ in range(200):
+            server.set(rng.permutation(keys)[:3], np.repeat(rng.integers(1, 99, (3, 1)).astype(np.float32), 512, 1))
+            rows = pulled(server, keys)
+            assert (rows == rows[:, :1]).all()
+
+    def keys_in_any_order(self, server: ParameterServer) -> None:
+        """Sorted, descending, shuffled, repeated: rows come back in the order asked for."""
+        segment = LAYOUT["long"]
+        if self.world.rank == 0:
+            server.set(every_key("long"), np.arange(15000, dtype=np.float32).reshape(5000, 3))
+        server.quiesce()
+        rng = self._rng()
+        for rows in (
+            np.arange(2500), np.arange(4999, -1, -1), rng.permutation(5000), rng.integers(0, 5000, 7000),
+            np.full(3000, 17), np.array([4999, 0]), np.repeat([5, 5, 3], 700),
+        ):
+            expected = rows[:, None] * 3 + np.arange(3)
+            np.testing.assert_array_equal(pulled(server, segment.keys(rows)), expected)
+
+    def repeated_keys_are_all_added(self, server: ParameterServer) -> None:
+        key = every_key("long")[self.world.rank]
+        server.push(np.full(3000, key), np.ones((3000, 3), np.float32))
+        np.testing.assert_array_equal(pulled(server, np.array([key])), [[3000] * 3])
+
+    def segments_are_apart(self, server: ParameterServer) -> None:
+        """What is pushed to the edges of a segment does not reach its neighbours."""
+        if self.world.rank == self.world.size - 1:
+            server.push(every_key("long")[[0, -1]], np.full((2, 3), 7, np.float32))
+        server.quiesce()
+        for name in ("single", "wide", "sampled"):
+            assert not pulled(server, every_key(name)).any()
+        assert pulled(server, every_key("long")).sum() == 42
+
+    def numpy_and_torch_buffers(self, server: ParameterServer) -> None:
+        keys = every_key("long")[[self.world.rank * 2 + 1, self.world.rank * 2]]
+        values = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+        server.set(torch.from_numpy(keys), torch.from_numpy(values))
+        server.push(keys, torch.from_numpy(values))
+        server.push(torch.from_numpy(keys), values)
+        out = torch.full((2, 3), -1.0)
+        server.pull(torch.from_numpy(keys), out)
+        np.testing.assert_array_equal(out, 3 * values)
+        server.pull(keys, part := torch.zeros(4, 3)[1:3])
+        np.testing.assert_array_equal(part, 3 * values)
+
+    def buffers_belong_to_the_caller(self, server: ParameterServer) -> None:
+        """They may be overwritten as soon as a call returns, and inputs may be read-only."""
+        keys, deltas = every_key("wide")[[self.world.rank]].copy(), np.ones((1, 512), np.float32)
+        server.push(keys, deltas)
+        deltas[:] = 99
+        keys[:] = every_key("wide")[50]
+        frozen_keys, frozen = every_key("wide")[[self.world.rank]], np.ones((1, 512), np.float32)
+        frozen_keys.flags.writeable = frozen.flags.writeable = False
+        server.push(frozen_keys, frozen)
+        server.quiesce()
+        np.testing.assert_array_equal(pulled(server, every_key("wide")[: self.world.size]), 2)
+        assert not pulled(server, every_key("wide")[50:51]).any()
+
+    def empty_calls_do_nothing(self, server: ParameterServer) -> None:
+        none = np.empty(0, np.int64)
+        server.pull(none, np.empty((0, 3), np.float32))
+        server.push(none, np.empty((0, 3), np.float32))
+        server.set(none, np.empty((0, 3), np.float32))
+        server.localize(none)
+        server.intent(none, 0, 1)
+        assert not any(pulled(server, every_key(segment.name)).any() for segment in LAYOUT.segments)
+
+    def whereabouts_do_not_change_rows(self, server: ParameterServer) -> None:
+        """Rows are localized and announced by all ranks while all push to them."""
+        rng, keys = self._rng(), every_key("long")
+        self.world.barrier()
+        for clock in range(40):
+            some = rng.choice(keys, 200)
+            server.intent(some, clock, clock + 2)
+            server.localize(some[:50])
+            server.push(some, np.ones((200, 3), np.float32))
+            assert server.advance_clock() == clock + 1
+        server.quiesce()
+        assert pulled(server, keys).sum() == 40 * 200 * 3 * self.world.size
+
+    def statistics(self, server: ParameterServer) -> None:
+        before = server.stats.segments["long"].pushed_rows
+        server.push(every_key("long")[:7], np.ones((7, 3), np.float32))
+        pulled(server, every_key("long")[:5])
+        server.intent(every_key("long")[:9], 0, 1)
+        server.localize(every_key("long")[:4])
+        keys = np.empty(11, np.int64)
+        server.pull_sample(server.prepare_sample(11, 0, 1), keys, None)
+        stats, long = server.stats, server.stats.segments["long"]
+        assert before == 0
+        assert (long.pushed_rows, long.pushed_bytes) == (7, 7 * 12)
+        assert (long.pulled_rows, long.pulled_bytes) == (5, 5 * 12)
+        assert (stats.localized_rows, stats.sampled_rows) == (4, 11)
+        assert stats.intended_rows == 9 + 11  # a sample that is drawn early announces itself
+        assert long.pull_s > 0
+        assert long.push_s > 0
+        assert stats.segments["wide"].pulled_rows == 0
+
+    def samples(self, server: ParameterServer) -> None:
+        """Handles serve in any order, each once, with keys of the segment and their rows."""
+        if self.world.rank == 0:
+            server.set(every_key("sampled"), np.repeat(np.arange(NUM_SAMPLED, dtype=np.float32)[:, None], 4, 1))
+        server.quiesce()
+        handles = [server.prepare_sample(count, 0, 1) for count in (50, 1, NUM_SAMPLED)]
+        for handle, count in reversed(list(zip(handles, (50, 1, NUM_SAMPLED), strict=True))):
+            keys, rows = np.full(count, -1), np.empty((count, 4), np.float32)
+            server.pull_sample(handle, keys, rows)
+            places = keys - LAYOUT["sampled"].first_key
+            assert np.unique(places).size == count
+            assert places.min() >= 0
+            assert places.max() < NUM_SAMPLED
+            np.testing.assert_array_equal(rows, np.repeat(places[:, None], 4, 1))
+
+    def samples_follow_their_numbers(self, server: ParameterServer) -> None:
+        """A run that goes on at sample k draws what it would have drawn; every worker draws its own."""
+        first = _samples(server, 6)
+        resumed = self._open(first_sample=2)
+        assert first[2:] == _samples(resumed, 4)
+        resumed.close()
+        assert len(set(self.world.allgather(first[0]))) == self.world.size
+        for scheme in ("naive", "pool", "local"):
+            other = self._open(scheme=scheme)
+            assert len(set(_samples(other, 6))) == 6
+            other.close()
+
+    def use_after_close(self, server: ParameterServer) -> None:
+        server.close()
+        server.close()
+        keys, rows = every_key("long")[:1], np.ones((1, 3), np.float32)
+        calls: list[Callable[[], object]] = [
+            lambda: server.pull(keys, rows), lambda: server.push(keys, rows), lambda: server.set(keys, rows),
+            lambda: server.localize(keys), lambda: server.intent(keys, 0, 1), server.advance_clock, server.quiesce,
+            server.barrier, lambda: server.prepare_sample(1, 0, 1), lambda: server.pull_sample(0, keys, None),
+        ]
+        for call in calls:
+            with pytest.raises(ServerError, match="^the parameter server is closed$"):
+                call()
+
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.world.rank)
+
+
+def names() -> list[str]:
+    own = [name for name in vars(Contract) if not name.startswith("_") and name != "checks"]
+    return own + [f"refuses {name}" for name in REFUSALS]
+
+
+def every_key(name: str) -> np.ndarray:
+    return LAYOUT[name].keys(np.arange(LAYOUT[name].num_rows))
+
+
+def pulled(server: ParameterServer, keys: np.ndarray) -> np.ndarray:
+    segment = LAYOUT.segment_of(int(keys.min()), int(keys.max()))
+    assert segment is not None
+    out = np.full((keys.size, segment.width), np.nan, np.float32)
+    server.pull(keys, out)
+    return out
+
+
+def _random_pushes(rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(100 + rank)
+    sizes = (1, 2, 1023, 1024, 1025, 3000, 6000, 10)
+    return [
+        (rng.choice(every_key("long"), size), rng.integers(-5, 6, (size, 3)).astype(np.float32)) for size in sizes
+    ]
+
+
+def _samples(server: ParameterServer, number: int) -> list[bytes]:
+    drawn = []
+    for _ in range(number):
+        keys = np.empty(20, np.int64)
+        server.pull_sample(server.prepare_sample(20, 0, 1), keys, None)
+        drawn.append(keys.tobytes())
+    return drawn
+
+
+def main(argv: list[str], join: Callable[[], World]) -> None:
+    engine, folder = argv
+    world = join()
+    collective.run(Contract(world, ENGINES[engine]).checks(), world, Path(folder))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    launch(main, sys.argv[1:], prog="contract_program.py")

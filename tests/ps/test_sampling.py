@@ -1,0 +1,153 @@
+"""The laws of the draws. Seeds are fixed; each bound holds with the stated probability for a right sampler."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from lapse_elmo.ps.sampling import DISTRIBUTIONS, POOL_REUSE, SCHEMES, Distribution, Sampler
+from lapse_elmo.ps.sampling import _expected_tries as expected_tries
+
+DEVIATIONS = 4.5  # of a standard normal: a right sampler passes with probability 1 - 7e-6
+
+
+def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
+    """Pearson's statistic is below its bound, in Wilson and Hilferty's normal approximation."""
+    assert expected.min() > 5
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    freedom = counts.size - 1
+    normal = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    return normal < DEVIATIONS
+
+
+def sampler(scheme: str = "naive", replacement: bool = False, worker: int = 0, seed: int = 1, num_rows: int = 50) -> Sampler:
+    return Sampler(Distribution("log-uniform", num_rows), scheme, replacement, seed, worker)
+
+
+def inclusion(draws: list[np.ndarray], num_rows: int) -> np.ndarray:
+    """How often each row is in a draw (num_rows,)."""
+    return np.bincount(np.concatenate(draws), minlength=num_rows)
+
+
+def brute_force(distribution: Distribution, rng: np.random.Generator, count: int) -> tuple[list[int], int]:
+    """Rows in the order in which they first come up, one draw at a time, and the number of draws."""
+    rows: list[int] = []
+    tries = 0
+    while len(rows) < count:
+        row = int(rng.choice(distribution.num_rows, p=distribution.probabilities))
+        tries += 1
+        if row not in rows:
+            rows.append(row)
+    return rows, tries
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("num_rows", [1, 2, 60])
+def test_draws_follow_the_law(name: str, num_rows: int) -> None:
+    distribution = Distribution(name, num_rows)
+    counts = np.bincount(distribution.draw(np.random.default_rng(5), 100_000), minlength=num_rows)
+    assert counts.size == num_rows
+    expected = distribution.probabilities * 100_000
+    assert num_rows == 1 or chi_square_is_plausible(counts, expected)
+
+
+def test_the_check_itself_sees_a_wrong_law() -> None:
+    draws = np.bincount(Distribution("log-uniform", 61).draw(np.random.default_rng(5), 100_000), minlength=61)[:60]
+    assert not chi_square_is_plausible(draws, Distribution("log-uniform", 60).probabilities * 100_000)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 793_471])
+def test_log_uniform_probabilities(num_rows: int) -> None:
+    probabilities = Distribution("log-uniform", num_rows).probabilities
+    assert probabilities.sum() == pytest.approx(1, abs=1e-9)
+    k = num_rows // 2
+    assert probabilities[k] == pytest.approx(math.log((k + 2) / (k + 1)) / math.log(num_rows + 1), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_draws_of_a_large_table_stay_inside(name: str) -> None:
+    rows = Distribution(name, 793_471).draw(np.random.default_rng(0), 200_000)
+    assert rows.dtype == np.int64
+    assert rows.min() >= 0
+    assert rows.max() < 793_471
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(200, 40), (40, 36), (40, 40)], ids=["by draws", "by a race", "all"])
+def test_distinct_draws_include_rows_as_rejection_does(num_rows: int, count: int) -> None:
+    """Both ways of drawing, against one draw at a time and against the expected count 1 - (1 - P) ** tries."""
+    distribution = Distribution("log-uniform", num_rows)
+    by_race = expected_tries(distribution, count) > 2 * num_rows
+    assert by_race == (num_rows == 40), "the case no longer takes the way that it is meant for"
+    rng, repeats = np.random.default_rng(11), 3000
+    draws = [distribution.draw_distinct(rng, count) for _ in range(repeats)]
+    assert all(np.unique(draw).size == count for draw in draws)
+    frequency = inclusion(draws, num_rows) / repeats
+    slow = [brute_force(distribution, rng, count) for _ in range(150 if count < 40 else 20)]
+    reference = inclusion([np.array(rows) for rows, _ in slow], num_rows) / len(slow)
+    error = np.sqrt(reference.clip(0.01, 0.99) * (1 - reference).clip(0.01, 0.99) * (1 / len(slow) + 1 / repeats))
+    assert (np.abs(frequency - reference) < DEVIATIONS * error + 0.01).all()
+    if count < num_rows:
+        tries = expected_tries(distribution, count)
+        formula = -np.expm1(tries * np.log1p(-distribution.probabilities))
+        assert formula.sum() == pytest.approx(count, rel=1e-3)
+        np.testing.assert_allclose(frequency, formula, atol=0.05)
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(200, 40), (40, 36)], ids=["by draws", "by a race"])
+def test_distinct_draws_come_in_order_of_appearance(num_rows: int, count: int) -> None:
+    """The first of them follows the law itself, so a shorter sample is the beginning of a longer one in law."""
+    distribution = Distribution("log-uniform", num_rows)
+    rng = np.random.default_rng(3)
+    first = np.bincount([distribution.draw_distinct(rng, count)[0] for _ in range(4000)], minlength=num_rows)
+    cells = np.add.reduceat(first, np.arange(0, num_rows, 10))
+    expected = np.add.reduceat(distribution.probabilities * 4000, np.arange(0, num_rows, 10))
+    assert chi_square_is_plausible(cells, expected)
+
+
+def test_uniform_distinct_draws() -> None:
+    draws = [Distribution("uniform", 30).draw_distinct(np.random.default_rng(i), 10) for i in range(3000)]
+    assert chi_square_is_plausible(inclusion(draws, 30), np.full(30, 1000.0))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("replacement", [False, True])
+def test_a_sample_is_a_function_of_seed_worker_and_number(scheme: str, replacement: bool) -> None:
+    def draw(number: int, seed: int = 1, worker: int = 0) -> bytes:
+        return sampler(scheme, replacement, worker, seed).draw(number, 20).tobytes()
+
+    assert [draw(n) for n in range(5)] == [draw(n) for n in reversed(range(5))][::-1]
+    assert len({draw(n, seed, worker) for n in range(4) for seed in (1, 2) for worker in (0, 1, 2)}) == 24
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("replacement", [False, True])
+def test_every_scheme_keeps_the_law_of_one_sample(scheme: str, replacement: bool) -> None:
+    """Where the whole segment is local, ``local`` too. Only samples of different pools are independent."""
+    drawn = [sampler(scheme, replacement).draw(number * POOL_REUSE, 5) for number in range(3000)]
+    if replacement:
+        assert chi_square_is_plausible(inclusion(drawn, 50), Distribution("log-uniform", 50).probabilities * 15_000)
+    else:
+        assert all(np.unique(rows).size == 5 for rows in drawn)
+        frequency = inclusion(drawn, 50) / 3000
+        slow = np.random.default_rng(9)
+        reference = inclusion([Distribution("log-uniform", 50).draw_distinct(slow, 5) for _ in range(3000)], 50) / 3000
+        np.testing.assert_allclose(frequency, reference, atol=DEVIATIONS * math.sqrt(0.5 / 3000))
+
+
+def test_a_pool_serves_shuffled_and_then_is_replaced() -> None:
+    draws = [sampler("pool").draw(number, 20) for number in range(3 * POOL_REUSE)]
+    pools = [draws[i : i + POOL_REUSE] for i in range(0, len(draws), POOL_REUSE)]
+    for pool in pools:
+        assert len({tuple(np.sort(rows)) for rows in pool}) == 1
+        assert len({tuple(rows) for rows in pool}) == POOL_REUSE
+    assert all(set(a[0]) != set(b[0]) for a, b in pairwise(pools))
+
+
+def test_schemes_but_the_pool_draw_alike() -> None:
+    """They differ in when rows are drawn and moved, not in which: a run may change the scheme and keep its samples."""
+    naive, preloc, local = (sampler(scheme).draw(4, 20) for scheme in ("naive", "preloc", "local"))
+    np.testing.assert_array_equal(naive, preloc)
+    np.testing.assert_array_equal(naive, local)
