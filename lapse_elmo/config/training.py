@@ -120,7 +120,7 @@ class OptimizerConfig:
     initial_accumulator: float = option(1.0, metavar="X", help="Adagrad's accumulators at the start")
     epsilon: float = option(1e-7, metavar="X", help="added to the root of Adagrad's accumulators")
     clip_norm: float = option(10.0, metavar="X", help="bound on the global gradient norm (0: none)")
-    loss_scale: float = option(20.0, metavar="X", help="factor on the mean loss whose gradient is taken")
+    loss_scale: float = option(50.0, metavar="X", help="factor on the mean loss whose gradient is taken")
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "loss_scale", "epsilon")
