@@ -1,4 +1,4 @@
-"""The embedded engine in a world of one process: any order of calls, against a plain array; and when it will not start."""
+"""The embedded engine in a world of one process: any order of calls against a plain array, and what it refuses."""
 
 from __future__ import annotations
 
