@@ -22,6 +22,7 @@ DOCSTRING = '''Return the length of the longest path in the graph.
     ----------
     graph : Graph, optional
         The graph that should be searched for the path.
+
     self.x = foo(bar)
 
     >>> longest(graph)
