@@ -7,7 +7,7 @@ first, where bilm-tf and AllenNLP want them.
 In running text ``<UNK>`` is an unknown word like any other. So are ``<S>`` and ``</S>``: sentence boundaries come
 from the lines of a text (the model adds their ids), and one inside a sentence would teach it wrong ends.
 
-A vocabulary of 793,471 lines loads in about 0.6 s of processor time (``benchmarks/preprocess.py``).
+A vocabulary of 793,471 lines loads in 0.9 s of processor time on a busy machine (``benchmarks/preprocess.py``).
 """
 
 from __future__ import annotations
