@@ -1,0 +1,228 @@
+"""Batches: what each direction predicts, and that an epoch is every sentence once, in any world."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lapse_elmo.batches import BLOCK, POOL_BATCHES, Batch, BatchStream, WorkerPart, make_batch, select
+from lapse_elmo.batches import evaluation_batches as evaluation
+from lapse_elmo.corpus.shards import Header, ShardSet, ShardWriter, shard_name
+from lapse_elmo.corpus.vocabulary import Vocabulary
+
+BEGIN, END = 1, 2
+WORDS = [f"w{i}" for i in range(40)]
+SENTENCES = st.lists(st.lists(st.integers(3, 30), min_size=1, max_size=12), min_size=0, max_size=8)
+
+
+class FakeShards:
+    """Sentences in memory."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.num_sentences = lengths.size
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # A sentence's tokens tell its number, so that mixed-up sentences are seen.
+        self.tokens = np.repeat(3 + np.arange(lengths.size), lengths).astype(np.int32)
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert (np.diff(numbers) > 0).all()
+        return select(self.tokens, self.offsets, numbers)
+
+
+def stream_of(
+    lengths: np.ndarray, worker: int = 0, num_workers: int = 1, batch_size: int = 4, seed: int = 1
+) -> BatchStream:
+    shards: ShardSet = FakeShards(lengths)  # type: ignore[assignment]
+    return BatchStream(shards, worker, num_workers, batch_size, seed, 400, boundaries=True)
+
+
+def of_sentences(sentences: list[list[int]], max_length: int, boundaries: bool) -> Batch:
+    tokens = np.array([t for sentence in sentences for t in sentence], np.int32)
+    offsets = np.cumsum([0] + [len(sentence) for sentence in sentences])
+    return make_batch(tokens, offsets, np.arange(len(sentences)) + 100, max_length, boundaries)
+
+
+def lengths_of(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Like those of news text: mean 26 words, deviation 14, a tail."""
+    return np.clip(rng.lognormal(3.15, 0.5, count), 1, 400).astype(np.int64)
+
+
+@given(SENTENCES, st.integers(1, 14), st.booleans())
+def test_batch_is_what_a_loop_gives(sentences: list[list[int]], max_length: int, boundaries: bool) -> None:
+    batch = of_sentences(sentences, max_length, boundaries)
+    rows = [s[:max_length] for s in sentences]
+    if boundaries:
+        rows = [[BEGIN, *row, END] for row in rows]
+    width = max(map(len, rows), default=0)
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    np.testing.assert_array_equal(batch.ids, np.array(padded).reshape(len(rows), width))
+    np.testing.assert_array_equal(batch.mask, batch.ids != 0)
+    forward, backward = [], []
+    for number, row in enumerate(rows):
+        for place in range(len(row) - 1):
+            forward.append((number, place, row[place + 1]))
+            backward.append((number, place + 1, row[place]))
+    half = batch.num_targets // 2
+    assert decoded(batch, batch.forward_places, batch.target_rows[:half]) == forward
+    assert decoded(batch, batch.backward_places, batch.target_rows[half:]) == backward
+    assert batch.num_tokens == sum(min(len(s), max_length) for s in sentences)
+    assert batch.num_cut == sum(len(s) > max_length for s in sentences)
+    assert batch.num_positions == sum(map(len, rows))
+    np.testing.assert_array_equal(batch.sentences, np.arange(len(sentences)) + 100)
+
+
+def decoded(batch: Batch, places: np.ndarray, rows: np.ndarray) -> list[tuple[int, int, int]]:
+    """(sentence, position, predicted id) of a direction's targets."""
+    width = batch.ids.shape[1]
+    return [(place // width, place % width, row + 1) for place, row in zip(places.tolist(), rows.tolist(), strict=True)]
+
+
+@given(SENTENCES, st.booleans())
+def test_input_index_leads_back_to_the_ids(sentences: list[list[int]], boundaries: bool) -> None:
+    batch = of_sentences(sentences, 10, boundaries)
+    np.testing.assert_array_equal(batch.input_rows, np.unique(batch.ids[batch.mask]) - 1)
+    assert batch.input_index.shape == batch.ids.shape
+    np.testing.assert_array_equal(batch.input_rows[batch.input_index[batch.mask]] + 1, batch.ids[batch.mask])
+    assert not batch.input_index[~batch.mask].any()
+    assert batch.input_rows.dtype == batch.target_rows.dtype == np.int64
+
+
+def test_batch_without_sentences() -> None:
+    """What a worker trains when it runs out of sentences before the others."""
+    batch = of_sentences([], 10, True)
+    assert (batch.num_targets, batch.num_tokens, batch.num_positions) == (0, 0, 0)
+    assert batch.ids.shape == (0, 0)
+
+
+@given(st.integers(0, 10**9), st.integers(1, 64))
+def test_parts_cover_all_sentences_once(num_sentences: int, num_workers: int) -> None:
+    parts = [WorkerPart.of(num_sentences, worker, num_workers) for worker in range(num_workers)]
+    assert parts[0].first == 0
+    assert parts[-1].end == num_sentences
+    assert all(a.end == b.first for a, b in pairwise(parts))
+    sizes = [part.end - part.first for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 700), st.integers(1, 7), st.integers(1, 9), st.integers(0, 3))
+def test_epoch_holds_every_sentence_once(num_sentences: int, num_workers: int, batch_size: int, epoch: int) -> None:
+    assume(num_workers <= num_sentences)
+    lengths = np.random.default_rng(num_sentences).integers(1, 12, num_sentences)
+    streams = [stream_of(lengths, worker, num_workers, batch_size) for worker in range(num_workers)]
+    seen = []
+    for stream in streams:
+        batches = list(stream.epoch(epoch))
+        assert len(batches) == stream.steps_per_epoch == streams[0].steps_per_epoch
+        for batch in batches:
+            assert batch.sentences.size <= batch_size
+            np.testing.assert_array_equal(batch.ids[:, 1] if batch.ids.size else [], batch.sentences + 3)
+            np.testing.assert_array_equal(batch.mask.sum(1), lengths[batch.sentences] + 2)
+        seen += [batch.sentences for batch in batches]
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(num_sentences))
+
+
+@given(st.integers(1, 900), st.integers(1, 3), st.integers(1, 5), st.data())
+def test_starting_later_skips(num_sentences: int, num_workers: int, batch_size: int, data: st.DataObject) -> None:
+    """As a resumed run does, across pools too."""
+    assume(num_workers <= num_sentences)
+    lengths = np.random.default_rng(7).integers(1, 12, num_sentences)
+    stream = stream_of(lengths, num_workers - 1, num_workers, batch_size)
+    first = data.draw(st.integers(0, stream.steps_per_epoch))
+    assert orders(stream, 2, first) == orders(stream, 2)[first:]
+
+
+def orders(stream: BatchStream, epoch: int, first_step: int = 0) -> list[list[int]]:
+    return [batch.sentences.tolist() for batch in stream.epoch(epoch, first_step)]
+
+
+def test_a_pool_boundary_is_no_seam() -> None:
+    stream = stream_of(np.ones(2 * POOL_BATCHES * 4 + 3, np.int64), batch_size=4)
+    whole = orders(stream, 0)
+    for first in (POOL_BATCHES - 1, POOL_BATCHES, POOL_BATCHES + 1, 2 * POOL_BATCHES):
+        assert orders(stream, 0, first) == whole[first:]
+
+
+def test_order_is_a_function_of_seed_epoch_and_worker() -> None:
+    lengths = lengths_of(np.random.default_rng(0), 1000)
+    assert orders(stream_of(lengths), 0) == orders(stream_of(lengths), 0)
+    assert orders(stream_of(lengths), 0) != orders(stream_of(lengths), 1)
+    assert orders(stream_of(lengths, seed=1), 0) != orders(stream_of(lengths, seed=2), 0)
+    equal = np.full(1000, 5)
+    first = [[i % 500 for i in batch] for batch in orders(stream_of(equal, 0, 2), 0)]
+    second = [[i % 500 for i in batch] for batch in orders(stream_of(equal, 1, 2), 0)]
+    assert first != second, "two workers shuffle alike"
+
+
+def test_order_is_random() -> None:
+    """Blocks and batches move: a sentence's place in one epoch says nothing about its place in the next."""
+    lengths = lengths_of(np.random.default_rng(0), 40 * BLOCK)
+    places = []
+    for epoch in range(2):
+        order = np.concatenate(orders(stream_of(lengths, batch_size=8), epoch))
+        places.append(np.argsort(order))
+    numbers = np.arange(lengths.size)
+    assert abs(np.corrcoef(places[0], places[1])[0, 1]) < 0.4
+    assert abs(np.corrcoef(places[0], numbers)[0, 1]) < 0.5
+    mates = [len({number // BLOCK for number in batch}) for batch in orders(stream_of(lengths, batch_size=8), 0)]
+    assert np.mean(mates) > 1.5, "batches hold neighbours of the corpus only"
+
+
+def test_lengths_do_not_follow_the_step() -> None:
+    """Batches are of like length, but long and short ones alternate at random."""
+    lengths = lengths_of(np.random.default_rng(1), 4 * POOL_BATCHES * 32)
+    means = [batch.num_tokens / 32 for batch in stream_of(lengths, batch_size=32).epoch(0)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25
+
+
+def test_padding_is_rare() -> None:
+    lengths = lengths_of(np.random.default_rng(2), 5 * POOL_BATCHES * 32)
+    batches = list(stream_of(lengths, batch_size=32).epoch(0))
+    share = 1 - sum(b.num_positions for b in batches) / sum(b.ids.size for b in batches)
+    unsorted = lengths.reshape(-1, 32) + 2
+    share_unsorted = 1 - unsorted.sum() / (unsorted.max(1) * 32).sum()
+    assert share < 0.05
+    assert share < share_unsorted / 8
+
+
+def test_evaluation_goes_through_every_sentence_in_order() -> None:
+    shards: ShardSet = FakeShards(np.full(23, 4))  # type: ignore[assignment]
+    for num_workers in (1, 2, 5):
+        seen = [
+            batch.sentences for worker in range(num_workers)
+            for batch in evaluation(shards, worker, num_workers, 4, 100, True)
+        ]
+        np.testing.assert_array_equal(np.concatenate(seen), np.arange(23))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+@pytest.mark.parametrize("num_workers", [1, 2, 7])
+def test_batches_of_real_shards(tmp_path: Path, num_shards: int, num_workers: int) -> None:
+    """The texts of all workers' batches are the texts in the files."""
+    rng = np.random.default_rng(num_shards)
+    texts = [tuple(rng.integers(3, 40, rng.integers(1, 9)).tolist()) for _ in range(57)]
+    write_shards(tmp_path, texts, num_shards)
+    with ShardSet.open(tmp_path) as shards:
+        seen = []
+        for worker in range(num_workers):
+            for batch in BatchStream(shards, worker, num_workers, 4, 1, 100, boundaries=False).epoch(0):
+                seen += [tuple(row[mask].tolist()) for row, mask in zip(batch.ids, batch.mask, strict=True)]
+    assert sorted(seen) == sorted(texts)
+
+
+def write_shards(folder: Path, texts: list[tuple[int, ...]], num_shards: int) -> None:
+    vocabulary = Vocabulary.from_words(WORDS)
+    for index in range(num_shards):
+        mine = texts[index::num_shards]
+        tokens = np.array([t for text in mine for t in text], np.int32)
+        header = Header(
+            "train", index, num_shards, len(mine), tokens.size, int((tokens == 3).sum()), vocabulary.sha256,
+            vocabulary.size, "0" * 64, "{}",
+        )
+        writer = ShardWriter(folder / shard_name("train", index, num_shards), header, ["text"])
+        writer.append(tokens, np.array([len(text) for text in mine]))
+        writer.close()
