@@ -60,6 +60,11 @@ class _Pulled:
 class TrainingStep:
     """Trains one batch a call, on every rank at the same time (collective).
 
+    The loss whose gradient is taken is nll / ``mean_targets``, so each target weighs the same, as with bilm-tf, whose
+    batches are equally large. With nll / targets of the batch, one of very short sentences would move the parameters
+    as far as one of long ones, and towards ending every sentence at once.
+
+    :param mean_targets: how many targets a batch has on average.
     :param should_stop: asked once a step on every rank; where any rank says yes, ``StepResult.stop`` is true on all.
     """
 
@@ -69,6 +74,7 @@ class TrainingStep:
         world: World,
         parameters: Parameters,
         device: torch.device,
+        mean_targets: float,
         should_stop: Callable[[], bool],
     ) -> None:
         self.config = config
@@ -76,11 +82,12 @@ class TrainingStep:
         self.parameters = parameters
         self.model: BiLM = parameters.model
         self.device = device
+        self.loss_factor = config.optimizer.loss_scale / mean_targets
         self.should_stop = should_stop
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
-        self._flat = np.empty(sum(p.numel() for p in self._dense) + 1, np.float32)
+        self._flat = np.empty(sum(p.numel() for p in self._dense), np.float32)
 
     def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
         """Send the intent of a batch that will be trained at ``clock``, and have its samples drawn."""
@@ -99,7 +106,7 @@ class TrainingStep:
         nll, embedding, softmax = self._compute(batch, pulled, step)
         dense = [_gradient(p) for p in self._dense]
         timer.lap("compute")
-        dense = self._reduce(dense, batch.num_targets)
+        dense = self._reduce(dense)
         square = _square(embedding, softmax, *dense)
         mine = np.array(
             [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.should_stop()], np.float64
@@ -148,7 +155,7 @@ class TrainingStep:
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
             self._log_expected(pulled.softmax_rows),
         )
-        (nll * (self.config.optimizer.loss_scale / batch.num_targets)).backward()
+        (nll * self.loss_factor).backward()
         return float(nll.detach()), _gradient(embedding), _gradient(softmax)
 
     def _log_expected(self, rows: np.ndarray) -> Tensor | None:
@@ -161,18 +168,17 @@ class TrainingStep:
             softmax.num_tries or None, replacement=softmax.replacement,
         )
 
-    def _reduce(self, gradients: list[Tensor], num_targets: int) -> list[Tensor]:
-        """Mean of the ranks' dense gradients, weighted by their targets; as they are where the server adds them up."""
+    def _reduce(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Mean of the ranks' dense gradients; as they are where the server adds them up."""
         if self.world.size == 1 or self.parameters.dense_table is not None:
             return gradients
         start = 0
         for gradient in gradients:
             end = start + gradient.numel()
-            np.multiply(gradient.cpu().numpy().reshape(-1), np.float32(num_targets), out=self._flat[start:end])
+            np.copyto(self._flat[start:end], gradient.cpu().numpy().reshape(-1))
             start = end
-        self._flat[-1] = num_targets
         self.world.sum_(self._flat)
-        mean = torch.from_numpy(self._flat[:-1]).mul_(1.0 / max(float(self._flat[-1]), 1.0)).to(self.device)
+        mean = torch.from_numpy(self._flat).div_(self.world.size).to(self.device)
         parts = torch.split(mean, [gradient.numel() for gradient in gradients])
         return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 

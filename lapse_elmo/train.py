@@ -79,7 +79,8 @@ def train(
     announce_start(config, world, corpus, stream, device, log, num_steps)
     deadline = time.monotonic() + config.training.max_minutes * 60 if config.training.max_minutes else None
     step_once = TrainingStep(
-        config, world, parameters, device.device, lambda: deadline is not None and time.monotonic() > deadline
+        config, world, parameters, device.device, mean_targets(config, world, corpus.train),
+        lambda: deadline is not None and time.monotonic() > deadline,
     )
     results: list[EpochResult] = []
     best, newest = None, None
@@ -180,6 +181,13 @@ def batch_stream(config: Config, world: World, shards: ShardSet) -> BatchStream:
     )
 
 
+def mean_targets(config: Config, world: World, shards: ShardSet) -> float:
+    """How many targets, of both directions, a rank's batch has on average."""
+    length = min(shards.num_tokens / shards.num_sentences, config.data.max_length)
+    sentences = min(config.training.batch_size, shards.num_sentences / world.size)
+    return max(2 * sentences * (length + (1 if config.data.boundaries else -1)), 1.0)
+
+
 def batches(stream: BatchStream, num_steps: int, first_step: int = 0) -> Iterator[Batch]:
     """The batches of steps ``first_step`` .. ``num_steps`` - 1, epoch after epoch."""
     step = first_step
@@ -222,10 +230,10 @@ def finish_epoch(
     log.write(
         "epoch", step,
         {
-            "epoch": epoch, "train/epoch_loss_nats": whole.loss, "train/epoch_tokens_per_s": tokens_per_s,
-            "train/cut_sentences": whole.num_cut, "heldout/forward_perplexity": heldout.forward,
-            "heldout/backward_perplexity": heldout.backward, "heldout/mean_perplexity": heldout.mean,
-            "heldout/evaluation_s": time.perf_counter() - start,
+            "epoch": epoch, "train/epoch_loss_nats": whole.loss, "train/epoch_tokens": whole.num_tokens,
+            "train/epoch_tokens_per_s": tokens_per_s, "train/cut_sentences": whole.num_cut,
+            "heldout/forward_perplexity": heldout.forward, "heldout/backward_perplexity": heldout.backward,
+            "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
         },
     )
     log.say(
