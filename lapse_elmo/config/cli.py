@@ -222,10 +222,15 @@ def _from_file(schema: type, path: Path) -> dict[str, Any]:
     groups = {group for group, _ in known if group}
     values: dict[str, Any] = {}
     for key, value in tables.items():
-        entries = value.items() if key in groups and isinstance(value, dict) else [(None, value)]
+        if key in groups and not isinstance(value, dict):
+            raise ConfigError(f"config file {path}: {key} should be a table, not {type(value).__name__} ({value!r})")
+        entries = value.items() if key in groups else [(None, value)]
         for inner, content in entries:
             group, name = (key, inner) if inner is not None else (None, key)
             if (group, name) not in known:
+                home = next((g for g, n in known if g and n == name and not group), None)
+                if home:
+                    raise ConfigError(f"config file {path}: option {name!r} belongs into the table [{home}]")
                 names = [n for g, n in known if g == group] + ([] if group else sorted(groups))
                 where = f"[{group}] of config file {path}" if group else f"config file {path}"
                 raise ConfigError(f"{where}: {_unknown('option', str(name), names)}")

@@ -5,6 +5,7 @@ Defaults follow the sources named in the README; where they differ, benchmarks/l
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 def _positive(group: object, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
-        _require(value > 0, name, value, "a number above 0")
+        _require(0 < value < math.inf, name, value, "a number above 0")
 
 
 def _fraction(group: object, *names: str) -> None:
@@ -225,6 +226,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size")
+        _ = self.devices  # which has checks of its own
 
     @property
     def devices(self) -> DeviceConfig:

@@ -1,0 +1,183 @@
+"""The options of bin/train and bin/evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from lapse_elmo.config.cli import as_tables, options_of
+from lapse_elmo.config.training import (
+    PRESETS,
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    from_tables,
+    parse_evaluate,
+    parse_train,
+)
+from lapse_elmo.errors import ConfigError
+
+# A value other than the default for options whose values are checked against a list or against other options.
+OTHER = {
+    "preset": "original", "context": "mix", "lstm": "allennlp", "lstm_init": "orthogonal", "distribution": "uniform",
+    "sampling_scheme": "pool", "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
+}
+ALONE = ("dense", "num_tries", "replacement", "distribution", "sync")  # contradict others
+
+
+def other_value(name: str, value: object) -> object:
+    if name in OTHER:
+        return OTHER[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.125
+    return (0, 2) if isinstance(value, tuple) else "elsewhere"
+
+
+def flags(name: str, value: object) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [f"{flag}={value}"]
+
+
+def changed(config: object, group: str | None, name: str) -> object:
+    holder = getattr(config, group) if group else config
+    return getattr(holder, name)
+
+
+OPTIONS = [pytest.param(group, item.name, id=item.name) for group, item, _ in options_of(Config)]
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_option_arrives_from_command_line_and_file(tmp_path: Path, group: str, name: str) -> None:
+    value = other_value(name, changed(Config(), group, name))
+    assert value != changed(Config(), group, name)
+    by_flag = parse_train(flags(name, value))
+    assert changed(by_flag, group, name) == value
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps({group: {name: list(value) if isinstance(value, tuple) else value}}))
+    assert parse_train(["--config", str(path)]) == by_flag
+    path.write_text(tomli_w.dumps(as_tables(by_flag)))
+    assert parse_train(["--config", str(path)]) == by_flag
+
+
+def test_saved_config_of_many_options_reads_back(tmp_path: Path) -> None:
+    argv = [
+        word for group, item, _ in options_of(Config) if item.name not in ALONE
+        for word in flags(item.name, other_value(item.name, changed(Config(), group, item.name)))
+    ]
+    config = parse_train(argv)
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(as_tables(config)))
+    assert parse_train(["--config", str(path)]) == config
+    assert from_tables(json.loads(json.dumps(as_tables(config)))) == config  # as a checkpoint keeps it
+
+
+@pytest.mark.parametrize(("prog", "schema"), [("train", Config), ("evaluate", EvaluateConfig)])
+def test_help_shows_every_option_and_default(capsys: pytest.CaptureFixture[str], prog: str, schema: type) -> None:
+    with pytest.raises(SystemExit) as stop:
+        (parse_train if prog == "train" else parse_evaluate)(["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out
+    assert max(map(len, lines.splitlines())) <= 120
+    text = " ".join(lines.split())
+    for group, item, _ in options_of(schema):
+        assert ("--" + item.name.replace("_", "-") if item.default is not dataclasses.MISSING else item.name) in text
+        assert " ".join(item.metadata["help"].split()) in text
+        if group:
+            assert f"{group}: " in text
+        if isinstance(item.default, float | int) and not isinstance(item.default, bool):
+            assert f"{item.metadata['help']} (default: {item.default})" in text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    model = parse_train(["--preset", name]).model
+    assert {key: getattr(model, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_sizes_beside_a_preset_win() -> None:
+    model = parse_train(["--preset", "original", "--cell-size", "1024"]).model
+    assert (model.projection_size, model.cell_size, model.num_layers) == (512, 1024, 2)
+
+
+def test_default_model_is_the_small_preset() -> None:
+    assert dataclasses.replace(ModelConfig(preset="small"), preset="") == ModelConfig()
+
+
+def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[model]\npreset = 'original'\n")
+    model = parse_train(["--config", str(path), "--num-layers", "1"]).model
+    assert (model.projection_size, model.num_layers) == (512, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("--sync --dense ps", ["--sync", "--dense allreduce"]),
+        ("--device cpu --device-ids 0", ["--device-ids", "--device is cpu"]),
+        ("--replacement --num-tries 9000", ["--num-tries", "replacement"]),
+        ("--distribution uniform --num-tries 9000", ["--num-tries", "log-uniform"]),
+        ("--distribution uniform --num-tries 9000 --optimizer sgd --dense ps", ["--num-tries", "log-uniform"]),
+        ("--preset huge", ["--preset", "'huge'", "original"]),
+        ("--epochs 0", ["--epochs is 0", "above 0"]),
+        ("--batch-size -3", ["--batch-size is -3"]),
+        ("--learning-rate nan", ["--learning-rate is nan"]),
+        ("--learning-rate inf", ["--learning-rate is inf"]),
+        ("--clip-norm -1", ["--clip-norm is -1"]),
+        ("--clip-norm nan", ["--clip-norm is nan"]),
+        ("--dropout 1", ["--dropout is 1.0", "[0, 1)"]),
+        ("--recurrent-dropout -0.1", ["--recurrent-dropout is -0.1"]),
+        ("--cell-size -5", ["--cell-size is -5"]),
+        ("--max-steps -1", ["--max-steps is -1"]),
+        ("--seed -1", ["--seed is -1"]),
+        ("--threads -1", ["--threads is -1"]),
+        ("--device-ids -1", ["--device-ids"]),
+        ("--num-samples 0", ["--num-samples is 0"]),
+        ("--num-tries -1", ["--num-tries is -1"]),
+        ("--max-length 0", ["--max-length is 0"]),
+        ("--initial-accumulator -1", ["--initial-accumulator is -1"]),
+        ("--report-every 0", ["--report-every is 0"]),
+        ("--batchsize 8", ["unknown option '--batchsize'", "'--batch-size'"]),
+        ("--lr 8", ["unknown option '--lr'"]),
+    ],
+)
+def test_refused(argv: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_train(argv.split())
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ("", "required: RUN_OR_CHECKPOINT"), ("run --batch-size 0", "--batch-size is 0"), ("run --threads -1", "--threads is -1"),
+        ("run --device cpu --device-ids 0", "--device-ids"), ("run --split test", "--split"),
+        ("run --epochs 3", "unknown option '--epochs'"),
+    ],
+)
+def test_evaluate_refuses(argv: str, part: str) -> None:
+    """When the options are parsed: later an error would come from every rank."""
+    with pytest.raises(ConfigError) as caught:
+        parse_evaluate(argv.split())
+    assert part in str(caught.value)
+
+
+def test_evaluate() -> None:
+    config = parse_evaluate(["runs/a", "--device", "cuda", "--device-ids", "1", "2"])
+    assert config.model == "runs/a"
+    assert config.devices.device_ids == (1, 2)
+
+
+def test_configs_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training.seed = 5  # type: ignore[misc]
