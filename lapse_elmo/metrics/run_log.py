@@ -119,7 +119,9 @@ class RunLog:
         """One line of metrics.jsonl, and a TensorBoard point for each number."""
         if not self.active:
             return
-        record = {"kind": kind, "step": step, "time_s": time.time(), **values}
+        # JSON knows no NaN and no infinity: null stands for them.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "step": step, "time_s": time.time(), **known}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -160,7 +160,9 @@ def test_refused(argv: str, parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        ("", "required: RUN_OR_CHECKPOINT"), ("run --batch-size 0", "--batch-size is 0"), ("run --threads -1", "--threads is -1"),
+        ("", "required: RUN_OR_CHECKPOINT"),
+        ("run --batch-size 0", "--batch-size is 0"),
+        ("run --threads -1", "--threads is -1"),
         ("run --device cpu --device-ids 0", "--device-ids"), ("run --split test", "--split"),
         ("run --epochs 3", "unknown option '--epochs'"),
     ],

@@ -1,0 +1,187 @@
+"""The record of a run, and whether somebody is looking."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lapse_elmo.config.training import RunConfig
+from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
+from lapse_elmo.metrics.versions import versions
+from lapse_elmo.step import StepResult
+from tests.mpi import MPIRUN, ROOT, mpirun
+
+RESULT = StepResult(
+    nll=200.0, num_targets=100, num_tokens=50, num_cut=1, gradient_norm=3.0, stop=False,
+    seconds={"pull": 0.5, "compute": 1.0},
+)
+IS_TERMINAL = "from lapse_elmo.metrics.terminal import stderr_is_terminal; print(stderr_is_terminal(), flush=True)"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run_log(folder: Path, *, active: bool = True) -> None:
+    log = RunLog(folder, RunConfig(progress="none"), 4, 2, active)
+    meter = Meter()
+    for _ in range(2):
+        meter.add(RESULT)
+    log.report(2, meter)
+    log.write("epoch", 2, {"heldout/mean_perplexity": 12.5, "note": "text", "train/loss_nats": float("nan")})
+    log.close()
+
+
+def four_steps(folder: Path) -> None:
+    """A run that reports every second step, and shows its progress as fits stderr."""
+    log = RunLog(folder, RunConfig(report_every=2), 4, 2, True)
+    meter = Meter()
+    for step in range(1, 5):
+        meter.add(RESULT)
+        log.step(step, meter)
+        if step % 2 == 0:
+            log.report(step, meter)
+            meter = Meter()
+    log.say("said in between")
+    log.close()
+
+
+def under_terminal(command: list[str]) -> str:
+    """What ``command`` writes to a terminal."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=ENVIRONMENT, cwd=ROOT)
+    os.close(slave)
+    chunks, deadline = [], time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            if select.select([master], [], [], 0.5)[0]:
+                try:
+                    chunks.append(os.read(master, 65536))
+                except OSError:  # how Linux says that nobody holds the other end any more
+                    break
+        assert process.wait(10) == 0, b"".join(chunks).decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+    return b"".join(chunks).decode()
+
+
+def test_metrics_are_json_lines(tmp_path: Path) -> None:
+    run_log(tmp_path)
+    train, epoch = (json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+    assert (train["kind"], train["step"]) == ("train", 2)
+    assert train["train/loss_nats"] == 2.0
+    assert train["train/gradient_norm"] == 3.0
+    assert train["step/pull_s"] == 0.5
+    assert train["step/compute_s"] == 1.0
+    assert train["train/tokens_per_s"] > 0
+    assert abs(train["time_s"] - time.time()) < 600
+    assert (epoch["kind"], epoch["heldout/mean_perplexity"]) == ("epoch", 12.5)
+
+
+def test_every_line_is_standard_json(tmp_path: Path) -> None:
+    """NaN is none; readers in other languages refuse a file with it."""
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    run_log(tmp_path)
+    for line in (tmp_path / METRICS).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_metrics_have_units(tmp_path: Path) -> None:
+    run_log(tmp_path)
+    names = json.loads((tmp_path / METRICS).read_text().splitlines()[0]).keys() - {"kind", "step"}
+    unit = re.compile(r"(_s|_per_s|_nats|_bytes|_perplexity|_norm)$")
+    assert all(unit.search(name) for name in names), names
+
+
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    run_log(tmp_path)
+    events = EventAccumulator(str(tmp_path / EVENTS))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss_nats", "train/tokens_per_s", "step/pull_s", "heldout/mean_perplexity"} <= tags
+    assert "note" not in tags
+    (loss,) = events.Scalars("train/loss_nats")
+    assert (loss.step, loss.value) == (2, 2.0)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_log(tmp_path, active=False)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_where_nobody_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    four_steps(tmp_path)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == 3
+    assert re.fullmatch(r"epoch 1  step 2/4  [\d,]+ tokens/s  loss 2\.000  ETA \d\d:\d\d", lines[0])
+    assert lines[1].startswith("epoch 2  step 4/4  ")
+    assert lines[1].endswith("ETA 00:00")
+    assert lines[2] == "said in between"
+    assert "\r" not in err
+    assert out == ""
+
+
+def test_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        four_steps(tmp_path)
+        terminal.flush()
+        text = ""
+        while select.select([master], [], [], 0.2)[0]:
+            text += os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "\r" in text
+    assert re.search(r"epoch \d: +\d+%", text)
+    assert "4/4" in text
+    assert "loss 2.000" in text
+    assert "step 2/4" not in text
+    assert "said in between" in text
+
+
+def test_terminal_is_seen_through_the_launcher() -> None:
+    """The ranks of an mpirun that runs on a terminal write into pipes."""
+    assert "True" in under_terminal([str(MPIRUN), "-n", "1", sys.executable, "-c", IS_TERMINAL])
+
+
+def test_file_is_seen_through_the_launcher() -> None:
+    assert mpirun(1, ["-c", IS_TERMINAL]).stdout.strip() == "False"
+
+
+def test_meter_without_targets() -> None:
+    meter = Meter()
+    assert str(meter.metrics()["train/loss_nats"]) == "nan"
+    meter.add(RESULT)
+    meter.add(RESULT)
+    assert (meter.num_tokens, meter.num_cut, meter.num_steps, meter.loss) == (100, 2, 2, 2.0)
+    assert meter.metrics()["step/pull_s"] == 0.5
+
+
+def test_table() -> None:
+    assert table([("rank", "host"), ("0", "a"), ("12", "bcdef")]).splitlines() == [
+        "rank  host", "----  -----", "   0  a", "  12  bcdef",
+    ]
+
+
+def test_versions() -> None:
+    found = versions()
+    assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
+    assert re.match(r"\d+\.\d+", found["torch"])
+    assert all(isinstance(value, str) and value for value in found.values())

@@ -1,0 +1,217 @@
+"""The architecture, enforced by reading the source: who may import what, and how long things may be.
+
+The floors, from the ground up; a module imports from its own floor's packages and from lower floors only.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mpi import ROOT
+
+# A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
+FLOORS = [
+    ["errors", "__init__"],
+    ["rng", "world", "config", "model"],
+    ["corpus", "ps"],
+    ["devices", "batches", "tables"],
+    ["parameters"],
+    ["step", "metrics"],
+    ["checkpoint", "evaluate"],
+    ["export", "embed", "report"],
+    ["train"],
+]
+# Beside their floor: what one module of a package needs from a module of the same floor, or from one above for types.
+EXCEPTIONS = {("metrics.run_log", "step"), ("evaluate", "checkpoint")}
+FORBIDDEN = {
+    "model": {"world", "corpus", "ps", "config", "batches", "tables"},
+    "ps": {"model", "corpus", "config", "batches", "tables"},
+    "corpus": {"model", "ps", "config"},
+    "config": {"world", "model", "ps", "corpus"},
+}
+# Third-party packages that only these may import.
+OWNERS = {
+    "mpi4py": {"world", "ps.shared"},
+    "allennlp": {"model"},
+    "h5py": {"corpus", "checkpoint", "export", "embed"},
+    "argparse": {"config"},
+    "tensorboard": {"metrics"},
+}
+BRIDGES = {"tables", "parameters"}  # the only ones that know both the server and the model
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+GLOBAL_RANDOM = {"np.random.seed", "numpy.random.seed", "torch.manual_seed", "random.seed", "torch.cuda.manual_seed"}
+# Calls at import that only make constants and types.
+PURE_CALLS = {
+    "TypeVar", "Path", "resolve", "compile", "Struct", "dataclass", "option", "field", "lru_cache", "cast", "frozenset",
+    "set", "dict", "tuple", "range", "dtype", "split", "no_grad",
+}
+
+PACKAGE = sorted((ROOT / "lapse_elmo").rglob("*.py"))
+SOURCES = [*PACKAGE, *sorted((ROOT / "preprocess").rglob("*.py"))]
+EVERYTHING = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+
+
+def module_of(path: Path) -> str:
+    """``ps.shared`` of lapse_elmo/ps/shared.py."""
+    parts = path.relative_to(ROOT / "lapse_elmo").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(path: Path, *, types_too: bool = True) -> set[str]:
+    """Every module that ``path`` imports, at any depth; without ``types_too`` not those under TYPE_CHECKING."""
+    tree = tree_of(path)
+    if not types_too:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(path: Path, *, types_too: bool = True) -> set[str]:
+    """The modules of lapse_elmo that ``path`` imports, without the prefix and the names inside a module."""
+    modules = {module_of(other) for other in PACKAGE}
+    found = set()
+    for name in imported(path, types_too=types_too):
+        if name.startswith("lapse_elmo."):
+            inner = name.removeprefix("lapse_elmo.")
+            found.add(inner if inner in modules else inner.rpartition(".")[0] or "__init__")
+    return found
+
+
+def floor(module: str) -> int:
+    top = module.split(".")[0]
+    for number, names in enumerate(FLOORS):
+        if top in names:
+            return number
+    raise AssertionError(f"lapse_elmo/{top} has no floor yet: give it one in tests/test_structure.py")
+
+
+def within(module: str, names: set[str]) -> bool:
+    return module in names or module.split(".")[0] in names
+
+
+def dotted(node: ast.expr) -> str:
+    """``np.random.seed`` of that expression; of a chain with calls in it the names after the last call."""
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return f"{before}.{node.attr}" if before else node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=label)
+def test_imports_go_down(path: Path) -> None:
+    module = module_of(path)
+    for other in own(path, types_too=False):
+        same = other.split(".")[0] == module.split(".")[0]
+        down = same or floor(other) < floor(module) or (module, other) in EXCEPTIONS
+        assert down, f"{module} imports {other}, which is not below it"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    edges = {module_of(path): own(path, types_too=False) - {module_of(path)} for path in PACKAGE}
+    while edges:
+        free = [module for module, targets in edges.items() if not targets & edges.keys()]
+        assert free, f"imports go round among {sorted(edges)}"
+        edges = {module: targets for module, targets in edges.items() if module not in free}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_third_party_packages_have_owners(path: Path) -> None:
+    inside = path.is_relative_to(ROOT / "lapse_elmo")
+    for name in imported(path, types_too=False):
+        top = name.split(".")[0]
+        if "tensorboard" in name:
+            top = "tensorboard"
+        if top in OWNERS:
+            assert inside, f"{label(path)} imports {top}"
+            assert within(module_of(path), OWNERS[top]), f"{label(path)} imports {top}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=label)
+def test_packages_that_do_not_know_each_other(path: Path) -> None:
+    module = module_of(path)
+    others = {other.split(".")[0] for other in own(path, types_too=False)}
+    assert not others & FORBIDDEN.get(module.split(".")[0], set())
+    if module not in BRIDGES and module.split(".")[0] not in ("model", "ps"):
+        assert not {"ps", "model"} <= others, f"{module} knows both server and model; only {sorted(BRIDGES)} may"
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=label)
+def test_length(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_FILE_LINES
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length < MAX_FUNCTION_LINES, f"{label(path)}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_no_global_random_generator(path: Path) -> None:
+    tree = tree_of(path)
+    lent = {  # to a library that knows no other, for one call
+        inner for node in ast.walk(tree) if isinstance(node, ast.With) and "fork_rng" in ast.dump(node.items[0])
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node not in lent:
+            name = dotted(node.func)
+            assert name not in GLOBAL_RANDOM, f"{label(path)}:{node.lineno}"
+            if name.startswith(("np.random.", "numpy.random.", "random.")):
+                last = name.split(".")[-1]
+                assert last[0].isupper() or last == "default_rng", f"{label(path)}:{node.lineno} draws by {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_no_work_at_import(path: Path) -> None:
+    """Constants, definitions and types only, apart from what needs no file, no process and no time."""
+    for node in at_import(tree_of(path).body):
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call):
+                name = dotted(call.func)
+                assert name.split(".")[-1] in PURE_CALLS, f"{label(path)}:{call.lineno} calls {name} at import"
+
+
+def at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
+    """What a module's body runs, class bodies included, functions not."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from itertools.chain(node.decorator_list, node.args.defaults)
+        elif isinstance(node, ast.ClassDef):
+            yield from node.decorator_list
+            yield from at_import(node.body)
+        elif isinstance(node, ast.If | ast.Try):
+            yield from at_import(node.body)
+            yield from at_import(node.orelse)
+        else:
+            yield node
+
+
+def test_no_global_state() -> None:
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            assert not isinstance(node, ast.Global), f"{label(path)}:{node.lineno} declares a global"
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "bin").iterdir() if p.is_file()), ids=label)
+def test_programs_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
