@@ -42,7 +42,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         _COMMANDS, argv, prog="bin/preprocess", description="From text to a vocabulary and shards."
     )
     world = enter()
-    if name in ("vocab", "shards"):
+    if name in ("vocab", "shards", "demo-text"):
         _VERBS[name](options, world)
         return
 

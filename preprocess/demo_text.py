@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lapse_elmo.config.preprocessing import DemoTextOptions
-from lapse_elmo.corpus.files import write_whole
+from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.world import World, solo
 from preprocess.progress import bar, say
@@ -42,17 +42,24 @@ _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "licenses", "node_m
 
 
 def make_demo_text(options: DemoTextOptions, world: World) -> None:
-    """Run the command, on one rank. :raises OutputError: if the output exists or cannot be written.
-
-    :raises CorpusError: if this machine has next to no documentation.
+    """Run the command, on every rank; they share the reading. :raises OutputError: if the output exists or cannot be
+    written. :raises CorpusError: if this machine has next to no documentation.
     """
     started = time.perf_counter()
+    world.agree(lambda: refuse_existing(options.output, options.overwrite))
+    roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    found = collect(dict.fromkeys(path.resolve() for path in roots), world)
+    train, heldout = world.agree(lambda: _write(options, found, roots[0]))
+    say(world, f"{options.output}: {len(train):,} training sentences, {_num_tokens(train):,} tokens; {len(heldout):,} "
+               f"held-out sentences, {_num_tokens(heldout):,} tokens; {time.perf_counter() - started:.0f} s")
+
+
+def _write(options: DemoTextOptions, found: Sequence[str], library: Path) -> tuple[list[str], list[str]]:
+    """Write the files, on one rank; (training, held-out) sentences."""
     with Staging(solo(), options.output, options.overwrite) as staging:
-        roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-        found = collect(dict.fromkeys(path.resolve() for path in roots), world)
         train, heldout = split(found, options.max_tokens)
         if len(train) < options.num_files:
-            raise CorpusError(f"the Python at {roots[0]} brings no documentation; install its standard library in full")
+            raise CorpusError(f"the Python at {library} brings no documentation; install its standard library in full")
         directory = staging.directory / "new"
         files = {f"train-{n:05d}-of-{options.num_files:05d}.txt": train[n :: options.num_files]
                  for n in range(options.num_files)}
@@ -61,25 +68,36 @@ def make_demo_text(options: DemoTextOptions, world: World) -> None:
             write_whole(directory / name, "".join(f"{sentence}\n" for sentence in content).encode())
         write_whole(directory / "SOURCES.txt", _sources().encode())
         staging.publish("new")
-    say(world, f"{options.output}: {len(train):,} training sentences, {_num_tokens(train):,} tokens; {len(heldout):,} "
-               f"held-out sentences, {_num_tokens(heldout):,} tokens; {time.perf_counter() - started:.0f} s")
+    return train, heldout
 
 
 def collect(roots: Iterable[Path], world: World) -> list[str]:
-    """All sentences below ``roots``, near-duplicates once, in the order of their hashes."""
+    """All sentences below ``roots``, near-duplicates once, in the order of their hashes; on rank 0.
+
+    Of near-duplicates the one with the least hash stays, so that the ranks may share the files in any way.
+    """
     seen_documents: set[bytes] = set()
     found: dict[str, str] = {}
-    paths = [path for root in roots for path in _files(root)]
+    paths = [path for root in roots for path in _files(root)][world.rank :: world.size]
     with bar(world, len(paths), "file", "reading") as progress:
         for path in paths:
             for document in documents(path):
                 key = _hash(document)
                 if key not in seen_documents:
                     seen_documents.add(key)
-                    for sentence in sentences(document):
-                        found.setdefault(near_key(sentence), sentence)
+                    _keep_least(found, sentences(document))
             progress.update(1)
-    return sorted(found.values(), key=_hash)
+    for part in world.allgather(list(found.values()) if world.size > 1 else []):
+        if world.rank == 0:
+            _keep_least(found, part)
+    return sorted(found.values(), key=_hash) if world.rank == 0 else []
+
+
+def _keep_least(found: dict[str, str], more: Iterable[str]) -> None:
+    for sentence in more:
+        kept = found.setdefault(near_key(sentence), sentence)
+        if kept != sentence and _hash(sentence) < _hash(kept):
+            found[near_key(sentence)] = sentence
 
 
 def split(found: Sequence[str], max_tokens: int | None) -> tuple[list[str], list[str]]:
