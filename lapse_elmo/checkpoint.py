@@ -16,7 +16,9 @@ The folder is written under a temporary name, flushed and renamed, so a folder o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -206,8 +208,65 @@ def _chunks(path: Path, files: list[str], parameters: Parameters) -> Iterator[tu
                     yield table, first, file
 
 
+class _Output(io.RawIOBase):
+    """A file for HDF5 to write to, whose writes seem to succeed; :meth:`finish` raises what went wrong.
+
+    HDF5 cannot close a file that it failed to write, and crashes the process when that file's memory is freed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = io.FileIO(path, "w+")
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view) and self._error is None:
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self._error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return size or 0
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def finish(self) -> None:
+        """Flush to the disk. :raises OSError: the first that a write met."""
+        if self._error is not None:
+            raise self._error
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to write; at the end it is flushed to the disk. :raises OSError: if it could not be written."""
+    with _Output(path) as output:
+        with h5py.File(output, "w") as file:
+            yield file
+        output.finish()
+
+
 def _write_rows(path: Path, parameters: Parameters, world: World) -> dict[str, Any]:
-    with h5py.File(path, "w") as file:
+    with _new_file(path) as file:
         for table in parameters.tables:
             total = table.segment.num_rows
             first, end = total * world.rank // world.size, total * (world.rank + 1) // world.size
@@ -221,7 +280,7 @@ def _write_rows(path: Path, parameters: Parameters, world: World) -> dict[str, A
 
 def _write_dense(path: Path, parameters: Parameters) -> dict[str, Any]:
     names = [name for name, _ in parameters.model.named_parameters()]
-    with h5py.File(path, "w") as file:
+    with _new_file(path) as file:
         for name, tensor in parameters.model.named_parameters():
             file[f"parameters/{name}"] = tensor.detach().cpu().numpy()
         for name, accumulator in zip(names, parameters.dense_optimizer.accumulators, strict=False):
@@ -240,9 +299,7 @@ def _read_dense(path: Path, parameters: Parameters) -> None:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    """Size and checksum of a written file, flushed to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Size and checksum of a written file."""
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
