@@ -9,7 +9,7 @@ import torch
 
 
 def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """The NumPy generator of ``purpose`` and ``indices`` (epoch, rank, chunk ... all non-negative)."""
+    """The NumPy generator of ``purpose`` and ``indices`` (epoch, rank, chunk ... all from 0 to 2**32 - 1)."""
     return np.random.Generator(np.random.Philox(_sequence(seed, purpose, indices)))
 
 
@@ -21,4 +21,5 @@ def torch_stream(seed: int, purpose: str, *indices: int, device: str | torch.dev
 
 
 def _sequence(seed: int, purpose: str, indices: tuple[int, ...]) -> np.random.SeedSequence:
+    assert all(0 <= index < 2**32 for index in indices), indices  # a larger one would be taken for two
     return np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *indices))

@@ -10,12 +10,21 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
 from lapse_elmo.world import World
 from tests.mpi import mpirun
 
 
-def run(checks: Mapping[str, Callable[[], None]], world: World, folder: Path) -> None:
-    """Call every check on this rank, writing down how each ended before the next one starts."""
+def run(
+    checks: Mapping[str, Callable[[], None]], world: World, folder: Path, local: Callable[[str], bool] = lambda _: False
+) -> None:
+    """Call every check on this rank, writing down how each ended before the next one starts.
+
+    A check that fails ends the job, since the other ranks may wait in it for this one.
+
+    :param local: of a check's name, whether it waits for no other rank: then the job goes on.
+    """
     with open(folder / f"{world.rank}.jsonl", "w", encoding="utf-8") as file:
         for name, check in checks.items():
             error = None
@@ -25,6 +34,8 @@ def run(checks: Mapping[str, Callable[[], None]], world: World, folder: Path) ->
                 error = traceback.format_exc()
             file.write(json.dumps([name, error]) + "\n")
             file.flush()
+            if error and not local(name):
+                world.abort(1)
             world.barrier()
 
 
@@ -52,3 +63,11 @@ def report_of(program: Path, arguments: Sequence[str], num_ranks: int, folder: P
         report[name] = "\n".join(failed)
     report[""] = output
     return report
+
+
+def expect(report: Mapping[str, str], name: str) -> None:
+    """Fail if the check failed, skip if another one's failure kept it from running."""
+    if name not in report and any(problem for check, problem in report.items() if check):
+        pytest.skip("not reached: another check ended the job")
+    problem = report.get(name, f"not reached; the job: {report['']}")
+    assert not problem, problem

@@ -12,7 +12,7 @@ from lapse_elmo.rng import stream, torch_stream
 
 KEYS: list[tuple[int, str, tuple[int, ...]]] = [
     (1, "a", ()), (2, "a", ()), (1, "b", ()), (1, "a", (0,)), (1, "a", (1,)), (1, "a", (1, 0)), (1, "a", (0, 1)),
-    (1, "a", (2**32,)), (1, "a", (2**40 + 1, 7)),
+    (1, "a", (2**32 - 1,)), (2**40 + 1, "a", ()),
 ]
 
 
@@ -31,6 +31,13 @@ def test_a_key_gives_its_stream(draw) -> None:  # type: ignore[no-untyped-def]
     torch.rand(3)
     assert [draw(seed, purpose, *indices) for seed, purpose, indices in KEYS] == first
     assert all(a != b for a, b in itertools.combinations(first, 2))
+
+
+@pytest.mark.parametrize("index", [-1, 2**32])
+def test_indices_that_could_be_mistaken_are_refused(index: int) -> None:
+    """NumPy takes 2**32 for the two words 0, 1."""
+    with pytest.raises(AssertionError):
+        stream(1, "a", index)
 
 
 def test_streams_do_not_touch_the_global_generator() -> None:

@@ -33,8 +33,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("name", world_program.names())
 def test_collective(report: dict[str, str], name: str) -> None:
-    problem = report.get(name, report[""])
-    assert not problem, problem
+    collective.expect(report, name)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,8 @@ def test_failure_of_one_rank_ends_the_job(kind: str, size: int, rank: int) -> No
     job = mpirun(size, [PROGRAM, "fail", kind, str(rank)], timeout=END_S)
     assert job.returncode == STATUS[kind], job.output
     assert job.survivors == ()
-    assert f"rank {rank}" in job.stderr, job.output
+    # An interrupt is the user's doing, and with Ctrl-C every rank gets one: nothing is said about it.
+    assert kind == "interrupt" or f"[rank {rank}/{size} " in job.stderr, job.output
     assert CAUSE[kind] in job.stderr, job.output
     assert ("Traceback" in job.stderr) == (kind in ("exception", "thread")), job.output
 

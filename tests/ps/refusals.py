@@ -21,7 +21,7 @@ Refusal = tuple[Callable[[Any], object], str]
 
 KEYS = np.array([4, 5])
 ROWS = np.ones((2, 3), np.float32)
-_NUM_KEYS = 1 + 5000 + 64 + 400
+_NUM_KEYS = 1 + 5000 + 16 + 400
 
 
 def _fresh() -> np.ndarray:
