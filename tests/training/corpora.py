@@ -1,0 +1,97 @@
+"""Small corpora through the real preprocessing, runs of the real programs, and what these leave on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lapse_elmo import evaluate, train
+from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
+from lapse_elmo.world import solo
+from preprocess.shards import make_shards
+from preprocess.vocab import make_vocabulary
+
+TINY = ("--projection-size", "16", "--cell-size", "32", "--threads", "1", "--progress", "none", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Shards, their vocabulary, and the sentences they were made of."""
+
+    shards: Path
+    vocab: Path
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+
+    @property
+    def options(self) -> list[str]:
+        return ["--shards", str(self.shards), "--vocab", str(self.vocab)]
+
+
+def prepare(folder: Path, train_text: Sequence[str], heldout_text: Sequence[str], num_shards: int = 3) -> Prepared:
+    """Vocabulary and shards of the sentences, every word in the vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sentences in (("train.txt", train_text), ("heldout.txt", heldout_text)):
+        (folder / name).write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")
+    vocab, shards = folder / "vocab.txt", folder / "shards"
+    text = (str(folder / "train.txt"),)
+    make_vocabulary(VocabOptions(text, output=str(vocab), threshold=1), solo())
+    heldout = (str(folder / "heldout.txt"),)
+    make_shards(ShardsOptions(text, heldout, vocab=str(vocab), output=str(shards), num_shards=num_shards), solo())
+    return Prepared(shards, vocab, tuple(train_text), tuple(heldout_text))
+
+
+def random_sentences(seed: int, count: int, num_words: int, lengths: tuple[int, int]) -> list[str]:
+    """Sentences of words drawn by rank frequency; ``lengths`` are the shortest and the longest."""
+    rng = np.random.default_rng(seed)
+    frequencies = 1 / np.arange(1, num_words + 1)
+    frequencies /= frequencies.sum()
+    sizes = rng.integers(lengths[0], lengths[1] + 1, count)
+    return [" ".join(f"w{word:02d}" for word in rng.choice(num_words, size, p=frequencies)) for size in sizes]
+
+
+def train_alone(corpus: Prepared, run_dir: Path, *options: str) -> Path:
+    """A run of one rank in this process."""
+    train.main([*corpus.options, *TINY, "--run-dir", str(run_dir), *options], solo)
+    return run_dir
+
+
+def evaluate_alone(model: Path, output: Path, *options: str) -> dict[str, Any]:
+    """The result of ``bin/evaluate`` on one rank in this process."""
+    evaluate.main([str(model), "--output", str(output), "--threads", "1", "--device", "cpu", *options], solo)
+    return json.loads(output.read_text())
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's saved models, oldest first; whatever else lies there counts too."""
+    return sorted((run_dir / "checkpoints").iterdir())
+
+
+def saved_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    """All arrays of a saved model by name; the ranks' shares of a table are put together again."""
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for path in sorted(checkpoint.glob("*.h5")):
+        with h5py.File(path, "r") as file:
+
+            def collect(name: str, item: object) -> None:
+                if isinstance(item, h5py.Dataset):
+                    parts.setdefault(name, []).append((int(item.attrs.get("first", 0)), item[()]))
+
+            file.visititems(collect)
+    arrays = {}
+    for name, found in parts.items():
+        ordered = [values for _, values in sorted(found, key=lambda part: part[0])]
+        arrays[name] = np.concatenate(ordered) if len(ordered) > 1 else ordered[0]
+    return arrays

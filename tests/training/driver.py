@@ -1,0 +1,66 @@
+"""Several runs in one MPI job, since starting a job costs more than a tiny run: ``driver.py CASES RESULTS``.
+
+CASES is JSON: a list of ``{"program": a name of PROGRAMS, "argv": [...]}``. RESULTS gets, for each case, what every
+rank made of it: ``{"error": class name or null, "message", "everywhere"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapse_elmo import evaluate, train
+from lapse_elmo.config.training import Config
+from lapse_elmo.errors import UserError
+from lapse_elmo.parameters import Parameters
+from lapse_elmo.world import World, enter
+
+
+def train_with_a_poisoned_gradient(argv: list[str], enter: Callable[[], World]) -> None:
+    """Training whose dense gradients are infinite on the last rank, while the loss and all other gradients are not."""
+
+    class Poisoned(Parameters):
+        def __init__(self, config: Config, num_classes: int, world: World, device: torch.device) -> None:
+            super().__init__(config, num_classes, world, device)
+            if world.rank == world.size - 1:
+                for parameter in self.model.parameters():
+                    parameter.register_hook(lambda gradient: gradient * math.inf)
+
+    train.Parameters = Poisoned  # type: ignore[assignment, misc]
+    try:
+        train.main(argv, enter)
+    finally:
+        train.Parameters = Parameters  # type: ignore[misc]
+
+
+PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "poisoned": train_with_a_poisoned_gradient}
+
+
+def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+    try:
+        PROGRAMS[case["program"]](case["argv"], lambda: world)
+    except UserError as error:
+        return {"error": type(error).__name__, "message": str(error), "everywhere": error.everywhere}
+    return {"error": None, "message": "", "everywhere": True}
+
+
+def main() -> None:
+    world = enter()
+    try:
+        results = [world.allgather(run_case(case, world)) for case in json.loads(Path(sys.argv[1]).read_text())]
+    except BaseException:
+        traceback.print_exc()
+        world.abort(1)
+    if world.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

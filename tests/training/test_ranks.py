@@ -1,0 +1,115 @@
+"""Real jobs on 1 to 16 ranks: they end, count every token once, and give the bits that they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import mpi
+from tests.training.conftest import Drive
+from tests.training.corpora import TINY, Prepared, checkpoints, records, saved_arrays, train_alone
+
+BATCH = 8
+OPTIONS = (*TINY, "--epochs", "2", "--batch-size", str(BATCH), "--report-every", "3")
+
+
+def start_run(num_ranks: int, corpus: Prepared, run_dir: Path, *options: str) -> Path:
+    job = mpi.mpirun(
+        num_ranks, ["bin/train", *corpus.options, *OPTIONS, "--run-dir", str(run_dir), *options], timeout=150
+    )
+    assert job.returncode == 0, job.output
+    assert not job.survivors
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Two epochs by bin/train on each number of ranks; those of 2 ranks with --sync."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return {n: start_run(n, small, folder / str(n), *(["--sync"] if n == 2 else [])) for n in (1, 2, 3, 4)}
+
+
+def test_every_number_of_ranks_trains_each_token_once_an_epoch(small: Prepared, runs: dict[int, Path]) -> None:
+    num_tokens = sum(len(sentence.split()) for sentence in small.train)
+    for num_ranks, run_dir in runs.items():
+        steps_per_epoch = math.ceil(math.ceil(len(small.train) / num_ranks) / BATCH)
+        epochs = records(run_dir, "epoch")
+        assert [line["step"] for line in epochs] == [steps_per_epoch, 2 * steps_per_epoch]
+        assert [line["train/epoch_tokens"] for line in epochs] == [num_tokens, num_tokens]
+        assert [line["train/cut_sentences"] for line in epochs] == [0, 0]
+        assert epochs[1]["heldout/mean_perplexity"] < 30  # far below the 43 of a uniform guess
+        reported = [line["step"] for line in records(run_dir, "train")]
+        assert reported == sorted({*range(3, 2 * steps_per_epoch + 1, 3), 2 * steps_per_epoch})
+
+
+def test_the_saved_models_are_whole(runs: dict[int, Path]) -> None:
+    for num_ranks, run_dir in runs.items():
+        for folder in checkpoints(run_dir):
+            manifest = json.loads((folder / "manifest.json").read_text())
+            rows = [f"rows-{rank:05d}-of-{num_ranks:05d}.h5" for rank in range(num_ranks)]
+            assert sorted(manifest["files"]) == ["dense.h5", *rows]
+            assert {path.name for path in folder.iterdir()} == {"manifest.json", "dense.h5", *rows}
+        final = checkpoints(run_dir)[-1]
+        assert final.name == f"step-{manifest['step']:08d}"
+        assert manifest["epoch"] == 2 and manifest["step_in_epoch"] == 0 and manifest["world_size"] == num_ranks
+        arrays = saved_arrays(final)
+        assert arrays["embedding"].shape == (43, 32) and arrays["softmax"].shape == (43, 34)
+        assert all(np.isfinite(values).all() for values in arrays.values())
+
+
+def test_one_rank_and_synchronous_ranks_repeat_to_the_bit(
+    small: Prepared, runs: dict[int, Path], drive: Drive, tmp_path: Path
+) -> None:
+    again = {1: train_alone(small, tmp_path / "1", *OPTIONS), 2: tmp_path / "2"}
+    argv = [*small.options, *OPTIONS, "--run-dir", str(again[2]), "--sync"]
+    drive(2, [("train", argv)])
+    for num_ranks, run_dir in again.items():
+        assert [c.name for c in checkpoints(run_dir)] == [c.name for c in checkpoints(runs[num_ranks])]
+        for mine, theirs in zip(checkpoints(run_dir), checkpoints(runs[num_ranks]), strict=True):
+            first, second = saved_arrays(mine), saved_arrays(theirs)
+            assert first.keys() == second.keys() and len(first) > 10
+            for name, values in first.items():
+                np.testing.assert_array_equal(values, second[name], err_msg=f"{name} on {num_ranks} ranks")
+
+
+def test_initial_values_do_not_depend_on_the_number_of_ranks(small: Prepared, drive: Drive, tmp_path: Path) -> None:
+    options = ["--max-steps", "1", "--learning-rate", "1e-30", "--clip-norm", "1e-30"]
+    drive(3, [("train", [*small.options, *TINY, *options, "--run-dir", str(tmp_path / "3")])])
+    train_alone(small, tmp_path / "1", *options)
+    many, one = (saved_arrays(checkpoints(tmp_path / name)[0]) for name in "31")
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, many[name], err_msg=name)
+    assert np.unique(one["embedding"][:, :16]).size > 600  # not all one value
+
+
+def test_sixteen_ranks(small: Prepared, tmp_path: Path) -> None:
+    run_dir = start_run(16, small, tmp_path / "16", "--max-steps", "2")
+    (epoch,) = records(run_dir, "epoch")
+    assert epoch["train/epoch_tokens"] == sum(len(sentence.split()) for sentence in small.train)
+    assert len(list(checkpoints(run_dir)[0].glob("rows-*-of-00016.h5"))) == 16
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["train/loss_nats"] for line in records(run_dir, "train")]
+
+
+def test_golden_losses(small: Prepared, tmp_path: Path) -> None:
+    """Recorded with torch 2.11 on x86-64; other builds round differently, by less than the tolerance in ten steps."""
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "10", "--report-every", "5", "--num-samples", "20")
+    assert losses(run_dir) == pytest.approx([2.9158686505617015, 2.9770131154103323], rel=2e-4)
+    epoch = records(run_dir, "epoch")[-1]
+    assert epoch["heldout/forward_perplexity"] == pytest.approx(21.29470061095694, rel=5e-4)
+    assert epoch["heldout/backward_perplexity"] == pytest.approx(24.359267902636777, rel=5e-4)
+
+
+def test_both_lstms_train_alike(small: Prepared, tmp_path: Path) -> None:
+    options = ("--max-steps", "10", "--report-every", "1", "--dropout", "0")
+    fused, allennlp = (
+        losses(train_alone(small, tmp_path / name, "--lstm", name, *options)) for name in ("fused", "allennlp")
+    )
+    assert len(fused) == 10 and min(fused) < fused[0] - 0.3
+    assert fused == pytest.approx(allennlp, rel=1e-4)
