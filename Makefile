@@ -35,7 +35,7 @@ dev: .venv/.installed-dev
 	@touch $@
 
 data/demo-text: | .venv/.installed
-	bin/preprocess demo-text --output $@
+	$(MPIRUN) -n $(RANKS) bin/preprocess demo-text --output $@
 
 data/vocab.txt: | data/demo-text
 	bin/preprocess vocab 'data/demo-text/train-*' --output $@

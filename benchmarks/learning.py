@@ -1,7 +1,8 @@
-"""Held-out perplexity after a fixed number of ids: ``python -m benchmarks.learning TRAIN_TEXT HELDOUT_TEXT [OPTION ...]``.
+"""Held-out perplexity after a number of ids: ``python -m benchmarks.learning TRAIN_TEXT HELDOUT_TEXT [-- OPTION ...]``.
 
-Builds vocabulary (threshold 3) and shards of the text and trains the ``small`` sizes with the defaults of ``bin/train``,
-or with the options given after ``--``, on all cores, until ``IDS`` ids (boundary ids counted) were trained.
+Builds vocabulary (threshold 3) and shards of the text and trains the ``small`` sizes with the defaults of
+``bin/train``, or with the options given after ``--``, on all cores (or RANKS of the environment), until ``IDS`` ids,
+boundary ids counted, were trained.
 benchmarks/learning.md holds the figures and those of the peers on the same text.
 """
 

@@ -72,8 +72,8 @@ class Parameters:
         """Collective: initial values, which depend on the seed alone and not on the world.
 
         The embedding is N(0, 1) (lapse-elmo, torch.nn.Embedding; with bilm-tf's Glorot bound, which shrinks with the
-        vocabulary, it learns far slower), the softmax normal with deviation 1/sqrt(D) (bilm-tf). The softmax bias starts
-        at the log-uniform law's log probabilities, so that the first predictions are near word frequencies.
+        vocabulary, it learns far slower), the softmax normal with deviation 1/sqrt(D) (bilm-tf). The softmax bias
+        starts at the log-uniform law's log probabilities, so that the first predictions are near word frequencies.
         """
         seed, size, rows = self.config.training.seed, self.config.model.projection_size, self.num_classes
 

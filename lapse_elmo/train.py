@@ -43,7 +43,7 @@ class Corpus:
 class EpochResult:
     """One row of the final table."""
 
-    epoch: int
+    epoch: float  # epochs done so far; a fraction where the run ended within one
     num_tokens: int
     tokens_per_s: float
     training_loss: float
@@ -242,7 +242,7 @@ def finish_epoch(
     )
     if whole.num_cut:
         log.say(f"{whole.num_cut:,} sentences were cut at --max-length {config.data.max_length}")
-    return EpochResult(epoch, whole.num_tokens, tokens_per_s, whole.loss, heldout)
+    return EpochResult(step / stream.steps_per_epoch, whole.num_tokens, tokens_per_s, whole.loss, heldout)
 
 
 def announce_start(
@@ -272,10 +272,11 @@ def announce_start(
 
 def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     """The final table."""
-    head = ("epoch", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
+    head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
     rows = [
         (
-            *(str(r.epoch), f"{r.num_tokens:,}", f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
+            *(f"{r.epoch:.2f}".removesuffix(".00"), f"{r.num_tokens:,}"),
+            *(f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
             *(f"{value:.1f}" for value in (r.heldout.forward, r.heldout.backward, r.heldout.mean, unigram)),
         )
         for r in results

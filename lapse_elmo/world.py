@@ -7,6 +7,7 @@ as there are more ranks than cores.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -15,7 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -211,6 +213,9 @@ def enter() -> World:
         # Read by MPICH when it is loaded: a rank in a library-internal wait (Init, Finalize) yields its core.
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -219,15 +224,27 @@ def enter() -> World:
             "and name its family in MPI4PY_MPIABI (mpich or openmpi)"
         )) from None
     expected = launcher_rank_and_size()[1]
-    size = MPI.COMM_WORLD.size
-    if size != expected and size == 1:
-        library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
+    library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
+    # MPICH cannot even be initialised below Open MPI's launcher; other mismatches give each process its own world.
+    stranger = "MPICH" in library and "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_RANK" not in os.environ
+    if not stranger:
+        with _quiet():
+            MPI.Init_thread()
+    if stranger or (MPI.COMM_WORLD.size == 1 and expected > 1):
         raise _everywhere(LaunchError(
-            f"the launcher started {expected} processes but {library} sees a world of 1: launcher and MPI library are "
-            "of different families; use the library's mpirun (.venv/bin/mpirun for the one that make setup installs; "
-            "with Slurm, srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
+            f"the launcher started {expected} processes but does not fit the MPI library, {library}, which sees only "
+            "one: use the library's own mpirun (.venv/bin/mpirun for the one that make setup installs; with Slurm, "
+            "srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
         ))
     return World(MPI.COMM_WORLD)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without mpi4py's warning about a launcher that does not fit, which :func:`enter` tells in one line."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
+        yield
 
 
 def _everywhere(error: UserError) -> UserError:
@@ -249,6 +266,8 @@ def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[st
         threading.excepthook = lambda hook: _fail(world, prog, hook.exc_value or RuntimeError("thread failed"))
         return world
 
+    if launcher_rank_and_size()[0] and {"-h", "--help"} & set(argv):
+        sys.exit(0)  # rank 0 shows it
     try:
         main(argv, enter_once)
     except SystemExit as stop:
