@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ import torch
 
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, from_tables
+from lapse_elmo.corpus.files import ErrorKeepingFile, sync_directory
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, ConfigError, OutputError
 from lapse_elmo.metrics.versions import versions
@@ -99,7 +99,7 @@ def save(
         _write_flushed(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _flush_folder(final.parent)
+        sync_directory(final.parent)
 
     try:
         world.agree(lambda: guarded(prepare))
@@ -208,58 +208,10 @@ def _chunks(path: Path, files: list[str], parameters: Parameters) -> Iterator[tu
                     yield table, first, file
 
 
-class _Output(io.RawIOBase):
-    """A file for HDF5 to write to, whose writes seem to succeed; :meth:`finish` raises what went wrong.
-
-    HDF5 cannot close a file that it failed to write, and crashes the process when that file's memory is freed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = io.FileIO(path, "w+")
-        self._error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        try:
-            while done < len(view) and self._error is None:
-                done += self._file.write(view[done:])
-        except OSError as error:
-            self._error = error
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return self._file.truncate(size)
-        except OSError as error:
-            self._error = self._error or error
-            return size or 0
-
-    def readinto(self, buffer: Any) -> int | None:
-        return self._file.readinto(buffer)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def finish(self) -> None:
-        """Flush to the disk. :raises OSError: the first that a write met."""
-        if self._error is not None:
-            raise self._error
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file to write; at the end it is flushed to the disk. :raises OSError: if it could not be written."""
-    with _Output(path) as output:
+    with ErrorKeepingFile(path) as output:
         with h5py.File(output, "w") as file:
             yield file
         output.finish()
@@ -316,11 +268,3 @@ def _write_flushed(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lapse_elmo.errors import OutputError
 
@@ -68,6 +70,46 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class ErrorKeepingFile(io.FileIO):
+    """A file for HDF5 to write that keeps the first error for later instead of raising it.
+
+    HDF5 crashes the process, then or at its exit, where it cannot write a file while it closes it, on a full disk for
+    instance.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(os.fspath(path), "w+")
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        while self._error is None and written < len(view):
+            try:
+                written += super().write(view[written:]) or 0
+            except OSError as error:
+                self._error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return size or 0
+
+    def check(self) -> None:
+        """:raises OSError: the first one that was kept."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Flush the file to the disk and close it. :raises OSError: the first one that was kept, or that comes now."""
+        self.check()
+        os.fsync(self.fileno())
+        self.close()
 
 
 def _umask() -> int:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from lapse_elmo.corpus.files import ErrorKeepingFile
 from lapse_elmo.errors import CorpusError
 
 FORMAT = "lapse-elmo-shard"
@@ -78,7 +78,7 @@ class ShardWriter:
         """:raises OSError: if the file cannot be written, here as in the other methods."""
         self.path = os.fspath(path)
         self._header = header
-        self._sink = _Sink(self.path)
+        self._sink = ErrorKeepingFile(self.path)
         self._file = h5py.File(self._sink, "w", track_order=False)
         self._tokens = _Appender(self._file, "tokens", header.num_tokens, np.int32)
         self._offsets = _Appender(self._file, "offsets", header.num_sentences + 1, np.int64)
@@ -114,45 +114,6 @@ class ShardWriter:
         with contextlib.suppress(*_H5_ERRORS):
             self._file.close()
         self._sink.close()
-
-
-class _Sink(io.FileIO):
-    """A file for HDF5 that keeps the first error for later instead of raising it.
-
-    HDF5 crashes the process at its exit if a file cannot be written while it is closed, on a full disk for instance.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, "w+")
-        self._error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        written = 0
-        while self._error is None and written < len(view):
-            try:
-                written += super().write(view[written:]) or 0
-            except OSError as error:
-                self._error = error
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self._error = self._error or error
-            return size or 0
-
-    def check(self) -> None:
-        """:raises OSError: the first one that was kept."""
-        if self._error is not None:
-            raise self._error
-
-    def finish(self) -> None:
-        """Flush the file to the disk and close it. :raises OSError: the first one that was kept, or that comes now."""
-        self.check()
-        os.fsync(self.fileno())
-        self.close()
 
 
 class _Appender:
