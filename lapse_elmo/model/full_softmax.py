@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_TARGET_CHUNK = 512
-_LOGITS = 1 << 23  # logits held at once: 32 MiB of float32
+TARGETS_AT_ONCE = 256
+CLASSES_AT_ONCE = 4096  # with 256 targets 4 MiB of float32 logits, which stay in the cache between passes
 
 
 @torch.no_grad()
@@ -30,10 +30,12 @@ def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], targ
         here = (target >= first) & (target < first + len(rows))
         own = rows[target[here] - first].to(torch.float64)
         target_logit[here] = (context[here].to(torch.float64) * own[:, :-1]).sum(1) + own[:, -1]
-        step = max(1, min(_TARGET_CHUNK, _LOGITS // len(rows)))
-        for start in range(0, len(context), step):
-            logits = torch.addmm(bias, context[start : start + step], weight.t())
-            largest = logits.amax(1, keepdim=True)
-            total = logits.sub_(largest).exp_().sum(1).to(torch.float64).log_().add_(largest[:, 0])
-            log_total[start : start + step] = torch.logaddexp(log_total[start : start + step], total)
+        for low in range(0, len(rows), CLASSES_AT_ONCE):
+            classes = slice(low, low + CLASSES_AT_ONCE)
+            for start in range(0, len(context), TARGETS_AT_ONCE):
+                targets = slice(start, start + TARGETS_AT_ONCE)
+                logits = torch.addmm(bias[classes], context[targets], weight[classes].t())
+                largest = logits.amax(1, keepdim=True)
+                total = logits.sub_(largest).exp_().sum(1).to(torch.float64).log_().add_(largest[:, 0])
+                log_total[targets] = torch.logaddexp(log_total[targets], total)
     return log_total - target_logit

@@ -1,4 +1,4 @@
-"""The softmax over words: sampled for training, full for evaluation, and the log-uniform sampler's expected counts.
+"""The sampled softmax over words, for training, and the log-uniform sampler's expected counts.
 
 Losses are negative log-likelihoods (nll), summed over targets, in nats.
 """
@@ -196,38 +196,3 @@ def _hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> tuple[Tenso
     if len(target_index) % chunk:
         bounds.append(len(rows))
     return rows, columns[first[rows] + nth], bounds
-
-
-@torch.no_grad()
-def full_softmax_nll(
-    context: Tensor, weight: Tensor, bias: Tensor, target: Tensor, chunk: int = 512, class_chunk: int = 32_768
-) -> Tensor:
-    """Summed nll of the targets under the softmax over all V classes, in nats, without gradients.
-
-    Logits are computed ``chunk`` targets by ``class_chunk`` classes at a time (64 MiB of float32 at the defaults,
-    whatever V) in the dtype of ``context``; the sums over classes and targets are float64.
-
-    :param context: (N, D) predicting vectors; N may be 0.
-    :param weight: (V, D), ``bias`` (V,).
-    :param target: (N,) int64 classes in [0, V).
-    :return: a float64 scalar.
-    """
-    nll = torch.zeros((), dtype=torch.float64, device=context.device)
-    num_classes = len(weight)
-    buffer = context.new_empty(min(chunk, len(context)) * min(class_chunk, num_classes))
-    for start in range(0, len(context), chunk):
-        some, targets = context[start : start + chunk], target[start : start + chunk]
-        log_total = torch.full((len(some),), -math.inf, dtype=torch.float64, device=context.device)
-        for low in range(0, num_classes, class_chunk):
-            classes = slice(low, min(low + class_chunk, num_classes))
-            width = classes.stop - low
-            logits = torch.addmm(
-                bias[classes], some, weight[classes].t(), out=buffer[: len(some) * width].view(len(some), width)
-            )
-            largest = logits.amax(1, keepdim=True)
-            total = logits.sub_(largest).exp_().sum(1).to(torch.float64).log_()
-            log_total = torch.logaddexp(log_total, total.add_(largest[:, 0]))
-        target_weight, target_bias = weight.index_select(0, targets), bias.index_select(0, targets)
-        target_logit = (some.to(torch.float64) * target_weight.to(torch.float64)).sum(1) + target_bias
-        nll += (log_total - target_logit).sum()
-    return nll

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lapse_elmo.model import reference
+from lapse_elmo.model import full_softmax, reference
+from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.model.softmax import (
     expected_num_tries,
-    full_softmax_nll,
     log_expected_count,
     log_uniform_probability,
     sampled_softmax_nll,
@@ -147,16 +147,20 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 @pytest.mark.parametrize(("chunk", "class_chunk"), [(512, 32_768), (7, 10), (30, 57), (1, 1)])
-def test_full_softmax_equals_cross_entropy(chunk: int, class_chunk: int) -> None:
+def test_full_softmax_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, class_chunk: int) -> None:
+    monkeypatch.setattr(full_softmax, "TARGETS_AT_ONCE", chunk)
+    monkeypatch.setattr(full_softmax, "CLASSES_AT_ONCE", class_chunk)
     context, weight, bias = (value.detach() for value in leaves(30, 57))
     target = indices(57, 30)
-    expected = torch.nn.functional.cross_entropy(context @ weight.t() + bias, target, reduction="sum")
-    wide = full_softmax_nll(context, weight, bias, target, chunk, class_chunk)
-    torch.testing.assert_close(wide, expected, **TOLERANCE)
-    narrow = full_softmax_nll(context.float(), weight.float(), bias.float(), target, chunk, class_chunk)
+    rows = torch.cat([weight, bias[:, None]], 1)
+    expected = torch.nn.functional.cross_entropy(context @ weight.t() + bias, target, reduction="none")
+    for size in (57, 20, 1):
+        chunks = [(first, rows[first : first + size]) for first in range(0, 57, size)]
+        torch.testing.assert_close(full_softmax_nll(context, chunks, target), expected, **TOLERANCE)
+    narrow = full_softmax_nll(context.float(), [(0, rows.float())], target)
     assert narrow.dtype == torch.float64
-    torch.testing.assert_close(narrow, expected, rtol=1e-6, atol=0.0)
-    assert float(full_softmax_nll(context[:0], weight, bias, target[:0])) == 0.0
+    torch.testing.assert_close(narrow, expected, rtol=1e-5, atol=1e-5)
+    assert full_softmax_nll(context[:0], [(0, rows)], target[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 9_358, 793_471])
