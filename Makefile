@@ -15,7 +15,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: setup train test lint bench clean dev
 
-PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
 setup: .venv/.installed
 
