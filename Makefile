@@ -7,7 +7,7 @@
 PYTHON ?= python3
 RANKS ?= $(shell nproc)
 MPIRUN ?= .venv/bin/mpirun
-TRAIN_OPTIONS ?= --epochs 2 --max-minutes 6
+TRAIN_OPTIONS ?= --max-minutes 5
 TEST_OPTIONS ?=
 
 SHELL := /bin/bash

@@ -128,7 +128,7 @@ class RunLog:
         except OSError as error:
             raise write_failed(self._file.name, error) from None
         for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if "/" in name and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
     def say(self, line: str) -> None:

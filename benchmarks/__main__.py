@@ -1,0 +1,30 @@
+"""``python -m benchmarks`` (``make bench``): every benchmark that takes minutes at most, one after another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lapse_elmo.config.training import DEFAULT_SHARDS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as bin/train sets it
+    programs = [[sys.executable, "-m", "benchmarks.step"], [sys.executable, "-m", "benchmarks.preprocess"]]
+    for ranks in (1, 2):
+        programs.append([f"{sys.prefix}/bin/mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.server"])
+    if (ROOT / DEFAULT_SHARDS).exists():
+        programs.append([sys.executable, "-m", "benchmarks.start"])
+    else:
+        print(f"benchmarks.start is left out: it needs {DEFAULT_SHARDS} (make train)")
+    for program in programs:
+        print(f"\n--- {' '.join(program[1:])}", flush=True)
+        subprocess.run(program, cwd=ROOT, check=True, env=environment)
+
+
+if __name__ == "__main__":
+    main()
