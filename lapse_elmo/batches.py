@@ -4,8 +4,8 @@ The sentences of a shard set are numbered through. A worker owns a contiguous ra
 own part of the shards; the ranges differ by at most one sentence, so all workers take the same number of steps. An
 epoch's order is random at two levels, for reading in runs: the worker's range is cut into blocks of ``BLOCK`` sentences
 whose order is shuffled; the sentences of ``POOL_BATCHES`` batches form a pool, in which they are sorted by length with
-random ties and cut into batches, whose order is shuffled. A batch thus holds sentences of like length from many places
-of the corpus, and every sentence comes once an epoch.
+random ties and cut into batches, whose order is shuffled, alike on all workers. A batch thus holds sentences of like
+length from many places of the corpus, and every sentence comes once an epoch.
 """
 
 from __future__ import annotations
@@ -147,9 +147,10 @@ class BatchStream:
 
     def _pool_batches(self, epoch: int, pool: int, lengths: np.ndarray) -> list[np.ndarray]:
         """The pool's batches as arrays of places in the pool."""
-        rng = stream(self.seed, "pool order", epoch, self.worker, pool)
-        shuffled = rng.permutation(lengths.size)
+        shuffled = stream(self.seed, "ties", epoch, self.worker, pool).permutation(lengths.size)
         by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+        # The same on all workers: at a step all have sentences of like length, and none waits long for the others.
+        rng = stream(self.seed, "batch order", epoch, pool)
         # The incomplete batch, if any, should not always hold the longest sentences: let it start anywhere.
         rotated = np.roll(by_length, -self.batch_size * int(rng.integers(max(lengths.size // self.batch_size, 1))))
         batches = [rotated[i : i + self.batch_size] for i in range(0, lengths.size, self.batch_size)]

@@ -75,12 +75,13 @@ def train(
     stream = batch_stream(config, world, corpus.train)
     num_steps = stream.steps_per_epoch * config.training.epochs
     num_steps = min(num_steps, config.training.max_steps or num_steps)
-    log = RunLog(run_dir, config.run, num_steps, stream.steps_per_epoch, active=world.rank == 0)
+    max_s = config.training.max_minutes * 60 or math.inf
+    log = RunLog(run_dir, config.run, num_steps, stream.steps_per_epoch, world.rank == 0, max_s)
     announce_start(config, world, corpus, stream, device, log, num_steps)
-    deadline = time.monotonic() + config.training.max_minutes * 60 if config.training.max_minutes else None
+    deadline = time.monotonic() + max_s
     step_once = TrainingStep(
         config, world, parameters, device.device, mean_targets(config, world, corpus.train),
-        lambda: deadline is not None and time.monotonic() > deadline,
+        lambda: time.monotonic() > deadline,
     )
     results: list[EpochResult] = []
     best, newest = None, None

@@ -68,15 +68,25 @@ class RunLog:
     """Writes a run's record; on other ranks than 0 it does nothing.
 
     :param active: true on the one rank that writes.
+    :param max_s: seconds after which training ends however many steps are left.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, num_steps: int, steps_per_epoch: int, active: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        num_steps: int,
+        steps_per_epoch: int,
+        active: bool,
+        max_s: float = math.inf,
+    ) -> None:
         self.active = active
         self.steps_per_epoch = steps_per_epoch
         self._report_every = config.report_every
         self._bar: tqdm | None = None
         self._lines = False
         self._num_steps = num_steps
+        self._max_s = max_s
         self._whole = Meter()
         if not active:
             return
@@ -109,7 +119,7 @@ class RunLog:
         self.write("train", step, meter.metrics())
         if self._lines:
             elapsed = time.perf_counter() - self._whole.start
-            left = elapsed / step * (self._num_steps - step)
+            left = min(elapsed / step * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
             self.say(
                 f"epoch {1 + (step - 1) // self.steps_per_epoch}  step {step:,}/{self._num_steps:,}  "
                 f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}"
