@@ -3,9 +3,11 @@
 The sentences of a shard set are numbered through. A worker owns a contiguous range of the numbers, so it reads only its
 own part of the shards; the ranges differ by at most one sentence, so all workers take the same number of steps. An
 epoch's order is random at two levels, for reading in runs: the worker's range is cut into blocks of ``BLOCK`` sentences
-whose order is shuffled; the sentences of ``POOL_BATCHES`` batches form a pool, in which they are sorted by length with
-random ties and cut into batches, whose order is shuffled, alike on all workers. A batch thus holds sentences of like
-length from many places of the corpus, and every sentence comes once an epoch.
+whose order is shuffled; the sentences of ``POOL_BATCHES`` batches form a pool, in which they are sorted by length, with
+noise, and cut into batches, whose order is shuffled, alike on all workers. A batch thus holds sentences of like length
+from many places of the corpus, the workers have like work at a step, and every sentence comes once an epoch. Sorting
+without noise is a little faster but learns less: where all sentences of a batch end at one place, each step teaches
+that place (benchmarks/learning.md).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from lapse_elmo.rng import stream
 
 BLOCK = 256
 POOL_BATCHES = 64
+LENGTH_NOISE = 0.3  # deviation of the noise on the logarithm of the length
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ class BatchStream:
 
     def _pool_batches(self, epoch: int, pool: int, lengths: np.ndarray) -> list[np.ndarray]:
         """The pool's batches as arrays of places in the pool."""
-        shuffled = stream(self.seed, "ties", epoch, self.worker, pool).permutation(lengths.size)
-        by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+        noise = stream(self.seed, "length noise", epoch, self.worker, pool).normal(0.0, LENGTH_NOISE, lengths.size)
+        by_length = np.argsort(np.log(np.maximum(lengths, 1)) + noise)
         # The same on all workers: at a step all have sentences of like length, and none waits long for the others.
         rng = stream(self.seed, "batch order", epoch, pool)
         # The incomplete batch, if any, should not always hold the longest sentences: let it start anywhere.

@@ -36,7 +36,7 @@ def test_the_chain_knows_its_own_text_from_both_ends(corpus: Prepared) -> None:
     assert forward < 4
 
 
-@pytest.mark.parametrize(("samples", "margin"), [("8192", 1.06), ("24", 1.15)], ids=["full softmax", "sampled"])
+@pytest.mark.parametrize(("samples", "margin"), [("8192", 1.1), ("24", 1.15)], ids=["full softmax", "sampled"])
 def test_training_comes_near_the_best_perplexity(
     corpus: Prepared, tmp_path: Path, samples: str, margin: float
 ) -> None:
