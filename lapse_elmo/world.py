@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import signal
 import socket
 import sys
 import threading
@@ -276,6 +277,9 @@ def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[st
         why = stop.code if isinstance(stop.code, str) else f"sys.exit({stop.code})"
         print(f"{prog}: [{world}] left the job: {why}", file=sys.stderr, flush=True)
         world.abort(stop.code if isinstance(stop.code, int) and stop.code else 1)
+    except BrokenPipeError:  # who read our output has gone, `| head` for instance: as a program killed by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        (world or solo()).abort(128 + signal.SIGPIPE)
     except BaseException as error:  # whatever it is, the other ranks must not wait for this one
         _fail(world, prog, error)
 

@@ -14,7 +14,7 @@ from lapse_elmo import world as world_module
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.world import launch, launcher_rank_and_size, solo, usable_cores
 from tests import collective, world_program
-from tests.mpi import mpirun
+from tests.mpi import ROOT, mpirun
 
 PROGRAM = Path(world_program.__file__)
 SIZES = (1, 2, 3, 4)
@@ -162,3 +162,18 @@ def test_solo_needs_no_mpi() -> None:
     code = "import sys; from lapse_elmo.world import solo; solo().barrier(); print('mpi4py' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
     assert solo().allgather("x") == ["x"]
+
+
+def test_reader_that_leaves_ends_the_program_quietly(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from lapse_elmo.world import launch\n"
+        "launch(lambda argv, enter: [print('x' * 1000, flush=True) for _ in range(10_000)], [], 'program')\n"
+    )
+    done = subprocess.run(
+        f"{sys.executable} {program} | head -1; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
+        capture_output=True, text=True, timeout=60, check=False,
+    )
+    assert done.returncode == 141
+    assert done.stderr == ""
