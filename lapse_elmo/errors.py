@@ -5,6 +5,8 @@ The programs in ``bin/`` print that line without a traceback and end with status
 keeps its traceback (status 1).
 """
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake, or a state of the machine, that the user can mend.
@@ -15,6 +17,11 @@ class UserError(Exception):
     """
 
     everywhere = False
+
+    def on_every_rank(self) -> UserError:
+        """This error, marked as one that every rank raises at this point."""
+        self.everywhere = True
+        return self
 
 
 class ConfigError(UserError):

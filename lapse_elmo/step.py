@@ -224,9 +224,9 @@ class TrainingStep:
                 )
 
         self.world.together(check)
-        error = TrainingError(f"the dense gradient norm is not finite at step {step}; nothing was pushed")
-        error.everywhere = True
-        raise error
+        raise TrainingError(
+            f"the dense gradient norm is not finite at step {step}; nothing was pushed"
+        ).on_every_rank()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -131,15 +131,13 @@ def open_corpus(config: Config, world: World) -> Corpus:
     train_set = world.together(lambda: ShardSet.open(data.shards, "train", vocabulary))
     heldout = world.together(lambda: ShardSet.open(data.heldout or data.shards, "heldout", vocabulary))
     if train_set.num_sentences < world.size:
-        error = ConfigError(
+        raise ConfigError(
             f"{train_set.num_sentences} training sentences cannot be shared by {world.size} ranks: start fewer ranks"
-        )
-        error.everywhere = True
-        raise error
+        ).on_every_rank()
     if not data.boundaries and (data.max_length == 1 or heldout.num_tokens == heldout.num_sentences):
-        error = ConfigError("the held-out sentences have no targets: single tokens need --boundaries")
-        error.everywhere = True
-        raise error
+        raise ConfigError(
+            "the held-out sentences have no targets: single tokens need --boundaries"
+        ).on_every_rank()
     return Corpus(vocabulary, train_set, heldout)
 
 
@@ -222,12 +220,10 @@ def finish_epoch(
     heldout = evaluate(parameters, corpus.heldout, config.data, config.training.batch_size, world, device.device)
     epoch = -(-step // stream.steps_per_epoch)
     if not math.isfinite(heldout.mean):
-        error = TrainingError(
+        raise TrainingError(
             f"held-out perplexity is not finite at step {step}; this model is not saved; lower --learning-rate, "
             "--loss-scale or --clip-norm"
-        )
-        error.everywhere = True
-        raise error
+        ).on_every_rank()
     log.write(
         "epoch", step,
         {

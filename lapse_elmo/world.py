@@ -168,8 +168,7 @@ class World:
                 error = caught
         result, error = self.bcast((result, error))
         if error is not None:
-            error.everywhere = True
-            raise error
+            raise error.on_every_rank()
         return result  # type: ignore[return-value]
 
     def together(self, function: Callable[[], T]) -> T:
@@ -185,8 +184,7 @@ class World:
             if other is not None:
                 alike = all(str(e) == str(other) for e in errors)
                 raised = other if alike else type(other)(f"[rank {rank}/{self.size}] {other}")
-                raised.everywhere = True
-                raise raised
+                raise raised.on_every_rank()
         return result  # type: ignore[return-value]
 
     def abort(self, status: int) -> None:
@@ -220,10 +218,10 @@ def enter() -> World:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise _everywhere(LaunchError(
+        raise LaunchError(
             f"no MPI library can be loaded ({reason}): run 'make setup', which installs one, or load your site's MPI "
             "and name its family in MPI4PY_MPIABI (mpich or openmpi)"
-        )) from None
+        ).on_every_rank() from None
     expected = launcher_rank_and_size()[1]
     library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
     # MPICH cannot even be initialised below Open MPI's launcher; other mismatches give each process its own world.
@@ -232,11 +230,11 @@ def enter() -> World:
         with _quiet():
             MPI.Init_thread()
     if stranger or (MPI.COMM_WORLD.size == 1 and expected > 1):
-        raise _everywhere(LaunchError(
+        raise LaunchError(
             f"the launcher started {expected} processes but does not fit the MPI library, {library}, which sees only "
             "one: use the library's own mpirun (.venv/bin/mpirun for the one that make setup installs; with Slurm, "
             "srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
-        ))
+        ).on_every_rank()
     return World(MPI.COMM_WORLD)
 
 
@@ -246,11 +244,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
         yield
-
-
-def _everywhere(error: UserError) -> UserError:
-    error.everywhere = True
-    return error
 
 
 def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[str], prog: str) -> None:

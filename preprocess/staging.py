@@ -69,8 +69,7 @@ class Staging:
         errors = [error for _, error in outcomes if error is not None]
         if errors:
             first = next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
-            first.everywhere = True
-            raise first
+            raise first.on_every_rank()
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
     def check(self) -> None:

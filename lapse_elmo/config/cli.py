@@ -133,8 +133,9 @@ def _parser(schema: type, prog: str, description: str) -> _Parser:
         target: argparse._ActionsContainer = parser
         if group:
             doc = (hints[group].__doc__ or group).strip().splitlines()[0].rstrip(".")
-            target = groups.setdefault(group, parser.add_argument_group(f"{group}: {doc}")) if group not in groups \
-                else groups[group]
+            if group not in groups:
+                groups[group] = parser.add_argument_group(f"{group}: {doc}")
+            target = groups[group]
         _add(target, field, hint)
     return parser
 
