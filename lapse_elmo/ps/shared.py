@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lapse_elmo.errors import ConfigError, ServerError
-from lapse_elmo.ps.api import Array, ParameterServer
+from lapse_elmo.ps.api import DONE, Array, ParameterServer
 from lapse_elmo.ps.layout import Layout, Segment
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.world import World
@@ -40,16 +40,13 @@ class SharedMemoryServer(ParameterServer):
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0
     ) -> None:
-        super().__init__(layout)
+        super().__init__(layout, sampled, first_sample)
         if world.num_nodes > 1:
             raise ConfigError(
                 f"the embedded parameter server spans one node, but the {world.size} ranks are on {world.num_nodes}: "
                 "start all ranks on one node"
             )
         self._world = world
-        self._sampled = sampled
-        self._samples: dict[int, tuple[int, np.ndarray | None]] = {}
-        self._next_handle = first_sample
         world.agree(lambda: _require_shared_memory(layout.num_bytes))
         self._window, memory = _allocate(world, layout.num_bytes)
         self._tables: dict[str, torch.Tensor] = {}
@@ -60,10 +57,10 @@ class SharedMemoryServer(ParameterServer):
             start += segment.num_bytes
         self._locks = _IntervalLock(world)
 
-    def pull(self, keys: Array, out: Array) -> None:
+    def pull_async(self, keys: Array, out: Array) -> int:
         keys, out, segment = self.checked("out", keys, out, writes=True)
         if segment is None:
-            return
+            return DONE
         start = time.perf_counter()
         table, stats = self._tables[segment.name], self.stats.segments[segment.name]
         for rows, places in self._runs(keys, segment, exclusive=False):
@@ -74,11 +71,12 @@ class SharedMemoryServer(ParameterServer):
         stats.pulled_rows += keys.size
         stats.pulled_bytes += keys.size * segment.width * 4
         stats.pull_s += time.perf_counter() - start
+        return DONE
 
-    def push(self, keys: Array, deltas: Array) -> None:
+    def push_async(self, keys: Array, deltas: Array) -> int:
         keys, deltas, segment = self.checked("deltas", keys, deltas)
         if segment is None:
-            return
+            return DONE
         start = time.perf_counter()
         table, stats = self._tables[segment.name], self.stats.segments[segment.name]
         for rows, places in self._runs(keys, segment, exclusive=True):
@@ -86,6 +84,7 @@ class SharedMemoryServer(ParameterServer):
         stats.pushed_rows += keys.size
         stats.pushed_bytes += keys.size * segment.width * 4
         stats.push_s += time.perf_counter() - start
+        return DONE
 
     def set(self, keys: Array, values: Array) -> None:
         keys, values, segment = self.checked("values", keys, values)
@@ -96,44 +95,31 @@ class SharedMemoryServer(ParameterServer):
         for rows, places in self._runs(keys, segment, exclusive=True):
             self._tables[segment.name].index_copy_(0, rows, values[places])
 
-    def localize(self, keys: Array) -> None:
+    def localize_async(self, keys: Array) -> int:
         keys, _ = self.checked_keys(keys)
         self.stats.localized_rows += keys.size
+        return DONE
+
+    def wait(self, ticket: int) -> None:
+        self.require_open()
+        if ticket != DONE:
+            raise ServerError(f"ticket: {ticket} was never given")
+
+    def wait_all(self) -> None:
+        self.require_open()
 
     def intent(self, keys: Array, start: int, end: int) -> None:
         keys, _ = self.checked_keys(keys)
         self.checked_clocks(start, end)
         self.stats.intended_rows += keys.size
 
-    def prepare_sample(self, count: int, start: int, end: int) -> int:
-        self.require_open()
-        if self._sampled is None:
-            raise ServerError("no segment is set up for sampling")
-        sampler = self._sampled[1]
-        if count < 1 or (not sampler.replacement and count > sampler.distribution.num_rows):
-            raise ServerError(f"count: cannot sample {count} of {sampler.distribution.num_rows} rows")
-        self.checked_clocks(start, end)
-        handle = self._next_handle
-        rows = sampler.draw(handle, count) if sampler.scheme in ("preloc", "pool") else None
-        if rows is not None:
-            self.intent(self._sample_keys(rows), start, end)
-        self._next_handle += 1
-        self._samples[handle] = (count, rows)
-        return handle
+    def is_local(self, name: str) -> np.ndarray | None:
+        return None
 
-    def pull_sample(self, handle: int, keys_out: np.ndarray, out: Array | None = None) -> None:
+    def owned_rows(self, name: str) -> np.ndarray:
         self.require_open()
-        if handle not in self._samples:
-            raise ServerError(f"handle: sample {handle} was never prepared or is already pulled")
-        count, rows = self._samples[handle]
-        if keys_out.dtype != np.int64 or keys_out.shape != (count,):
-            raise ServerError(f"keys_out should be int64 of shape ({count},), not {keys_out.dtype} {keys_out.shape}")
-        keys = self._sample_keys(self._sampled[1].draw(handle, count) if rows is None else rows)  # type: ignore[index]
-        if out is not None:
-            self.pull(keys, out)
-        keys_out[:] = keys
-        del self._samples[handle]
-        self.stats.sampled_rows += count
+        total, world = self.layout[name].num_rows, self._world
+        return np.arange(total * world.rank // world.size, total * (world.rank + 1) // world.size)
 
     def quiesce(self) -> None:
         self.require_open()
@@ -156,9 +142,6 @@ class SharedMemoryServer(ParameterServer):
             self._window.Unlock_all()
             self._window.Free()
             self._window = None
-
-    def _sample_keys(self, rows: np.ndarray) -> np.ndarray:
-        return self.layout[self._sampled[0]].keys(rows)  # type: ignore[index]
 
     def _runs(
         self, keys: np.ndarray, segment: Segment, *, exclusive: bool
