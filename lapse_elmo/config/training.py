@@ -154,6 +154,16 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """Server: which parameter server keeps the rows, and where"""
+
+    ps: str = option(
+        "embedded", choices=("embedded", "lapse", "adapm"),
+        help="our own engine, or the installed package lapse or adapm with a node a rank",
+    )
+
+
+@dataclass(frozen=True)
 class DeviceConfig:
     """Devices: where the ranks compute"""
 
@@ -192,6 +202,7 @@ class Config:
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     devices: DeviceConfig = field(default_factory=DeviceConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
