@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -80,7 +80,12 @@ class ServerStats:
 
 
 class ParameterServer(ABC):
-    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls)."""
+    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls).
+
+    :cvar emulated: what the engine lacks and does in another way, for the run log.
+    """
+
+    emulated: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0) -> None:
         """Collective.
