@@ -234,7 +234,7 @@ class Config:
                 f"--technique {self.server.technique} rows have replicas: give relocation or static"
             )
         if self.training.sync and self.server.ps == "adapm":
-            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas; leave one of the two out")
+            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: leave one away")
 
 
 def parse_train(argv: Sequence[str]) -> Config:
