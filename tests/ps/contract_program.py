@@ -22,10 +22,13 @@ from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.ps.shared import SharedMemoryServer
 from lapse_elmo.world import World, launch
 from tests import collective
+from tests.ps.native_engines import OnOneNode
 from tests.ps.refusals import REFUSALS, check_refusal
 
 Engine = Callable[..., ParameterServer]
-ENGINES: dict[str, Engine] = {"shared": SharedMemoryServer}
+ENGINES: dict[str, Engine] = {
+    "shared": SharedMemoryServer, "lapse": OnOneNode("lapse"), "adapm": OnOneNode("adapm"),
+}
 
 NUM_SAMPLED = 400
 WIDTH = 8192  # copying such a row takes long enough that two ranks do meet in it, if nothing keeps them apart
