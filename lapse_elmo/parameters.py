@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
@@ -51,7 +52,11 @@ class Parameters:
         if in_server:
             shapes.append(("dense", DenseTable.num_rows(dense), self.rule.width(DENSE_ROW)))
         layout = Layout.of(*shapes)
-        self.server = make_server(config.server.ps, world, layout, ("softmax", self._sampler()), first_sample)
+        server = config.server
+        options: dict[str, Any] = {"technique": server.technique_for(config.training.sync)}
+        if server.ps == "embedded":
+            options["staleness"] = server.staleness
+        self.server = make_server(server.ps, world, layout, ("softmax", self._sampler()), first_sample, **options)
         self.embedding = RowTable(self.server, layout["embedding"], size, self.rule)
         self.softmax = RowTable(self.server, layout["softmax"], size + 1, self.rule)
         self.dense_table: DenseTable | None = None

@@ -23,6 +23,6 @@ def make_server(
         from lapse_elmo.ps.adapm_package import AdapmServer
 
         return AdapmServer(world, layout, sampled, first_sample, **options)
-    from lapse_elmo.ps.shared import SharedMemoryServer
+    from lapse_elmo.ps.embedded import EmbeddedServer
 
-    return SharedMemoryServer(world, layout, sampled, first_sample, **options)
+    return EmbeddedServer(world, layout, sampled, first_sample, **options)
