@@ -1,4 +1,4 @@
-"""Every engine keeps the parameter server's contract, in worlds of 1, 2 and 4 ranks."""
+"""Every engine keeps the parameter server's contract, in worlds of 1, 2 and 4 ranks on 1, 2 and 4 nodes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from lapse_elmo.native import SWITCH
 from tests import collective
 from tests.ps import contract_program
+from tests.ps.contract_program import ENGINES
 
-SIZES = (1, 2, 4)
+TWIN = {SWITCH: "0"}  # rows without native code
+# On one node all techniques are alike. Each meets each number of nodes, and two of them without native code.
+CASES = [
+    *[("embedded-adaptive", ranks, 1, env) for ranks in (1, 2, 4) for env in ({}, TWIN)],
+    *[(engine, ranks, nodes, {}) for engine in ENGINES for ranks, nodes in ((2, 2), (4, 2), (4, 4))],
+    *[(engine, 4, 2, TWIN) for engine in ("embedded-adaptive", "embedded-relocation")],
+]
+NAMED = [(f"{engine}-{ranks}-{nodes}{'-twin' if env else ''}", engine, ranks, nodes, env) for engine, ranks, nodes, env in CASES]
+CHECKS = [(case[0], name) for case in NAMED for name in contract_program.names(case[1])]
 
 
-CASES = [pytest.param((engine, size), id=f"{engine}-{size}") for engine in contract_program.ENGINES for size in SIZES]
-
-
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module")
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    engine, size = request.param
-    program = Path(contract_program.__file__)
-    return collective.report_of(program, [engine], size, tmp_path_factory.mktemp("contract"), timeout=120)
+    _, engine, ranks, nodes, env = next(case for case in NAMED if case[0] == request.param)
+    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
+    return collective.report_of(program, [engine, str(nodes)], ranks, folder, timeout=120, env=env)
 
 
-@pytest.mark.parametrize("name", contract_program.names())
+@pytest.mark.parametrize(("report", "name"), CHECKS, indirect=["report"])
 def test_contract(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
