@@ -18,6 +18,7 @@ import torch
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.embedded import EmbeddedServer
+from lapse_elmo.ps.manager import TECHNIQUES
 from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.world import World, launch
 from tests import collective
@@ -27,12 +28,9 @@ from tests.ps.layout import HOT, LAYOUT, NUM_SAMPLED, WIDTH, every_key, pulled
 from tests.ps.refusals import REFUSALS, check_refusal
 
 Engine = Callable[..., ParameterServer]
-ENGINES: dict[str, Engine] = {
-    f"embedded-{technique}": partial(EmbeddedServer, technique=technique)
-    for technique in ("adaptive", "relocation", "replication", "static")
-}
-ONE_COPY = {"embedded-relocation", "embedded-static"}  # engines that never replicate
-STATIC = {"embedded-static"}  # engines whose rows stay where they are
+ENGINES: dict[str, Engine] = {technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES}
+ONE_COPY = {"relocation", "static"}  # engines that never replicate
+STATIC = {"static"}  # engines whose rows stay where they are
 ONLY = {  # checks of what not every engine promises: of those that do
     "pushes_are_seen_after_a_barrier": ONE_COPY,
     "reads_never_go_back": ONE_COPY,
