@@ -103,6 +103,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         world.agree(lambda: refuse_existing(options.output, options.overwrite))
     path = world.agree(lambda: checkpoint.find(Path(options.model)))
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
+    world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
     config = world.agree(lambda: checkpoint.config_of(manifest, path))
     device = choose_device(options.devices, world).device
     vocabulary = world.together(lambda: Vocabulary.load(options.vocab or checkpoint.vocabulary_path(path, config)))
