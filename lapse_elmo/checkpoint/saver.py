@@ -134,7 +134,7 @@ class Saver:
                 file.flush()
                 os.fsync(file.fileno())
             put(partial, final)
-        except OSError:
+        except (OSError, RuntimeError):
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self._kept = self._kept[-NUM_NEWEST:]
