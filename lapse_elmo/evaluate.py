@@ -104,6 +104,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         world.agree(lambda: refuse_existing(options.output, options.overwrite))
     path = world.agree(lambda: checkpoint.find(Path(options.model)))
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
+    world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
     config = world.agree(lambda: checkpoint.config_of(manifest, path))
     config = dataclasses.replace(config, server=ServerConfig())  # whatever kept the rows when they were trained
     device = choose_device(options.devices, world).device

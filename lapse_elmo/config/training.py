@@ -136,6 +136,9 @@ class TrainingConfig:
     epochs: int = option(2, metavar="N", help="passes over the training shards")
     max_steps: int = option(0, metavar="N", help="end after this many steps (0: when the epochs are done)")
     max_minutes: float = option(0.0, metavar="N", help="end after this much training time (0: no limit)")
+    patience: int = option(
+        0, metavar="N", help="end after N evaluations in a row without a better held-out perplexity (0: never)"
+    )
     batch_size: int = option(32, metavar="B", help="sentences a step and rank")
     lookahead: int = option(1, metavar="N", help="clocks by which a batch's intent and samples go ahead of its step")
     seed: int = option(1, metavar="N", help="seed of every random stream")
@@ -147,7 +150,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size")
-        for name in ("max_steps", "max_minutes", "lookahead", "seed"):
+        for name in ("max_steps", "max_minutes", "patience", "lookahead", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
             raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")
@@ -202,7 +205,15 @@ class RunConfig:
     """Run: what is written where, and when"""
 
     run_dir: str = option("", metavar="DIR", help="folder for config, metrics and models (default: runs/DATE-TIME)")
-    overwrite: bool = option(False, help="replace a run that is already in --run-dir")
+    resume: str = option(
+        "auto", metavar="WHAT",
+        help="auto goes on with a run that is in --run-dir already, never refuses to; or the checkpoint or run to "
+        "go on from",
+    )
+    overwrite: bool = option(False, help="replace a run that is already in --run-dir instead of going on with it")
+    save_every_steps: int = option(0, metavar="N", help="save a checkpoint every N steps (0: not by steps)")
+    save_every_minutes: float = option(10.0, metavar="N", help="save when so many minutes have passed (0: not by time)")
+    dry_run: bool = option(False, help="show roles, shards, memory and steps, and start nothing")
     report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
     progress: str = option(
         "auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing"
@@ -210,6 +221,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "report_every")
+        for name in ("save_every_steps", "save_every_minutes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.resume != "", "resume", "empty", "auto, never, or a run or checkpoint")
 
 
 @dataclass(frozen=True)
