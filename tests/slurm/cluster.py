@@ -18,15 +18,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mpi import LAUNCHER_PREFIXES, MARK, ROOT, end_marked, marked_processes
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 NODES = ("n1", "n2")
 _CPUS = 16  # a node claims to have: as many tasks fit
+_KILL_WAIT_S = 10  # between a job's SIGTERM and its SIGKILL
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _PR_SET_PDEATHSIG = 1
 
@@ -58,7 +58,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 JobRequeue=0
-KillWait=10
+KillWait={kill_wait_s}
 MessageTimeout=30
 ReturnToService=2
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=100000
@@ -69,7 +69,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What Slurm says of a job: ``status`` is the batch script's exit status, ``restarts`` how often it was requeued."""
+    """What Slurm says of a job: ``status`` is the batch script's exit status, ``restarts`` counts its requeues."""
 
     number: int
     state: str
@@ -105,7 +105,8 @@ class Cluster:
         self.left: tuple[int, ...] = ()
         self._mark = uuid.uuid4().hex
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self._env = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_PREFIXES, "SBATCH_", "PYTEST_"))}
+        foreign = (*LAUNCHER_PREFIXES, "SBATCH_", "PYTEST_")
+        self._env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         self._env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _PATH, MARK: self._mark, "OMP_NUM_THREADS": "1"}
 
     def __enter__(self) -> Cluster:
@@ -113,7 +114,8 @@ class Cluster:
         for node in NODES:
             (self.folder / f"spool-{node}").mkdir()
         config = _CONFIG.format(
-            folder=self.folder, ports=_free_ports(1 + len(NODES)), user=getpass.getuser(), nodes=NODES, cpus=_CPUS
+            folder=self.folder, ports=_free_ports(1 + len(NODES)), user=getpass.getuser(), nodes=NODES, cpus=_CPUS,
+            kill_wait_s=_KILL_WAIT_S,
         )
         (self.folder / "slurm.conf").write_text(config)
         try:
@@ -153,11 +155,10 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
-    def submit(self, *command: str, env: Mapping[str, str] | None = None) -> int:
+    def submit(self, *command: str) -> int:
         """``sbatch *command`` from the repository's root, the log in this folder; the job's number."""
-        words = [f"{name}={value}" for name, value in (env or {}).items()]
         output = f"--output={self.folder}/%x-%j.log"
-        return int(self.run("env", *words, "sbatch", "--parsable", output, *command).strip())
+        return int(self.run("sbatch", "--parsable", output, *command).strip())
 
     def job(self, number: int) -> SlurmJob:
         """The job as it is now."""
@@ -193,17 +194,24 @@ class Cluster:
 
     def stop(self) -> None:
         """End all jobs and daemons."""
-        if self._daemons:
-            self.run("scancel", "--user", getpass.getuser(), "--quick", check=False)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-        for daemon in self._daemons:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(10)
-        self.left = end_marked(self._mark)
-        for daemon in self._daemons:
-            daemon.wait()
-        self._daemons = []
+        try:
+            if self._daemons and self._daemons[0].poll() is None:
+                self._end_jobs()
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.terminate()
+            for daemon in self._daemons:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    daemon.wait(10)
+            self.left = end_marked(self._mark)
+            for daemon in self._daemons:
+                daemon.wait()
+
+    def _end_jobs(self) -> None:
+        self.run("scancel", "--user", getpass.getuser(), check=False)
+        deadline = time.monotonic() + 2 * _KILL_WAIT_S
+        while self.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:
