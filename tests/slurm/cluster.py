@@ -34,6 +34,7 @@ _PR_SET_PDEATHSIG = 1
 # the default of two minutes. The memory is a claim as well: no test is about it.
 _CONFIG = """\
 ClusterName=test
+GresTypes=gpu
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
 SlurmUser={user}
@@ -61,9 +62,14 @@ JobRequeue=0
 KillWait={kill_wait_s}
 MessageTimeout=30
 ReturnToService=2
-NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=100000
-NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=100000
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=100000 Gres=gpu:2
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=100000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+# Slurm numbers the "GPUs" and tells each task which are its own; whether they are GPUs it does not ask.
+_GPUS = """\
+Name=gpu File=/dev/null Flags=nvidia_gpu_env
+Name=gpu File=/dev/zero Flags=nvidia_gpu_env
 """
 
 
@@ -118,6 +124,7 @@ class Cluster:
             kill_wait_s=_KILL_WAIT_S,
         )
         (self.folder / "slurm.conf").write_text(config)
+        (self.folder / "gres.conf").write_text(_GPUS)
         try:
             self._daemon("slurmctld", "-D")
             for node in NODES:

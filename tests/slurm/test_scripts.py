@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.mpi import ROOT
+from tests.mpi import MPIRUN, ROOT
 from tests.slurm.cluster import Cluster, SlurmJob
 
 END_S = 30
@@ -38,7 +40,7 @@ if what == "wait" and "SLURM_RESTART_COUNT" not in os.environ:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A repository of the batch scripts and a stand-in."""
-    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / "bin").mkdir()
     for name in ("train", "preprocess"):
         program = tmp_path / "bin" / name
@@ -50,7 +52,7 @@ def root(tmp_path: Path) -> Path:
 def submit(cluster: Cluster, root: Path, *words: str, script: str = "train") -> int:
     """``words``: options of sbatch, ``--``, options of the program."""
     split = words.index("--")
-    return cluster.submit(f"--chdir={root}", *words[:split], str(ROOT / f"slurm/{script}.sbatch"), *words[split + 1 :])
+    return cluster.submit(f"--chdir={root}", *words[:split], str(root / f"slurm/{script}.sbatch"), *words[split + 1 :])
 
 
 def ranks(root: Path, restart: int = 0) -> list[dict]:
@@ -59,9 +61,9 @@ def ranks(root: Path, restart: int = 0) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def until_started(cluster: Cluster, number: int, root: Path) -> None:
+def until_started(cluster: Cluster, number: int, root: Path, count: int = 2) -> None:
     deadline = time.monotonic() + END_S
-    while len(ranks(root)) < 2:
+    while len(ranks(root)) < count:
         assert time.monotonic() < deadline, cluster.job(number).output
         time.sleep(0.05)
 
@@ -82,11 +84,23 @@ def test_options_and_the_run_directory(cluster: Cluster, root: Path) -> None:
 
 def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Path) -> None:
     options = ["--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4"]
-    ended(cluster, submit(cluster, root, *options, "--", "x"), "COMPLETED", 0)
+    number = submit(cluster, root, *options, "--", "wait")
+    until_started(cluster, number, root, 6)
+    step = cluster.run("scontrol", "show", "step", f"{number}.0")
+    cluster.run("scancel", str(number))
+    assert re.search(r"Nodes=2 CPUs=24 Tasks=6 ", step), step
     seen = [rank["env"] for rank in ranks(root)]
     assert [(env["PMI_RANK"], env["SLURMD_NODENAME"]) for env in seen] == [(str(r), f"n{r // 3 + 1}") for r in range(6)]
-    names = ("PMI_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
-    assert [tuple(env[name] for name in names) for env in seen] == [("6", "4", "12")] * 6
+    assert {(env["PMI_SIZE"], env["SLURM_CPUS_ON_NODE"]) for env in seen} == {("6", "12")}
+
+
+@pytest.mark.parametrize(
+    ("option", "visible"), [("--gpus-per-node=2", ["0,1", "0,1"]), ("--gpus-per-task=1", ["0", "1"])]
+)
+def test_gpus_are_those_of_the_allocation(cluster: Cluster, root: Path, option: str, visible: list[str]) -> None:
+    """bin/train deals those that a rank sees to the ranks of its node, or takes the one."""
+    ended(cluster, submit(cluster, root, option, "--", "x"), "COMPLETED", 0)
+    assert [rank["env"]["CUDA_VISIBLE_DEVICES"] for rank in ranks(root)] == visible
 
 
 @pytest.mark.parametrize("status", [1, 2, SAVED])
@@ -125,7 +139,10 @@ def test_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, root: Path
     assert cluster.ranks(number) == {}
 
 
-def test_killed_rank_ends_the_job(cluster: Cluster, root: Path) -> None:
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_killed_rank_ends_the_job(launcher: str, cluster: Cluster, root: Path) -> None:
+    if launcher == "mpirun":
+        use_mpirun(root)
     number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=1", "--", "wait")
     until_started(cluster, number, root)
     os.kill(cluster.ranks(number)[1], signal.SIGKILL)
@@ -133,10 +150,31 @@ def test_killed_rank_ends_the_job(cluster: Cluster, root: Path) -> None:
     assert cluster.ranks(number) == {}
 
 
+def test_mpirun_inside_the_allocation(cluster: Cluster, root: Path) -> None:
+    """Where site.sh asks for it: it finds the tasks by itself, and passes the warning on."""
+    use_mpirun(root)
+    number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=2", "--", "wait")
+    until_started(cluster, number, root, 4)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+    deadline = time.monotonic() + END_S
+    while cluster.job(number).restarts == 0:
+        assert time.monotonic() < deadline, cluster.job(number).output
+        time.sleep(0.1)
+    cluster.run("scancel", str(number))
+    hosts = [(rank["env"]["PMI_SIZE"], rank["env"]["SLURMD_NODENAME"]) for rank in ranks(root)]
+    assert hosts == [("4", "n1"), ("4", "n1"), ("4", "n2"), ("4", "n2")]
+
+
+def use_mpirun(root: Path) -> None:
+    (root / "slurm" / "site.sh").write_text(f"launcher=({MPIRUN})\n")
+
+
 def test_preprocess_passes_its_options_on(cluster: Cluster, root: Path) -> None:
     ended(cluster, submit(cluster, root, "--", "shards", "a b", script="preprocess"), "COMPLETED", 0)
     assert [rank["argv"] for rank in ranks(root)] == [["shards", "a b"]] * 2
 
 
-def test_from_another_folder(cluster: Cluster, tmp_path: Path) -> None:
-    ended(cluster, submit(cluster, tmp_path, "--", "x"), "FAILED", 2)
+def test_from_another_folder(cluster: Cluster, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    number = cluster.submit(f"--chdir={root}/elsewhere", str(root / "slurm" / "train.sbatch"))
+    ended(cluster, number, "FAILED", 2)
