@@ -54,6 +54,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     """Parse, join the world, train."""
     config = parse_train(argv)
     world = enter()
+    if config.server.nodes > 1:
+        world.split(config.server.nodes)
     config = name_run(config, world)
     corpus = open_corpus(config, world)
     run_dir = Path(config.run.run_dir)

@@ -6,8 +6,8 @@ NumPy arrays and CPU torch tensors both serve; both must be contiguous. A call t
 
 Consistency. A pull sees the worker's own completed pushes; a call is completed when it returns, one of the ``_async``
 form when its ticket was waited for. Additions are atomic per row: no pull sees half a push, and after
-:meth:`ParameterServer.quiesce` the sum of integer-valued pushes is exact. ``localize`` and ``intent`` may change where a
-row is, never what it is. A row with one copy is sequentially consistent per key, also while it moves; how far a
+:meth:`ParameterServer.quiesce` the sum of integer-valued pushes is exact. ``localize`` and ``intent`` may change where
+a row is, never what it is. A row with one copy is sequentially consistent per key, also while it moves; how far a
 replica may lag behind is the engine's to document.
 
 Ownership of buffers. Keys, deltas and values belong to the caller again as soon as a call returns, in the ``_async``
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -54,6 +54,20 @@ class SegmentStats:
 
 
 @dataclass
+class NodeStats:
+    """What the server of a node did since the start: rows."""
+
+    relocated_in_rows: int = 0
+    relocated_out_rows: int = 0
+    replicated_rows: int = 0  # replicas that came
+    served_rows: int = 0  # pulled or pushed by workers of other nodes
+    forwarded_rows: int = 0
+    parked_rows: int = 0
+    synchronised_rows: int = 0  # values and deltas sent to keep replicas alike
+    sent_bytes: int = 0
+
+
+@dataclass
 class ServerStats:
     """Counters of one rank: by segment, and of announcements."""
 
@@ -61,13 +75,21 @@ class ServerStats:
     intended_rows: int = 0
     localized_rows: int = 0
     sampled_rows: int = 0
+    clock_wait_s: float = 0.0
+    node: NodeStats | None = None  # on the first rank of a node, where there are several
 
 
 class ParameterServer(ABC):
-    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls)."""
+    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls).
+
+    :cvar emulated: what the engine lacks and does in another way, for the run log.
+    """
+
+    emulated: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0) -> None:
-        """
+        """Collective.
+
         :param sampled: the segment that :meth:`prepare_sample` draws from, and how; None if nothing is sampled.
         :param first_sample: number of the first sample to be prepared; a resumed run goes on where it was.
         """
