@@ -11,6 +11,7 @@ import ctypes
 import getpass
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -30,10 +31,12 @@ _KILL_WAIT_S = 10  # between a job's SIGTERM and its SIGKILL
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _PR_SET_PDEATHSIG = 1
 
-# JobRequeue=0 is what many sites set. A requeued job waits until its credentials expire, which at less than 5 s takes
-# the default of two minutes. The memory is a claim as well: no test is about it.
+# MPICH names its shared memory by the job's number, and what a killed job left may still be there: each Slurm counts
+# from another one. JobRequeue=0 is what many sites set. A requeued job waits until its credentials expire, where less
+# than 5 s stands for the default of two minutes. The memory is a claim as well: no test is about it.
 _CONFIG = """\
 ClusterName=test
+FirstJobId={first_job}
 GresTypes=gpu
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
@@ -121,7 +124,7 @@ class Cluster:
             (self.folder / f"spool-{node}").mkdir()
         config = _CONFIG.format(
             folder=self.folder, ports=_free_ports(1 + len(NODES)), user=getpass.getuser(), nodes=NODES, cpus=_CPUS,
-            kill_wait_s=_KILL_WAIT_S,
+            kill_wait_s=_KILL_WAIT_S, first_job=secrets.randbelow(10_000_000) + 1,
         )
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "gres.conf").write_text(_GPUS)
