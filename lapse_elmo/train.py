@@ -20,7 +20,7 @@ from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.devices import Device, choose_device
+from lapse_elmo.devices import Device, choose_device, remarks
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
 from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
@@ -260,6 +260,8 @@ def announce_start(
         f"{corpus.train.num_unknown / max(corpus.train.num_tokens, 1):.1%} unknown), {corpus.heldout.num_sentences:,} "
         f"held-out, {corpus.vocabulary.size:,} classes; {stream.steps_per_epoch:,} steps an epoch, {num_steps:,} in all"
     )
+    for line in remarks(config.model, device.device):
+        log.say(line)
     if config.softmax.num_samples >= corpus.vocabulary.size:
         log.say(
             f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "

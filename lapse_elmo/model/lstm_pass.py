@@ -105,7 +105,7 @@ class _Stack:
     def forward(self, inputs: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
         for layer in self.passes:
-            # Not the tensor that the layer keeps: that autograd makes the output point to its node, which has the layer.
+            # Not the tensor that the layer keeps: autograd makes the output point to its node, which has the layer.
             output = layer.forward(outputs[-1] if outputs else inputs).to(inputs.dtype).detach()
             outputs.append(output + outputs[-1] if outputs else output)
         return outputs

@@ -247,7 +247,7 @@ class TorchPointwise:
         torch.reciprocal(total, out=share)
         torch.mul(own, share, out=d_target).sub_(1.0)
         if odds is not logits:
-            logits.copy_(odds)
+            odds = logits.copy_(odds).to(offset.dtype)  # rounded, as the other gradients see them
         d_offset.addmv_(odds.t(), share)
 
     def softmax_totals(self, logits: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
