@@ -20,7 +20,7 @@ from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, pa
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.cursor import Cursor
-from lapse_elmo.devices import Device, choose_device
+from lapse_elmo.devices import Device, choose_device, remarks
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
@@ -334,6 +334,8 @@ def announce_start(
     if start.path is not None:
         how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
         log.say(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
+    for line in remarks(config.model, device.device):
+        log.say(line)
     if config.softmax.num_samples >= corpus.vocabulary.size:
         log.say(
             f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "
