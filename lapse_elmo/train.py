@@ -24,6 +24,7 @@ from lapse_elmo.devices import Device, choose_device, remarks
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
+from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.run_folder import Corpus, Start, find_start, name_run, prepare
 from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
@@ -140,6 +141,7 @@ class Training:
         self.log = RunLog(
             self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
         )
+        self.server_meter = ServerMeter(parameters.server, world)
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
         announce_start(config, world, corpus, self.cursor, device, self.log, start)
@@ -165,7 +167,8 @@ class Training:
                 signalled, over, save = (any(flag & name for flag in result.flags) for name in (SIGNAL, END, SAVE))
                 over = over or cursor.finished
                 if cursor.step % every.report_every == 0 or over:
-                    log.report(cursor.step, state.meter)
+                    served = self.server_meter.metrics(state.meter.num_steps)
+                    log.report(cursor.step, state.meter, served, self.server_meter.placement())
                     state.meter = Meter()
                 state.evaluation_due = epoch_ended or over
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
