@@ -25,17 +25,19 @@ from tests import collective
 from tests.ps.checks_of_moves import Moves
 from tests.ps.checks_of_tickets import Tickets
 from tests.ps.layout import HOT, LAYOUT, NUM_SAMPLED, WIDTH, every_key, pulled
+from tests.ps.native_engines import EXCEPTIONS, OnOneNode
 from tests.ps.refusals import REFUSALS, check_refusal
 
 Engine = Callable[..., ParameterServer]
 ENGINES: dict[str, Engine] = {technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES}
-ONE_COPY = {"relocation", "static"}  # engines that never replicate
+NATIVE: dict[str, Engine] = {"lapse": OnOneNode("lapse"), "adapm": OnOneNode("adapm")}
+ONE_COPY = {"relocation", "static", "lapse"}  # engines that never replicate
 STATIC = {"static"}  # engines whose rows stay where they are
 ONLY = {  # checks of what not every engine promises: of those that do
     "pushes_are_seen_after_a_barrier": ONE_COPY,
     "reads_never_go_back": ONE_COPY,
-    "localized_rows_are_local": ENGINES.keys() - STATIC,
-    "intended_rows_become_local": ENGINES.keys() - STATIC,
+    "localized_rows_are_local": {*ENGINES, *NATIVE} - STATIC,
+    "intended_rows_become_local": {*ENGINES, *NATIVE} - STATIC,
 }
 
 
@@ -45,7 +47,7 @@ class Contract(Moves, Tickets):
     def __init__(self, world: World, engine: str) -> None:
         self.world = world
         self.name = engine
-        self.engine = ENGINES[engine]
+        self.engine = {**ENGINES, **NATIVE}[engine]
         self._refusing: ParameterServer | None = None
 
     def checks(self) -> dict[str, Callable[[], None]]:
@@ -272,6 +274,7 @@ class Contract(Moves, Tickets):
 def names(engine: str) -> list[str]:
     own = [name for part in (Contract, Moves, Tickets) for name in vars(part) if not name.startswith("_")]
     own = [name for name in own if name != "checks" and engine in ONLY.get(name, {engine})]
+    own = [name for name in own if (engine, name) not in EXCEPTIONS]
     return own + [f"refuses {name}" for name in REFUSALS]
 
 

@@ -9,7 +9,8 @@ import pytest
 from lapse_elmo.native import SWITCH
 from tests import collective
 from tests.ps import contract_program
-from tests.ps.contract_program import ENGINES
+from tests.ps.contract_program import ENGINES, NATIVE
+from tests.ps.native_engines import EXCEPTIONS, installed
 
 TWIN = {SWITCH: "0"}  # rows without native code
 # On one node all techniques are alike. Each meets each number of nodes, and two of them without native code.
@@ -34,3 +35,27 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(("report", "name"), CHECKS, indirect=["report"])
 def test_contract(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
+
+
+NATIVE_CHECKS = [
+    pytest.param(
+        (package, ranks), name, id=f"{package}-{ranks}-{name}",
+        marks=[] if (package, name) not in EXCEPTIONS else pytest.mark.skip(EXCEPTIONS[package, name]),
+    )
+    for package in NATIVE for ranks in (1, 2, 4)
+    for name in [*contract_program.names(package), *(name for other, name in EXCEPTIONS if other == package)]
+]
+
+
+@pytest.fixture(scope="module")
+def native_report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    package, ranks = request.param
+    if not installed(package):
+        pytest.skip(f"the package {package} is not installed")
+    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
+    return collective.report_of(program, [package, str(ranks)], ranks, folder, timeout=180)
+
+
+@pytest.mark.parametrize(("native_report", "name"), NATIVE_CHECKS, indirect=["native_report"])
+def test_contract_of_native_packages(native_report: dict[str, str], name: str) -> None:
+    collective.expect(native_report, name)
