@@ -19,7 +19,7 @@ from tests.mpi import mpirun
 
 RANKS = 4
 ENDS_S = 10  # far above what ending takes, even on a busy machine
-_STEPS_BEFORE = 30
+_STEPS_BEFORE = 10
 _LAYOUT = Layout.of(("rows", 4000, 64))
 
 
