@@ -41,6 +41,8 @@ OWNERS = {
     "h5py": {"corpus", "checkpoint", "export", "embed"},
     "argparse": {"config"},
     "tensorboard": {"metrics"},
+    "lapse": {"ps.lapse_package"},
+    "adapm": {"ps.adapm_package"},
 }
 BRIDGES = {"tables", "parameters"}  # the only ones that know both the server and the model
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
