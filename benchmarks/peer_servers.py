@@ -107,8 +107,8 @@ class Bench:
         out = torch.empty(_KEYS, _WIDTH)
         for alone, suffix in ((True, ""), (False, ", both")):
             self.measure(
-                "bare index_select" + suffix, lambda keys: torch.index_select(table, 0, torch.from_numpy(keys), out=out),
-                self.near(), alone=alone,
+                "bare index_select" + suffix,
+                lambda keys: torch.index_select(table, 0, torch.from_numpy(keys), out=out), self.near(), alone=alone,
             )
             self.measure(
                 "bare index_add_" + suffix, lambda keys: table.index_add_(0, torch.from_numpy(keys), values),
