@@ -145,6 +145,8 @@ class Training:
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
         announce_start(config, world, corpus, self.cursor, device, self.log, start)
+        for emulated in parameters.server.emulated:
+            self.log.say(f"--ps {config.server.ps}: {emulated}")
 
     def run(self) -> int:
         """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""

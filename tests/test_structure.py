@@ -42,6 +42,8 @@ OWNERS = {
     "argparse": {"config"},
     "tensorboard": {"metrics"},
     "matplotlib": {"report"},
+    "lapse": {"ps.lapse_package"},
+    "adapm": {"ps.adapm_package"},
 }
 BRIDGES = {"tables", "parameters"}  # the only ones that know both the server and the model
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
