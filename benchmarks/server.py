@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.shared import SharedMemoryServer
 from lapse_elmo.world import World, launch
 
 _ROWS, _WIDTH, _KEYS, _REPEATS, _CALLS = 200_000, 256, 8_192, 7, 10
@@ -36,12 +36,12 @@ def rows_per_s(call: Callable[[], None], world: World) -> float:
 def main(argv: list[str], enter: Callable[[], World]) -> None:
     world = enter()
     torch.set_num_threads(1)
-    server = SharedMemoryServer(world, Layout.of(("rows", _ROWS, _WIDTH)))
+    server = EmbeddedServer(world, Layout.of(("rows", _ROWS, _WIDTH)))
     rng = np.random.default_rng(world.rank)
     keys = np.sort(rng.choice(_ROWS, _KEYS, replace=False))
     shuffled = rng.permutation(keys)
     rows = torch.from_numpy(keys)
-    values, table = torch.ones(_KEYS, _WIDTH), server._tables["rows"]
+    values, table = torch.ones(_KEYS, _WIDTH), torch.from_numpy(server._rows["rows"].main)
 
     def gather() -> None:
         torch.index_select(table, 0, rows, out=values)

@@ -36,11 +36,11 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
                 )
 
     world.together(check)
-    threads = config.threads or max(1, usable_cores() // world.local_size)
+    threads = config.threads or max(1, usable_cores() // world.host_size)
     torch.set_num_threads(threads)
     ids = config.device_ids or tuple(range(available))
     if not ids:
         return Device(torch.device("cpu"), threads)
-    device = torch.device("cuda", ids[world.local_rank % len(ids)])
+    device = torch.device("cuda", ids[world.host_rank % len(ids)])
     torch.cuda.set_device(device)
     return Device(device, threads)

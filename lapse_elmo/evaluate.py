@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -14,7 +15,7 @@ import torch
 
 from lapse_elmo import checkpoint
 from lapse_elmo.batches import evaluation_batches
-from lapse_elmo.config.training import DataConfig, parse_evaluate
+from lapse_elmo.config.training import DataConfig, ServerConfig, parse_evaluate
 from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import END, UNKNOWN, Vocabulary
@@ -105,6 +106,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
     world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
     config = world.agree(lambda: checkpoint.config_of(manifest, path))
+    config = dataclasses.replace(config, server=ServerConfig())  # whatever kept the rows when they were trained
     device = choose_device(options.devices, world).device
     vocabulary = world.together(lambda: Vocabulary.load(options.vocab or checkpoint.vocabulary_path(path, config)))
     world.agree(lambda: checkpoint.require_vocabulary(manifest, vocabulary, path))

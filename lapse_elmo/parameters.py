@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
 from lapse_elmo.config.training import Config, ModelConfig
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.optimizers import DenseOptimizer
+from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Distribution, Sampler
-from lapse_elmo.ps.shared import SharedMemoryServer
 from lapse_elmo.rng import torch_stream
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, UpdateRule
 from lapse_elmo.world import World
@@ -51,7 +52,11 @@ class Parameters:
         if in_server:
             shapes.append(("dense", DenseTable.num_rows(dense), self.rule.width(DENSE_ROW)))
         layout = Layout.of(*shapes)
-        self.server = SharedMemoryServer(world, layout, ("softmax", self._sampler()), first_sample)
+        server = config.server
+        options: dict[str, Any] = {"technique": server.technique_for(config.training.sync)}
+        if server.ps == "embedded":
+            options["staleness"] = server.staleness
+        self.server = make_server(server.ps, world, layout, ("softmax", self._sampler()), first_sample, **options)
         self.embedding = RowTable(self.server, layout["embedding"], size, self.rule)
         self.softmax = RowTable(self.server, layout["softmax"], size + 1, self.rule)
         self.dense_table: DenseTable | None = None

@@ -97,6 +97,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     with StopSignals() as stop:
         world = enter()
         stop.at_once = lambda: world.abort(INTERRUPTED, quietly=True)
+        if config.server.nodes > 1:
+            world.split(config.server.nodes)
         config = name_run(config, world)
         corpus = open_corpus(config, world)
         start = find_start(config, corpus, world)

@@ -19,11 +19,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from lapse_elmo.errors import LaunchError, UserError
+from lapse_elmo.errors import ConfigError, LaunchError, UserError
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR
 
 if TYPE_CHECKING:
@@ -68,29 +68,60 @@ class World:
     """All ranks of the job, seen from one of them.
 
     ``rank``, ``size``: this rank and the number of ranks. ``node``, ``num_nodes``: its node (the ranks that share
-    memory with it), numbered by first rank. ``local_rank``, ``local_size``: its place in the node. ``host``: name.
+    memory with it), numbered by first rank. ``local_rank``, ``local_size``: its place in the node. ``leaders``: the
+    first rank of each node. ``host``: name; ``host_rank``, ``host_size``: its place among the ranks of its machine.
+
+    :param nodes: split the ranks of each machine into so many nodes (0: they are one), to try several nodes on one.
     """
 
-    def __init__(self, comm: MPI.Comm | None = None) -> None:
+    def __init__(self, comm: MPI.Comm | None = None, nodes: int = 0) -> None:
         self.comm = comm
         self.host = socket.gethostname()
         self.rank, self.size = (comm.rank, comm.size) if comm is not None else (0, 1)
         self.node_comm: MPI.Intracomm | None = None
-        self.node, self.num_nodes, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.node, self.local_rank, self.local_size = 0, 0, 1
+        self.host_rank, self.host_size = 0, 1
+        self.leaders = [0]
         self.oversubscribed = False
         self.waited_s = 0.0
         if comm is not None:
             from mpi4py import MPI
 
-            node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
-            assert isinstance(node_comm, MPI.Intracomm)
-            self.node_comm = node_comm
-            self.local_rank, self.local_size = node_comm.rank, node_comm.size
-            self.oversubscribed = self.local_size > usable_cores()
-            leaders = sorted(set(self.allgather(self._bcast_on(node_comm, comm.rank, 0))))
-            self.num_nodes = len(leaders)
-            self.node = leaders.index(self._bcast_on(node_comm, comm.rank, 0))
+            host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
+            assert isinstance(host_comm, MPI.Intracomm)
+            self.host_rank, self.host_size = host_comm.rank, host_comm.size
+            self.oversubscribed = self.host_size > usable_cores()
+            self.node_comm = host_comm
+            self._find_nodes()
             self.unname_shared_files()
+        if nodes > 1:
+            self.split(nodes)
+
+    def split(self, nodes: int) -> None:
+        """Collective: split the ranks of each machine into ``nodes`` nodes, which do not share memory.
+
+        :raises ConfigError: if a machine has fewer ranks.
+        """
+        fewest = min(self.allgather(self.host_size))
+        if fewest < nodes:
+            raise ConfigError(
+                f"--nodes {nodes}: a machine's {fewest} ranks cannot be split into so many nodes; start more ranks"
+            ).on_every_rank()
+        assert self.node_comm is not None
+        part = self.node_comm.Split(self.host_rank * nodes // self.host_size, self.rank)
+        self.node_comm = cast("MPI.Intracomm", part)
+        self._find_nodes()
+
+    def _find_nodes(self) -> None:
+        assert self.node_comm is not None
+        self.local_rank, self.local_size = self.node_comm.rank, self.node_comm.size
+        leader = self.node_bcast(self.rank)
+        self.leaders = sorted(set(self.allgather(leader)))
+        self.node = self.leaders.index(leader)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.leaders)
 
     def __str__(self) -> str:
         return f"rank {self.rank}/{self.size} {self.host}"
@@ -120,6 +151,10 @@ class World:
     def bcast(self, obj: T, root: int = 0) -> T:
         """Rank ``root``'s ``obj`` (anything that pickles) on every rank."""
         return obj if self.comm is None else self._bcast_on(self.comm, obj, root)
+
+    def node_bcast(self, obj: T) -> T:
+        """The ``obj`` of this node's first rank (anything that pickles) on every rank of the node."""
+        return obj if self.node_comm is None else self._bcast_on(self.node_comm, obj, 0)
 
     def _bcast_on(self, comm: MPI.Comm, obj: T, root: int) -> T:
         data = bytearray(pickle.dumps(obj)) if comm.rank == root else bytearray()

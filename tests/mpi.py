@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
 _LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_")
 _MARK = "LAPSE_ELMO_TEST_JOB"
+_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # the latter: native packages
 _GRACE_S = 3.0  # for the processes of a job that has ended, before they count as left behind
 
 
@@ -117,7 +118,7 @@ def start(
     words = [arguments] if isinstance(arguments, str | os.PathLike) else list(arguments)
     prefix = [str(MPIRUN), "-n", str(num_ranks)] if launcher else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith((*_LAUNCHER_PREFIXES, "PYTEST_"))}
-    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    clean |= {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", **(env or {})}
     return RunningJob([*prefix, sys.executable, *[os.fspath(word) for word in words]], clean, cwd)
 
 

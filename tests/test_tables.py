@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.config.training import OptimizerConfig
+from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.shared import SharedMemoryServer
 from lapse_elmo.rng import torch_stream
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, UpdateRule
 from lapse_elmo.world import solo
@@ -22,7 +22,7 @@ def row_table(config: OptimizerConfig, num_rows: int = ROWS, size: int = SIZE) -
     """A table in a server of its own, behind another segment."""
     rule = UpdateRule(config)
     layout = Layout.of(("other", 13, 5), ("table", num_rows, rule.width(size)))
-    return RowTable(SharedMemoryServer(solo(), layout), layout["table"], size, rule)
+    return RowTable(EmbeddedServer(solo(), layout), layout["table"], size, rule)
 
 
 def gaussian(first: int, end: int) -> Tensor:

@@ -157,6 +157,35 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """Server: which parameter server keeps the rows, and where"""
+
+    ps: str = option(
+        "embedded", choices=("embedded", "lapse", "adapm"),
+        help="our own engine, or the installed package lapse or adapm with a node a rank",
+    )
+    technique: str = option(
+        "", choices=("", "adaptive", "relocation", "replication", "static"), metavar="NAME",
+        help="what an intent does to a row: moves it, copies it, either as need be, or nothing (static) (default: "
+        "adaptive; relocation with --sync and with --ps lapse)",
+    )
+    staleness: int = option(8, metavar="N", help="clocks by which a replica may lag behind; from 2 on")
+    nodes: int = option(
+        0, metavar="N", help="split the ranks of each machine into N nodes, to try several nodes on one machine"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.staleness >= 2, "staleness", self.staleness, "2 or more")
+        _require(self.nodes >= 0, "nodes", self.nodes, "0 or more")
+        if self.nodes > 1 and self.ps != "embedded":
+            raise ConfigError(f"--nodes is for the embedded server; with --ps {self.ps} each rank is a node anyway")
+
+    def technique_for(self, sync: bool) -> str:
+        """The technique asked for, or the best that keeps the run's promises."""
+        return self.technique or ("relocation" if sync or self.ps == "lapse" else "adaptive")
+
+
+@dataclass(frozen=True)
 class DeviceConfig:
     """Devices: where the ranks compute"""
 
@@ -206,12 +235,20 @@ class Config:
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     devices: DeviceConfig = field(default_factory=DeviceConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         if self.softmax.distribution == "uniform" and self.softmax.num_tries:
             raise ConfigError("--num-tries is for the log-uniform distribution; leave one of the two out")
+        if self.training.sync and self.server.technique in ("adaptive", "replication"):
+            raise ConfigError(
+                "--sync needs rows with one copy, since when replicas learn of a push depends on timing; with "
+                f"--technique {self.server.technique} rows have replicas: give relocation or static"
+            )
+        if self.training.sync and self.server.ps == "adapm":
+            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas; leave one of them out")
 
 
 def parse_train(argv: Sequence[str]) -> Config:

@@ -4,37 +4,67 @@ Keys are int64, rows float32. A call concerns keys of one segment, whose width i
 NumPy arrays and CPU torch tensors both serve; both must be contiguous. A call that is refused raises
 :class:`~lapse_elmo.errors.ServerError`, which names the argument, and changes nothing.
 
-Consistency. A pull sees the worker's own completed pushes. Additions are atomic per row: no pull sees half a push, and
-after :meth:`ParameterServer.quiesce` the sum of integer-valued pushes is exact. ``localize`` and ``intent`` may change
-where a row is, never what it is. Buffers belong to the caller again as soon as a call returns.
+Consistency. A pull sees the worker's own completed pushes; a call is completed when it returns, one of the ``_async``
+form when its ticket was waited for. Additions are atomic per row: no pull sees half a push, and after
+:meth:`ParameterServer.quiesce` the sum of integer-valued pushes is exact. ``localize`` and ``intent`` may change where
+a row is, never what it is. A row with one copy is sequentially consistent per key, also while it moves; how far a
+replica may lag behind is the engine's to document.
+
+Ownership of buffers. Keys, deltas and values belong to the caller again as soon as a call returns, in the ``_async``
+forms too. Only ``out`` of :meth:`ParameterServer.pull_async` belongs to the server until its ticket was waited for.
+
+A server is for the thread that made it: workers are ranks, and calls of one worker come one after another.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
 
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.layout import Layout, Segment
+from lapse_elmo.ps.sampling import Sampler
 
 Array: TypeAlias = "np.ndarray | torch.Tensor"
+
+DONE = -1  # the ticket of a call that was complete when it returned
 
 
 @dataclass
 class SegmentStats:
-    """What this rank did to one segment since the start: rows, bytes moved, seconds spent in the calls."""
+    """What this rank did to one segment since the start: rows, bytes moved, seconds spent in the calls.
+
+    ``remote_``: of the rows, those that had to come from or go to another node while the worker waited ``wait_s``.
+    """
 
     pulled_rows: int = 0
     pushed_rows: int = 0
+    remote_pulled_rows: int = 0
+    remote_pushed_rows: int = 0
     pulled_bytes: int = 0
     pushed_bytes: int = 0
     pull_s: float = 0.0
     push_s: float = 0.0
     lock_wait_s: float = 0.0
+    wait_s: float = 0.0
+
+
+@dataclass
+class NodeStats:
+    """What the server of a node did since the start: rows."""
+
+    relocated_in_rows: int = 0
+    relocated_out_rows: int = 0
+    replicated_rows: int = 0  # replicas that came
+    served_rows: int = 0  # pulled or pushed by workers of other nodes
+    forwarded_rows: int = 0
+    parked_rows: int = 0
+    synchronised_rows: int = 0  # values and deltas sent to keep replicas alike
+    sent_bytes: int = 0
 
 
 @dataclass
@@ -45,32 +75,70 @@ class ServerStats:
     intended_rows: int = 0
     localized_rows: int = 0
     sampled_rows: int = 0
+    clock_wait_s: float = 0.0
+    node: NodeStats | None = None  # on the first rank of a node, where there are several
 
 
 class ParameterServer(ABC):
-    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls)."""
+    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls).
 
-    def __init__(self, layout: Layout) -> None:
+    :cvar emulated: what the engine lacks and does in another way, for the run log.
+    """
+
+    emulated: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0) -> None:
+        """Collective.
+
+        :param sampled: the segment that :meth:`prepare_sample` draws from, and how; None if nothing is sampled.
+        :param first_sample: number of the first sample to be prepared; a resumed run goes on where it was.
+        """
         self.layout = layout
         self.stats = ServerStats({segment.name: SegmentStats() for segment in layout.segments})
         self.clock = 0
         self.closed = False
+        self._sampled = sampled
+        self._samples: dict[int, tuple[int, np.ndarray | None]] = {}
+        self._next_sample = first_sample
 
-    @abstractmethod
     def pull(self, keys: Array, out: Array) -> None:
         """Copy the rows of ``keys`` (n,) into ``out`` (n, width). Keys may repeat, in any order."""
+        self.wait(self.pull_async(keys, out))
 
-    @abstractmethod
     def push(self, keys: Array, deltas: Array) -> None:
         """Add ``deltas`` (n, width) to the rows of ``keys`` (n,). The deltas of a repeated key are all added."""
+        self.wait(self.push_async(keys, deltas))
+
+    def localize(self, keys: Array) -> None:
+        """Bring the rows of ``keys`` to this worker's node; another worker's call may take them away again."""
+        self.wait(self.localize_async(keys))
+
+    @abstractmethod
+    def pull_async(self, keys: Array, out: Array) -> int:
+        """Begin a :meth:`pull`; its ticket, :data:`DONE` where it is complete already."""
+
+    @abstractmethod
+    def push_async(self, keys: Array, deltas: Array) -> int:
+        """Begin a :meth:`push`; its ticket, :data:`DONE` where it is complete already."""
+
+    @abstractmethod
+    def localize_async(self, keys: Array) -> int:
+        """Begin a :meth:`localize`; its ticket, :data:`DONE` where it is complete already."""
+
+    @abstractmethod
+    def wait(self, ticket: int) -> None:
+        """Return when the call of ``ticket`` is complete. A ticket serves once.
+
+        :raises ServerError: for a ticket that was never given or was waited for before.
+        """
+
+    @abstractmethod
+    def wait_all(self) -> None:
+        """Return when every call that this worker has begun is complete."""
 
     @abstractmethod
     def set(self, keys: Array, values: Array) -> None:
         """Overwrite the rows of the distinct ``keys`` (n,) by ``values`` (n, width)."""
-
-    @abstractmethod
-    def localize(self, keys: Array) -> None:
-        """Bring the rows of ``keys`` to this worker's node."""
 
     @abstractmethod
     def intent(self, keys: Array, start: int, end: int) -> None:
@@ -82,15 +150,54 @@ class ParameterServer(ABC):
         self.clock += 1
         return self.clock
 
-    @abstractmethod
     def prepare_sample(self, count: int, start: int, end: int) -> int:
         """Announce that ``count`` sampled rows will be pulled in clocks [start, end); a handle for ``pull_sample``."""
+        self.require_open()
+        if self._sampled is None:
+            raise ServerError("no segment is set up for sampling")
+        name, sampler = self._sampled
+        if count < 1 or (not sampler.replacement and count > sampler.distribution.num_rows):
+            raise ServerError(f"count: cannot sample {count} of {sampler.distribution.num_rows} rows")
+        self.checked_clocks(start, end)
+        handle = self._next_sample
+        rows = sampler.draw(handle, count) if sampler.scheme in ("preloc", "pool") else None
+        if rows is not None:
+            self.intent(self.layout[name].keys(rows), start, end)
+        self._next_sample += 1
+        self._samples[handle] = (count, rows)
+        return handle
 
-    @abstractmethod
-    def pull_sample(self, handle: int, keys_out: np.ndarray, out: Array | None) -> None:
+    def pull_sample(self, handle: int, keys_out: np.ndarray, out: Array | None = None) -> None:
         """Fill ``keys_out`` (count,) int64 with a sample's keys and, where given, ``out`` (count, width) with its rows.
 
         A handle serves once. Leaving ``out`` away is for callers that pull the rows together with others.
+        """
+        self.require_open()
+        if handle not in self._samples:
+            raise ServerError(f"handle: sample {handle} was never prepared or is already pulled")
+        count, rows = self._samples[handle]
+        if keys_out.dtype != np.int64 or keys_out.shape != (count,):
+            raise ServerError(f"keys_out should be int64 of shape ({count},), not {keys_out.dtype} {keys_out.shape}")
+        name, sampler = self._sampled  # type: ignore[misc]
+        if rows is None:
+            is_local = self.is_local(name) if sampler.scheme == "local" else None
+            rows = sampler.draw(handle, count, is_local)
+        keys = self.layout[name].keys(rows)
+        if out is not None:
+            self.pull(keys, out)
+        keys_out[:] = keys
+        del self._samples[handle]
+        self.stats.sampled_rows += count
+
+    @abstractmethod
+    def is_local(self, name: str) -> np.ndarray | None:
+        """Which rows of a segment are on this worker's node now (num_rows,) bool; None where all are."""
+
+    @abstractmethod
+    def owned_rows(self, name: str) -> np.ndarray:
+        """Rows (n,) int64, ascending, of the segment ``name`` that this rank should save: over all ranks, each once.
+
+        Collective in meaning: to be asked on every rank after :meth:`quiesce`, before anything else is called.
         """
 
     @abstractmethod

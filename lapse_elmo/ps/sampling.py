@@ -57,10 +57,7 @@ class Distribution:
         """The first ``count`` distinct rows (count,) int64 of a sequence of independent draws, in their order."""
         tries = _expected_tries(self, count)
         if tries > 2 * self.num_rows:
-            # The same law by an exponential race: O(num_rows) however rare the last rows are.
-            race = rng.standard_exponential(self.num_rows) / self.probabilities
-            nearest = np.argpartition(race, count - 1)[:count]
-            return nearest[np.argsort(race[nearest])]
+            return _race(rng, np.arange(self.num_rows), self.probabilities, count)
         rows = self.draw(rng, int(1.05 * tries) + 64)
         while True:
             distinct, first = np.unique(rows, return_index=True)
@@ -97,8 +94,14 @@ class Sampler:
     seed: int
     worker: int
 
-    def draw(self, number: int, count: int) -> np.ndarray:
-        """Rows (count,) int64 of the worker's sample ``number``."""
+    def draw(self, number: int, count: int, is_local: np.ndarray | None = None) -> np.ndarray:
+        """Rows (count,) int64 of the worker's sample ``number``.
+
+        :param is_local: for the scheme ``local``, (num_rows,) bool: which rows are on the node; None means all. Where
+            they are fewer than ``count`` distinct ones, all of them are taken and the rest is drawn from elsewhere.
+        """
+        if self.scheme == "local" and is_local is not None and not is_local.all():
+            return self._draw_local(stream(self.seed, "sample", self.worker, number), count, is_local)
         if self.scheme != "pool":
             return self._draw(stream(self.seed, "sample", self.worker, number), count)
         pool = self._draw(stream(self.seed, "sample pool", self.worker, number // POOL_REUSE), count)
@@ -108,3 +111,30 @@ class Sampler:
         if self.replacement:
             return self.distribution.draw(rng, count)
         return self.distribution.draw_distinct(rng, count)
+
+    def _draw_local(self, rng: np.random.Generator, count: int, is_local: np.ndarray) -> np.ndarray:
+        """As :meth:`_draw` under the condition that all rows are local, as far as there are enough of them."""
+        here, probabilities = np.flatnonzero(is_local), self.distribution.probabilities
+        if self.replacement:
+            if not here.size:
+                return self.distribution.draw(rng, count)
+            bounds = np.cumsum(probabilities[here])
+            places = np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")
+            return here[np.minimum(places, here.size - 1)]
+        local = _race(rng, here, probabilities, min(count, here.size))
+        if local.size == count:
+            return local
+        away = np.flatnonzero(~is_local)
+        return np.concatenate([local, _race(rng, away, probabilities, count - local.size)])
+
+
+def _race(rng: np.random.Generator, rows: np.ndarray, probabilities: np.ndarray, count: int) -> np.ndarray:
+    """The first ``count`` distinct of independent draws among ``rows``, in their order, by an exponential race.
+
+    O(number of rows), however rare the last of them are.
+    """
+    if not count:
+        return rows[:0]
+    times = rng.standard_exponential(rows.size) / probabilities[rows]
+    nearest = np.argpartition(times, count - 1)[:count]
+    return rows[nearest[np.argsort(times[nearest])]]

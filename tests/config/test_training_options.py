@@ -25,6 +25,7 @@ from lapse_elmo.errors import ConfigError
 OTHER = {
     "preset": "original", "context": "mix", "lstm": "allennlp", "lstm_init": "orthogonal", "distribution": "uniform",
     "sampling_scheme": "pool", "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
+    "ps": "lapse",
 }
 ALONE = ("dense", "num_tries", "replacement", "distribution", "sync")  # contradict others
 

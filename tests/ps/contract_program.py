@@ -1,6 +1,6 @@
 """What every engine of the parameter server must do, called on all ranks of one job.
 
-Run as ``contract_program.py ENGINE FOLDER``.
+Run as ``contract_program.py ENGINE NODES FOLDER``.
 Rows are integers, so sums are exact. An engine is a function from (world, layout, sampled, first_sample) to a server.
 """
 
@@ -17,15 +17,18 @@ import torch
 
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import ParameterServer
+from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.manager import TECHNIQUES
 from lapse_elmo.ps.sampling import Distribution, Sampler
-from lapse_elmo.ps.shared import SharedMemoryServer
 from lapse_elmo.world import World, launch
 from tests import collective
 from tests.ps.refusals import REFUSALS, check_refusal
 
 Engine = Callable[..., ParameterServer]
-ENGINES: dict[str, Engine] = {"shared": SharedMemoryServer}
+ENGINES: dict[str, Engine] = {
+    technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES
+}
 
 NUM_SAMPLED = 400
 WIDTH = 8192  # copying such a row takes long enough that two ranks do meet in it, if nothing keeps them apart
@@ -301,8 +304,10 @@ def _samples(server: ParameterServer, number: int) -> list[bytes]:
 
 
 def main(argv: list[str], join: Callable[[], World]) -> None:
-    engine, folder = argv
+    engine, nodes, folder = argv
     world = join()
+    if int(nodes) > 1:
+        world.split(int(nodes))
     collective.run(Contract(world, ENGINES[engine]).checks(), world, Path(folder), _is_local)
 
 

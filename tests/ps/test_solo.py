@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lapse_elmo.errors import ConfigError, ServerError
+from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import SCHEMES, Distribution, Sampler
-from lapse_elmo.ps.shared import SharedMemoryServer
 from lapse_elmo.world import solo
 
 LAYOUT = Layout.of(("a", 7, 2), ("b", 1, 5), ("c", 30, 3))
@@ -25,7 +25,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         sampler = Sampler(Distribution("uniform", 30), "naive", True, seed=1, worker=0)
-        self.server = SharedMemoryServer(solo(), LAYOUT, ("c", sampler))
+        self.server = EmbeddedServer(solo(), LAYOUT, ("c", sampler))
         self.model = {segment.name: np.zeros((segment.num_rows, segment.width)) for segment in LAYOUT.segments}
         self.handles: dict[int, int] = {}
         self.clock = 0
@@ -101,7 +101,7 @@ TestAnyOrderOfCalls = AnyOrderOfCalls.TestCase
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_sample_for_no_clocks_is_refused_in_every_scheme(scheme: str) -> None:
     sampler = Sampler(Distribution("uniform", 30), scheme, True, seed=1, worker=0)
-    server = SharedMemoryServer(solo(), LAYOUT, ("c", sampler))
+    server = EmbeddedServer(solo(), LAYOUT, ("c", sampler))
     with pytest.raises(ServerError, match=r"start, end: \[2, 2\)"):
         server.prepare_sample(3, 2, 2)
     assert server.stats.intended_rows == 0
@@ -109,19 +109,12 @@ def test_sample_for_no_clocks_is_refused_in_every_scheme(scheme: str) -> None:
 
 def test_nothing_to_sample_from() -> None:
     with pytest.raises(ServerError, match="no segment is set up for sampling"):
-        SharedMemoryServer(solo(), LAYOUT).prepare_sample(1, 0, 1)
-
-
-def test_several_nodes_are_refused() -> None:
-    world = solo()
-    world.num_nodes, world.size = 2, 8
-    with pytest.raises(ConfigError, match="the 8 ranks are on 2: start all ranks on one node"):
-        SharedMemoryServer(world, LAYOUT)
+        EmbeddedServer(solo(), LAYOUT).prepare_sample(1, 0, 1)
 
 
 def test_rows_that_do_not_fit_are_refused_before_they_are_touched() -> None:
     with pytest.raises(ConfigError, match=r"take 4000000\.00 GB of shared memory but .* has .* GB free") as caught:
-        SharedMemoryServer(solo(), Layout.of(("huge", 10**12, 1000)))
+        EmbeddedServer(solo(), Layout.of(("huge", 10**12, 1000)))
     assert caught.value.everywhere
 
 

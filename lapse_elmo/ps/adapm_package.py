@@ -1,0 +1,94 @@
+"""The parameter server of the package ``adapm`` (AdaPM, 2022): relocation and replication, by intent."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+
+from lapse_elmo.ps.api import DONE, Array
+from lapse_elmo.ps.native import NativeServer, _Pending
+from lapse_elmo.ps.native_node import NativeNode
+
+
+class AdapmNode(NativeNode):
+    package = "adapm"
+    repository = "https://github.com/alexrenz/AdaPM"
+    techniques: ClassVar[dict[str, str]] = {
+        "adaptive": "all", "relocation": "relocation_only", "replication": "replication_only", "static": "all",
+    }
+
+    def load(self) -> ModuleType:
+        import adapm
+
+        return adapm
+
+    def start(self, widths: torch.Tensor) -> tuple[Any, Any]:
+        self.module.setup(self.layout.num_keys, 1, self.techniques[self.technique])
+        server = self.module.Server(widths)  # blocks until all nodes are there
+        return server, self.module.Worker(0, server)
+
+    def stop(self) -> None:
+        self.worker.finalize()
+        self.worker = None
+        self.server.shutdown()
+        self.server = None
+
+
+class AdapmServer(NativeServer):
+    """Rows in AdaPM.
+
+    A row that several nodes intend to use in the same clocks has replicas, which AdaPM brings up to date in rounds, up
+    to 1,000 a second; how far one lags is bounded by the time of two rounds, not by clocks. :meth:`quiesce` waits for
+    them. A ``set`` of a row that has a replica here becomes the addition of the difference to what the replica was: do
+    not announce rows that are being set.
+    """
+
+    node_type = AdapmNode
+    reads_later = False
+    emulated = (
+        "localize is an intent for the present clock", "samples are drawn by us; the scheme local as naive"
+    )
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._first_clock = self._worker.current_clock()  # a node that served before has clocks behind it
+
+    def localize_async(self, keys: Array) -> int:
+        """Announce ``keys`` for the present clock. The ticket waits two rounds, after which the rows are here.
+
+        They stay until the clock advances, and where other nodes intend to use them they come as replicas.
+        """
+        keys, segment = self.checked_keys(keys)
+        self.stats.localized_rows += keys.size
+        if segment is None or self._world.size == 1:
+            return DONE
+        clock = self._first_clock + self.clock
+        self._worker.intent(keys, clock, clock + 1)
+        return self._ticket(_Pending(self._worker.wait_sync, ()))
+
+    def intent(self, keys: Array, start: int, end: int) -> None:
+        keys, segment = self.checked_keys(keys)
+        self.checked_clocks(start, end)
+        self.stats.intended_rows += keys.size
+        if segment is not None and self._announces:
+            self._worker.intent(keys, self._first_clock + start, self._first_clock + end)
+
+    def advance_clock(self) -> int:
+        clock = super().advance_clock()
+        self._worker.advance_clock()
+        return clock
+
+    def quiesce(self) -> None:
+        self.require_open()
+        self._worker.wait_sync()  # what we have added to replicas is under way to the owners
+        self._world.barrier()
+        self._worker.wait_sync()  # our replicas have seen what the owners have got
+
+
+def run_scheduler(num_keys: int) -> None:
+    """Until every node has shut down."""
+    import adapm
+
+    adapm.scheduler(num_keys, 1)

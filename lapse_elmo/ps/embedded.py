@@ -1,0 +1,356 @@
+"""The embedded engine: rows in memory that the ranks of a node share, on as many nodes as there are.
+
+A worker reads and changes the rows of its node in place. For rows of other nodes it asks their managers
+(:mod:`lapse_elmo.ps.manager`), and it can have them brought near: ``localize`` moves them; ``intent`` announces access,
+and the ``technique`` decides what comes of it:
+
+===============  ==============================================================================================
+``adaptive``     a row moves to the node that intends to use it, unless another one does too: then it stays, and
+                 all others that use it get replicas until their intents end (AdaPM). ``localize`` is the same
+``relocation``   a row moves to whoever announced it last (Lapse, with intents as asynchronous ``localize``)
+``replication``  rows stay at their homes, and nodes that announce them get replicas
+``static``       rows stay at their homes, whatever is announced: a classic parameter server
+===============  ==============================================================================================
+
+Consistency. Rows with one copy (all of them under ``relocation`` and ``static``) are sequentially consistent per key,
+also while they move, for calls that are waited for. Replicas are eventually consistent, with a bound: a worker's clock
+waits where it would run ahead of its node's last complete round of synchronisation by more than half of ``staleness``.
+So a push reaches the row's owner within ``staleness / 2`` clocks of the pushing worker, and from there all holders
+within as many clocks of the owner's workers: where clocks advance together, everybody sees it after ``staleness``
+clocks. :meth:`quiesce` makes all replicas equal at once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lapse_elmo import native
+from lapse_elmo.errors import ServerError
+from lapse_elmo.ps.api import DONE, Array, ParameterServer
+from lapse_elmo.ps.layout import Layout, Segment
+from lapse_elmo.ps.manager import TECHNIQUES, Manager
+from lapse_elmo.ps.memory import NodeMemory, require_room
+from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience
+from lapse_elmo.ps.node_state import SegmentState, where_name
+from lapse_elmo.ps.rows import SOURCE, open_rows, shapes_of
+from lapse_elmo.ps.sampling import Sampler
+from lapse_elmo.ps.whereabouts import learn, node_of
+from lapse_elmo.world import World
+
+
+@dataclass
+class _Call:
+    """A call that waits for ``remaining`` rows or answers; pulled rows go to ``out``."""
+
+    remaining: int
+    segment: Segment | None = None
+    rows: np.ndarray | None = None
+    out: torch.Tensor | None = None
+
+
+class EmbeddedServer(ParameterServer):
+    """Rows of ``layout`` on all nodes of ``world`` (collective).
+
+    :param technique: see above; of no effect on one node.
+    :param staleness: see above, in clocks; at least 2.
+    :raises ConfigError: if a node's share of the rows does not fit into its shared memory.
+    """
+
+    def __init__(
+        self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
+        technique: str = "adaptive", staleness: int = 8,
+    ) -> None:
+        super().__init__(layout, sampled, first_sample)
+        assert technique in TECHNIQUES and staleness >= 2
+        self._world = world
+        self._technique = technique
+        self._slack = staleness // 2 if technique in ("adaptive", "replication") and world.num_nodes > 1 else 0
+        self._calls: dict[int, _Call] = {}
+        self._next_ticket = 0
+        self._handled = 0
+        self._manager: Manager | None = None
+        require_room(world, layout.num_bytes)
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "clocks": ((world.local_size,), np.int64), "synced": ((world.local_size,), np.int64)
+        }
+        for segment in layout.segments:
+            shapes |= shapes_of(segment, world.num_nodes > 1) | {where_name(segment): ((segment.num_rows,), np.int64)}
+        self._memory = NodeMemory(world, shapes)
+        self.is_native = all(world.allgather(native.load(SOURCE) is not None))
+        self._rows = {segment.name: open_rows(self._memory, segment, self.is_native) for segment in layout.segments}
+        self._number = {segment.name: number for number, segment in enumerate(layout.segments)}
+        self._where = {segment.name: self._memory.arrays[where_name(segment)] for segment in layout.segments}
+        self._seen = {segment.name: np.zeros(segment.num_rows, np.int64) for segment in layout.segments}
+        self._clocks, self._synced = self._memory.arrays["clocks"], self._memory.arrays["synced"]
+        states = self._occupy()
+        if world.num_nodes > 1:
+            self._connect(states)
+        world.barrier()
+
+    def _occupy(self) -> list[SegmentState]:
+        """Take this node's share of the rows; what its first rank knows of them."""
+        world = self._world
+        states: list[SegmentState] = []
+
+        def take() -> None:
+            if world.local_rank == 0:
+                for number, segment in enumerate(self.layout.segments):
+                    state = SegmentState(number, segment, self._memory, world.node, world.num_nodes, self.is_native)
+                    state.occupy(world.num_nodes)
+                    states.append(state)
+
+        world.together(take)
+        return states
+
+    def _connect(self, states: list[SegmentState]) -> None:
+        world = self._world
+        assert world.comm is not None
+        self._comm = world.comm.Dup()
+        patience = Patience(not world.oversubscribed)
+        self._patience = patience
+        self._mailbox = Mailbox(self._comm, TO_WORKER, patience)
+        if world.local_rank == 0:
+            patience = Patience(not world.oversubscribed)
+            mailbox = Mailbox(self._comm, TO_MANAGER, patience)
+            self._manager = Manager(
+                mailbox, patience, states, self._technique, world.node, world.leaders, self._clocks, self._synced
+            )
+            self.stats.node = self._manager.stats
+            self._manager.start()
+
+    def pull_async(self, keys: Array, out: Array) -> int:
+        keys, out, segment = self.checked("out", keys, out, writes=True)
+        if segment is None:
+            return DONE
+        start = time.perf_counter()
+        rows = keys - segment.first_key
+        missing = self._rows[segment.name].pull(rows, out.numpy())
+        ticket = DONE
+        if missing.size:
+            ticket = self._ask(Kind.PULL, segment, rows, missing)
+            call = self._calls[ticket]
+            call.segment, call.rows, call.out = segment, rows, out
+        stats = self.stats.segments[segment.name]
+        stats.pulled_rows += keys.size
+        stats.remote_pulled_rows += missing.size
+        stats.pulled_bytes += keys.size * segment.width * 4
+        stats.pull_s += time.perf_counter() - start
+        return ticket
+
+    def push_async(self, keys: Array, deltas: Array) -> int:
+        keys, deltas, segment = self.checked("deltas", keys, deltas)
+        if segment is None:
+            return DONE
+        start = time.perf_counter()
+        rows = keys - segment.first_key
+        values = deltas.numpy()
+        missing = self._rows[segment.name].push(rows, values)
+        ticket = self._ask(Kind.PUSH, segment, rows, missing, values) if missing.size else DONE
+        stats = self.stats.segments[segment.name]
+        stats.pushed_rows += keys.size
+        stats.remote_pushed_rows += missing.size
+        stats.pushed_bytes += keys.size * segment.width * 4
+        stats.push_s += time.perf_counter() - start
+        return ticket
+
+    def set(self, keys: Array, values: Array) -> None:
+        keys, values, segment = self.checked("values", keys, values)
+        if segment is None:
+            return
+        if np.unique(keys).size != keys.size:
+            raise ServerError("keys should be distinct in a set")
+        rows = keys - segment.first_key
+        missing = self._rows[segment.name].set(rows, values.numpy())
+        if missing.size:
+            # By way of this node's manager, see Manager._on_set.
+            stamps = self._where[segment.name][rows[missing]]
+            self.wait(self._request(
+                missing.size, Kind.SET, self._number[segment.name], rows=rows[missing], stamps=stamps,
+                values=values.numpy()[missing], worker=self._world.node,
+            ))
+
+    def localize_async(self, keys: Array) -> int:
+        keys, segment = self.checked_keys(keys)
+        self.stats.localized_rows += keys.size
+        if segment is None or self._world.num_nodes == 1 or self._technique == "static":
+            return DONE
+        rows = np.unique(keys - segment.first_key)
+        rows = rows[~self._rows[segment.name].present(rows)]
+        if not rows.size:
+            return DONE
+        number = self._number[segment.name]
+        return self._request(rows.size, Kind.LOCALIZE, number, rows=rows, worker=self._world.local_rank)
+
+    def intent(self, keys: Array, start: int, end: int) -> None:
+        keys, segment = self.checked_keys(keys)
+        self.checked_clocks(start, end)
+        self.stats.intended_rows += keys.size
+        if segment is None or self._world.num_nodes == 1 or self._technique == "static":
+            return
+        self._send_home(Message.of(
+            Kind.INTENT, self._number[segment.name], self._world.rank, rows=np.unique(keys - segment.first_key),
+            worker=self._world.local_rank, start=start, end=end,
+        ))
+
+    def advance_clock(self) -> int:
+        clock = super().advance_clock()
+        self._clocks[self._world.local_rank] = clock
+        if self._slack and clock - self._synced[self._world.local_rank] > self._slack:
+            start = time.perf_counter()
+            self._patience.reset()
+            while clock - self._synced[self._world.local_rank] > self._slack:
+                self._patience.wait()
+            self.stats.clock_wait_s += time.perf_counter() - start
+        return clock
+
+    def wait(self, ticket: int) -> None:
+        self.require_open()
+        if ticket == DONE:
+            return
+        if ticket not in self._calls:
+            raise ServerError(f"ticket: {ticket} was never given or was waited for before")
+        call = self._calls[ticket]
+        start = time.perf_counter()
+        if call.remaining:
+            self._patience.reset()
+        while call.remaining:
+            self._receive()
+        del self._calls[ticket]
+        if call.segment is not None:
+            self.stats.segments[call.segment.name].wait_s += time.perf_counter() - start
+
+    def wait_all(self) -> None:
+        self.require_open()
+        for ticket in list(self._calls):
+            self.wait(ticket)
+
+    def is_local(self, name: str) -> np.ndarray | None:
+        if self._world.num_nodes == 1:
+            return None
+        return self._rows[name].present(np.arange(self.layout[name].num_rows))
+
+    def owned_rows(self, name: str) -> np.ndarray:
+        self.require_open()
+        if self._world.num_nodes > 1:
+            self._freeze(True)
+            self._drain()
+        rows = np.flatnonzero(self._rows[name].owned())
+        if self._world.num_nodes > 1:
+            self._world.barrier()
+            self._freeze(False)
+        rank, size = self._world.local_rank, self._world.local_size
+        return rows[rows.size * rank // size : rows.size * (rank + 1) // size]
+
+    def quiesce(self) -> None:
+        self.wait_all()
+        self._world.barrier()
+        if self._slack:
+            for _ in range(2):  # deltas to the owners, then values to the holders
+                if self._manager is not None:
+                    self.wait(self._request(1, Kind.FLUSH))
+                self._world.barrier()
+
+    def barrier(self) -> None:
+        self.require_open()
+        self._world.barrier()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.wait_all()
+        self._world.barrier()
+        if self._world.num_nodes > 1:
+            self._freeze(True)
+            self._drain()
+            if self._manager is not None:
+                self._send_home(Message.of(Kind.STOP))
+                self._manager.join()
+                for state in self._manager.states:
+                    state.close()
+            self._mailbox.finish()
+            self._world.barrier()
+            self._comm.Free()
+        self.closed = True
+        for rows in self._rows.values():
+            rows.close()
+        self._where.clear()
+        del self._clocks, self._synced, self._manager
+        self._memory.close()
+
+    # Talking to managers
+
+    def _ask(
+        self, kind: Kind, segment: Segment, rows: np.ndarray, missing: np.ndarray, values: np.ndarray | None = None
+    ) -> int:
+        """Send a call about the rows at ``missing`` to the nodes that have them; its ticket."""
+        ticket = self._new_call(missing.size)
+        asked = rows[missing]
+        stamps = np.maximum(self._where[segment.name][asked], self._seen[segment.name][asked])
+        nodes = node_of(stamps)
+        for node in np.unique(nodes).tolist():
+            chosen = np.flatnonzero(nodes == node)
+            places = missing[chosen]
+            message = Message.of(
+                kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
+                positions=places if kind is Kind.PULL else None, values=None if values is None else values[places],
+            )
+            self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
+        return ticket
+
+    def _request(self, number: int, kind: Kind, segment: int = 0, **what: Any) -> int:
+        """Ask this node's manager for something that is answered by ``number`` in all; the ticket."""
+        ticket = self._new_call(number)
+        self._send_home(Message.of(kind, segment, self._world.rank, ticket, **what))
+        return ticket
+
+    def _send_home(self, message: Message) -> None:
+        self._mailbox.send(self._world.leaders[self._world.node], TO_MANAGER, message)
+
+    def _new_call(self, number: int) -> int:
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._calls[ticket] = _Call(number)
+        return ticket
+
+    def _receive(self) -> None:
+        """Take in one answer, or let a moment pass."""
+        message = self._mailbox.receive()
+        if message is None:
+            self._patience.wait()
+            return
+        call = self._calls[message.ticket]
+        if message.kind is Kind.ROWS:
+            assert call.out is not None and call.segment is not None and message.values is not None
+            assert message.positions is not None and message.stamps is not None and call.rows is not None
+            call.out.index_copy_(0, torch.from_numpy(message.positions), torch.from_numpy(message.values))
+            learn(self._seen[call.segment.name], call.rows[message.positions], message.stamps)
+            call.remaining -= message.rows.size
+        else:
+            call.remaining -= message.extra
+        self._handled += 1
+
+    def _freeze(self, frozen: bool) -> None:
+        """Collective: from when all have returned no row moves, or again."""
+        if self._manager is not None:
+            self.wait(self._request(1, Kind.FREEZE, extra=int(frozen)))
+        self._world.barrier()
+
+    def _drain(self) -> None:
+        """Collective: return when no message is on its way or being handled.
+
+        Messages sent and handled are counted over all ranks; nothing is under way where two counts in a row are alike.
+        """
+        before = None
+        while True:
+            counts = np.array([self._mailbox.sent, self._handled], np.int64)
+            if self._manager is not None:
+                counts += [self._manager.mailbox.sent, self._manager.handled]
+            self._world.sum_(counts)
+            if counts[0] == counts[1] and before is not None and np.array_equal(before, counts):
+                return
+            before = counts

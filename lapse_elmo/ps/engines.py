@@ -1,0 +1,28 @@
+"""Every parameter server by its name; a native package is imported only where it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lapse_elmo.ps.api import ParameterServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.sampling import Sampler
+from lapse_elmo.world import World
+
+
+def make_server(
+    name: str, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0,
+    **options: Any,
+) -> ParameterServer:
+    """Collective: the server ``name`` (``--ps``) for the rows of ``layout``. ``options`` are the engine's own."""
+    if name == "lapse":
+        from lapse_elmo.ps.lapse_package import LapseServer
+
+        return LapseServer(world, layout, sampled, first_sample, **options)
+    if name == "adapm":
+        from lapse_elmo.ps.adapm_package import AdapmServer
+
+        return AdapmServer(world, layout, sampled, first_sample, **options)
+    from lapse_elmo.ps.embedded import EmbeddedServer
+
+    return EmbeddedServer(world, layout, sampled, first_sample, **options)

@@ -1,0 +1,197 @@
+"""Messages between workers and managers: thousands of rows at a time over MPI, never one message a row.
+
+A message is a header of ten int64 and up to four arrays over its n rows, in one block of bytes, which is filled in
+place, sent, and read in place. All waiting is done by polling with short sleeps, so that no core is kept busy.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TO_MANAGER, TO_WORKER = 1, 2  # tags
+
+_HEADER = 10
+_HAS_STAMPS, _HAS_POSITIONS, _HAS_VALUES = 1, 2, 4
+_SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a core
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 5e-4
+
+
+class Kind(IntEnum):
+    """What a message asks for or answers.
+
+    From workers: PULL, PUSH to where a row is believed to be; SET, LOCALIZE, INTENT, FLUSH, FREEZE, STOP to the manager
+    of their own node. To workers: ROWS answers PULL, DONE (rows done in ``extra``) all others but INTENT and STOP.
+    Between managers: WANT asks for rows; OWN and REPLICA bring them; OWNER tells a row's home who has it; DELTAS,
+    APPLIED, REFRESH, REFRESHED and DROP keep replicas; SET_DONE is on its way to the worker.
+    """
+
+    PULL, PUSH, SET, LOCALIZE, INTENT, FLUSH, FREEZE, STOP = range(8)
+    ROWS, DONE = range(8, 10)
+    WANT, OWN, REPLICA, OWNER, DELTAS, APPLIED, REFRESH, REFRESHED, DROP, SET_DONE = range(10, 20)
+
+
+@dataclass
+class Message:
+    """One message; arrays that it does not have are None.
+
+    ``origin`` is the rank that is to be answered and ``ticket`` its name for the call. ``rows`` (n,) int64 of the
+    segment number ``segment``; ``stamps`` (n,) int64, see :mod:`lapse_elmo.ps.whereabouts`; ``positions`` (n,) int64
+    within the worker's call; ``values`` (n, width) float32. ``worker``, ``start``, ``end``, ``extra``: by kind.
+    """
+
+    kind: Kind
+    segment: int
+    origin: int
+    ticket: int
+    rows: np.ndarray
+    stamps: np.ndarray | None
+    positions: np.ndarray | None
+    values: np.ndarray | None
+    worker: int
+    start: int
+    end: int
+    extra: int
+    block: np.ndarray  # the bytes that all of this lies in
+
+    @classmethod
+    def of(
+        cls, kind: Kind, segment: int = 0, origin: int = 0, ticket: int = 0, rows: np.ndarray | None = None, *,
+        stamps: np.ndarray | None = None, positions: np.ndarray | None = None, width: int = 0,
+        values: np.ndarray | None = None, worker: int = 0, start: int = 0, end: int = 0, extra: int = 0,
+    ) -> Message:
+        """A message with copies of the arrays. With a ``width``, its values (n, width) are for the caller to fill."""
+        number = 0 if rows is None else rows.size
+        if values is not None:
+            width = values.shape[1]
+        has = (
+            _HAS_STAMPS * (stamps is not None) | _HAS_POSITIONS * (positions is not None) | _HAS_VALUES * (width > 0)
+        )
+        arrays = 1 + (stamps is not None) + (positions is not None)
+        block = np.empty(8 * (_HEADER + arrays * number) + 4 * width * number, np.uint8)
+        header = block[: 8 * _HEADER].view(np.int64)
+        header[:] = (kind, segment, origin, ticket, number, has, worker, start, end, extra)
+        message = cls.read(block)
+        if rows is not None:
+            message.rows[:] = rows
+        if message.stamps is not None:
+            message.stamps[:] = stamps
+        if message.positions is not None:
+            message.positions[:] = positions
+        if values is not None and message.values is not None:
+            message.values[:] = values
+        return message
+
+    @classmethod
+    def read(cls, block: np.ndarray) -> Message:
+        """The message in a block of bytes, as views."""
+        kind, segment, origin, ticket, number, has, worker, start, end, extra = (
+            block[: 8 * _HEADER].view(np.int64).tolist()
+        )
+        arrays: list[np.ndarray | None] = []
+        at = 8 * _HEADER
+        for flag in (0, _HAS_STAMPS, _HAS_POSITIONS):
+            if flag and not has & flag:
+                arrays.append(None)
+                continue
+            arrays.append(block[at : at + 8 * number].view(np.int64))
+            at += 8 * number
+        values = None
+        if has & _HAS_VALUES and number:
+            values = block[at:].view(np.float32).reshape(number, -1)
+        rows = arrays[0]
+        assert rows is not None
+        return cls(
+            Kind(kind), segment, origin, ticket, rows, arrays[1], arrays[2], values, worker, start, end, extra, block
+        )
+
+    def part(self, chosen: np.ndarray, stamps: np.ndarray | None = None) -> Message:
+        """The same message about the rows at ``chosen`` only, with new ``stamps`` if given."""
+        if stamps is None and self.stamps is not None:
+            stamps = self.stamps[chosen]
+        return Message.of(
+            self.kind, self.segment, self.origin, self.ticket, self.rows[chosen], stamps=stamps,
+            positions=None if self.positions is None else self.positions[chosen],
+            values=None if self.values is None else self.values[chosen],
+            worker=self.worker, start=self.start, end=self.end, extra=self.extra,
+        )
+
+
+class Patience:
+    """Waits that get longer: first without a break, then asleep."""
+
+    def __init__(self, spin: bool) -> None:
+        self._spin_s = _SPIN_S if spin else 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Something happened: the next wait is short again."""
+        self._start = time.perf_counter()
+        self._sleep_s = _SHORTEST_SLEEP_S
+
+    def wait(self) -> None:
+        """Let a moment pass, and others work."""
+        if time.perf_counter() - self._start < self._spin_s:
+            os.sched_yield()
+            return
+        time.sleep(self._sleep_s)
+        self._sleep_s = min(1.5 * self._sleep_s, _LONGEST_SLEEP_S)
+
+
+class Mailbox:
+    """What one thread of a rank sends and receives.
+
+    :param comm: a communicator for the server's messages alone.
+    :param tag: of the messages that are for this mailbox.
+    """
+
+    def __init__(self, comm: MPI.Comm, tag: int, patience: Patience) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = comm
+        self._tag = tag
+        self._patience = patience
+        self._outgoing: list[tuple[MPI.Request, np.ndarray]] = []
+        self._status = MPI.Status()
+        self.sent, self.received = 0, 0
+        self.sent_bytes, self.received_bytes = 0, 0
+
+    def send(self, rank: int, tag: int, message: Message) -> None:
+        """Begin to send; the message must not be changed any more."""
+        block = message.block
+        self._outgoing.append((self._comm.Isend([block, self._mpi.BYTE], rank, tag), block))
+        self.sent += 1
+        self.sent_bytes += block.size
+
+    def receive(self) -> Message | None:
+        """The next message, or None if none has come. Messages of one sender come in the order of sending."""
+        if self._outgoing:
+            self._outgoing = [pair for pair in self._outgoing if not pair[0].Test()]
+        found = self._comm.Improbe(self._mpi.ANY_SOURCE, self._tag, self._status)
+        if found is None:
+            return None
+        block = np.empty(self._status.Get_count(self._mpi.BYTE), np.uint8)
+        request = found.Irecv([block, self._mpi.BYTE])
+        self._patience.reset()
+        while not request.Test():
+            self._patience.wait()
+        self._patience.reset()
+        self.received += 1
+        self.received_bytes += block.size
+        return Message.read(block)
+
+    def finish(self) -> None:
+        """Return when everything that was sent has left."""
+        self._patience.reset()
+        while self._outgoing:
+            self._outgoing = [pair for pair in self._outgoing if not pair[0].Test()]
+            self._patience.wait()

@@ -1,0 +1,210 @@
+"""What the adapters of the two native packages share: our interface on the package's worker object.
+
+A rank is a node with one worker. All arguments are checked here before the package sees them: a negative key, a row of
+another type or a buffer with gaps would crash it or be read as garbage.
+
+Both packages keep Python's lock while they wait for the network: other threads of the rank stand still meanwhile.
+
+Sampling is ours, over ``pull`` and ``intent``: Lapse's bindings have none, and AdaPM's schemes can hang or crash (its
+``pool`` never uses a pool, and a sample pulled twice aborts the process).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lapse_elmo.errors import ConfigError, ServerError
+from lapse_elmo.ps.api import DONE, Array, ParameterServer, SegmentStats
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.native_node import NativeNode
+from lapse_elmo.ps.sampling import Sampler
+from lapse_elmo.world import World
+
+
+@dataclass
+class _Pending:
+    """A call under way: how to wait for it, what must stay alive until then, what is left to do, whom it waits for."""
+
+    wait: Callable[[], None]
+    buffers: tuple[Any, ...]
+    finish: Callable[[], None] | None = None
+    stats: SegmentStats | None = None
+
+
+class NativeServer(ParameterServer):
+    """Rows of ``layout`` in a native package, a node a rank.
+
+    ``remote_`` statistics are upper bounds: a package says of a call whether it was answered on the node as a whole,
+    not of how many rows, so all rows of another call count. ``lock_wait_s`` stays 0.
+
+    :param technique: one of ``node_type.techniques``.
+    :param node: a node of the same layout that is to serve this object and later ones, since a process can start one
+        only once; :meth:`close` leaves it running. By default the object starts and ends its own.
+    :raises ConfigError: if the package is absent or lacks the technique.
+    :raises LaunchError: if its nodes do not come up.
+    """
+
+    node_type: ClassVar[type[NativeNode]]
+    reads_later: ClassVar[bool]
+    """Whether the asynchronous forms of push read their buffers after they have returned."""
+
+    def __init__(
+        self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
+        technique: str = "adaptive", node: NativeNode | None = None,
+    ) -> None:
+        super().__init__(layout, sampled, first_sample)
+        if technique not in self.node_type.techniques:
+            known = ", ".join(self.node_type.techniques)
+            raise ConfigError(f"--ps {self.node_type.package} knows no technique {technique}, only {known}")
+        self._world = world
+        self._own_node = node is None
+        self._node = node or self.node_type(world, layout, technique)
+        assert self._node.layout == layout
+        self._worker = self._node.worker
+        self._announces = technique != "static" and world.size > 1
+        self._pending: dict[int, _Pending] = {}
+        self._next_ticket = 0
+
+    def pull(self, keys: Array, out: Array) -> None:
+        self._pull(keys, out, later=False)
+
+    def push(self, keys: Array, deltas: Array) -> None:
+        self._push(keys, deltas, later=False)
+
+    def pull_async(self, keys: Array, out: Array) -> int:
+        return self._pull(keys, out, later=True)
+
+    def push_async(self, keys: Array, deltas: Array) -> int:
+        return self._push(keys, deltas, later=True)
+
+    def _pull(self, keys: Array, out: Array, later: bool) -> int:
+        keys, out, segment = self.checked("out", keys, out, writes=True)
+        if segment is None:
+            return DONE
+        start = time.perf_counter()
+        # Their replies are matched with the keys by value: two of a key from two nodes would land in one place.
+        asked, places = _distinct(keys)
+        rows, finish = out.numpy(), None
+        if places is not None:
+            rows = np.empty((asked.size, segment.width), np.float32)
+            finish = partial(np.take, rows, places, 0, out.numpy())
+        elif later:
+            asked = asked.copy()  # the caller may overwrite his, the package reads it again when the rows arrive
+        timestamp = self._worker.pull(asked, rows, later)
+        stats = self.stats.segments[segment.name]
+        stats.pulled_rows += keys.size
+        stats.pulled_bytes += keys.size * segment.width * 4
+        if self._is_remote(timestamp):
+            stats.remote_pulled_rows += keys.size
+        return self._begun(timestamp, later, start, "pull_s", _Pending(
+            partial(self._worker.wait, timestamp), (asked, rows), finish, stats
+        ))
+
+    def _push(self, keys: Array, deltas: Array, later: bool) -> int:
+        keys, deltas, segment = self.checked("deltas", keys, deltas)
+        if segment is None:
+            return DONE
+        start = time.perf_counter()
+        rows = deltas.numpy()
+        if later and self.reads_later:
+            keys, rows = keys.copy(), rows.copy()
+        timestamp = self._worker.push(keys, rows, later)
+        stats = self.stats.segments[segment.name]
+        stats.pushed_rows += keys.size
+        stats.pushed_bytes += keys.size * segment.width * 4
+        if self._is_remote(timestamp):
+            stats.remote_pushed_rows += keys.size
+        return self._begun(timestamp, later, start, "push_s", _Pending(
+            partial(self._worker.wait, timestamp), (keys, rows), None, stats
+        ))
+
+    def _begun(self, timestamp: int, later: bool, start: float, clock: str, pending: _Pending) -> int:
+        """The ticket of a call that the package has taken; DONE, and its rest done, where it is complete."""
+        complete = not later or timestamp == DONE
+        if complete and pending.finish is not None:
+            pending.finish()
+        assert pending.stats is not None
+        seconds = time.perf_counter() - start
+        setattr(pending.stats, clock, getattr(pending.stats, clock) + seconds)
+        if complete:
+            pending.stats.wait_s += seconds if self._is_remote(timestamp) else 0.0
+            return DONE
+        return self._ticket(pending)
+
+    def _is_remote(self, timestamp: int) -> bool:
+        return timestamp != DONE and self._world.size > 1
+
+    def _ticket(self, pending: _Pending) -> int:
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._pending[ticket] = pending
+        return ticket
+
+    def wait(self, ticket: int) -> None:
+        self.require_open()
+        if ticket == DONE:
+            return
+        if ticket not in self._pending:
+            raise ServerError(f"ticket: {ticket} was never given or was waited for before")
+        pending = self._pending.pop(ticket)
+        start = time.perf_counter()
+        pending.wait()
+        if pending.finish is not None:
+            pending.finish()
+        if pending.stats is not None and self._world.size > 1:
+            pending.stats.wait_s += time.perf_counter() - start
+
+    def wait_all(self) -> None:
+        self.require_open()
+        for ticket in list(self._pending):
+            self.wait(ticket)
+
+    def set(self, keys: Array, values: Array) -> None:
+        keys, values, segment = self.checked("values", keys, values)
+        if segment is None:
+            return
+        if np.unique(keys).size != keys.size:
+            raise ServerError("keys should be distinct in a set")
+        self._worker.set(keys, values.numpy())
+
+    def is_local(self, name: str) -> np.ndarray | None:
+        """None: the packages do not tell where a row is, so the scheme ``local`` draws as ``naive`` does."""
+        return None
+
+    def owned_rows(self, name: str) -> np.ndarray:
+        """An equal share: any node can pull any row."""
+        self.require_open()
+        total, world = self.layout[name].num_rows, self._world
+        return np.arange(total * world.rank // world.size, total * (world.rank + 1) // world.size)
+
+    def barrier(self) -> None:
+        self.require_open()
+        self._world.barrier()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.wait_all()
+        self.quiesce()
+        self.closed = True
+        if self._own_node:
+            self._node.close()
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(distinct keys, place of each key among them); no places where the keys are distinct already."""
+    if np.all(keys[1:] > keys[:-1]):
+        return keys, None
+    distinct, places = np.unique(keys, return_inverse=True)
+    return (keys, None) if distinct.size == keys.size else (distinct, places)
+
+
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """Each of ``keys`` once."""
+    return _distinct(keys)[0]

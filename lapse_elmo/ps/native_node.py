@@ -1,0 +1,226 @@
+"""A rank as a node of a native parameter server: the scheduler beside rank 0, the start and the end of the package.
+
+The packages read where the scheduler is from the environment, find each other through it, and block while they wait:
+for the other nodes without a limit, and with Python's lock held. So everything that can be checked before is checked
+before, and a watch (:mod:`lapse_elmo.ps.scheduler`) bounds the rest.
+
+Their messages go over TCP, neither authenticated nor encrypted. Ranks of one host use the loopback interface.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from lapse_elmo.errors import ConfigError, LaunchError
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
+from lapse_elmo.world import World
+
+START_S = 60.0
+_LOOPBACK = "127.0.0.1"
+_ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
+_SOURCE = Path(__file__).resolve().parent.parent.parent
+
+
+class NativeNode(ABC):
+    """This process as one node of a package, with one worker (collective: every rank makes and closes its own).
+
+    A process can do this once: neither package can be set up again after it was shut down.
+
+    :param start_s: seconds within which the scheduler, and then all nodes, must be up.
+    :ivar worker: the package's worker object.
+    :raises ConfigError: if the package is not installed.
+    :raises LaunchError: if the scheduler does not start or cannot be reached. Nodes that do not come up in time end
+        the job with one line.
+    """
+
+    package: ClassVar[str]
+    repository: ClassVar[str]
+    techniques: ClassVar[Collection[str]]
+
+    def __init__(self, world: World, layout: Layout, technique: str, start_s: float = START_S) -> None:
+        self.world = world
+        self.layout = layout
+        self.technique = technique
+        self.module = world.together(self._load)
+        self._one_host = len(set(world.allgather(world.host))) == 1
+        self._scheduler: subprocess.Popen | None = None
+        address, port = world.agree(lambda: self._start_scheduler(start_s))
+        own = world.together(lambda: _own_address(address, port))
+        os.environ.update(
+            DMLC_ROLE="server", DMLC_NUM_SERVER=str(world.size), DMLC_PS_ROOT_URI=address, DMLC_PS_ROOT_PORT=str(port)
+        )
+        if "DMLC_INTERFACE" not in os.environ:
+            os.environ.setdefault("DMLC_NODE_HOST", own)
+        self._stdout = _Stdout()
+        self._tell(STARTS)
+        world.barrier()
+        widths = np.concatenate([np.full(segment.num_rows, segment.width) for segment in layout.segments])
+        self.server: Any
+        self.worker: Any
+        self.server, self.worker = self.start(torch.from_numpy(widths))
+        world.barrier()
+        self._tell(UP)
+        # Their threads must not outlive the interpreter; an error that all ranks raise leads there as well.
+        atexit.register(self.close)
+        self.closed = False
+
+    @abstractmethod
+    def load(self) -> ModuleType:
+        """Import the package."""
+
+    @abstractmethod
+    def start(self, widths: torch.Tensor) -> tuple[Any, Any]:
+        """The package's server and worker objects. ``widths``: float32 of each key's row, (num_keys,) int64."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Collective: shut the package down."""
+
+    def close(self) -> None:
+        """Collective: end the worker, the node and the scheduler, in this order."""
+        if self.closed:
+            return
+        self.closed = True
+        atexit.unregister(self.close)
+        self.world.barrier()
+        self._tell(ENDS)
+        self.stop()
+        self._stdout.restore()
+        if self._scheduler is not None:
+            assert self._scheduler.stdin is not None
+            self._scheduler.stdin.close()
+            self._scheduler.wait()
+
+    def _load(self) -> ModuleType:
+        try:
+            module = self.load()
+        except ModuleNotFoundError:
+            why = "is not installed"
+        except ImportError as error:
+            why = f"cannot be loaded ({str(error).splitlines()[0]})"
+        else:
+            if hasattr(module, "Worker"):
+                return module
+            why = f"is another package of that name ({module.__file__})"
+        raise ConfigError(
+            f"--ps {self.package}: the Python package {self.package} {why}; {self.repository} says how to build its "
+            "bindings, for this Python and torch; or leave --ps away for the embedded server"
+        )
+
+    def _start_scheduler(self, start_s: float) -> tuple[str, int]:
+        """On rank 0: start it, wait until it listens; its address and port."""
+        address = os.environ.get("DMLC_PS_ROOT_URI") or self._address()
+        for _ in range(_ATTEMPTS):
+            port = _free_port(address)
+            environment = {
+                **os.environ, "DMLC_ROLE": "scheduler", "DMLC_NUM_SERVER": str(self.world.size),
+                "DMLC_PS_ROOT_URI": address, "DMLC_PS_ROOT_PORT": str(port),
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH")])),
+            }
+            words = [type(self).__module__, str(self.layout.num_keys), str(start_s), str(os.getpid())]
+            self._scheduler = subprocess.Popen(
+                [sys.executable, "-m", "lapse_elmo.ps.scheduler", *words], stdin=subprocess.PIPE, env=environment
+            )
+            deadline = time.monotonic() + start_s
+            while self._scheduler.poll() is None:
+                if _listens(address, port):
+                    return address, port
+                if time.monotonic() > deadline:
+                    self._scheduler.kill()
+                    raise LaunchError(f"the scheduler of {self.package} was not up after {start_s:.0f} s")
+                time.sleep(0.05)
+        raise LaunchError(
+            f"the scheduler of {self.package} cannot start at {address}: name an address of this host by "
+            "DMLC_PS_ROOT_URI, if that is none; else see its error above"
+        )
+
+    def _address(self) -> str:
+        """An address of this host under which the other ranks reach it."""
+        if self._one_host:
+            return _LOOPBACK
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing: which interface leads out
+            return str(probe.getsockname()[0])
+        try:
+            return socket.gethostbyname(socket.gethostname())
+        except OSError:
+            raise LaunchError(
+                "this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI"
+            ) from None
+
+    def _tell(self, letter: bytes) -> None:
+        """To the watch; on other ranks than 0 nothing."""
+        if self._scheduler is not None:
+            assert self._scheduler.stdin is not None
+            self._scheduler.stdin.write(letter)
+            self._scheduler.stdin.flush()
+
+
+class _Stdout:
+    """Keeps standard output for Python, since the packages write their progress there.
+
+    What their C++ writes is dropped, or shown if the packages' own PS_VERBOSE is set.
+    """
+
+    def __init__(self) -> None:
+        self._python = sys.stdout
+        sys.stdout.flush()
+        self._file: int | None = None
+        if os.environ.get("PS_VERBOSE", "0") == "0":
+            self._file = os.dup(1)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1)
+            os.close(devnull)
+            sys.stdout = os.fdopen(self._file, "w", encoding=self._python.encoding, closefd=False)
+
+    def restore(self) -> None:
+        if self._file is not None:
+            sys.stdout.flush()
+            os.dup2(self._file, 1)
+            os.close(self._file)
+            sys.stdout = self._python
+
+
+def _free_port(address: str) -> int:
+    try:
+        with socket.create_server((address, 0)) as server:
+            return int(server.getsockname()[1])
+    except OSError as error:
+        raise LaunchError(
+            f"{address} is no address of this host for the scheduler ({error.strerror}): give one by DMLC_PS_ROOT_URI"
+        ) from None
+
+
+def _listens(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), 2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _own_address(address: str, port: int) -> str:
+    """This host's address on the way to the scheduler."""
+    try:
+        with socket.create_connection((address, port), 10) as connection:
+            return str(connection.getsockname()[0])
+    except OSError as error:
+        raise LaunchError(
+            f"the scheduler at {address}:{port} cannot be reached from {socket.gethostname()} "
+            f"({error.strerror or error}): name an address of rank 0's host by DMLC_PS_ROOT_URI"
+        ) from None

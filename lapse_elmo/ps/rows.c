@@ -1,0 +1,182 @@
+/* Rows of one segment in memory that a node's processes share, each guarded by a lock of its own.
+ *
+ * entry[row] says whether the row is on the node, in which slot, and as what. A main copy lies at main[slot * width]; a
+ * replica at replica[slot * 2 * width], its value followed by the sum of the deltas that its owner has not been sent.
+ * Every function has a twin in rows.py (LockedRows), with which the tests compare it.
+ */
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8 };
+enum { AHEAD = 6, SPINS = 64 }; /* rows fetched ahead of use; tries before the core is yielded */
+
+typedef struct {
+    uint32_t flags;
+    int32_t slot;
+} entry;
+
+static uint32_t lock(entry *e) {
+    for (int spins = 0;; spins++) {
+        uint32_t before = __atomic_fetch_or(&e->flags, LOCKED, __ATOMIC_ACQUIRE);
+        if (!(before & LOCKED)) return before;
+        if (spins >= SPINS) { sched_yield(); spins = 0; }
+    }
+}
+
+static void unlock(entry *e, uint32_t flags) { __atomic_store_n(&e->flags, flags & ~(uint32_t)LOCKED, __ATOMIC_RELEASE); }
+
+static void add(float *restrict to, const float *restrict from, int64_t width) {
+    for (int64_t j = 0; j < width; j++) to[j] += from[j];
+}
+
+static void fetch(const entry *e, const float *main, int64_t width) {
+    const char *row = (const char *)(main + (int64_t)e->slot * width);
+    for (int64_t j = 0; j < width * 4 && j < 1024; j += 64) __builtin_prefetch(row + j, 1);
+}
+
+static float *place(const entry *e, uint32_t flags, float *main, float *replica, int64_t width) {
+    return flags & REPLICA ? replica + 2 * width * e->slot : main + width * e->slot;
+}
+
+/* Copy rows to out; the positions of those that are not here go to missing, their number is returned. */
+int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
+                  float *out, int64_t *missing) {
+    int64_t absent = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        if (i + AHEAD < n) fetch(entries + rows[i + AHEAD], main, width);
+        uint32_t flags = lock(e);
+        if (flags & PRESENT) memcpy(out + i * width, place(e, flags, main, replica, width), width * 4);
+        else missing[absent++] = i;
+        unlock(e, flags);
+    }
+    return absent;
+}
+
+/* Add deltas (n, width) to the rows; as rows_pull for those that are not here. mark: whether main copies count as changed. */
+int64_t rows_push(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
+                  const float *deltas, int64_t mark, int64_t *missing) {
+    int64_t absent = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        if (i + AHEAD < n) fetch(entries + rows[i + AHEAD], main, width);
+        uint32_t flags = lock(e);
+        if (flags & PRESENT) {
+            float *row = place(e, flags, main, replica, width);
+            add(row, deltas + i * width, width);
+            if (flags & REPLICA) add(row + width, deltas + i * width, width);
+            if (mark || flags & REPLICA) flags |= DIRTY;
+        } else missing[absent++] = i;
+        unlock(e, flags);
+    }
+    return absent;
+}
+
+/* Overwrite main copies by values (n, width); as rows_pull for rows whose main copy is not here. */
+int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows, int64_t n, const float *values,
+                 int64_t *missing) {
+    int64_t absent = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        uint32_t flags = lock(e);
+        if ((flags & (PRESENT | REPLICA)) == PRESENT) {
+            memcpy(main + width * e->slot, values + i * width, width * 4);
+            flags |= DIRTY;
+        } else missing[absent++] = i;
+        unlock(e, flags);
+    }
+    return absent;
+}
+
+/* Let absent rows be here from now on, in the given slots, as main copies or as replicas. */
+void rows_put(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
+              const int64_t *slots, const float *values, int64_t as_replica) {
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        uint32_t flags = lock(e);
+        e->slot = (int32_t)slots[i];
+        flags = PRESENT | (as_replica ? REPLICA : 0);
+        float *row = place(e, flags, main, replica, width);
+        memcpy(row, values + i * width, width * 4);
+        if (as_replica) memset(row + width, 0, width * 4);
+        unlock(e, flags);
+    }
+}
+
+/* Copy main copies to out (n, width) and let them be absent from now on. */
+void rows_take(entry *entries, float *main, int64_t width, const int64_t *rows, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        lock(e);
+        memcpy(out + i * width, main + width * e->slot, width * 4);
+        unlock(e, 0);
+    }
+}
+
+/* Positions of the rows that were changed since the last call, which are clean now; their number. */
+int64_t rows_clean(entry *entries, const int64_t *rows, int64_t n, int64_t *changed) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        if (!(__atomic_load_n(&e->flags, __ATOMIC_RELAXED) & DIRTY)) continue;
+        uint32_t flags = lock(e);
+        unlock(e, flags & ~(uint32_t)DIRTY);
+        changed[found++] = i;
+    }
+    return found;
+}
+
+/* Move the deltas of the replicas that have some to out (up to n, width), positions to changed; their number. */
+int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n, float *out,
+                     int64_t *changed) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        if (!(__atomic_load_n(&e->flags, __ATOMIC_RELAXED) & DIRTY)) continue;
+        uint32_t flags = lock(e);
+        float *delta = replica + 2 * width * e->slot + width;
+        memcpy(out + found * width, delta, width * 4);
+        memset(delta, 0, width * 4);
+        unlock(e, flags & ~(uint32_t)DIRTY);
+        changed[found++] = i;
+    }
+    return found;
+}
+
+/* Replicas become their owner's values (n, width) plus the deltas that are still here. */
+void rows_refresh(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n, const float *values) {
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        uint32_t flags = lock(e);
+        float *row = replica + 2 * width * e->slot;
+        const float *value = values + i * width, *delta = row + width;
+        for (int64_t j = 0; j < width; j++) row[j] = value[j] + delta[j];
+        unlock(e, flags);
+    }
+}
+
+/* Replicas become values (n, width), and their deltas are forgotten. */
+void rows_overwrite(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n,
+                    const float *values) {
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        uint32_t flags = lock(e);
+        float *row = replica + 2 * width * e->slot;
+        memcpy(row, values + i * width, width * 4);
+        memset(row + width, 0, width * 4);
+        unlock(e, flags & ~(uint32_t)DIRTY);
+    }
+}
+
+/* Let replicas without deltas be absent from now on; their positions go to released, their number is returned. */
+int64_t rows_release(entry *entries, const int64_t *rows, int64_t n, int64_t *released) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        uint32_t flags = lock(e);
+        if (!(flags & DIRTY)) { flags = 0; released[found++] = i; }
+        unlock(e, flags);
+    }
+    return found;
+}
