@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,8 +22,10 @@ from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
+from lapse_elmo.memory import check_memory
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
 from lapse_elmo.parameters import Parameters
+from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import Corpus, Start, find_start, name_run, prepare
 from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
 from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
@@ -104,6 +105,10 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
         start = find_start(config, corpus, world)
         run_dir = Path(config.run.run_dir)
         device = choose_device(config.devices, world)
+        memory = check_memory(config, corpus.vocabulary.size, corpus.train, world)
+        if config.run.dry_run:
+            show_plan(config, world, corpus, device, start, memory)
+            return COMPLETE
         parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
         world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
         if start.path is None:
@@ -111,6 +116,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
         else:
             checkpoint.restore(start.path, start.manifest, parameters, world)
         training = Training(config, world, corpus, parameters, device, start, stop)
+        training.announce(memory)
         status = training.run()
         if status == COMPLETE:
             unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
@@ -142,7 +148,13 @@ class Training:
         )
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
-        announce_start(config, world, corpus, self.cursor, device, self.log, start)
+        self.start = start
+
+    def announce(self, memory: tuple[str, ...]) -> None:
+        """Collective: log who does what, and what is about to be trained."""
+        plan = plan_lines(self.config, self.world, self.corpus, self.device, self.cursor, self.start)
+        for line in (*plan, *memory):
+            self.log.say(line)
 
     def run(self) -> int:
         """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""
@@ -310,37 +322,6 @@ def look_ahead(source: Iterator[Batch], step_once: TrainingStep, lookahead: int)
     yield from announced
 
 
-def announce_start(
-    config: Config, world: World, corpus: Corpus, cursor: Cursor, device: Device, log: RunLog, start: Start
-) -> None:
-    """Collective: log the table of ranks and what is about to be trained."""
-    stream, part = cursor.stream, cursor.stream.part
-    numbers = corpus.train.shards_of(part.first, part.end)
-    files = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-    row = (
-        str(world.rank), world.host, str(os.getpid()), str(world.node), "server+worker", str(world.rank), files,
-        str(device.device), str(device.threads),
-    )
-    rows = world.allgather(row)
-    log.say(table([("rank", "host", "pid", "node", "role", "worker", "shards", "device", "threads"), *rows]))
-    log.say(
-        f"{corpus.train.num_sentences:,} training sentences ({corpus.train.num_tokens:,} tokens, "
-        f"{corpus.train.num_unknown / max(corpus.train.num_tokens, 1):.1%} unknown), {corpus.heldout.num_sentences:,} "
-        f"held-out, {corpus.vocabulary.size:,} classes; {stream.steps_per_epoch:,} steps an epoch, "
-        f"{cursor.num_steps:,} in all"
-    )
-    for note in start.notes:
-        log.say(note)
-    if start.path is not None:
-        how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
-        log.say(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
-    if config.softmax.num_samples >= corpus.vocabulary.size:
-        log.say(
-            f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "
-            "training uses the full softmax"
-        )
-
-
 def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     """The final table."""
     head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
@@ -352,4 +333,12 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
         )
         for r in results
     ]
-    return f"\n{table([head, *rows])}\n\nPerplexity is exp(loss) a target; the run is in {run_dir}."
+    best = min(results, key=lambda result: result.heldout.mean) if results else None
+    lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]
+    if best is not None:
+        path = run_dir / checkpoint.BEST
+        lines += [
+            f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
+            f"To evaluate it: bin/evaluate {path} [--shards DIR]",
+        ]
+    return "\n".join(["", *lines])
