@@ -110,7 +110,7 @@ def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: 
     fixed = own.shared + count * (own.dense + own.copy)
     if own.shared <= shared_room:
         batch = int(batch_size * (room - fixed) / max(count * own.activations, 1))
-        if batch >= max(batch_size // 8, 1):
+        if batch >= 1:
             return f"--batch-size {batch} would fit"
         fit = int((room - own.shared) / (own.dense + own.copy + own.activations))
         if 1 <= fit < count:
