@@ -50,7 +50,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     def faulty(self: TrainingStep, announced: AnnouncedBatch, number: int) -> StepResult:
         if self.world.rank == int(rank) and number == int(step):
             if kind in IN_SAVE:
-                files._write_at = IN_SAVE[kind]  # type: ignore[assignment]
+                files._write_at = IN_SAVE[kind]
             elif kind == "kill-in-rename":
                 saver.put = die  # type: ignore[assignment]
             elif kind == "not-finite":
