@@ -109,7 +109,7 @@ def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: 
     own, count = ranks[0], len(ranks)
     fixed = own.shared + count * (own.dense + own.copy)
     if own.shared <= shared_room:
-        batch = int(batch_size * (room - fixed) / max(count * own.activations, 1))
+        batch = int(0.9 * batch_size * (room - fixed) / max(count * own.activations, 1))
         if batch >= 1:
             return f"--batch-size {batch} would fit"
         fit = int((room - own.shared) / (own.dense + own.copy + own.activations))
@@ -118,7 +118,7 @@ def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: 
     per_class = own.rows / max(num_classes, 1)
     shares = own.shared / max(own.rows, 1) + count * own.copy / max(own.rows, 1)  # of the rows, in this machine
     left = min(shared_room * own.rows / max(own.shared, 1), (room - count * (own.dense + own.activations)) / shares)
-    classes = int(left / max(per_class, 1)) // 1000 * 1000
+    classes = int(0.9 * left / max(per_class, 1)) // 1000 * 1000
     if classes > 0:
         return f"a vocabulary of {classes:,} words would fit, or more nodes, or a smaller --projection-size"
     return "fewer ranks, a smaller --batch-size or --cell-size, or more nodes are needed"

@@ -26,7 +26,7 @@ from lapse_elmo.memory import check_memory
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.plan import plan_lines, show_plan
-from lapse_elmo.run_folder import Corpus, Start, find_start, name_run, prepare
+from lapse_elmo.run_folder import Corpus, Hold, Start, find_start, name_run, prepare
 from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
 from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
 from lapse_elmo.world import World
@@ -102,27 +102,36 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
             world.split(config.server.nodes)
         config = name_run(config, world)
         corpus = open_corpus(config, world)
-        start = find_start(config, corpus, world)
-        run_dir = Path(config.run.run_dir)
-        device = choose_device(config.devices, world)
-        memory = check_memory(config, corpus.vocabulary.size, corpus.train, world)
-        if config.run.dry_run:
+        with Hold(Path(config.run.run_dir), world, active=not config.run.dry_run):
+            start = find_start(config, corpus, world)
+            device = choose_device(config.devices, world)
+            memory = check_memory(config, corpus.vocabulary.size, corpus.train, world)
+            if not config.run.dry_run:
+                return train(config, world, corpus, device, start, stop, memory)
             show_plan(config, world, corpus, device, start, memory)
             return COMPLETE
-        parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
-        world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
-        if start.path is None:
-            parameters.initialise()
-        else:
-            checkpoint.restore(start.path, start.manifest, parameters, world)
-        training = Training(config, world, corpus, parameters, device, start, stop)
-        training.announce(memory)
-        status = training.run()
-        if status == COMPLETE:
-            unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
-            if world.rank == 0:
-                print(summary(training.state.results, unigram, run_dir))
-        parameters.server.close()
+
+
+def train(
+    config: Config, world: World, corpus: Corpus, device: Device, start: Start, stop: StopSignals,
+    memory: tuple[str, ...],
+) -> int:
+    """Collective: make the parameters, new or as they were saved, and train; the exit status."""
+    run_dir = Path(config.run.run_dir)
+    parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
+    world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
+    if start.path is None:
+        parameters.initialise()
+    else:
+        checkpoint.restore(start.path, start.manifest, parameters, world)
+    training = Training(config, world, corpus, parameters, device, start, stop)
+    training.announce(memory)
+    status = training.run()
+    if status == COMPLETE:
+        unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
+        if world.rank == 0:
+            print(summary(training.state.results, unigram, run_dir))
+    parameters.server.close()
     return status
 
 
