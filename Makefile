@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`. No root, no compiler.
 #
-#   make setup   .venv with pinned packages, an MPI included      make lint    ruff and mypy
+#   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy and shellcheck
 #   make train   a first model on English that is on the machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare the bits
 #   make clean   remove .venv (data/ and runs/ stay)
@@ -56,6 +56,7 @@ soak: .venv/.installed-dev
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck --external-sources slurm/* .ci/run
 
 bench: .venv/.installed-dev
 	.venv/bin/python -m benchmarks

@@ -154,7 +154,7 @@ class TrainingStep:
         context = predicting_vectors(self.model, embedding, batch, dropout)
         nll = sampled_softmax_nll(
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
-            self._log_expected(pulled.softmax_rows),
+            self._log_expected(pulled.softmax_rows), precision=self.config.model.precision,
         )
         (nll * self.loss_factor).backward()
         return float(nll.detach()), _gradient(embedding), _gradient(softmax)

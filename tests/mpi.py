@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
-_LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_")
-_MARK = "LAPSE_ELMO_TEST_JOB"
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_")
+MARK = "LAPSE_ELMO_TEST_JOB"
 _PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # the latter: native packages
 _GRACE_S = 3.0  # for the processes of a job that has ended, before they count as left behind
 
@@ -52,13 +52,13 @@ class RunningJob:
         self._start = time.monotonic()
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=self._stdout, stderr=self._stderr, cwd=cwd,
-            env={**env, _MARK: self._mark}, start_new_session=True,
+            env={**env, MARK: self._mark}, start_new_session=True,
         )
         self.pid = self._process.pid
 
     def rank_pids(self) -> list[int]:
         """Processes of the job that run Python: the ranks."""
-        return [pid for pid in _processes(self._mark) if _executable(pid) == os.path.realpath(sys.executable)]
+        return [pid for pid in marked_processes(self._mark) if _executable(pid) == os.path.realpath(sys.executable)]
 
     def running(self) -> bool:
         return self._process.poll() is None
@@ -73,7 +73,7 @@ class RunningJob:
 
     def kill(self) -> None:
         """SIGKILL to every process of the job."""
-        for pid in _processes(self._mark):
+        for pid in marked_processes(self._mark):
             _kill(pid)
 
     def wait(self, timeout: float) -> Job:
@@ -89,13 +89,13 @@ class RunningJob:
             command = " ".join(self.command)
             raise TimeoutError(f"{command}\nran past {timeout} s\n{_shown(stdout, stderr)}") from None
         seconds = time.monotonic() - self._start
-        survivors = _end(self._mark)
+        survivors = end_marked(self._mark)
         return Job(status, *self.text(), seconds, survivors)
 
     def close(self) -> None:
         self.kill()
         self._process.wait()
-        _end(self._mark)
+        end_marked(self._mark)
 
     def __enter__(self) -> RunningJob:
         return self
@@ -117,7 +117,7 @@ def start(
     """
     words = [arguments] if isinstance(arguments, str | os.PathLike) else list(arguments)
     prefix = [str(MPIRUN), "-n", str(num_ranks)] if launcher else []
-    clean = {k: v for k, v in os.environ.items() if not k.startswith((*_LAUNCHER_PREFIXES, "PYTEST_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_PREFIXES, "PYTEST_"))}
     clean |= {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", **(env or {})}
     return RunningJob([*prefix, sys.executable, *[os.fspath(word) for word in words]], clean, cwd)
 
@@ -138,9 +138,9 @@ def _shown(stdout: str, stderr: str) -> str:
     return f"--- stdout\n{stdout}\n--- stderr\n{stderr}"
 
 
-def _processes(mark: str) -> list[int]:
+def marked_processes(mark: str) -> list[int]:
     """Living processes of the job. Launchers give each rank a session of its own, so the environment has to tell."""
-    entry = f"{_MARK}={mark}".encode()
+    entry = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -150,10 +150,10 @@ def _processes(mark: str) -> list[int]:
     return found
 
 
-def _end(mark: str) -> tuple[int, ...]:
+def end_marked(mark: str) -> tuple[int, ...]:
     """Give what is left of a job a moment to end, then kill it; what had to be killed."""
     deadline = time.monotonic() + _GRACE_S
-    while (left := _processes(mark)) and time.monotonic() < deadline:
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in left:
         _kill(pid)

@@ -76,6 +76,10 @@ class ModelConfig:
     lstm: str = option(
         "fused", choices=("fused", "allennlp"), help="our packed LSTM or AllenNLP's ElmoLstm: the same numbers"
     )
+    precision: str = option(
+        "fp32", choices=("fp32", "bf16"),
+        help="of training's matrix products; bf16 keeps cells, sums and parameters in float32",
+    )
     lstm_init: str = option(
         "glorot", choices=("glorot", "orthogonal"), help="initial LSTM kernels: bilm-tf's or AllenNLP's"
     )
@@ -86,6 +90,8 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
         _positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
         _fraction(self, "dropout", "recurrent_dropout")
+        if self.precision == "bf16" and self.lstm != "fused":
+            raise ConfigError("--precision bf16 needs --lstm fused: AllenNLP's LSTM computes in float32")
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ class Config:
                 f"--technique {self.server.technique} rows have replicas: give relocation or static"
             )
         if self.training.sync and self.server.ps == "adapm":
-            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas; leave one of them out")
+            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: leave one away")
 
 
 def parse_train(argv: Sequence[str]) -> Config:

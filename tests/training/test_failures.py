@@ -19,9 +19,9 @@ from tests.training.test_bad_input import damage_tokens
 PROGRAM = Path(__file__).with_name("failing.py")
 START_S, END_S = 60, 30
 OPTIONS = ("--sync", "--epochs", "2", "--batch-size", "8", "--save-every-steps", "4")
-STATUS = {"exception": 1, "exit-0": 1, "exit-3": 3, "thread": 1, "full-disk": 2, "not-finite": 2}
+STATUS = {"exception": 1, "exit-0": 1, "thread": 1, "full-disk": 2, "not-finite": 2}
 CAUSE = {
-    "exception": "RuntimeError: this breaks", "exit-0": "left the job: sys.exit(0)", "exit-3": "sys.exit(3)",
+    "exception": "RuntimeError: this breaks", "exit-0": "left the job: sys.exit(0)",
     "thread": "RuntimeError: this breaks", "full-disk": "No space left on device",
     "not-finite": "is not finite at step",
 }
@@ -39,24 +39,24 @@ def newest_whole(run_dir: Path) -> Manifest:
     return manifests[0]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", [*STATUS, "kill", "kill-in-save", "kill-in-rename"])
 def test_failure_of_one_rank(small: Prepared, tmp_path: Path, kind: str, rank: int) -> None:
     if kind == "kill-in-rename" and rank:
         pytest.skip("rank 0 alone gives a checkpoint its name")
     run_dir = tmp_path / "run"
     argv = [str(PROGRAM), kind, str(rank), "6", *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
-    job = mpi.mpirun(3, argv, timeout=START_S + END_S)
+    job = mpi.mpirun(2, argv, timeout=START_S + END_S)
     assert job.returncode not in (0, 75), job.output
     assert not job.survivors, job.output
     if kind in STATUS:
         assert job.returncode == STATUS[kind], job.output
-        assert f"[rank {rank}/3 {socket.gethostname()}]" in job.stderr and CAUSE[kind] in job.stderr, job.output
+        assert f"[rank {rank}/2 {socket.gethostname()}]" in job.stderr and CAUSE[kind] in job.stderr, job.output
     assert newest_whole(run_dir)["step"] == 4
     left = [path.name for path in checkpoints(run_dir) if path.name.startswith(".")]
     assert not left or kind in ("kill-in-save", "kill-in-rename"), left
-    if kind.startswith("kill"):
-        with train_job(3, small, run_dir, *OPTIONS) as again:
+    if kind.startswith("kill-in"):
+        with train_job(2, small, run_dir, *OPTIONS) as again:
             ended = again.wait(START_S + END_S)
         assert ended.returncode == 0, ended.output
         assert not [path for path in checkpoints(run_dir) if path.name.startswith(".")]
@@ -79,7 +79,7 @@ def test_no_shared_memory_stays_behind(small: Prepared, tmp_path: Path) -> None:
     assert mapped and not [path for path in mapped if not path.endswith("(deleted)")]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_shard_that_becomes_unreadable(small: Prepared, tmp_path: Path, rank: int) -> None:
     run_dir = tmp_path / "run"
     shards = shutil.copytree(small.shards, tmp_path / "shards")

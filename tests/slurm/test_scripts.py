@@ -1,0 +1,180 @@
+"""The batch scripts with a stand-in for bin/train, which needs no seconds to start: what they pass on and decide."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mpi import MPIRUN, ROOT
+from tests.slurm.cluster import Cluster, SlurmJob
+
+END_S = 30
+SAVED = 75
+# Writes down what each rank sees, then does as its first option says; SIGUSR1 makes it save, SIGTERM as well.
+STAND_IN = """\
+#!/usr/bin/env python3
+import json, os, signal, sys, time
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda *_: sys.exit(75))
+seen = {"argv": sys.argv[1:], "env": dict(os.environ)}
+name = f"{os.environ.get('SLURM_RESTART_COUNT', 0)}-{os.environ['PMI_RANK']}"
+with open(f"{name}.tmp", "w") as file:
+    json.dump(seen, file)
+os.rename(f"{name}.tmp", f"{name}.json")
+print("a rank starts", flush=True)
+what = sys.argv[-1]
+if what.startswith("exit"):
+    sys.exit(int(what.removeprefix("exit")))
+if what == "wait" and "SLURM_RESTART_COUNT" not in os.environ:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository of the batch scripts and a stand-in."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "bin").mkdir()
+    for name in ("train", "preprocess"):
+        program = tmp_path / "bin" / name
+        program.write_text(STAND_IN)
+        program.chmod(0o755)
+    return tmp_path
+
+
+def submit(cluster: Cluster, root: Path, *words: str, script: str = "train") -> int:
+    """``words``: options of sbatch, ``--``, options of the program."""
+    split = words.index("--")
+    return cluster.submit(f"--chdir={root}", *words[:split], str(root / f"slurm/{script}.sbatch"), *words[split + 1 :])
+
+
+def ranks(root: Path, restart: int = 0) -> list[dict]:
+    """What the ranks saw, once all that started have written it."""
+    paths = sorted(root.glob(f"{restart}-*.json"), key=lambda path: int(path.stem.partition("-")[2]))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def until_started(cluster: Cluster, number: int, root: Path, count: int = 2) -> None:
+    deadline = time.monotonic() + END_S
+    while len(ranks(root)) < count:
+        assert time.monotonic() < deadline, cluster.job(number).output
+        time.sleep(0.05)
+
+
+def ended(cluster: Cluster, number: int, state: str, status: int, restarts: int = 0) -> SlurmJob:
+    job = cluster.wait(number, END_S)
+    assert (job.state, job.status, job.restarts) == (state, status, restarts), job.output
+    return job
+
+
+def test_options_and_the_run_directory(cluster: Cluster, root: Path) -> None:
+    number = submit(cluster, root, "--job-name=named", "--", "--config", "two words.toml", "--shards", "*", "")
+    job = ended(cluster, number, "COMPLETED", 0)
+    own = ["--run-dir", f"runs/named-{number}", "--resume", "auto"]
+    assert [rank["argv"] for rank in ranks(root)] == [[*own, "--config", "two words.toml", "--shards", "*", ""]] * 2
+    assert job.log.name == f"named-{number}.log"
+
+
+def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Path) -> None:
+    options = ["--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4"]
+    number = submit(cluster, root, *options, "--", "wait")
+    until_started(cluster, number, root, 6)
+    step = cluster.run("scontrol", "show", "step", f"{number}.0")
+    cluster.run("scancel", str(number))
+    assert re.search(r"Nodes=2 CPUs=24 Tasks=6 ", step), step
+    seen = [rank["env"] for rank in ranks(root)]
+    assert [(env["PMI_RANK"], env["SLURMD_NODENAME"]) for env in seen] == [(str(r), f"n{r // 3 + 1}") for r in range(6)]
+    assert {(env["PMI_SIZE"], env["SLURM_CPUS_ON_NODE"]) for env in seen} == {("6", "12")}
+
+
+@pytest.mark.parametrize(
+    ("option", "visible"), [("--gpus-per-node=2", ["0,1", "0,1"]), ("--gpus-per-task=1", ["0", "1"])]
+)
+def test_gpus_are_those_of_the_allocation(cluster: Cluster, root: Path, option: str, visible: list[str]) -> None:
+    """bin/train deals those that a rank sees to the ranks of its node, or takes the one."""
+    ended(cluster, submit(cluster, root, option, "--", "x"), "COMPLETED", 0)
+    assert [rank["env"]["CUDA_VISIBLE_DEVICES"] for rank in ranks(root)] == visible
+
+
+@pytest.mark.parametrize("status", [1, 2, SAVED])
+def test_status_of_the_program_is_that_of_the_job(cluster: Cluster, root: Path, status: int) -> None:
+    """Saved without a warning from Slurm, because a rank got a signal for instance: whoever sent it decides."""
+    ended(cluster, submit(cluster, root, "--", f"exit{status}"), "FAILED", status)
+
+
+def test_warned_job_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
+    """On two nodes; the real warning, by the time limit, is in test_training.py."""
+    number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=1", "--", "wait")
+    until_started(cluster, number, root)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+    job = ended(cluster, number, "COMPLETED", 0, restarts=1)
+    assert job.log.read_text().count("a rank starts") == 4, "the log was not appended to"
+    assert [len(ranks(root, restart)) for restart in (0, 1)] == [2, 2]
+    assert ranks(root, 0)[0]["argv"] == ranks(root, 1)[0]["argv"]
+
+
+def test_warned_job_that_completes_stays_complete(cluster: Cluster, root: Path) -> None:
+    program = root / "bin" / "train"
+    program.write_text(program.read_text().replace("sys.exit(75)", "sys.exit(0)"))
+    number = submit(cluster, root, "--", "wait")
+    until_started(cluster, number, root)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+    ended(cluster, number, "COMPLETED", 0)
+
+
+def test_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, root: Path) -> None:
+    number = submit(cluster, root, "--", "wait")
+    until_started(cluster, number, root)
+    cluster.run("scancel", str(number))
+    ended(cluster, number, "CANCELLED", SAVED)
+    time.sleep(1)
+    assert cluster.job(number).state == "CANCELLED"
+    assert cluster.ranks(number) == {}
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_killed_rank_ends_the_job(launcher: str, cluster: Cluster, root: Path) -> None:
+    if launcher == "mpirun":
+        use_mpirun(root)
+    number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=1", "--", "wait")
+    until_started(cluster, number, root)
+    os.kill(cluster.ranks(number)[1], signal.SIGKILL)
+    assert cluster.wait(number, END_S).state == "FAILED"
+    assert cluster.ranks(number) == {}
+
+
+def test_mpirun_inside_the_allocation(cluster: Cluster, root: Path) -> None:
+    """Where site.sh asks for it: it finds the tasks by itself, and passes the warning on."""
+    use_mpirun(root)
+    number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=2", "--", "wait")
+    until_started(cluster, number, root, 4)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+    deadline = time.monotonic() + END_S
+    while cluster.job(number).restarts == 0:
+        assert time.monotonic() < deadline, cluster.job(number).output
+        time.sleep(0.1)
+    cluster.run("scancel", str(number))
+    hosts = [(rank["env"]["PMI_SIZE"], rank["env"]["SLURMD_NODENAME"]) for rank in ranks(root)]
+    assert hosts == [("4", "n1"), ("4", "n1"), ("4", "n2"), ("4", "n2")]
+
+
+def use_mpirun(root: Path) -> None:
+    (root / "slurm" / "site.sh").write_text(f"launcher=({MPIRUN})\n")
+
+
+def test_preprocess_passes_its_options_on(cluster: Cluster, root: Path) -> None:
+    ended(cluster, submit(cluster, root, "--", "shards", "a b", script="preprocess"), "COMPLETED", 0)
+    assert [rank["argv"] for rank in ranks(root)] == [["shards", "a b"]] * 2
+
+
+def test_from_another_folder(cluster: Cluster, root: Path) -> None:
+    (root / "elsewhere").mkdir()
+    number = cluster.submit(f"--chdir={root}/elsewhere", str(root / "slurm" / "train.sbatch"))
+    ended(cluster, number, "FAILED", 2)
