@@ -1,6 +1,6 @@
 """Checkpoints: how fast they are written and read, what they cost training, and how long a kill and a resume take.
 
-``python -m benchmarks.checkpoint`` runs all parts on 2 ranks. Rates stand beside those of plain files of the same size,
+``python -m benchmarks.checkpoint [models] [training]`` runs both parts, or one, on 2 ranks. Rates stand beside those of plain files of the same size,
 written and read by as many processes on the same disk in the same run. Reads are of files that memory had let go of.
 """
 
@@ -198,21 +198,22 @@ def measure_kill(folder: Path, corpus: list[str]) -> None:
     print(f"  first start to its first step {firsts[0]:.1f} s, resumed {statistics.median(firsts[1:]):.1f} s")
 
 
-def main() -> None:
+def main(parts: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
         folder = Path(name)
-        for title, num_classes in MODELS.items():
+        for title, num_classes in MODELS.items() if "models" in parts else ():
             print(f"{title}: ", end="", flush=True)
             command = [MPIRUN, "-n", str(RANKS), sys.executable, "-m", "benchmarks.checkpoint", "files"]
             subprocess.run([*command, str(num_classes), str(folder / str(num_classes))], cwd=ROOT, check=True)
-        corpus = make_corpus(folder, 44_000)
-        print("small, 44,000 classes, training")
-        measure_kill(folder, corpus)
-        measure_stall(folder, corpus, 60, 15)
+        if "training" in parts:
+            corpus = make_corpus(folder, 44_000)
+            print("small, 44,000 classes, training")
+            measure_kill(folder, corpus)
+            measure_stall(folder, corpus, 40, 10)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["files"]:
         launch(measure_files, sys.argv[2:], prog="benchmarks.checkpoint")
     else:
-        main()
+        main(sys.argv[1:] or ["models", "training"])
