@@ -1,7 +1,8 @@
 """Checkpoints: how fast they are written and read, what they cost training, and how long a kill and a resume take.
 
-``python -m benchmarks.checkpoint [models] [training]`` runs both parts, or one, on 2 ranks. Rates stand beside those of plain files of the same size,
-written and read by as many processes on the same disk in the same run. Reads are of files that memory had let go of.
+``python -m benchmarks.checkpoint [models] [training]`` runs both parts, or one, on 2 ranks. Rates stand beside those of
+plain files of the same size, written and read by as many processes on the same disk in the same run. Reads are of files
+that memory had let go of.
 """
 
 from __future__ import annotations
