@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
-from lapse_elmo.signals import INTERRUPTED, USER_ERROR
+from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -254,6 +254,7 @@ class World:
         their death instead. mpirun reports the status of an abort faithfully. srun reports the highest status, so
         there the other ranks go first, with 0.
         """
+        ignore_stop_signals()  # too late for them
         sys.stdout.flush()
         sys.stderr.flush()
         if self.size == 1:

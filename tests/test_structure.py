@@ -20,10 +20,11 @@ FLOORS = [
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["devices", "batches", "tables"],
-    ["parameters", "cursor"],
+    ["parameters", "cursor", "memory"],
     ["step", "metrics"],
     ["checkpoint", "evaluate"],
     ["export", "embed", "report", "run_folder"],
+    ["plan"],
     ["train"],
 ]
 # Beside their floor: what one module of a package needs from a module of the same floor, or from one above for types.
