@@ -105,6 +105,8 @@ class BatchStream:
     """The training batches of one worker.
 
     :param shards: the training shards. :param worker: this worker of ``num_workers``.
+    :param rest: for an epoch that another number of workers has begun: the sentences (ascending) that are this
+        worker's now, and the number of steps that the worker with the most of them needs.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class BatchStream:
         seed: int,
         max_length: int,
         boundaries: bool,
+        rest: tuple[np.ndarray, int] | None = None,
     ) -> None:
         self.shards = shards
         self.worker = worker
@@ -126,27 +129,61 @@ class BatchStream:
         self.part = WorkerPart.of(shards.num_sentences, worker, num_workers)
         longest = -(-shards.num_sentences // num_workers)
         self.steps_per_epoch = -(-longest // batch_size)  # of the largest part: equal on all workers
+        self._rest: np.ndarray | None = None
+        if rest is not None:
+            self._rest, self.steps_per_epoch = rest
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from ``first_step`` on; a worker with fewer sentences ends with an empty batch."""
-        pool_size = self.batch_size * POOL_BATCHES
         order = self._block_order(epoch)
         for pool in range(first_step // POOL_BATCHES, -(-self.steps_per_epoch // POOL_BATCHES)):
-            numbers = np.sort(order[pool * pool_size : (pool + 1) * pool_size])
-            tokens, offsets = self.shards.read(numbers)
-            members = self._pool_batches(epoch, pool, np.diff(offsets))
+            numbers, tokens, offsets, members = self._pool(epoch, order, pool)
             first = pool * POOL_BATCHES
             wanted = min(POOL_BATCHES, self.steps_per_epoch - first)
             members += [np.empty(0, np.int64)] * (wanted - len(members))
             for places in members[max(first_step - first, 0) :]:
                 yield self._batch(tokens, offsets, numbers, places)
 
+    def sentences_before(self, epoch: int, step: int) -> np.ndarray:
+        """The sentences (ascending) of an epoch's batches before ``step``."""
+        order = self._block_order(epoch)
+        pool, step_in_pool = divmod(step, POOL_BATCHES)
+        found = [order[: pool * POOL_BATCHES * self.batch_size]]
+        if step_in_pool:
+            numbers, _, _, members = self._pool(epoch, order, pool)
+            found += [numbers[places] for places in members[:step_in_pool]]
+        return np.sort(np.concatenate(found))
+
+    @property
+    def sentences(self) -> np.ndarray:
+        """The numbers of this worker's sentences, ascending."""
+        return np.arange(self.part.first, self.part.end) if self._rest is None else self._rest
+
+    @property
+    def num_sentences(self) -> int:
+        """How many sentences are this worker's."""
+        return self.part.end - self.part.first if self._rest is None else self._rest.size
+
+    def places(self, sentences: np.ndarray) -> np.ndarray:
+        """The places of some of this worker's ``sentences`` among all of them."""
+        return sentences - self.part.first if self._rest is None else np.searchsorted(self._rest, sentences)
+
     def _block_order(self, epoch: int) -> np.ndarray:
         """The part's sentence numbers, blocks shuffled."""
-        starts = np.arange(self.part.first, self.part.end, BLOCK)
+        sentences = self.sentences
         rng = stream(self.seed, "block order", epoch, self.worker)
-        blocks = [np.arange(start, min(start + BLOCK, self.part.end)) for start in rng.permutation(starts)]
+        starts = rng.permutation(np.arange(0, sentences.size, BLOCK))
+        blocks = [sentences[start : start + BLOCK] for start in starts]
         return np.concatenate(blocks) if blocks else np.empty(0, np.int64)
+
+    def _pool(
+        self, epoch: int, order: np.ndarray, pool: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+        """A pool's sentence numbers (ascending), their tokens and offsets, and its batches as places in the pool."""
+        size = self.batch_size * POOL_BATCHES
+        numbers = np.sort(order[pool * size : (pool + 1) * size])
+        tokens, offsets = self.shards.read(numbers)
+        return numbers, tokens, offsets, self._pool_batches(epoch, pool, np.diff(offsets))
 
     def _pool_batches(self, epoch: int, pool: int, lengths: np.ndarray) -> list[np.ndarray]:
         """The pool's batches as arrays of places in the pool."""

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from lapse_elmo.config.training import DeviceConfig
+from lapse_elmo import native
+from lapse_elmo.config.training import DeviceConfig, ModelConfig
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.model.pointwise import SOURCE
+from lapse_elmo.model.products import cpu_multiplies_bf16
 from lapse_elmo.world import World, usable_cores
+
+_FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,40 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
     world.together(check)
     threads = config.threads or max(1, usable_cores() // world.host_size)
     torch.set_num_threads(threads)
+    speed_up_float32()
     ids = config.device_ids or tuple(range(available))
     if not ids:
         return Device(torch.device("cpu"), threads)
     device = torch.device("cuda", ids[world.host_rank % len(ids)])
     torch.cuda.set_device(device)
     return Device(device, threads)
+
+
+def remarks(config: ModelConfig, device: torch.device) -> list[str]:
+    """What a log should say about how this machine computes: slower ways that were taken, and why."""
+    lines = []
+    if device.type == "cpu" and native.load(SOURCE) is None:
+        lines.append(f"the model's pointwise parts run in torch, which is slower than C: {native.problem(SOURCE)}")
+    if config.precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
+        lines.append(
+            "this processor has no bfloat16 products: --precision bf16 rounds the factors and multiplies in float32, "
+            "at the speed of float32"
+        )
+    return lines
+
+
+def speed_up_float32() -> bool:
+    """Let torch take oneDNN's float32 products where they are as exact as its default's; whether they are.
+
+    Its setting for that, "bf16", allows bfloat16 products inside, which some processors take: so one product is
+    compared with float64. The setting is oneDNN's alone, a GPU's products keep their precision.
+    """
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(64, 512, generator=generator), torch.randn(512, 256, generator=generator)
+    exact = first.double() @ second.double()
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    setting.fp32_precision = "bf16"
+    error = float(((first @ second).double() - exact).abs().max() / exact.abs().max())
+    if error > _FLOAT32_ERROR:
+        setting.fp32_precision = "ieee"
+    return error <= _FLOAT32_ERROR

@@ -27,6 +27,9 @@ from lapse_elmo.step import predicting_vectors
 from lapse_elmo.world import World
 
 
+HELD_BYTES = 256 * 2**20  # of predicting vectors, for one walk through the softmax rows; another as much while they meet
+
+
 @dataclass(frozen=True)
 class Perplexity:
     """Summed nll (nats) of each direction over ``num_targets`` targets a direction, on all ranks."""
@@ -59,27 +62,49 @@ def evaluate(
 ) -> Perplexity:
     """Collective: perplexity over every sentence of ``shards``, each with state zero at its start.
 
-    The softmax rows are read in chunks, so that memory does not grow with the vocabulary.
+    The softmax rows are read in chunks, so that memory does not grow with the vocabulary, and once for as many batches
+    as ``HELD_BYTES`` of predicting vectors are, for each reading costs as much as the whole table has rows elsewhere.
 
     :raises ConfigError: if no sentence has a target (single tokens without boundaries).
     """
     model = parameters.model
     model.eval()
     sums = np.zeros(3)
+    held: list[tuple[torch.Tensor, np.ndarray]] = []
+    num_bytes = 0
     for batch in evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries):
         if not batch.num_targets:
             continue
         embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
         context = predicting_vectors(model, embedding, batch, None)
-        targets = torch.from_numpy(batch.target_rows).to(device)
-        nll = full_softmax_nll(context, ((first, w.to(device)) for first, w in parameters.softmax.chunks()), targets)
-        half = batch.num_targets // 2
-        sums += [float(nll[:half].sum()), float(nll[half:].sum()), half]
+        held.append((context, batch.target_rows))
+        num_bytes += context.nbytes
+        if num_bytes >= HELD_BYTES:
+            sums += _sums(held, parameters, device)
+            held, num_bytes = [], 0
+    if held:
+        sums += _sums(held, parameters, device)
     model.train()
     world.sum_(sums)
     if not sums[2]:
         raise ConfigError("the held-out sentences have no targets: single tokens need --boundaries")
     return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]))
+
+
+def _sums(held: list[tuple[torch.Tensor, np.ndarray]], parameters: Parameters, device: torch.device) -> np.ndarray:
+    """Summed forward and backward nll of batches, and their targets a direction.
+
+    :param held: for each batch the predicting vectors (N, D) and targets (N,), forward ones first.
+    """
+    halves = [half for context, _ in held for half in context.chunk(2)]
+    targets = [half for _, target in held for half in np.split(target, 2)]
+    context = torch.cat(halves[::2] + halves[1::2])
+    target = torch.from_numpy(np.concatenate(targets[::2] + targets[1::2])).to(device)
+    halves.clear()
+    held.clear()
+    nll = full_softmax_nll(context, ((first, w.to(device)) for first, w in parameters.softmax.chunks()), target)
+    forward, backward = nll.chunk(2)
+    return np.array([float(forward.sum()), float(backward.sum()), len(forward)])
 
 
 def unigram_perplexity(train: ShardSet, heldout: ShardSet, boundaries: bool, world: World) -> float:
@@ -104,6 +129,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         world.agree(lambda: refuse_existing(options.output, options.overwrite))
     path = world.agree(lambda: checkpoint.find(Path(options.model)))
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
+    world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
     config = world.agree(lambda: checkpoint.config_of(manifest, path))
     config = dataclasses.replace(config, server=ServerConfig())  # whatever kept the rows when they were trained
     device = choose_device(options.devices, world).device

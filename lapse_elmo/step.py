@@ -34,7 +34,8 @@ class AnnouncedBatch:
 class StepResult:
     """What a step did, over all ranks: sums of nll (nats), targets, tokens; the gradient norm before clipping.
 
-    ``seconds`` are this rank's, by phase: pull, compute, agree (waiting for other ranks), push.
+    ``flags`` are what each rank had to say to all at this step. ``seconds`` are this rank's, by phase: pull, compute,
+    agree (waiting for other ranks), push.
     """
 
     nll: float
@@ -42,7 +43,7 @@ class StepResult:
     num_tokens: int
     num_cut: int
     gradient_norm: float
-    stop: bool
+    flags: tuple[int, ...]
     seconds: dict[str, float]
 
 
@@ -65,7 +66,7 @@ class TrainingStep:
     as far as one of long ones, and towards ending every sentence at once.
 
     :param mean_targets: how many targets a batch has on average.
-    :param should_stop: asked once a step on every rank; where any rank says yes, ``StepResult.stop`` is true on all.
+    :param flag: a number asked for once a step on every rank; ``StepResult.flags`` has those of all ranks, on all.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class TrainingStep:
         parameters: Parameters,
         device: torch.device,
         mean_targets: float,
-        should_stop: Callable[[], bool],
+        flag: Callable[[], int],
     ) -> None:
         self.config = config
         self.world = world
@@ -83,7 +84,7 @@ class TrainingStep:
         self.model: BiLM = parameters.model
         self.device = device
         self.loss_factor = config.optimizer.loss_scale / mean_targets
-        self.should_stop = should_stop
+        self.flag = flag
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
@@ -109,7 +110,7 @@ class TrainingStep:
         dense = self._reduce(dense)
         square = _square(embedding, softmax, *dense)
         mine = np.array(
-            [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.should_stop()], np.float64
+            [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.flag()], np.float64
         )
         ranks = self.world.gather_numbers(mine)
         # The mean over the ranks, so that all of them take the same factor, and the same way here.
@@ -123,7 +124,7 @@ class TrainingStep:
         total = ranks.sum(0)
         return StepResult(
             nll=float(total[0]), num_targets=int(total[1]), num_tokens=int(total[2]), num_cut=int(total[3]),
-            gradient_norm=norm, stop=bool(total[5]), seconds=timer.seconds,
+            gradient_norm=norm, flags=tuple(ranks[:, 5].astype(int).tolist()), seconds=timer.seconds,
         )
 
     def _pull(self, announced: AnnouncedBatch) -> _Pulled:
@@ -153,7 +154,7 @@ class TrainingStep:
         context = predicting_vectors(self.model, embedding, batch, dropout)
         nll = sampled_softmax_nll(
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
-            self._log_expected(pulled.softmax_rows),
+            self._log_expected(pulled.softmax_rows), precision=self.config.model.precision,
         )
         (nll * self.loss_factor).backward()
         return float(nll.detach()), _gradient(embedding), _gradient(softmax)

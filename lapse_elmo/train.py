@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import tomli_w
+from typing import Any
 
 from lapse_elmo import checkpoint
-from lapse_elmo.batches import Batch, BatchStream, WorkerPart
-from lapse_elmo.checkpoint import Progress
+from lapse_elmo.batches import Batch
+from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.devices import Device, choose_device
-from lapse_elmo.errors import ConfigError, CorpusError, OutputError, TrainingError
+from lapse_elmo.cursor import Cursor
+from lapse_elmo.devices import Device, choose_device, remarks
+from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
-from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
-from lapse_elmo.metrics.versions import versions
+from lapse_elmo.metrics.run_log import Meter, RunLog, table
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.step import AnnouncedBatch, TrainingStep
+from lapse_elmo.run_folder import Corpus, Start, find_start, name_run, prepare
+from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
+from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
 from lapse_elmo.world import World
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a run reads."""
-
-    vocabulary: Vocabulary
-    train: ShardSet
-    heldout: ShardSet
+# What a rank says to all at a step, beside the saver's own flags: save, end for good, or save and end for now.
+SAVE, END, SIGNAL = 4, 8, 16
 
 
 @dataclass(frozen=True)
 class EpochResult:
     """One row of the final table."""
 
+    step: int
     epoch: float  # epochs done so far; a fraction where the run ended within one
     num_tokens: int
     tokens_per_s: float
@@ -50,69 +46,223 @@ class EpochResult:
     heldout: Perplexity
 
 
-def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Parse, join the world, train."""
+@dataclass
+class RunState:
+    """What a run knows beside its parameters and its place in the corpus; a checkpoint holds it.
+
+    :ivar meter: since the last report. :ivar whole: since the start of the epoch.
+    :ivar evaluation_due: whether an epoch is over whose evaluation a signal kept from happening.
+    :ivar trained_s: seconds of training before this process.
+    """
+
+    meter: Meter = field(default_factory=Meter)
+    whole: Meter = field(default_factory=Meter)
+    results: list[EpochResult] = field(default_factory=list)
+    evaluation_due: bool = False
+    trained_s: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training in all."""
+        return self.trained_s + time.monotonic() - self.start
+
+    def add(self, result: StepResult) -> None:
+        self.meter.add(result)
+        self.whole.add(result)
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether ``patience`` evaluations in a row, the last ones, were no better than one before."""
+        measured = [result.heldout.mean for result in self.results]
+        return 0 < patience < len(measured) and min(measured[-patience:]) >= min(measured[:-patience])
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "meter": self.meter.state(), "whole": self.whole.state(),
+            "results": [dataclasses.asdict(result) for result in self.results],
+            "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s,
+        }
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> RunState:
+        results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
+        return cls(
+            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"]
+        )
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> int:
+    """Parse, join the world, train; the exit status."""
     config = parse_train(argv)
-    world = enter()
-    if config.server.nodes > 1:
-        world.split(config.server.nodes)
-    config = name_run(config, world)
-    corpus = open_corpus(config, world)
-    run_dir = Path(config.run.run_dir)
-    device = choose_device(config.devices, world)
-    parameters = Parameters(config, corpus.vocabulary.size, world, device.device)
-    world.agree(lambda: prepare_run_dir(run_dir, config))  # the first to write, once nothing else can be refused
-    parameters.initialise()
-    results = train(config, world, corpus, parameters, device, run_dir)
-    unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
-    parameters.server.close()
-    if world.rank == 0:
-        print(summary(results, unigram, run_dir))
-
-
-def train(
-    config: Config, world: World, corpus: Corpus, parameters: Parameters, device: Device, run_dir: Path
-) -> list[EpochResult]:
-    """Collective: train until the epochs, the steps or the minutes are over; results of each (begun) epoch."""
-    stream = batch_stream(config, world, corpus.train)
-    num_steps = stream.steps_per_epoch * config.training.epochs
-    num_steps = min(num_steps, config.training.max_steps or num_steps)
-    max_s = config.training.max_minutes * 60 or math.inf
-    log = RunLog(run_dir, config.run, num_steps, stream.steps_per_epoch, world.rank == 0, max_s)
-    announce_start(config, world, corpus, stream, device, log, num_steps)
-    deadline = time.monotonic() + max_s
-    step_once = TrainingStep(
-        config, world, parameters, device.device, mean_targets(config, world, corpus.train),
-        lambda: time.monotonic() > deadline,
-    )
-    results: list[EpochResult] = []
-    best, newest = None, None
-    meter, whole = Meter(), Meter()
-    for step, batch in enumerate(look_ahead(batches(stream, num_steps), step_once, config.training.lookahead), start=1):
-        result = step_once(batch, step)
-        meter.add(result)
-        whole.add(result)
-        log.step(step, meter)
-        last = step == num_steps or result.stop
-        if step % config.run.report_every == 0 or last:
-            log.report(step, meter)
-            meter = Meter()
-        if step % stream.steps_per_epoch == 0 or last:
-            results.append(finish_epoch(config, world, corpus, parameters, device, log, step, stream, whole))
-            where = Progress(step, *divmod(step, stream.steps_per_epoch))
-            perplexity = results[-1].heldout.mean
-            newest = checkpoint.save(
-                run_dir, parameters, corpus.vocabulary, where, {"heldout_perplexity": perplexity}, world
-            )
-            if best is None or perplexity <= best[0]:
-                best = (perplexity, newest)
+    with StopSignals() as stop:
+        world = enter()
+        if config.server.nodes > 1:
+            world.split(config.server.nodes)
+        stop.at_once = lambda: world.abort(INTERRUPTED, quietly=True)
+        config = name_run(config, world)
+        corpus = open_corpus(config, world)
+        start = find_start(config, corpus, world)
+        run_dir = Path(config.run.run_dir)
+        device = choose_device(config.devices, world)
+        parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
+        world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
+        if start.path is None:
+            parameters.initialise()
+        else:
+            checkpoint.restore(start.path, start.manifest, parameters, world)
+        training = Training(config, world, corpus, parameters, device, start, stop)
+        status = training.run()
+        if status == COMPLETE:
+            unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
             if world.rank == 0:
-                checkpoint.prune(run_dir, {newest, best[1]})
-            meter, whole = Meter(), Meter()
-        if last:
-            break
-    log.close()
-    return results
+                print(summary(training.state.results, unigram, run_dir))
+        parameters.server.close()
+    return status
+
+
+class Training:
+    """A run from its start, at the beginning or at a checkpoint, to its end (collective)."""
+
+    def __init__(
+        self, config: Config, world: World, corpus: Corpus, parameters: Parameters, device: Device, start: Start,
+        stop: StopSignals,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.corpus = corpus
+        self.parameters = parameters
+        self.device = device
+        self.stop = stop
+        self.run_dir = Path(config.run.run_dir)
+        self.cursor = Cursor(config, world, corpus.train, start.cursor)
+        self.state = RunState.of(start.manifest["state"]) if start.manifest else RunState()
+        self.max_s = config.training.max_minutes * 60 or math.inf
+        self.log = RunLog(
+            self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
+        )
+        self.saver = saver_of(self.run_dir, world, start)
+        self.saved_s = time.monotonic()
+        announce_start(config, world, corpus, self.cursor, device, self.log, start)
+
+    def run(self) -> int:
+        """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""
+        every, cursor, state, log = self.config.run, self.cursor, self.state, self.log
+        targets = mean_targets(self.config, self.world, self.corpus.train)
+        step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
+        signalled = False
+        with self.saver:
+            if state.evaluation_due:
+                self.save(self.evaluate())
+            over = cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience
+            source = look_ahead(iter(()) if over else cursor.batches(), step_once, self.config.training.lookahead)
+            for announced in source:
+                log.epoch = cursor.epoch + 1
+                result = step_once(announced, cursor.step + 1)
+                epoch_ended = cursor.trained(announced.batch)
+                state.add(result)
+                log.step(cursor.step, state.meter)
+                self.saver.look(result.flags)
+                signalled, over, save = (any(flag & name for flag in result.flags) for name in (SIGNAL, END, SAVE))
+                over = over or cursor.finished
+                if cursor.step % every.report_every == 0 or over:
+                    log.report(cursor.step, state.meter)
+                    state.meter = Meter()
+                state.evaluation_due = epoch_ended or over
+                perplexity = self.evaluate() if state.evaluation_due and not signalled else None
+                over = over or self.out_of_patience
+                by_steps = every.save_every_steps and cursor.step % every.save_every_steps == 0
+                if epoch_ended or over or signalled or save or by_steps:
+                    self.save(perplexity)
+                if over or signalled:
+                    break
+            self.saver.finish()
+        if signalled:
+            log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
+        log.close()
+        return RESUMABLE if signalled else COMPLETE
+
+    def flag(self) -> int:
+        """What this rank has to say to all at a step."""
+        minutes = self.config.run.save_every_minutes
+        save = 0 < minutes * 60 < time.monotonic() - self.saved_s
+        over = self.state.elapsed_s > self.max_s
+        return self.saver.flag | save * SAVE | over * END | bool(self.stop.asked) * SIGNAL
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.state.out_of_patience(self.config.training.patience)
+
+    def save(self, perplexity: float | None) -> None:
+        """Collective: begin to save a checkpoint; ``perplexity`` is held-out, where it was measured at this step."""
+        start = time.perf_counter()
+        self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
+        self.state.meter.seconds["save"] = self.state.meter.seconds.get("save", 0.0) + time.perf_counter() - start
+        self.saved_s = time.monotonic()
+
+    def _manifest(self) -> Manifest:
+        results = self.state.results
+        return {
+            "vocabulary_sha256": self.corpus.vocabulary.sha256, "num_classes": self.corpus.vocabulary.size,
+            "config": as_tables(self.config), "corpus": self.corpus.names(), "state": self.state.plain(),
+            "results": {"heldout_perplexity": results[-1].heldout.mean} if results else {},
+        }
+
+    def evaluate(self) -> float:
+        """Collective: settle the parameters and measure held-out perplexity, at the end of a (begun) epoch."""
+        state, cursor, log, whole = self.state, self.cursor, self.log, self.state.whole
+        tokens_per_s = whole.tokens_per_s
+        self.parameters.settle()
+        start = time.perf_counter()
+        heldout = evaluate(
+            self.parameters, self.corpus.heldout, self.config.data, self.config.training.batch_size, self.world,
+            self.device.device,
+        )
+        epoch = math.ceil(cursor.epochs_done)
+        if not math.isfinite(heldout.mean):
+            raise TrainingError(
+                f"held-out perplexity is not finite at step {cursor.step}; this model is not saved; lower "
+                "--learning-rate, --loss-scale or --clip-norm"
+            ).on_every_rank()
+        log.write(
+            "epoch", cursor.step,
+            {
+                "epoch": epoch, "train/epoch_loss_nats": whole.loss, "train/epoch_tokens": whole.num_tokens,
+                "train/epoch_tokens_per_s": tokens_per_s, "train/cut_sentences": whole.num_cut,
+                "heldout/forward_perplexity": heldout.forward, "heldout/backward_perplexity": heldout.backward,
+                "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
+            },
+        )
+        log.say(
+            f"epoch {epoch} ended at step {cursor.step:,}: loss {whole.loss:.3f}, held-out perplexity "
+            f"{heldout.mean:.1f} (forward {heldout.forward:.1f}, backward {heldout.backward:.1f})"
+        )
+        if whole.num_cut:
+            log.say(f"{whole.num_cut:,} sentences were cut at --max-length {self.config.data.max_length}")
+        state.results.append(
+            EpochResult(cursor.step, cursor.epochs_done, whole.num_tokens, tokens_per_s, whole.loss, heldout)
+        )
+        state.evaluation_due = False
+        if not cursor.within_epoch:
+            state.whole = Meter()
+        return heldout.mean
+
+
+def saver_of(run_dir: Path, world: World, start: Start) -> Saver:
+    """The saver of a run: what it started from, and the best of the run, are kept."""
+    if start.path is None or start.path.parent.parent.resolve() != run_dir.resolve():
+        return Saver(run_dir, world)
+    best = start.manifest["best"]
+    path = checkpoint.path_of(run_dir, best["step"]) if best else None
+    known = (best["perplexity"], path) if path is not None and path.is_dir() else None
+    return Saver(run_dir, world, [start.path], known)
+
+
+def farewell(signal: str, step: int, run_dir: Path) -> str:
+    """What rank 0 says when a signal has ended the run."""
+    return (
+        f"{signal or 'a signal to another rank'} ended the run: a checkpoint of step {step:,} is saved; the same "
+        f"command with --run-dir {run_dir} goes on from there"
+    )
 
 
 def open_corpus(config: Config, world: World) -> Corpus:
@@ -143,62 +293,11 @@ def open_corpus(config: Config, world: World) -> Corpus:
     return Corpus(vocabulary, train_set, heldout)
 
 
-def name_run(config: Config, world: World) -> Config:
-    """The config with a folder of its own for the run, named by the time, where none was given."""
-    if config.run.run_dir:
-        return config
-    folder = world.bcast(time.strftime("runs/%Y%m%d-%H%M%S"))
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=folder))
-
-
-def prepare_run_dir(run_dir: Path, config: Config) -> None:
-    """Make the folder of a run, with its resolved config, versions and vocabulary.
-
-    :raises OutputError: if there is a run already and it may not be overwritten, or the folder cannot be written.
-    """
-    checkpoints = run_dir / checkpoint.FOLDER
-    holds_run = (run_dir / METRICS).exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
-    if holds_run and not config.run.overwrite:
-        raise OutputError(f"{run_dir} holds a run already: choose another --run-dir, or give --overwrite to replace it")
-    try:
-        vocabulary = Path(config.data.vocab).read_bytes()  # perhaps that of the run which is replaced
-        for folder in (EVENTS, checkpoint.FOLDER):
-            if (run_dir / folder).exists():
-                shutil.rmtree(run_dir / folder)
-        (run_dir / METRICS).unlink(missing_ok=True)
-        checkpoints.mkdir(parents=True)
-        (run_dir / "config.toml").write_text(tomli_w.dumps(as_tables(config)), encoding="utf-8")
-        (run_dir / "versions.toml").write_text(tomli_w.dumps(versions()), encoding="utf-8")
-        (run_dir / "vocab.txt").write_bytes(vocabulary)
-    except OSError as error:
-        raise OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}; choose another") from None
-
-
-def batch_stream(config: Config, world: World, shards: ShardSet) -> BatchStream:
-    """This rank's training batches."""
-    return BatchStream(
-        shards, world.rank, world.size, config.training.batch_size, config.training.seed, config.data.max_length,
-        config.data.boundaries,
-    )
-
-
 def mean_targets(config: Config, world: World, shards: ShardSet) -> float:
     """How many targets, of both directions, a rank's batch has on average."""
     length = min(shards.num_tokens / shards.num_sentences, config.data.max_length)
     sentences = min(config.training.batch_size, shards.num_sentences / world.size)
     return max(2 * sentences * (length + (1 if config.data.boundaries else -1)), 1.0)
-
-
-def batches(stream: BatchStream, num_steps: int, first_step: int = 0) -> Iterator[Batch]:
-    """The batches of steps ``first_step`` .. ``num_steps`` - 1, epoch after epoch."""
-    step = first_step
-    while step < num_steps:
-        epoch, done = divmod(step, stream.steps_per_epoch)
-        for batch in stream.epoch(epoch, done):
-            if step == num_steps:
-                return
-            yield batch
-            step += 1
 
 
 def look_ahead(source: Iterator[Batch], step_once: TrainingStep, lookahead: int) -> Iterator[AnnouncedBatch]:
@@ -211,57 +310,32 @@ def look_ahead(source: Iterator[Batch], step_once: TrainingStep, lookahead: int)
     yield from announced
 
 
-def finish_epoch(
-    config: Config, world: World, corpus: Corpus, parameters: Parameters, device: Device, log: RunLog, step: int,
-    stream: BatchStream, whole: Meter,
-) -> EpochResult:
-    """Collective: settle the parameters and measure held-out perplexity."""
-    tokens_per_s = whole.tokens_per_s
-    parameters.settle()
-    start = time.perf_counter()
-    heldout = evaluate(parameters, corpus.heldout, config.data, config.training.batch_size, world, device.device)
-    epoch = -(-step // stream.steps_per_epoch)
-    if not math.isfinite(heldout.mean):
-        raise TrainingError(
-            f"held-out perplexity is not finite at step {step}; this model is not saved; lower --learning-rate, "
-            "--loss-scale or --clip-norm"
-        ).on_every_rank()
-    log.write(
-        "epoch", step,
-        {
-            "epoch": epoch, "train/epoch_loss_nats": whole.loss, "train/epoch_tokens": whole.num_tokens,
-            "train/epoch_tokens_per_s": tokens_per_s, "train/cut_sentences": whole.num_cut,
-            "heldout/forward_perplexity": heldout.forward, "heldout/backward_perplexity": heldout.backward,
-            "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
-        },
-    )
-    log.say(
-        f"epoch {epoch} ended at step {step:,}: loss {whole.loss:.3f}, held-out perplexity {heldout.mean:.1f} "
-        f"(forward {heldout.forward:.1f}, backward {heldout.backward:.1f})"
-    )
-    if whole.num_cut:
-        log.say(f"{whole.num_cut:,} sentences were cut at --max-length {config.data.max_length}")
-    return EpochResult(step / stream.steps_per_epoch, whole.num_tokens, tokens_per_s, whole.loss, heldout)
-
-
 def announce_start(
-    config: Config, world: World, corpus: Corpus, stream: BatchStream, device: Device, log: RunLog, num_steps: int
+    config: Config, world: World, corpus: Corpus, cursor: Cursor, device: Device, log: RunLog, start: Start
 ) -> None:
     """Collective: log the table of ranks and what is about to be trained."""
-    part: WorkerPart = stream.part
+    stream, part = cursor.stream, cursor.stream.part
     numbers = corpus.train.shards_of(part.first, part.end)
     files = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
     row = (
-        str(world.rank), world.host, str(world.node), "server+worker", str(world.rank), files, str(device.device),
-        str(device.threads),
+        str(world.rank), world.host, str(os.getpid()), str(world.node), "server+worker", str(world.rank), files,
+        str(device.device), str(device.threads),
     )
     rows = world.allgather(row)
-    log.say(table([("rank", "host", "node", "role", "worker", "shards", "device", "threads"), *rows]))
+    log.say(table([("rank", "host", "pid", "node", "role", "worker", "shards", "device", "threads"), *rows]))
     log.say(
         f"{corpus.train.num_sentences:,} training sentences ({corpus.train.num_tokens:,} tokens, "
         f"{corpus.train.num_unknown / max(corpus.train.num_tokens, 1):.1%} unknown), {corpus.heldout.num_sentences:,} "
-        f"held-out, {corpus.vocabulary.size:,} classes; {stream.steps_per_epoch:,} steps an epoch, {num_steps:,} in all"
+        f"held-out, {corpus.vocabulary.size:,} classes; {stream.steps_per_epoch:,} steps an epoch, "
+        f"{cursor.num_steps:,} in all"
     )
+    for note in start.notes:
+        log.say(note)
+    if start.path is not None:
+        how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
+        log.say(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
+    for line in remarks(config.model, device.device):
+        log.say(line)
     if config.softmax.num_samples >= corpus.vocabulary.size:
         log.say(
             f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "

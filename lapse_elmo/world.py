@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
+from lapse_elmo.signals import INTERRUPTED, USER_ERROR
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,6 +41,8 @@ _LAUNCHER_VARIABLES = (
 _LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _SPIN_S = 0.002  # how long a wait spins before it starts to sleep, when every rank has a core of its own
 _LONGEST_SLEEP_S = 0.001
+_ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
+_LAST_S = 0.5
 
 
 def usable_cores() -> int:
@@ -90,6 +93,7 @@ class World:
             self.oversubscribed = self.host_size > usable_cores()
             self.node_comm = host_comm
             self._find_nodes()
+            self.unname_shared_files()
         if nodes > 1:
             self.split(nodes)
 
@@ -214,21 +218,67 @@ class World:
             result = function()
         except UserError as caught:
             error = caught
-        errors = self.allgather(error)
-        for rank, other in enumerate(errors):
+        errors = self.allgather((error, str(self)))
+        for other, where in errors:
             if other is not None:
-                alike = all(str(e) == str(other) for e in errors)
-                raised = other if alike else type(other)(f"[rank {rank}/{self.size}] {other}")
+                alike = all(str(e) == str(other) for e, _ in errors)
+                raised = other if alike else type(other)(f"[{where}] {other}")
                 raise raised.on_every_rank()
         return result  # type: ignore[return-value]
 
-    def abort(self, status: int) -> None:
-        """End every rank of the job at once."""
+    def unname_shared_files(self) -> None:
+        """Collective: take the names off the files in /dev/shm through which the node's ranks talk.
+
+        MPICH removes them at the end, but not those of a job that is aborted or killed: they would hold memory until
+        the machine starts anew. Every rank has mapped them by now, and a mapping needs no name.
+        """
+        self.barrier()
+        for path in _own_shared_files():
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.unlink(path)
+
+    def abort(self, status: int, *, quietly: bool = False) -> None:
+        """End every rank of the job at once; ``quietly`` without the MPI library's line about it."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self.comm is not None and self.size > 1:
+            if quietly:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             self.comm.Abort(status)
         os._exit(status)
+
+    def leave(self, status: int) -> None:
+        """Collective: end the job in order with ``status``, which is not 0.
+
+        Exits one by one would not do: a launcher kills the other ranks at the first bad status and may then report
+        their death instead. mpirun reports the status of an abort faithfully. srun reports the highest status, so
+        there the other ranks go first, with 0.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.size == 1:
+            os._exit(status)
+        if self.rank and not _below_srun():
+            time.sleep(_ABORT_S)  # rank 0 ends this
+        if _below_srun():
+            from mpi4py import MPI
+
+            MPI.Finalize()
+            time.sleep(0 if self.rank else _LAST_S)
+            os._exit(0 if self.rank else status)
+        self.abort(status, quietly=True)
+
+
+def _below_srun() -> bool:
+    """Whether srun itself started this rank, not an mpirun (which may have used srun for its own processes)."""
+    return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in _LOCAL_SIZE_VARIABLES)
+
+
+def _own_shared_files() -> set[str]:
+    """MPICH's named files in /dev/shm that this process has mapped."""
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
+        paths = {line.split(None, 5)[5].rstrip("\n") for line in file if "/dev/shm/mpich_shm_" in line}
+    return {path for path in paths if not path.endswith("(deleted)")}
 
 
 def solo() -> World:
@@ -281,11 +331,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[str], prog: str) -> None:
+def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: list[str], prog: str) -> None:
     """Run a program of ``bin/``: ``main(argv, enter)``, which calls ``enter()`` once its options are parsed.
 
-    A UserError becomes one line and status 2, anything else a traceback and status 1. An error of one rank ends the
-    whole job; what ends it is an abort, since the other ranks may be waiting for this one.
+    ``main`` may return an exit status, the same on every rank (signals.py lists them). A UserError becomes one line
+    and status 2, anything else a traceback and status 1. An error of one rank ends the whole job; what ends it is an
+    abort, since the other ranks may be waiting for this one.
     """
     world: World | None = None
 
@@ -298,7 +349,9 @@ def launch(main: Callable[[list[str], Callable[[], World]], None], argv: list[st
     if launcher_rank_and_size()[0] and {"-h", "--help"} & set(argv):
         sys.exit(0)  # rank 0 shows it
     try:
-        main(argv, enter_once)
+        status = main(argv, enter_once)
+        if status:
+            (world or solo()).leave(status)
     except SystemExit as stop:
         if world is None or world.size == 1:
             raise
@@ -323,11 +376,13 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         else:
             prefix = f"[{world}] " if world and world.size > 1 and not everywhere else ""
             print(f"{prog}: {prefix}error: {error}", file=sys.stderr, flush=True)
-        if everywhere:
-            sys.exit(2)
-        status = 2
+        if everywhere and world is None:
+            sys.exit(USER_ERROR)
+        if everywhere and world is not None:
+            world.leave(USER_ERROR)
+        status = USER_ERROR
     elif isinstance(error, KeyboardInterrupt):
-        status = 130
+        status = INTERRUPTED
     else:
         prefix = f"[{world}] " if world and world.size > 1 else ""
         text = "".join(traceback.format_exception(error))

@@ -6,6 +6,7 @@ A program calls :func:`run` with its checks; the test module starts it once (:fu
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,33 +28,36 @@ def run(
     """
     with open(folder / f"{world.rank}.jsonl", "w", encoding="utf-8") as file:
         for name, check in checks.items():
-            error = None
+            error, start = None, time.perf_counter()
             try:
                 check()
             except Exception:  # (whatever a check raises is its result)
                 error = traceback.format_exc()
-            file.write(json.dumps([name, error]) + "\n")
+            file.write(json.dumps([name, error, round(time.perf_counter() - start, 3)]) + "\n")
             file.flush()
             if error and not local(name):
                 world.abort(1)
             world.barrier()
 
 
-def report_of(program: Path, arguments: Sequence[str], num_ranks: int, folder: Path, timeout: float) -> dict[str, str]:
+def report_of(
+    program: Path, arguments: Sequence[str], num_ranks: int, folder: Path, timeout: float,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """What went wrong, by check and rank, in a job of ``program *arguments FOLDER``.
 
     A check that ended well on every rank maps to ""; one that not all ranks came through to the job's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        output = mpirun(num_ranks, [program, *arguments, folder], timeout=timeout).output
+        output = mpirun(num_ranks, [program, *arguments, folder], timeout=timeout, env=env).output
     except TimeoutError as error:
         output = str(error)
     ended: dict[str, dict[int, str | None]] = {}
     for rank in range(num_ranks):
         path = folder / f"{rank}.jsonl"
         for line in path.read_text().splitlines() if path.exists() else []:
-            name, error_text = json.loads(line)
+            name, error_text, _ = json.loads(line)
             ended.setdefault(name, {})[rank] = error_text
     report = {}
     for name, by_rank in ended.items():

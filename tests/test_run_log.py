@@ -25,7 +25,7 @@ from lapse_elmo.step import StepResult
 from tests.mpi import MPIRUN, ROOT, mpirun
 
 RESULT = StepResult(
-    nll=200.0, num_targets=100, num_tokens=50, num_cut=1, gradient_norm=3.0, stop=False,
+    nll=200.0, num_targets=100, num_tokens=50, num_cut=1, gradient_norm=3.0, flags=(0,),
     seconds={"pull": 0.5, "compute": 1.0},
 )
 IS_TERMINAL = "from lapse_elmo.metrics.terminal import stderr_is_terminal; print(stderr_is_terminal(), flush=True)"
@@ -33,7 +33,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run_log(folder: Path, *, active: bool = True) -> None:
-    log = RunLog(folder, RunConfig(progress="none"), 4, 2, active)
+    log = RunLog(folder, RunConfig(progress="none"), 4, active)
     meter = Meter()
     for _ in range(2):
         meter.add(RESULT)
@@ -44,9 +44,10 @@ def run_log(folder: Path, *, active: bool = True) -> None:
 
 def four_steps(folder: Path) -> None:
     """A run that reports every second step, and shows its progress as fits stderr."""
-    log = RunLog(folder, RunConfig(report_every=2), 4, 2, True)
+    log = RunLog(folder, RunConfig(report_every=2), 4, True)
     meter = Meter()
     for step in range(1, 5):
+        log.epoch = 1 + step // 3
         meter.add(RESULT)
         log.step(step, meter)
         if step % 2 == 0:

@@ -16,14 +16,14 @@ from tests.mpi import ROOT
 
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
-    ["errors", "native", "__init__"],
+    ["errors", "native", "signals", "__init__"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["devices", "batches", "tables"],
-    ["parameters"],
+    ["parameters", "cursor"],
     ["step", "metrics"],
     ["checkpoint", "evaluate"],
-    ["export", "embed", "report"],
+    ["export", "embed", "report", "run_folder"],
     ["train"],
 ]
 # Beside their floor: what one module of a package needs from a module of the same floor, or from one above for types.

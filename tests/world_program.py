@@ -92,7 +92,7 @@ class Checks:
 
         error = _caught(lambda: self.world.together(refuse_on_last))
         assert type(error) is ConfigError
-        assert str(error) == ("no" if self.size == 1 else f"[rank {last}/{self.size}] no")
+        assert str(error) == ("no" if self.size == 1 else f"[rank {last}/{self.size} {self.world.host}] no")
         assert error.everywhere
 
     def together_with_errors_alike(self) -> None:

@@ -76,6 +76,10 @@ class ModelConfig:
     lstm: str = option(
         "fused", choices=("fused", "allennlp"), help="our packed LSTM or AllenNLP's ElmoLstm: the same numbers"
     )
+    precision: str = option(
+        "fp32", choices=("fp32", "bf16"),
+        help="of training's matrix products; bf16 keeps cells, sums and parameters in float32",
+    )
     lstm_init: str = option(
         "glorot", choices=("glorot", "orthogonal"), help="initial LSTM kernels: bilm-tf's or AllenNLP's"
     )
@@ -86,6 +90,8 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
         _positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
         _fraction(self, "dropout", "recurrent_dropout")
+        if self.precision == "bf16" and self.lstm != "fused":
+            raise ConfigError("--precision bf16 needs --lstm fused: AllenNLP's LSTM computes in float32")
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,9 @@ class TrainingConfig:
     epochs: int = option(2, metavar="N", help="passes over the training shards")
     max_steps: int = option(0, metavar="N", help="end after this many steps (0: when the epochs are done)")
     max_minutes: float = option(0.0, metavar="N", help="end after this much training time (0: no limit)")
+    patience: int = option(
+        0, metavar="N", help="end after N evaluations in a row without a better held-out perplexity (0: never)"
+    )
     batch_size: int = option(32, metavar="B", help="sentences a step and rank")
     lookahead: int = option(1, metavar="N", help="clocks by which a batch's intent and samples go ahead of its step")
     seed: int = option(1, metavar="N", help="seed of every random stream")
@@ -147,7 +156,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size")
-        for name in ("max_steps", "max_minutes", "lookahead", "seed"):
+        for name in ("max_steps", "max_minutes", "patience", "lookahead", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
             raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")
@@ -202,7 +211,15 @@ class RunConfig:
     """Run: what is written where, and when"""
 
     run_dir: str = option("", metavar="DIR", help="folder for config, metrics and models (default: runs/DATE-TIME)")
-    overwrite: bool = option(False, help="replace a run that is already in --run-dir")
+    resume: str = option(
+        "auto", metavar="WHAT",
+        help="auto goes on with a run that is in --run-dir already, never refuses to; or the checkpoint or run to "
+        "go on from",
+    )
+    overwrite: bool = option(False, help="replace a run that is already in --run-dir instead of going on with it")
+    save_every_steps: int = option(0, metavar="N", help="save a checkpoint every N steps (0: not by steps)")
+    save_every_minutes: float = option(10.0, metavar="N", help="save when so many minutes have passed (0: not by time)")
+    dry_run: bool = option(False, help="show roles, shards, memory and steps, and start nothing")
     report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
     progress: str = option(
         "auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing"
@@ -210,6 +227,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "report_every")
+        for name in ("save_every_steps", "save_every_minutes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.resume != "", "resume", "empty", "auto, never, or a run or checkpoint")
 
 
 @dataclass(frozen=True)
@@ -234,7 +254,7 @@ class Config:
                 f"--technique {self.server.technique} rows have replicas: give relocation or static"
             )
         if self.training.sync and self.server.ps == "adapm":
-            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas; leave one of the two out")
+            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: leave one away")
 
 
 def parse_train(argv: Sequence[str]) -> Config:

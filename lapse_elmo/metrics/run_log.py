@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -13,12 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
-from lapse_elmo.corpus.files import write_failed
+from lapse_elmo.corpus.files import write_failed, write_whole
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step import StepResult
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
+_SUMS = ("nll", "num_targets", "num_tokens", "num_cut", "num_steps", "norm")
 
 
 @dataclass
@@ -43,6 +45,18 @@ class Meter:
         self.norm += result.gradient_norm
         for name, seconds in result.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def state(self) -> dict[str, Any]:
+        """Plain values to go on from, in a later process too."""
+        plain = {name: getattr(self, name) for name in _SUMS}
+        return {**plain, "seconds": dict(self.seconds), "elapsed_s": time.perf_counter() - self.start}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Meter:
+        """The meter whose :meth:`state` this is."""
+        meter = cls(**{name: state[name] for name in _SUMS}, seconds=dict(state["seconds"]))
+        meter.start -= state["elapsed_s"]
+        return meter
 
     @property
     def loss(self) -> float:
@@ -69,6 +83,8 @@ class RunLog:
 
     :param active: true on the one rank that writes.
     :param max_s: seconds after which training ends however many steps are left.
+    :param first_step: the step that a run which goes on is at; the record of later ones is taken back.
+    :ivar epoch: the number to show, from 1 on.
     """
 
     def __init__(
@@ -76,31 +92,36 @@ class RunLog:
         run_dir: Path,
         config: RunConfig,
         num_steps: int,
-        steps_per_epoch: int,
         active: bool,
         max_s: float = math.inf,
+        first_step: int = 0,
     ) -> None:
         self.active = active
-        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 1
         self._report_every = config.report_every
         self._bar: tqdm | None = None
         self._lines = False
         self._num_steps = num_steps
+        self._first_step = first_step
         self._max_s = max_s
         self._whole = Meter()
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = open(run_dir / METRICS, "w", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
-        self._writer = SummaryWriter(str(run_dir / EVENTS))
+        if first_step:
+            take_back(run_dir / METRICS, first_step)
+        mode = "a" if first_step else "w"
+        self._file = open(run_dir / METRICS, mode, encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+        self._writer = SummaryWriter(str(run_dir / EVENTS), purge_step=first_step + 1 if first_step else None)
         kind = config.progress
         if kind == "auto":
             kind = "bar" if stderr_is_terminal() else "lines"
         self._lines = kind == "lines"
         if kind == "bar":
             self._bar = tqdm(
-                total=num_steps, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05, file=sys.stderr
+                total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05,
+                file=sys.stderr,
             )
 
     def step(self, step: int, meter: Meter) -> None:
@@ -108,7 +129,7 @@ class RunLog:
         if not self.active:
             return
         if self._bar is not None:
-            self._bar.set_description(f"epoch {1 + (step - 1) // self.steps_per_epoch}", refresh=False)
+            self._bar.set_description(f"epoch {self.epoch}", refresh=False)
             self._bar.set_postfix_str(f"{meter.tokens_per_s:,.0f} tokens/s, loss {meter.loss:.3f}", refresh=False)
             self._bar.update(1)
 
@@ -119,9 +140,10 @@ class RunLog:
         self.write("train", step, meter.metrics())
         if self._lines:
             elapsed = time.perf_counter() - self._whole.start
-            left = min(elapsed / step * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
+            done = max(step - self._first_step, 1)
+            left = min(elapsed / done * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
             self.say(
-                f"epoch {1 + (step - 1) // self.steps_per_epoch}  step {step:,}/{self._num_steps:,}  "
+                f"epoch {self.epoch}  step {step:,}/{self._num_steps:,}  "
                 f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}"
             )
 
@@ -157,6 +179,20 @@ class RunLog:
             self._bar.close()
         self._file.close()
         self._writer.close()
+
+
+def take_back(path: Path, last_step: int) -> None:
+    """Remove what metrics.jsonl says of steps after ``last_step``, and a line that was cut off."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+    write_whole(path, "".join(kept).encode(), overwrite=True)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -13,6 +13,7 @@ from lapse_elmo.model import reference
 from lapse_elmo.model.initial_values import LSTM_INITS, initialize_lstm
 from lapse_elmo.model.lstm import FusedElmoLstm
 from lapse_elmo.model.packing import Packing
+from lapse_elmo.model.products import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class BiLMOptions:
     ``dropout`` acts on the input of the LSTM and on the predicting vectors, ``recurrent_dropout`` on the recurrent
     state, with one mask for each sentence. ``context`` chooses the predicting vector: the ``top`` layer (ELMo) or the
     scalar ``mix`` of all layers (lapse-elmo). ``lstm`` chooses the implementation: ``fused`` or ``allennlp``, with
-    equal results. ``stateful`` lets state pass from one batch to the next. A clip of 0 means none.
+    equal results; ``precision`` the products of the fused one in training. ``stateful`` lets state pass from one batch
+    to the next. A clip of 0 means none.
 
     :raises ConfigError: for a value out of range.
     """
@@ -36,6 +38,7 @@ class BiLMOptions:
     projection_clip: float = 3.0
     context: str = "top"
     lstm: str = "fused"
+    precision: str = "fp32"
     lstm_init: str = "glorot"
     stateful: bool = False
 
@@ -49,7 +52,8 @@ class BiLMOptions:
         for name in ("cell_clip", "projection_clip"):
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive, or 0 for no clipping")
-        known = {"context": ("top", "mix"), "lstm": ("fused", "allennlp"), "lstm_init": LSTM_INITS}
+        known = {"context": ("top", "mix"), "lstm": ("fused", "allennlp"), "lstm_init": LSTM_INITS,
+                 "precision": PRECISIONS}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, it must be one of {', '.join(choices)}")
@@ -178,6 +182,7 @@ def _build_lstm(options: BiLMOptions) -> nn.Module:
             memory_cell_clip_value=options.cell_clip,
             state_projection_clip_value=options.projection_clip,
             stateful=options.stateful,
+            precision=options.precision,
         )
     # Its constructor draws values that are replaced at once: leave torch's global state as it was.
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ class Packing:
     At each step the sentences that still run are a prefix of the sorted batch, so a step is one contiguous slice of
     the packed rows and no work is done for padding. Sentences of equal length keep their order.
 
-    ``order`` holds the batch rows of the sentences that are not empty, longest first; ``steps`` the slice of packed
+    ``order`` holds the batch rows of the sentences that are not empty, longest first; ``sizes`` the number of packed
     rows of each step; ``tokens`` the (N,) index of each packed row in the flattened (B * T) batch; ``mirror`` the
     packed row of the token that is as far from its sentence's end as this one from its start (its own inverse);
     ``previous`` the packed rows one step earlier of the rows from the second step on; ``last`` the packed row of each
@@ -23,7 +23,7 @@ class Packing:
     """
 
     order: Tensor
-    steps: tuple[slice, ...]
+    sizes: list[int]
     tokens: Tensor
     mirror: Tensor
     previous: Tensor
@@ -59,7 +59,7 @@ class Packing:
         later = slice(num_sentences, None)
         return cls(
             order=order.to(device),
-            steps=tuple(slice(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)),
+            sizes=sizes.tolist(),
             tokens=(order[sentence] * num_positions + position).to(device),
             mirror=mirror.to(device),
             previous=(starts[position[later] - 1] + sentence[later]).to(device),

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lapse_elmo.model.lanes import both
+from lapse_elmo.model.pointwise import pointwise
+from lapse_elmo.model.products import Products
+
 _NEWTON_STEPS = 100
 
 
@@ -77,6 +81,7 @@ def sampled_softmax_nll(
     sample_index: Tensor,
     log_expected: Tensor | None = None,
     chunk: int = 256,
+    precision: str = "fp32",
 ) -> Tensor:
     """Summed nll of the targets, each against itself and the shared samples, in nats.
 
@@ -86,6 +91,7 @@ def sampled_softmax_nll(
 
     The gradients of ``context``, ``weight`` and ``bias`` are computed here, in the forward pass, ``chunk`` targets at
     a time, so that the (N, S) logits never exist; ``backward`` only scales them. It therefore runs once per call.
+    The two halves of the targets may run on a thread each, which changes no bits.
     Sums are float64 for a float64 ``context`` and float32 for any other.
 
     :param context: (N, D) predicting vectors; N may be 0.
@@ -94,33 +100,29 @@ def sampled_softmax_nll(
     :param target_index: (N,) int64 row of each target, in [0, U).
     :param sample_index: (S,) int64 rows of the samples, in [0, U), repeats allowed; S may be 0.
     :param log_expected: (U,) :func:`log_expected_count` of each row; no gradient.
-    :param chunk: targets at a time; extra memory is about 2 * chunk * S floats.
+    :param chunk: targets at a time; extra memory is about two times chunk * S floats, and four times S * D.
+    :param precision: of the products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
     :return: a scalar, float64 for a float64 ``context`` and else float32.
     """
-    return _SampledSoftmax.apply(context, weight, bias, target_index, sample_index, log_expected, chunk)
+    return _SampledSoftmax.apply(context, weight, bias, target_index, sample_index, log_expected, chunk, precision)
 
 
 class _SampledSoftmax(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks of targets."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        context: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        target_index: Tensor,
-        sample_index: Tensor,
-        log_expected: Tensor | None,
-        chunk: int,
+        ctx: Any, context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor,
+        log_expected: Tensor | None, chunk: int, precision: str,
     ) -> Tensor:
+        likes = context, weight, bias
         wide = torch.float64 if context.dtype == torch.float64 else torch.float32
-        offset = bias.to(wide) if log_expected is None else (bias.to(wide) - log_expected.to(wide))
-        needs_gradients = any(ctx.needs_input_grad[:3])
-        nll, gradients = _nll_and_gradients(
-            context.to(wide), weight.to(wide), offset, target_index, sample_index, chunk, needs_gradients
-        )
-        if needs_gradients:
-            likes = (context, weight, bias)
-            ctx.save_for_backward(*(g.to(like.dtype) for g, like in zip(gradients, likes, strict=True)))
+        context, weight, offset = (value.detach().to(wide) for value in likes)
+        if log_expected is not None:
+            offset = offset - log_expected.to(wide)
+        problem = _Problem(context, weight, offset, target_index, sample_index, Products.of(precision, context), chunk)
+        nll, *gradients = problem.solve()
+        ctx.save_for_backward(*(g.to(like.dtype) for g, like in zip(gradients, likes, strict=True)))
         return nll
 
     @staticmethod
@@ -130,58 +132,68 @@ class _SampledSoftmax(torch.autograd.Function):
             gradient * upstream if needed else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
         ]
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
-def _nll_and_gradients(
-    context: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    target_index: Tensor,
-    sample_index: Tensor,
-    chunk: int,
-    needs_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Summed nll, and its gradients for ``context``, ``weight`` and ``offset`` where they are needed."""
-    num_targets, num_samples = len(context), len(sample_index)
-    sample_weight, sample_offset = weight.index_select(0, sample_index), offset.index_select(0, sample_index)
-    hit_rows, hit_columns, hit_ends = _hits(target_index, sample_index, chunk)
-    buffer = context.new_empty(min(chunk, num_targets), num_samples)
-    nll = context.new_zeros(())
-    if needs_gradients:
-        d_context, d_weight, d_offset = (torch.zeros_like(value) for value in (context, weight, offset))
-        d_sample_weight, d_sample_offset = torch.zeros_like(sample_weight), torch.zeros_like(sample_offset)
-    for number, start in enumerate(range(0, num_targets, chunk)):
-        rows = slice(start, min(start + chunk, num_targets))
-        hits = slice(hit_ends[number], hit_ends[number + 1])
-        some, targets = context[rows], target_index[rows]
-        target_weight = weight.index_select(0, targets)
-        target_logit = (some * target_weight).sum(1) + offset.index_select(0, targets)
-        logits = torch.addmm(sample_offset, some, sample_weight.t(), out=buffer[: len(some)])
-        logits[hit_rows[hits] - start, hit_columns[hits]] = -math.inf
-        # Shifted by the largest logit of each row, so that no exponential overflows and one of them is 1.
-        largest = torch.maximum(logits.amax(1), target_logit) if num_samples else target_logit
-        odds = logits.sub_(largest[:, None]).exp_()
-        target_odds = (target_logit - largest).exp_()
-        total = odds.sum(1).add_(target_odds)
-        nll += (total.log() + largest - target_logit).sum()
-        if not needs_gradients:
-            continue
-        # The gradient of a logit is its probability, odds / total (less 1 for the target). Dividing the small factors
-        # by the totals instead of the odds spares a pass over the (chunk, S) matrix.
-        share = total.reciprocal()
-        d_target = (target_odds * share).sub_(1.0)
-        torch.mm(odds, sample_weight, out=d_context[rows]).mul_(share[:, None])
-        d_context[rows].addcmul_(d_target[:, None], target_weight)
-        d_sample_weight.addmm_(odds.t(), some * share[:, None])
-        d_sample_offset.addmv_(odds.t(), share)
-        d_weight.index_add_(0, targets, some * d_target[:, None])
-        d_offset.index_add_(0, targets, d_target)
-    if not needs_gradients:
-        return nll, ()
-    d_weight.index_add_(0, sample_index, d_sample_weight)
-    d_offset.index_add_(0, sample_index, d_sample_offset)
-    return nll, (d_context, d_weight, d_offset)
+class _Problem:
+    """One call: the summed nll, and its gradients for ``context``, ``weight`` and ``offset`` (bias less log count)."""
+
+    def __init__(
+        self, context: Tensor, weight: Tensor, offset: Tensor, target_index: Tensor, sample_index: Tensor,
+        products: Products, chunk: int,
+    ) -> None:
+        self.context, self.weight, self.offset = context, weight, offset
+        self.target_index, self.sample_index = target_index, sample_index
+        self.products, self.chunk = products, chunk
+        samples = weight.index_select(0, sample_index)
+        self.sample_weight = products.weight(samples)
+        self.sample_offset = offset.index_select(0, sample_index)
+        self.target_weight = weight.index_select(0, target_index)
+        self.target_logit = (context * self.target_weight).sum(1).add_(offset.index_select(0, target_index))
+        self.hits = _hits(target_index, sample_index, chunk)
+        self.nll, self.d_target = torch.empty_like(self.target_logit), torch.empty_like(self.target_logit)
+        self.d_context = torch.empty_like(context)
+
+    def solve(self) -> tuple[Tensor, ...]:
+        """(nll, gradient of context, of weight, of offset)."""
+        starts = range(0, len(self.context), self.chunk)
+        halves = starts[: -(-len(starts) // 2)], starts[-(-len(starts) // 2) :]
+        (d_weight, d_offset), (more_weight, more_offset) = both(
+            lambda half: self._half(halves[half]), self.context.device
+        )
+        self.d_context.addcmul_(self.d_target[:, None], self.target_weight)
+        to_weight, to_offset = torch.zeros_like(self.weight), torch.zeros_like(self.offset)
+        to_weight.index_add_(0, self.sample_index, d_weight.add_(more_weight))
+        to_offset.index_add_(0, self.sample_index, d_offset.add_(more_offset))
+        to_weight.index_add_(0, self.target_index, self.target_weight.copy_(self.context).mul_(self.d_target[:, None]))
+        to_offset.index_add_(0, self.target_index, self.d_target)
+        return self.nll.sum(), self.d_context, to_weight, to_offset
+
+    def _half(self, starts: range) -> tuple[Tensor, Tensor]:
+        """The chunks that begin at ``starts``; what they add to the gradients of the samples' weights and offsets."""
+        products, (hit_rows, hit_columns, hit_ends) = self.products, self.hits
+        d_weight = self.context.new_zeros(self.sample_weight.shape)
+        d_offset = torch.zeros_like(self.sample_offset)
+        buffer = self.context.new_empty(min(self.chunk, len(self.context)), len(d_weight), dtype=products.storage)
+        kernels, transposed = pointwise(buffer), self.sample_weight.t()
+        for start in starts:
+            rows = slice(start, min(start + self.chunk, len(self.context)))
+            some = self.context[rows]
+            odds = products.into(buffer[: len(some)], products.operand(some), transposed)
+            number = start // self.chunk
+            hits = slice(hit_ends[number], hit_ends[number + 1])
+            if hits.stop > hits.start:
+                odds[hit_rows[hits] - start, hit_columns[hits]] = -math.inf
+            share = torch.empty_like(self.nll[rows])
+            kernels.softmax_rows(
+                odds, self.sample_offset, self.target_logit[rows], self.nll[rows], share, self.d_target[rows], d_offset
+            )
+            # The gradient of a logit is its probability, odds * share (less 1 for the target). Multiplying the narrow
+            # factors by the shares spares a pass over the (chunk, S) matrix.
+            self.d_context[rows] = products.new(odds, self.sample_weight)
+            self.d_context[rows].mul_(share[:, None])
+            products.add_into(d_weight, odds.t(), products.operand(some * share[:, None]))
+        return d_weight, d_offset
 
 
 def _hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from lapse_elmo.ps.api import DONE, Array
-from lapse_elmo.ps.native import NativeServer, _Pending
+from lapse_elmo.ps.native import NativeServer, Pending
 from lapse_elmo.ps.native_node import NativeNode
 
 
@@ -41,8 +42,9 @@ class AdapmServer(NativeServer):
 
     A row that several nodes intend to use in the same clocks has replicas, which AdaPM brings up to date in rounds, up
     to 1,000 a second; how far one lags is bounded by the time of two rounds, not by clocks. :meth:`quiesce` waits for
-    them. A ``set`` of a row that has a replica here becomes the addition of the difference to what the replica was: do
-    not announce rows that are being set.
+    them. A node aborts when it is asked to set a row of which it has a replica, which no other node can know: on
+    several nodes ``set`` therefore pulls the rows and adds the difference. That is exact for rows that were 0, as all
+    are at the start, and rounds for others; of two sets of a row at once the sum of the differences remains.
     """
 
     node_type = AdapmNode
@@ -66,7 +68,7 @@ class AdapmServer(NativeServer):
             return DONE
         clock = self._first_clock + self.clock
         self._worker.intent(keys, clock, clock + 1)
-        return self._ticket(_Pending(self._worker.wait_sync, ()))
+        return self._ticket(Pending(self._worker.wait_sync, ()))
 
     def intent(self, keys: Array, start: int, end: int) -> None:
         keys, segment = self.checked_keys(keys)
@@ -75,6 +77,14 @@ class AdapmServer(NativeServer):
         if segment is not None and self._announces:
             self._worker.intent(keys, self._first_clock + start, self._first_clock + end)
 
+    def _set(self, keys: np.ndarray, values: np.ndarray) -> None:
+        if self._world.size == 1:
+            self._worker.set(keys, values)
+            return
+        present = np.empty_like(values)
+        self._worker.pull(keys, present)
+        self._worker.push(keys, values - present)
+
     def advance_clock(self) -> int:
         clock = super().advance_clock()
         self._worker.advance_clock()
@@ -82,9 +92,9 @@ class AdapmServer(NativeServer):
 
     def quiesce(self) -> None:
         self.require_open()
-        self._worker.wait_sync()  # what we have added to replicas is under way to the owners
+        self._worker.wait_sync()  # what was added to replicas here is under way to the owners
         self._world.barrier()
-        self._worker.wait_sync()  # our replicas have seen what the owners have got
+        self._worker.wait_sync()  # replicas here have seen what the owners have got
 
 
 def run_scheduler(num_keys: int) -> None:

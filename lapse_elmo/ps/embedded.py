@@ -33,9 +33,9 @@ from lapse_elmo import native
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import DONE, Array, ParameterServer
 from lapse_elmo.ps.layout import Layout, Segment
-from lapse_elmo.ps.manager import TECHNIQUES, Manager
+from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
 from lapse_elmo.ps.memory import NodeMemory, require_room
-from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience
+from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
 from lapse_elmo.ps.node_state import SegmentState, where_name
 from lapse_elmo.ps.rows import SOURCE, open_rows, shapes_of
 from lapse_elmo.ps.sampling import Sampler
@@ -292,14 +292,18 @@ class EmbeddedServer(ParameterServer):
         asked = rows[missing]
         stamps = np.maximum(self._where[segment.name][asked], self._seen[segment.name][asked])
         nodes = node_of(stamps)
-        for node in np.unique(nodes).tolist():
-            chosen = np.flatnonzero(nodes == node)
-            places = missing[chosen]
-            message = Message.of(
-                kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
-                positions=places if kind is Kind.PULL else None, values=None if values is None else values[places],
-            )
-            self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
+        for node, all_chosen in groups(nodes):
+            for piece in pieces(all_chosen.size, 2 if values is None else segment.width):
+                chosen = all_chosen[piece]
+                places = missing[chosen]
+                message = Message.of(
+                    kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
+                    positions=places if values is None else None, width=0 if values is None else segment.width,
+                    blocks=self._mailbox.blocks,
+                )
+                if values is not None and message.values is not None:
+                    np.take(values, places, 0, message.values, mode="clip")  # (else through a buffer)
+                self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
         return ticket
 
     def _request(self, number: int, kind: Kind, segment: int = 0, **what: Any) -> int:
@@ -327,7 +331,11 @@ class EmbeddedServer(ParameterServer):
         if message.kind is Kind.ROWS:
             assert call.out is not None and call.segment is not None and message.values is not None
             assert message.positions is not None and message.stamps is not None and call.rows is not None
-            call.out.index_copy_(0, torch.from_numpy(message.positions), torch.from_numpy(message.values))
+            first, last = int(message.positions[0]), int(message.positions[-1])
+            if last - first == message.positions.size - 1:  # positions ascend
+                call.out[first : last + 1] = torch.from_numpy(message.values)
+            else:
+                call.out.index_copy_(0, torch.from_numpy(message.positions), torch.from_numpy(message.values))
             learn(self._seen[call.segment.name], call.rows[message.positions], message.stamps)
             call.remaining -= message.rows.size
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lapse_elmo.ps.api import DONE, Array
-from lapse_elmo.ps.native import NativeServer, _Pending, distinct
+from lapse_elmo.ps.native import NativeServer, Pending, distinct
 from lapse_elmo.ps.native_node import NativeNode
 
 
@@ -62,7 +62,7 @@ class LapseServer(NativeServer):
         self.stats.localized_rows += keys.size
         if not later or timestamp == DONE:
             return DONE
-        return self._ticket(_Pending(lambda: self._worker.wait(timestamp), ()))
+        return self._ticket(Pending(lambda: self._worker.wait(timestamp), ()))
 
     def intent(self, keys: Array, start: int, end: int) -> None:
         keys, segment = self.checked_keys(keys)

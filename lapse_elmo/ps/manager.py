@@ -17,7 +17,7 @@ import numpy as np
 
 from lapse_elmo.ps.api import NodeStats
 from lapse_elmo.ps.intents import Intents
-from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience
+from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.replication import Replication
 from lapse_elmo.ps.whereabouts import epoch_of, home_of, learn, node_of
@@ -83,32 +83,37 @@ class Manager(threading.Thread):
                 self._handlers[message.kind](message)
                 self.handled += 1
                 busy = True
-            if self._intents.moved():
-                self._look_at_clocks()
-            busy |= self._replication.tick()
+            if self._frozen is None:  # else nothing new begins
+                if self._intents.moved():
+                    self._look_at_clocks()
+                busy |= self._replication.tick()
             if busy:
                 self._patience.reset()
-            else:
-                self._patience.wait()
+                continue
+            for state in self.states:
+                state.prepare()
+            self._patience.wait()
         self.mailbox.finish()
 
     # What workers ask for
 
     def _on_pull(self, message: Message) -> None:
         state = self.states[message.segment]
-        reply = Message.of(
-            Kind.ROWS, message.segment, self._rank, message.ticket, message.rows, positions=message.positions,
-            stamps=message.stamps, width=state.segment.width,
-        )
-        assert reply.values is not None and reply.stamps is not None
-        missing = state.rows.pull(message.rows, reply.values)
-        reply.stamps[:] = state.where[message.rows]
-        if missing.size:
-            reply = reply.part(_others(missing, message.rows.size))
-            self._route(message, missing)
-        self.stats.served_rows += reply.rows.size
-        if reply.rows.size:
-            self.mailbox.send(message.origin, TO_WORKER, reply)
+        assert message.positions is not None
+        for piece in pieces(message.rows.size, state.segment.width):
+            rows = message.rows[piece]
+            reply = Message.of(
+                Kind.ROWS, message.segment, self._rank, message.ticket, rows, positions=message.positions[piece],
+                stamps=state.where[rows], width=state.segment.width, blocks=self.mailbox.blocks,
+            )
+            assert reply.values is not None
+            missing = state.rows.pull(rows, reply.values)
+            if missing.size:
+                reply = reply.part(_others(missing, rows.size))
+                self._route(message, missing + piece.start)
+            self.stats.served_rows += reply.rows.size
+            if reply.rows.size:
+                self.mailbox.send(message.origin, TO_WORKER, reply)
 
     def _on_push(self, message: Message) -> None:
         assert message.values is not None
@@ -138,7 +143,7 @@ class Manager(threading.Thread):
         rows = message.rows[~state.rows.present(message.rows)]
         self._localizing.append(_Localize(message, message.rows.size, rows))
         self._want(state, rows)
-        self._arrived(state, rows[:0])
+        self._arrived(state)
 
     def _on_intent(self, message: Message) -> None:
         if self._technique == "relocation":
@@ -178,7 +183,7 @@ class Manager(threading.Thread):
         rows = rows[~state.wanted[rows]]
         state.wanted[rows] = True
         stamps = state.where[rows]
-        for node, chosen in _groups(node_of(stamps)):
+        for node, chosen in groups(node_of(stamps)):
             self._send(node, Message.of(Kind.WANT, state.number, self._rank, rows=rows[chosen], stamps=stamps[chosen]))
 
     def _on_want(self, message: Message) -> None:
@@ -198,37 +203,48 @@ class Manager(threading.Thread):
         self._route(message, np.flatnonzero(~owned))
 
     def _relocate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
+        """Give main copies to ``receiver``, and tell their homes."""
         if not rows.size:
             return
-        message = Message.of(
-            Kind.OWN, state.number, self._rank, rows=rows, stamps=state.where[rows], width=state.segment.width
-        )
-        assert message.values is not None and message.stamps is not None
-        message.stamps[:] = state.give_main(rows, receiver, message.values)
-        self._send(receiver, message)
-        for home, chosen in _groups(home_of(rows, len(self._leaders))):
+        for piece in pieces(rows.size, state.segment.width):
+            some = rows[piece]
+            message = Message.of(
+                Kind.OWN, state.number, self._rank, rows=some, stamps=state.where[some], width=state.segment.width,
+                blocks=self.mailbox.blocks,
+            )
+            assert message.values is not None and message.stamps is not None
+            message.stamps[:] = state.give_main(some, receiver, message.values)
+            self._send(receiver, message)
+        for home, chosen in groups(home_of(rows, len(self._leaders))):
             if home not in (self._node, receiver):
-                stamps = message.stamps[chosen]
-                self._send(home, Message.of(Kind.OWNER, state.number, self._rank, rows=rows[chosen], stamps=stamps))
+                self._send(home, Message.of(
+                    Kind.OWNER, state.number, self._rank, rows=rows[chosen], stamps=state.where[rows[chosen]]
+                ))
         self.stats.relocated_out_rows += rows.size
 
     def _replicate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
-        if not rows.size:
-            return
-        state.lend(rows, receiver)
-        message = Message.of(
-            Kind.REPLICA, state.number, self._rank, rows=rows, stamps=state.where[rows], width=state.segment.width
-        )
-        assert message.values is not None
-        state.rows.pull(rows, message.values)
-        self._send(receiver, message)
+        """Let ``receiver`` have replicas."""
+        if rows.size:
+            state.lend(rows, receiver)
+        for piece in pieces(rows.size, state.segment.width):
+            some = rows[piece]
+            message = Message.of(
+                Kind.REPLICA, state.number, self._rank, rows=some, stamps=state.where[some], width=state.segment.width,
+                blocks=self.mailbox.blocks,
+            )
+            assert message.values is not None
+            state.rows.pull(some, message.values)
+            self._send(receiver, message)
 
     def _on_own(self, message: Message) -> None:
         assert message.stamps is not None and message.values is not None
         state = self.states[message.segment]
         state.add_main(message.rows, message.stamps, message.values)
         self.stats.relocated_in_rows += message.rows.size
-        self._arrived(state, message.rows)
+        self._arrived(state)
+        parked, self._parked = self._parked, []
+        for waiting in parked:
+            self._handlers[waiting.kind](waiting)
 
     def _on_replica(self, message: Message) -> None:
         assert message.stamps is not None and message.values is not None
@@ -237,27 +253,23 @@ class Manager(threading.Thread):
         self.stats.replicated_rows += message.rows.size
         for waiting in self._localizing:  # what a worker localized it has for its present clock, as by an intent
             if waiting.request.segment == state.number:
-                rows = np.intersect1d(waiting.rows, message.rows)
+                rows = waiting.rows[~state.wanted[waiting.rows]]
                 clock = int(self._clocks[waiting.request.worker])
                 self._intents.add(state.number, rows, waiting.request.worker, clock, clock + 1)
-        self._arrived(state, message.rows)
+        self._arrived(state)
         self._replication.intents_ended(state.number, message.rows[state.intents[message.rows] == 0])
 
-    def _arrived(self, state: SegmentState, rows: np.ndarray) -> None:
-        """Answer the localizes that have all their rows, and look again at what was parked."""
+    def _arrived(self, state: SegmentState) -> None:
+        """Answer the localizes that have all their rows."""
         unfinished = []
         for waiting in self._localizing:
             if waiting.request.segment == state.number:
-                waiting.rows = np.setdiff1d(waiting.rows, rows, assume_unique=True)
+                waiting.rows = waiting.rows[state.wanted[waiting.rows]]
             if waiting.rows.size:
                 unfinished.append(waiting)
             else:
                 self._done(waiting.request, waiting.number)
         self._localizing = unfinished
-        if rows.size and self._parked:
-            parked, self._parked = self._parked, []
-            for message in parked:
-                self._handlers[message.kind](message)
 
     def _on_owner(self, message: Message) -> None:
         assert message.stamps is not None
@@ -279,7 +291,7 @@ class Manager(threading.Thread):
             self._parked.append(message.part(positions[coming]))
             self.stats.parked_rows += int(coming.sum())
             positions, stamps = positions[~coming], stamps[~coming]
-        for node, chosen in _groups(node_of(stamps)):
+        for node, chosen in groups(node_of(stamps)):
             self._send(node, message.part(positions[chosen], stamps[chosen]))
         self.stats.forwarded_rows += positions.size
 
@@ -304,7 +316,7 @@ class Manager(threading.Thread):
             self.mailbox.send(message.origin, TO_WORKER, done)
 
 
-def _groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(node, positions) for each node that occurs in ``nodes`` (n,)."""
     if not nodes.size:
         return []

@@ -6,8 +6,9 @@ place, sent, and read in place. All waiting is done by polling with short sleeps
 
 from __future__ import annotations
 
-import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -22,7 +23,11 @@ TO_MANAGER, TO_WORKER = 1, 2  # tags
 _HEADER = 10
 _HAS_STAMPS, _HAS_POSITIONS, _HAS_VALUES = 1, 2, 4
 _SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a core
+_ALERT_S = 5e-3  # and how long its sleeps then stay short
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 5e-4
+_PIECE_BYTES = 1 << 20  # of values in a message, so that sender and receiver work at the same time
+_SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, _PIECE_BYTES + (1 << 16), 32  # bytes, bytes, blocks
+_UNUSED = 3  # references to a kept block: the list's, the loop's and the argument's
 
 
 class Kind(IntEnum):
@@ -67,8 +72,12 @@ class Message:
         cls, kind: Kind, segment: int = 0, origin: int = 0, ticket: int = 0, rows: np.ndarray | None = None, *,
         stamps: np.ndarray | None = None, positions: np.ndarray | None = None, width: int = 0,
         values: np.ndarray | None = None, worker: int = 0, start: int = 0, end: int = 0, extra: int = 0,
+        blocks: Blocks | None = None,
     ) -> Message:
-        """A message with copies of the arrays. With a ``width``, its values (n, width) are for the caller to fill."""
+        """A message with copies of the arrays. With a ``width``, its values (n, width) are for the caller to fill.
+
+        :param blocks: where the message's memory comes from.
+        """
         number = 0 if rows is None else rows.size
         if values is not None:
             width = values.shape[1]
@@ -76,7 +85,8 @@ class Message:
             _HAS_STAMPS * (stamps is not None) | _HAS_POSITIONS * (positions is not None) | _HAS_VALUES * (width > 0)
         )
         arrays = 1 + (stamps is not None) + (positions is not None)
-        block = np.empty(8 * (_HEADER + arrays * number) + 4 * width * number, np.uint8)
+        size = 8 * (_HEADER + arrays * number) + 4 * width * number
+        block = np.empty(size, np.uint8) if blocks is None else blocks.take(size)
         header = block[: 8 * _HEADER].view(np.int64)
         header[:] = (kind, segment, origin, ticket, number, has, worker, start, end, extra)
         message = cls.read(block)
@@ -125,6 +135,34 @@ class Message:
         )
 
 
+class Blocks:
+    """Memory for messages, used again: that of a new block costs more than to fill it. For one thread.
+
+    A block is free again when nothing but this list refers to it.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """A block of ``size`` bytes."""
+        if size < _SMALLEST_KEPT or size > _LARGEST_KEPT:
+            return np.empty(size, np.uint8)
+        for block in self._blocks:
+            if sys.getrefcount(block) == _UNUSED:
+                return block[:size]
+        block = np.empty(_LARGEST_KEPT, np.uint8)
+        if len(self._blocks) < _MOST_KEPT:
+            self._blocks.append(block)
+        return block[:size]
+
+
+def pieces(number: int, width: int) -> Iterator[slice]:
+    """Slices of ``number`` rows that fit into a message each."""
+    size = max(_PIECE_BYTES // (4 * width), 1)
+    return (slice(start, min(start + size, number)) for start in range(0, number, size))
+
+
 class Patience:
     """Waits that get longer: first without a break, then asleep."""
 
@@ -139,11 +177,13 @@ class Patience:
 
     def wait(self) -> None:
         """Let a moment pass, and others work."""
-        if time.perf_counter() - self._start < self._spin_s:
-            os.sched_yield()
+        waited_s = time.perf_counter() - self._start
+        if waited_s < self._spin_s:
+            time.sleep(0)  # lets the rank's other thread have Python's lock
             return
         time.sleep(self._sleep_s)
-        self._sleep_s = min(1.5 * self._sleep_s, _LONGEST_SLEEP_S)
+        if waited_s > _ALERT_S:
+            self._sleep_s = min(1.5 * self._sleep_s, _LONGEST_SLEEP_S)
 
 
 class Mailbox:
@@ -162,8 +202,9 @@ class Mailbox:
         self._patience = patience
         self._outgoing: list[tuple[MPI.Request, np.ndarray]] = []
         self._status = MPI.Status()
-        self.sent, self.received = 0, 0
-        self.sent_bytes, self.received_bytes = 0, 0
+        self.blocks = Blocks()
+        self.sent = 0
+        self.sent_bytes = 0
 
     def send(self, rank: int, tag: int, message: Message) -> None:
         """Begin to send; the message must not be changed any more."""
@@ -179,14 +220,12 @@ class Mailbox:
         found = self._comm.Improbe(self._mpi.ANY_SOURCE, self._tag, self._status)
         if found is None:
             return None
-        block = np.empty(self._status.Get_count(self._mpi.BYTE), np.uint8)
+        block = self.blocks.take(self._status.Get_count(self._mpi.BYTE))
         request = found.Irecv([block, self._mpi.BYTE])
         self._patience.reset()
         while not request.Test():
             self._patience.wait()
         self._patience.reset()
-        self.received += 1
-        self.received_bytes += block.size
         return Message.read(block)
 
     def finish(self) -> None:

@@ -28,7 +28,7 @@ from lapse_elmo.world import World
 
 
 @dataclass
-class _Pending:
+class Pending:
     """A call under way: how to wait for it, what must stay alive until then, what is left to do, whom it waits for."""
 
     wait: Callable[[], None]
@@ -68,7 +68,7 @@ class NativeServer(ParameterServer):
         assert self._node.layout == layout
         self._worker = self._node.worker
         self._announces = technique != "static" and world.size > 1
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._next_ticket = 0
 
     def pull(self, keys: Array, out: Array) -> None:
@@ -102,7 +102,7 @@ class NativeServer(ParameterServer):
         stats.pulled_bytes += keys.size * segment.width * 4
         if self._is_remote(timestamp):
             stats.remote_pulled_rows += keys.size
-        return self._begun(timestamp, later, start, "pull_s", _Pending(
+        return self._begun(timestamp, later, start, "pull_s", Pending(
             partial(self._worker.wait, timestamp), (asked, rows), finish, stats
         ))
 
@@ -120,11 +120,11 @@ class NativeServer(ParameterServer):
         stats.pushed_bytes += keys.size * segment.width * 4
         if self._is_remote(timestamp):
             stats.remote_pushed_rows += keys.size
-        return self._begun(timestamp, later, start, "push_s", _Pending(
+        return self._begun(timestamp, later, start, "push_s", Pending(
             partial(self._worker.wait, timestamp), (keys, rows), None, stats
         ))
 
-    def _begun(self, timestamp: int, later: bool, start: float, clock: str, pending: _Pending) -> int:
+    def _begun(self, timestamp: int, later: bool, start: float, clock: str, pending: Pending) -> int:
         """The ticket of a call that the package has taken; DONE, and its rest done, where it is complete."""
         complete = not later or timestamp == DONE
         if complete and pending.finish is not None:
@@ -140,7 +140,7 @@ class NativeServer(ParameterServer):
     def _is_remote(self, timestamp: int) -> bool:
         return timestamp != DONE and self._world.size > 1
 
-    def _ticket(self, pending: _Pending) -> int:
+    def _ticket(self, pending: Pending) -> int:
         ticket = self._next_ticket
         self._next_ticket += 1
         self._pending[ticket] = pending
@@ -171,7 +171,10 @@ class NativeServer(ParameterServer):
             return
         if np.unique(keys).size != keys.size:
             raise ServerError("keys should be distinct in a set")
-        self._worker.set(keys, values.numpy())
+        self._set(keys, values.numpy())
+
+    def _set(self, keys: np.ndarray, values: np.ndarray) -> None:
+        self._worker.set(keys, values)
 
     def is_local(self, name: str) -> np.ndarray | None:
         """None: the packages do not tell where a row is, so the scheme ``local`` draws as ``naive`` does."""

@@ -37,12 +37,20 @@ class Slots:
         self._num_free -= again
         fresh = number - again
         first, self._next = self._next, self._next + fresh
-        if self._next > self._reserved:
-            end = min(max(self._next, self._reserved + self._chunk), self._capacity)
-            self._reserve(self._reserved, end)
-            self._reserved = end
+        self._reserve_to(self._next)
         returned = self._free[self._num_free : self._num_free + again]
         return np.concatenate([returned, np.arange(first, self._next)]).astype(np.int64)
+
+    def prepare(self) -> None:
+        """While there is nothing else to do, reserve what will be needed next."""
+        if self._num_free + self._reserved - self._next < self._chunk // 2 and self._reserved < self._capacity:
+            self._reserve_to(self._reserved + 1)
+
+    def _reserve_to(self, end: int) -> None:
+        if end > self._reserved:
+            end = min(max(end, self._reserved + self._chunk), self._capacity)
+            self._reserve(self._reserved, end)
+            self._reserved = end
 
     def give(self, slots: np.ndarray) -> None:
         """Give ``slots`` back."""
@@ -86,6 +94,11 @@ class SegmentState:
         self.where[:] = home_of(np.arange(self.segment.num_rows), num_nodes)
         self.rows.slots[mine] = self._main_slots.take(mine.size)
         self.rows.flags[mine] = PRESENT
+
+    def prepare(self) -> None:
+        """While there is nothing else to do, make room for rows that may come."""
+        self._main_slots.prepare()
+        self._replica_slots.prepare()
 
     @property
     def borrowed(self) -> np.ndarray:

@@ -148,6 +148,7 @@ class Replication:
 
     def _answered(self) -> None:
         self._awaited -= 1
+        assert self._awaited >= 0, "an answer that nobody waits for"
         self._finish_if_answered()
 
     def _finish_if_answered(self) -> None:

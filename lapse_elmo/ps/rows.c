@@ -9,7 +9,7 @@
 #include <string.h>
 
 enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8 };
-enum { AHEAD = 6, SPINS = 64 }; /* rows fetched ahead of use; tries before the core is yielded */
+enum { AHEAD = 4, FETCHED = 256, SPINS = 64 }; /* rows fetched ahead, bytes of each; tries before the core is yielded */
 
 typedef struct {
     uint32_t flags;
@@ -26,13 +26,17 @@ static uint32_t lock(entry *e) {
 
 static void unlock(entry *e, uint32_t flags) { __atomic_store_n(&e->flags, flags & ~(uint32_t)LOCKED, __ATOMIC_RELEASE); }
 
+static int absent_at_a_glance(const entry *e) {
+    return !(__atomic_load_n(&e->flags, __ATOMIC_ACQUIRE) & (PRESENT | LOCKED));
+}
+
 static void add(float *restrict to, const float *restrict from, int64_t width) {
     for (int64_t j = 0; j < width; j++) to[j] += from[j];
 }
 
 static void fetch(const entry *e, const float *main, int64_t width) {
     const char *row = (const char *)(main + (int64_t)e->slot * width);
-    for (int64_t j = 0; j < width * 4 && j < 1024; j += 64) __builtin_prefetch(row + j, 1);
+    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch(row + j, 1);
 }
 
 static float *place(const entry *e, uint32_t flags, float *main, float *replica, int64_t width) {
@@ -46,6 +50,7 @@ int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, co
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
         if (i + AHEAD < n) fetch(entries + rows[i + AHEAD], main, width);
+        if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
         uint32_t flags = lock(e);
         if (flags & PRESENT) memcpy(out + i * width, place(e, flags, main, replica, width), width * 4);
         else missing[absent++] = i;
@@ -61,6 +66,7 @@ int64_t rows_push(entry *entries, float *main, float *replica, int64_t width, co
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
         if (i + AHEAD < n) fetch(entries + rows[i + AHEAD], main, width);
+        if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
         uint32_t flags = lock(e);
         if (flags & PRESENT) {
             float *row = place(e, flags, main, replica, width);

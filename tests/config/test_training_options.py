@@ -23,11 +23,12 @@ from lapse_elmo.errors import ConfigError
 
 # A value other than the default for options whose values are checked against a list or against other options.
 OTHER = {
-    "preset": "original", "context": "mix", "lstm": "allennlp", "lstm_init": "orthogonal", "distribution": "uniform",
+    "preset": "original", "context": "mix", "lstm": "allennlp", "precision": "bf16", "lstm_init": "orthogonal",
+    "distribution": "uniform",
     "sampling_scheme": "pool", "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
     "ps": "lapse",
 }
-ALONE = ("dense", "num_tries", "replacement", "distribution", "sync")  # contradict others
+ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync")  # contradict others
 
 
 def other_value(name: str, value: object) -> object:

@@ -1,6 +1,6 @@
 """What every engine of the parameter server must do, called on all ranks of one job.
 
-Run as ``contract_program.py ENGINE NODES FOLDER``.
+Run as ``contract_program.py ENGINE NODES FOLDER``; the ranks of each machine are split into so many nodes.
 Rows are integers, so sums are exact. An engine is a function from (world, layout, sampled, first_sample) to a server.
 """
 
@@ -18,35 +18,40 @@ import torch
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.embedded import EmbeddedServer
-from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.manager import TECHNIQUES
 from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.world import World, launch
 from tests import collective
+from tests.ps.checks_of_moves import Moves
+from tests.ps.checks_of_tickets import Tickets
+from tests.ps.layout import HOT, LAYOUT, NUM_SAMPLED, WIDTH, every_key, pulled
+from tests.ps.native_engines import EXCEPTIONS, OnOneNode
 from tests.ps.refusals import REFUSALS, check_refusal
 
 Engine = Callable[..., ParameterServer]
-ENGINES: dict[str, Engine] = {
-    technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES
+ENGINES: dict[str, Engine] = {technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES}
+NATIVE: dict[str, Engine] = {"lapse": OnOneNode("lapse"), "adapm": OnOneNode("adapm")}
+ONE_COPY = {"relocation", "static", "lapse"}  # engines that never replicate
+STATIC = {"static"}  # engines whose rows stay where they are
+ONLY = {  # checks of what not every engine promises: of those that do
+    "pushes_are_seen_after_a_barrier": ONE_COPY,
+    "reads_never_go_back": ONE_COPY,
+    "localized_rows_are_local": {*ENGINES, *NATIVE} - STATIC,
+    "intended_rows_become_local": {*ENGINES, *NATIVE} - STATIC,
 }
 
-NUM_SAMPLED = 400
-WIDTH = 8192  # copying such a row takes long enough that two ranks do meet in it, if nothing keeps them apart
-# Long enough that one call spans several of an engine's internal pieces; single rows and odd widths at the edges.
-LAYOUT = Layout.of(("single", 1, 1), ("long", 5000, 3), ("wide", 16, WIDTH), ("sampled", NUM_SAMPLED, 4))
-HOT = 6
 
-
-class Contract:
+class Contract(Moves, Tickets):
     """The checks. Each gets a new server whose rows are all 0."""
 
-    def __init__(self, world: World, engine: Engine) -> None:
+    def __init__(self, world: World, engine: str) -> None:
         self.world = world
-        self.engine = engine
+        self.name = engine
+        self.engine = {**ENGINES, **NATIVE}[engine]
         self._refusing: ParameterServer | None = None
 
     def checks(self) -> dict[str, Callable[[], None]]:
-        return {name: partial(self._with_server, name) for name in names()}
+        return {name: partial(self._with_server, name) for name in names(self.name)}
 
     def _open(self, first_sample: int = 0, scheme: str = "preloc") -> ParameterServer:
         sampler = Sampler(Distribution("log-uniform", NUM_SAMPLED), scheme, False, seed=3, worker=self.world.rank)
@@ -261,29 +266,20 @@ class Contract:
             with pytest.raises(ServerError, match="the parameter server is closed"):
                 call()
 
-    def _rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.world.rank)
+    @property
+    def _replicates(self) -> bool:
+        return self.name not in ONE_COPY
 
 
-def names() -> list[str]:
-    own = [name for name in vars(Contract) if not name.startswith("_") and name != "checks"]
+def names(engine: str) -> list[str]:
+    own = [name for part in (Contract, Moves, Tickets) for name in vars(part) if not name.startswith("_")]
+    own = [name for name in own if name != "checks" and engine in ONLY.get(name, {engine})]
+    own = [name for name in own if (engine, name) not in EXCEPTIONS]
     return own + [f"refuses {name}" for name in REFUSALS]
 
 
 def _is_local(name: str) -> bool:
     return name.startswith("refuses ")
-
-
-def every_key(name: str) -> np.ndarray:
-    return LAYOUT[name].keys(np.arange(LAYOUT[name].num_rows))
-
-
-def pulled(server: ParameterServer, keys: np.ndarray) -> np.ndarray:
-    segment = LAYOUT.segment_of(int(keys.min()), int(keys.max()))
-    assert segment is not None
-    out = np.full((keys.size, segment.width), np.nan, np.float32)
-    server.pull(keys, out)
-    return out
 
 
 def _random_pushes(rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -308,7 +304,7 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
     world = join()
     if int(nodes) > 1:
         world.split(int(nodes))
-    collective.run(Contract(world, ENGINES[engine]).checks(), world, Path(folder), _is_local)
+    collective.run(Contract(world, engine).checks(), world, Path(folder), _is_local)
 
 
 if __name__ == "__main__":

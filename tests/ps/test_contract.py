@@ -1,4 +1,4 @@
-"""Every engine keeps the parameter server's contract, on 1, 2 and 4 ranks and several nodes."""
+"""Every engine keeps the parameter server's contract, in worlds of 1, 2 and 4 ranks on 1, 2 and 4 nodes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,56 @@ from pathlib import Path
 
 import pytest
 
+from lapse_elmo.native import SWITCH
 from tests import collective
 from tests.ps import contract_program
+from tests.ps.contract_program import ENGINES, NATIVE
+from tests.ps.native_engines import EXCEPTIONS, installed
 
-# (ranks, nodes)
-WORLDS = {"adaptive": ((1, 1), (2, 1), (4, 2)), "relocation": ((2, 2),), "replication": ((2, 2),), "static": ((2, 2),)}
-CASES = [
-    pytest.param((engine, *world), id=f"{engine}-{world[0]}-{world[1]}")
-    for engine, worlds in WORLDS.items() for world in worlds
+TWIN = {SWITCH: "0"}  # rows without native code
+# On one node all techniques are alike. Each meets each number of nodes, and two of them without native code.
+CASES = {
+    f"{engine}-{ranks}-{nodes}{'-twin' if env else ''}": (engine, ranks, nodes, env)
+    for engine, ranks, nodes, env in [
+        *[("adaptive", ranks, 1, env) for ranks in (1, 2, 4) for env in ({}, TWIN)],
+        *[(engine, ranks, nodes, {}) for engine in ENGINES for ranks, nodes in ((2, 2), (4, 2), (4, 4))],
+        *[(engine, 4, 2, TWIN) for engine in ("adaptive", "relocation")],
+    ]
+}
+CHECKS = [(case, name) for case, (engine, *_) in CASES.items() for name in contract_program.names(engine)]
+
+
+@pytest.fixture(scope="module")
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    engine, ranks, nodes, env = CASES[request.param]
+    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
+    return collective.report_of(program, [engine, str(nodes)], ranks, folder, timeout=120, env=env)
+
+
+@pytest.mark.parametrize(("report", "name"), CHECKS, indirect=["report"])
+def test_contract(report: dict[str, str], name: str) -> None:
+    collective.expect(report, name)
+
+
+NATIVE_CHECKS = [
+    pytest.param(
+        (package, ranks), name, id=f"{package}-{ranks}-{name}",
+        marks=[] if (package, name) not in EXCEPTIONS else pytest.mark.skip(EXCEPTIONS[package, name]),
+    )
+    for package in NATIVE for ranks in (1, 2, 4)
+    for name in [*contract_program.names(package), *(name for other, name in EXCEPTIONS if other == package)]
 ]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    engine, size, nodes = request.param
-    program = Path(contract_program.__file__)
-    return collective.report_of(program, [engine, str(nodes)], size, tmp_path_factory.mktemp("contract"), timeout=120)
+@pytest.fixture(scope="module")
+def native_report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    package, ranks = request.param
+    if not installed(package):
+        pytest.skip(f"the package {package} is not installed")
+    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
+    return collective.report_of(program, [package, str(ranks)], ranks, folder, timeout=180)
 
 
-@pytest.mark.parametrize("name", contract_program.names())
-def test_contract(report: dict[str, str], name: str) -> None:
-    collective.expect(report, name)
+@pytest.mark.parametrize(("native_report", "name"), NATIVE_CHECKS, indirect=["native_report"])
+def test_contract_of_native_packages(native_report: dict[str, str], name: str) -> None:
+    collective.expect(native_report, name)

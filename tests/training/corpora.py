@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
 from lapse_elmo.world import solo
 from preprocess.shards import make_shards
 from preprocess.vocab import make_vocabulary
+from tests import mpi
 
 TINY = ("--projection-size", "16", "--cell-size", "32", "--threads", "1", "--progress", "none", "--device", "cpu")
 
@@ -68,10 +69,10 @@ def evaluate_alone(model: Path, output: Path, *options: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of a run's metrics.jsonl."""
+def records(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, or those of one kind."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in lines if kind in ("", line["kind"])]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -80,18 +81,43 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def saved_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    """All arrays of a saved model by name; the ranks' shares of a table are put together again."""
-    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for path in sorted(checkpoint.glob("*.h5")):
+    """All arrays of a saved model by name; the ranks' shares of a table are put together again, each row once."""
+    arrays: dict[str, np.ndarray] = {}
+    shares: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    with h5py.File(checkpoint / "dense.h5", "r") as file:
+        file.visititems(
+            lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+        )
+    for path in sorted(checkpoint.glob("rank-*.h5")):
         with h5py.File(path, "r") as file:
-
-            def collect(name: str, item: object) -> None:
-                if isinstance(item, h5py.Dataset):
-                    parts.setdefault(name, []).append((int(item.attrs.get("first", 0)), item[()]))
-
-            file.visititems(collect)
-    arrays = {}
-    for name, found in parts.items():
-        ordered = [values for _, values in sorted(found, key=lambda part: part[0])]
-        arrays[name] = np.concatenate(ordered) if len(ordered) > 1 else ordered[0]
+            for name, group in file["tables"].items():
+                shares.setdefault(name, []).append((group["rows"][:], group["values"][:]))
+    for name, found in shares.items():
+        rows = np.concatenate([numbers for numbers, _ in found])
+        np.testing.assert_array_equal(np.sort(rows), np.arange(rows.size))
+        arrays[name] = np.concatenate([values for _, values in found])[np.argsort(rows)]
     return arrays
+
+
+def train_job(
+    num_ranks: int, corpus: Prepared, run_dir: Path, *options: str, program: str | Path = "bin/train",
+    env: Mapping[str, str] | None = None,
+) -> mpi.RunningJob:
+    """A run of bin/train under way."""
+    return mpi.start(num_ranks, [program, *corpus.options, *TINY, "--run-dir", str(run_dir), *options], env=env)
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl without what the clock says."""
+    return [{name: value for name, value in line.items() if not name.endswith("_s")} for line in lines]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Both runs ended with the same parameters, to the bit, and told the same."""
+    ends = [checkpoints(run)[-1] for run in (first, second)]
+    assert ends[0].name == ends[1].name
+    mine, theirs = (saved_arrays(end) for end in ends)
+    assert mine.keys() == theirs.keys() and len(mine) > 10
+    for name, values in mine.items():
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+    assert without_times(records(first)) == without_times(records(second))

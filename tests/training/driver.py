@@ -27,13 +27,15 @@ def train_with_a_poisoned_gradient(argv: list[str], enter: Callable[[], World]) 
     """Training whose dense gradients are infinite on the last rank, while the loss and all other gradients are not."""
 
     class Poisoned(Parameters):
-        def __init__(self, config: Config, num_classes: int, world: World, device: torch.device) -> None:
-            super().__init__(config, num_classes, world, device)
+        def __init__(
+            self, config: Config, num_classes: int, world: World, device: torch.device, first_sample: int = 0
+        ) -> None:
+            super().__init__(config, num_classes, world, device, first_sample)
             if world.rank == world.size - 1:
                 for parameter in self.model.parameters():
                     parameter.register_hook(lambda gradient: gradient * math.inf)
 
-    train.Parameters = Poisoned  # type: ignore[assignment, misc]
+    train.Parameters = Poisoned  # type: ignore[misc]
     try:
         train.main(argv, enter)
     finally:

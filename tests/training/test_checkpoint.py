@@ -8,24 +8,32 @@ import math
 import os
 import resource
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lapse_elmo import checkpoint, train
-from lapse_elmo.checkpoint import Progress
+from lapse_elmo.checkpoint import files, saver
+from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.cursor import Cursor, Progress
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.evaluate import Perplexity
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, records, train_alone
+
+ENTRIES: dict[str, Any] = {
+    "vocabulary_sha256": "v", "num_classes": 43, "corpus": {}, "results": {"score": 3.5}, "state": {}
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,104 +42,191 @@ def config(small: Prepared) -> Config:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(small: Prepared) -> Vocabulary:
-    return Vocabulary.load(small.vocab)
-
-
-@pytest.fixture(scope="module")
-def parameters(config: Config, vocabulary: Vocabulary) -> Iterator[Parameters]:
-    made = Parameters(config, vocabulary.size, solo(), torch.device("cpu"))
+def parameters(config: Config) -> Iterator[Parameters]:
+    made = Parameters(config, 43, solo(), torch.device("cpu"))
     made.initialise()
     yield made
     made.server.close()
 
 
-def save(folder: Path, parameters: Parameters, vocabulary: Vocabulary, step: int = 12) -> Path:
-    return checkpoint.save(folder, parameters, vocabulary, Progress(step, 1, 2), {"score": 3.5}, solo())
+@pytest.fixture
+def cursor(config: Config, small: Prepared) -> Iterator[Cursor]:
+    """In the second epoch of seven steps."""
+    with ShardSet.open(small.shards) as shards:
+        yield cursor_at(config, shards, 9)
+
+
+def cursor_at(config: Config, shards: ShardSet, step: int) -> Cursor:
+    cursor = Cursor(config, solo(), shards)
+    for batch, _ in zip(cursor.batches(), range(step), strict=False):
+        cursor.trained(batch)
+    return cursor
+
+
+def save(folder: Path, parameters: Parameters, cursor: Cursor) -> Path:
+    entries = {**ENTRIES, "config": as_tables(parameters.config)}
+    return checkpoint.save(folder, parameters, cursor, entries, solo())
 
 
 def test_the_manifest_tells_everything(
-    config: Config, parameters: Parameters, vocabulary: Vocabulary, tmp_path: Path
+    config: Config, parameters: Parameters, cursor: Cursor, tmp_path: Path
 ) -> None:
-    folder = save(tmp_path, parameters, vocabulary)
-    assert folder == tmp_path / "checkpoints" / "step-00000012"
+    folder = save(tmp_path, parameters, cursor)
+    assert folder == tmp_path / "checkpoints" / "step-00000009"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = manifest.pop("files")
-    assert files.keys() == {"dense.h5", "rows-00000-of-00001.h5"}
+    assert files.keys() == {"dense.h5", "rank-00000-of-00001.h5"}
     for name, entry in files.items():
         data = (folder / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    versions = manifest.pop("versions")
-    assert versions["torch"] == torch.__version__
+    assert manifest.pop("versions")["torch"] == torch.__version__
+    assert len(manifest.pop("sha256")) == 64
     assert manifest == {
-        "format": "lapse-elmo checkpoint", "version": 1, "step": 12, "epoch": 1, "step_in_epoch": 2, "world_size": 1,
-        "vocabulary_sha256": vocabulary.sha256, "num_classes": 43, "config": as_tables(config),
-        "results": {"score": 3.5},
+        **ENTRIES, "format": "lapse-elmo checkpoint", "version": 2, "step": 9, "epoch": 1, "step_in_epoch": 2,
+        "world_size": 1, "config": as_tables(config), "best": None,
     }
-    assert checkpoint.config_of(checkpoint.read_manifest(folder), folder) == config
+    read = checkpoint.read_manifest(folder)
+    checkpoint.check_files(folder, read)
+    assert checkpoint.config_of(read, folder) == config
+    saved = checkpoint.saved_cursor(folder, read)
+    assert saved.progress == Progress(9, 1, 2)
+    np.testing.assert_array_equal(saved.parts[0], np.arange(203))
+    assert saved.left[0].size == 203 - 64
 
 
-@pytest.mark.parametrize("step", ["_write_rows", "_write_dense", "_write_flushed", "_entry"])
+def test_between_epochs_no_sentences_are_saved(
+    config: Config, parameters: Parameters, small: Prepared, tmp_path: Path
+) -> None:
+    with ShardSet.open(small.shards) as shards:
+        folder = save(tmp_path, parameters, cursor_at(config, shards, 7))
+    saved = checkpoint.saved_cursor(folder, checkpoint.read_manifest(folder))
+    assert (saved.progress, saved.parts, saved.left) == (Progress(7, 1, 0), [], [])
+
+
+@pytest.mark.parametrize("step", [(files, "_write_at"), (files, "_laid_out"), (saver, "encode"), (saver, "put")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unable to flush file")])
 def test_a_save_that_fails_leaves_the_older_one_alone(
-    parameters: Parameters, vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str,
-    error: Exception,
+    config: Config, parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    step: tuple[Any, str], error: Exception,
 ) -> None:
-    older = save(tmp_path, parameters, vocabulary, step=3)
+    older = save(tmp_path, parameters, cursor)
+    cursor.step += 1
 
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, step, fail)
-    with pytest.raises(OutputError, match=r"step-00000012: (No space left|unable to flush).*--run-dir"):
-        save(tmp_path, parameters, vocabulary)
+    monkeypatch.setattr(*step, fail)
+    with pytest.raises(OutputError, match=r"step-00000010: (No space left|unable to flush).*--run-dir"):
+        save(tmp_path, parameters, cursor)
     assert checkpoints(tmp_path) == [older]
     monkeypatch.undo()
-    assert checkpoint.read_manifest(older)["step"] == 3
+    checkpoint.check_files(older, checkpoint.read_manifest(older))
 
 
-def test_an_interrupted_save_does_not_count(
-    parameters: Parameters, vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_save_that_was_cut_off_does_not_count(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle: what lies there has no name that anything reads, and the next save clears it away."""
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "_write_flushed", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, parameters, vocabulary)
+    monkeypatch.setattr(saver, "put", lambda *_: None)
+    monkeypatch.setattr(saver, "clear", lambda *_: None)
+    save(tmp_path, parameters, cursor)
     monkeypatch.undo()
-    assert not list((tmp_path / "checkpoints").glob("step-*"))
+    assert [path.name for path in checkpoints(tmp_path)] == [".step-00000009.partial"]
     with pytest.raises(CheckpointError, match="holds no saved model"):
         checkpoint.find(tmp_path)
-    whole = save(tmp_path, parameters, vocabulary)
+    assert not checkpoint.candidates(tmp_path)
+    cursor.step += 1
+    whole = save(tmp_path, parameters, cursor)
     assert checkpoint.find(tmp_path) == whole
     assert checkpoints(tmp_path) == [whole]
 
 
-def test_a_file_size_limit_is_reported(parameters: Parameters, vocabulary: Vocabulary, tmp_path: Path) -> None:
+def test_an_error_stops_a_save_under_way(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        reached.set()
+        go_on.wait(20)
+
+    monkeypatch.setattr(files, "_write_at", wait)
+    with pytest.raises(ZeroDivisionError), checkpoint.Saver(tmp_path, solo()) as under_way:
+        under_way.start(parameters, cursor, {**ENTRIES, "config": {}}, None)
+        assert reached.wait(20) and checkpoints(tmp_path)
+        go_on.set()
+        raise ZeroDivisionError
+    assert not checkpoints(tmp_path)
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+def test_what_was_saved_is_of_the_moment_of_the_start(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writing may take long; training goes on meanwhile."""
+    before = parameters.embedding.read(0, 43).numpy().copy()
+    go_on, write_at = threading.Event(), files._write_at
+    monkeypatch.setattr(files, "_write_at", lambda *rest: (go_on.wait(20), write_at(*rest)))
+    background = checkpoint.Saver(tmp_path, solo())
+    path = background.start(parameters, cursor, {**ENTRIES, "config": as_tables(parameters.config)}, None)
+    keys = parameters.embedding.segment.keys(np.arange(43))
+    parameters.server.push(keys, np.ones_like(before))
+    assert background.flag == 0
+    go_on.set()
+    background.finish()
+    checkpoint.restore(path, checkpoint.read_manifest(path), parameters, solo())
+    np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
+
+
+def test_a_manifest_vouches_for_itself(parameters: Parameters, cursor: Cursor, tmp_path: Path) -> None:
+    path = save(tmp_path, parameters, cursor)
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"step": 9,', '"step": 8,'))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read_manifest(path)
+    (path / "manifest.json").write_bytes(encode(json.loads(text) | {"version": 3}))
+    with pytest.raises(CheckpointError, match="version 3"):
+        checkpoint.read_manifest(path)
+
+
+def test_a_file_size_limit_is_reported(parameters: Parameters, cursor: Cursor, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OutputError, match="cannot write checkpoint"):
-            save(tmp_path, parameters, vocabulary)
+            save(tmp_path, parameters, cursor)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not checkpoints(tmp_path)
 
 
-def test_the_newest_and_the_best_are_kept(
+def test_the_newest_two_and_the_best_are_kept(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four epochs of two steps, of which the second measures best."""
-    measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0)])
+    """Five epochs of two steps, of which the second measures best."""
+    measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0, 255.0)])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
-    run_dir = train_alone(small, tmp_path / "run", "--epochs", "4", "--batch-size", "102")
-    assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8]
-    assert [path.name for path in checkpoints(run_dir)] == ["step-00000004", "step-00000008"]
+    run_dir = train_alone(small, tmp_path / "run", "--epochs", "5", "--batch-size", "102")
+    assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8, 10]
+    names = [path.name for path in checkpoints(run_dir)]
+    assert names == ["step-00000004", "step-00000008", "step-00000010"]
     results = [checkpoint.read_manifest(path)["results"]["heldout_perplexity"] for path in checkpoints(run_dir)]
-    assert results == pytest.approx([math.exp(2.0), math.exp(2.5)])
+    assert results == pytest.approx([math.exp(2.0), math.exp(2.5), math.exp(2.55)])
+    assert (run_dir / "best").resolve() == checkpoints(run_dir)[0]
+
+
+def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second epoch measures best; two that are no better end the run, and more patience goes on with it."""
+    measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 200.0, 190.0)])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
+    options = ("--epochs", "5", "--batch-size", "102")
+    run_dir = train_alone(small, tmp_path / "run", *options, "--patience", "2")
+    assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8]
+    train_alone(small, run_dir, *options, "--patience", "2")
+    assert len(records(run_dir, "epoch")) == 4
+    train_alone(small, run_dir, *options, "--patience", "3")
+    assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8, 10]
+    assert (run_dir / "best").resolve().name == "step-00000010"
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import torch
 
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.cursor import batch_stream
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import TrainingStep
-from lapse_elmo.train import batch_stream, mean_targets
+from lapse_elmo.train import mean_targets
 from lapse_elmo.world import solo
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, train_alone
@@ -31,7 +32,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
         row = batch.input_rows[5:6]
         size = parameters.embedding.segment.width
         parameters.server.set(parameters.embedding.segment.keys(row), np.full((1, size), np.nan, np.float32))
-        step = TrainingStep(config, world, parameters, cpu, mean_targets(config, world, shards), lambda: False)
+        step = TrainingStep(config, world, parameters, cpu, mean_targets(config, world, shards), lambda: 0)
 
         def state() -> list[torch.Tensor]:
             tables = [table.read(0, table.segment.num_rows) for table in parameters.tables]
@@ -51,9 +52,9 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
 def test_the_rank_is_named(small: Prepared, drive: Drive, tmp_path: Path) -> None:
     """A bad rate spoils all ranks; a bad gradient of one rank must be found there, also when gradients are summed."""
     common = [*small.options, *TINY, "--max-steps", "4"]
-    poisoned = r"^\[rank 1/2\] the gradient norm is not finite at step 1 \(sentences "
+    poisoned = r"^\[rank 1/2 \S+\] the gradient norm is not finite at step 1 \(sentences "
     cases = {
-        "rate": ("train", ["--learning-rate", "1e38"], r"^\[rank 0/2\] the (loss|gradient norm) is not finite at"),
+        "rate": ("train", ["--learning-rate", "1e38"], r"^\[rank 0/2 \S+\] the (loss|gradient norm) is not finite at"),
         "summed": ("poisoned", [], poisoned),
         "server": ("poisoned", ["--dense", "ps"], poisoned),
     }

@@ -1,0 +1,36 @@
+"""Two halves of a computation side by side: the directions of the LSTM, the halves of the softmax's targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def both(function: Callable[[int], T], device: torch.device) -> tuple[T, T]:
+    """``function(0)`` and ``function(1)``, without gradient recording; the halves must not write to the same memory.
+
+    With two or more of torch's threads on the CPU each half runs on a thread of its own with half of torch's. Matrix
+    products that are small, one after another, and pointwise parts in between gain more from this than from
+    threads within each of them. The results have the same bits either way.
+    """
+    num_threads = torch.get_num_threads()
+
+    def run(half: int, threads: int) -> T:
+        with torch.no_grad():  # which a new thread does not inherit
+            if threads:
+                torch.set_num_threads(threads)
+            return function(half)
+
+    if device.type != "cpu" or num_threads == 1:
+        return run(0, 0), run(1, 0)
+    try:
+        with ThreadPoolExecutor(1) as second:
+            other = second.submit(run, 1, num_threads // 2)
+            return run(0, num_threads - num_threads // 2), other.result()
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,232 @@
+/* The row-wise parts of the LSTM and of the softmax, each as one pass over rows that lie in the cache.
+ *
+ * The twins in torch, which say the same in other words, are in pointwise.py. This file includes itself once for each
+ * kind of numbers: S is what is stored (float, double, or bfloat16 as its upper 16 bits), R what is computed with.
+ * Comparisons are written so that a NaN passes through them. Names end in _f, _d or _b.
+ */
+#ifndef S
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* e^x to 1 unit in the last place: 2^n * e^r with |r| <= ln(2)/2. 0 below the smallest normal number. No branches, so
+ * that compilers use vectors. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. */
+static inline float exp_f(float x) {
+  const float shift = 12582912.0f;
+  float bounded = x > 89.0f ? 89.0f : x, shifted = bounded * 1.44269504f + shift, n = shifted - shift;
+  float r = bounded - n * 0.693145752f;
+  r -= n * 1.42860677e-6f;
+  float p = 0.0013926927f;
+  p = p * r + 0.008363774f;
+  p = p * r + 0.04166655f;
+  p = p * r + 0.16666573f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, 4);
+  bits = (bits << 23) + 0x3f800000u;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return x < -87.3f ? 0.0f : p * scale;
+}
+static inline float tanh_f(float x) {
+  float z = x * x, p = -0.0060751666f;
+  p = p * z + 0.020982297f;
+  p = p * z - 0.053847756f;
+  p = p * z + 0.13332748f;
+  p = p * z - 0.33333328f;
+  float large = 2.0f / (1.0f + exp_f(-2.0f * x)) - 1.0f;
+  return z < 0.390625f ? x + x * z * p : large;
+}
+static inline float widen(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+static inline uint16_t narrow(float x) { /* to the nearest, ties to even; NaN stays NaN */
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (uint16_t)(x != x ? 0x7fc0u : rounded);
+}
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(name) JOIN(name, KIND)
+#define PLAIN(x) (x)
+
+#define KIND f
+#define S float
+#define R float
+#define EXP exp_f
+#define TANH tanh_f
+#define LOG logf
+#define GET PLAIN
+#define PUT PLAIN
+#include "pointwise.c"
+#undef KIND
+#undef S
+#undef GET
+#undef PUT
+#define KIND b
+#define S uint16_t
+#define GET widen
+#define PUT narrow
+#include "pointwise.c"
+#undef KIND
+#undef S
+#undef R
+#undef EXP
+#undef TANH
+#undef LOG
+#undef GET
+#undef PUT
+#define KIND d
+#define S double
+#define R double
+#define EXP exp
+#define TANH tanh
+#define LOG log
+#define GET PLAIN
+#define PUT PLAIN
+#include "pointwise.c"
+
+#else
+
+/* One step without its products, n sentences. gates (n, 4C): before activation and bias, replaced by i, f, g, o.
+ * earlier (n, C): the cells of the step before, NULL for zero. cells, exposed (n, C): written. clip: INFINITY for none. */
+void NAME(lstm_advance)(long n, long C, S *restrict gates, const R *restrict bias, const R *restrict earlier,
+                        R *restrict cells, S *restrict exposed, double clip_) {
+  R clip = (R)clip_;
+#pragma omp parallel for schedule(static) if (n * C > 16384)
+  for (long row = 0; row < n; row++) {
+    S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = exposed + row * C;
+    const R *before = earlier ? earlier + row * C : 0;
+    R *now = cells + row * C;
+#pragma omp simd
+    for (long k = 0; k < C; k++) {
+      R i = 1 / (1 + EXP(-(GET(gi[k]) + bias[k]))), f = 1 / (1 + EXP(-(GET(gf[k]) + bias[C + k])));
+      R g = TANH(GET(gg[k]) + bias[2 * C + k]), o = 1 / (1 + EXP(-(GET(go[k]) + bias[3 * C + k])));
+      R c = i * g + (before ? f * before[k] : 0);
+      c = c < -clip ? -clip : c;
+      c = c > clip ? clip : c;
+      now[k] = c;
+      gi[k] = PUT(i);
+      gf[k] = PUT(f);
+      gg[k] = PUT(g);
+      go[k] = PUT(o);
+      out[k] = PUT(o * TANH(c));
+    }
+  }
+}
+
+/* Its gradient. gates: activated, replaced by the gradients before activation. exposed: written with o * tanh(cells),
+ * and may be cells itself. d_cells: from the step after this one, replaced by that for the step before. */
+void NAME(lstm_retreat)(long n, long C, S *restrict gates, const R *restrict earlier, const R *cells, S *exposed,
+                        const S *restrict d_exposed, R *restrict d_cells, double clip_) {
+  R clip = (R)clip_;
+#pragma omp parallel for schedule(static) if (n * C > 16384)
+  for (long row = 0; row < n; row++) {
+    S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = exposed + row * C;
+    const R *before = earlier ? earlier + row * C : 0, *now = cells + row * C;
+    const S *d_out = d_exposed + row * C;
+    R *d_now = d_cells + row * C;
+#pragma omp simd
+    for (long k = 0; k < C; k++) {
+      R i = GET(gi[k]), f = GET(gf[k]), g = GET(gg[k]), o = GET(go[k]), c = now[k], t = TANH(c), d_m = GET(d_out[k]);
+      R d_c = d_m * o * (1 - t * t) + d_now[k];
+      d_c = (c < 0 ? -c : c) >= clip ? 0 : d_c;
+      gi[k] = PUT(d_c * g * i * (1 - i));
+      gf[k] = PUT(before ? d_c * before[k] * f * (1 - f) : 0);
+      gg[k] = PUT(d_c * i * (1 - g * g));
+      go[k] = PUT(d_m * t * o * (1 - o));
+      d_now[k] = d_c * f;
+      out[k] = PUT(o * t);
+    }
+  }
+}
+
+/* hidden (n, D): clipped, then times mask (n, D) where there is one. */
+void NAME(lstm_limit)(long n, long D, S *restrict hidden, const R *restrict mask, double clip_) {
+  R clip = (R)clip_;
+#pragma omp simd
+  for (long k = 0; k < n * D; k++) {
+    R h = GET(hidden[k]);
+    h = h < -clip ? -clip : h;
+    h = h > clip ? clip : h;
+    hidden[k] = PUT(mask ? h * mask[k] : h);
+  }
+}
+
+/* d_hidden (n, D): to it is added d_later, which the step after this one passed back, and both go back through
+ * lstm_limit; hidden is what that gave. */
+void NAME(lstm_carry)(long n, long D, S *restrict d_hidden, const S *restrict d_later, const S *restrict hidden,
+                      const R *restrict mask, double clip_) {
+  R clip = (R)clip_;
+#pragma omp simd
+  for (long k = 0; k < n * D; k++) {
+    R factor = mask ? mask[k] : 1, h = GET(hidden[k]), bound = GET(PUT(clip * factor));
+    R d = factor * (GET(d_hidden[k]) + GET(d_later[k]));
+    d_hidden[k] = PUT((h < 0 ? -h : h) >= bound ? 0 : d);
+  }
+}
+
+/* Sampled softmax of n targets against m samples. logits (n, m): before offset (m,), replaced by odds, exp(logit -
+ * largest of the row). target (n,): the targets' own logits. nll, share (n,): written; share * odds are probabilities.
+ * d_target (n,): written with the gradient of the target's logit. d_offset (m,): the gradient of offset is added. */
+void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict offset, const R *restrict target,
+                        R *restrict nll, R *restrict share, R *restrict d_target, R *restrict d_offset) {
+#pragma omp parallel for schedule(static)
+  for (long row = 0; row < n; row++) {
+    S *x = logits + row * m;
+    R largest = target[row], total = 0;
+#pragma omp simd reduction(max : largest)
+    for (long k = 0; k < m; k++) {
+      R v = GET(x[k]) + offset[k];
+      largest = v > largest ? v : largest;
+    }
+#pragma omp simd reduction(+ : total)
+    for (long k = 0; k < m; k++) {
+      R v = EXP(GET(x[k]) + offset[k] - largest);
+      total += v;
+      x[k] = PUT(v);
+    }
+    R own = EXP(target[row] - largest);
+    total += own;
+    nll[row] = LOG(total) + largest - target[row];
+    share[row] = 1 / total;
+    d_target[row] = own / total - 1;
+  }
+#pragma omp parallel for schedule(static)
+  for (long first = 0; first < m; first += 1024) {
+    long end = first + 1024 < m ? first + 1024 : m;
+    for (long row = 0; row < n; row++) {
+      const S *x = logits + row * m;
+      R part = share[row];
+#pragma omp simd
+      for (long k = first; k < end; k++) d_offset[k] += part * GET(x[k]);
+    }
+  }
+}
+
+/* Full softmax, some classes at a time. logits (n, m): before bias (m,). largest, total (n,): the largest logit so far
+ * and the sum of exp(logit - largest) so far (-INFINITY and 0 at first), brought up to date. */
+void NAME(softmax_totals)(long n, long m, const S *restrict logits, const R *restrict bias, R *restrict largest,
+                          double *restrict total) {
+#pragma omp parallel for schedule(static)
+  for (long row = 0; row < n; row++) {
+    const S *x = logits + row * m;
+    R top = largest[row], sum = 0;
+#pragma omp simd reduction(max : top)
+    for (long k = 0; k < m; k++) {
+      R v = GET(x[k]) + bias[k];
+      top = v > top ? v : top;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (long k = 0; k < m; k++) sum += EXP(GET(x[k]) + bias[k] - top);
+    total[row] = total[row] * exp((double)(largest[row] - top)) + sum;
+    largest[row] = top;
+  }
+}
+
+#endif

@@ -1,0 +1,74 @@
+"""Matrix products in float32 or in bfloat16, with sums in float32 either way.
+
+``bf16`` rounds what goes into a product to bfloat16, whose significand has 8 bits, and keeps gates, exposed cells and
+projected states in it; cells, sums and the parameters themselves stay float32. Processors without bfloat16 products
+(before AMX or AVX512_BF16) would take hundreds of times as long for them, so there the rounded factors are multiplied
+in float32: the same results but for the order of sums, at the speed of float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("fp32", "bf16")
+_BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
+        for line in info:
+            if line.startswith(("flags", "Features")):
+                return not _BF16_FEATURES.isdisjoint(line.split())
+    return False
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products of matrices whose elements are stored in ``storage``.
+
+    :param emulated: multiply bfloat16 in float32.
+    """
+
+    storage: torch.dtype
+    emulated: bool = False
+
+    @classmethod
+    def of(cls, precision: str, like: Tensor) -> Products:
+        """For tensors such as ``like``; float64 is never narrowed."""
+        if precision == "fp32" or like.dtype == torch.float64:
+            return cls(like.dtype)
+        return cls(torch.bfloat16, emulated=like.device.type == "cpu" and not cpu_multiplies_bf16())
+
+    def operand(self, values: Tensor) -> Tensor:
+        """``values`` as they go into a product once."""
+        return values.to(self.storage)
+
+    def weight(self, values: Tensor) -> Tensor:
+        """``values`` as they go into many products."""
+        rounded = values.to(self.storage)
+        return rounded.float() if self.emulated else rounded
+
+    def into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """``out`` = first @ second, rounded to the storage."""
+        if self.emulated:
+            return out.copy_(torch.mm(first.float(), second.float()))
+        return torch.mm(first, second, out=out)
+
+    def add_into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """``out`` += first @ second, rounded to the storage of ``out`` once."""
+        if self.emulated:
+            return out.add_(torch.mm(first.float(), second.float()))
+        if out.dtype != first.dtype:
+            return out.add_(torch.mm(first, second))
+        return out.addmm_(first, second)
+
+    def new(self, first: Tensor, second: Tensor) -> Tensor:
+        """first @ second in the storage dtype."""
+        return self.into(first.new_empty(first.shape[0], second.shape[1], dtype=self.storage), first, second)

@@ -1,0 +1,203 @@
+"""The folder of a run: made new, replaced, or gone on with from a checkpoint that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from lapse_elmo import checkpoint
+from lapse_elmo.checkpoint import Manifest
+from lapse_elmo.config.cli import as_tables
+from lapse_elmo.config.training import Config
+from lapse_elmo.corpus.files import write_whole
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.cursor import SavedCursor
+from lapse_elmo.errors import CheckpointError, OutputError
+from lapse_elmo.metrics.run_log import EVENTS, METRICS
+from lapse_elmo.metrics.versions import versions
+from lapse_elmo.world import World
+
+# What must be as it was for a run to go on: it decides the shapes of the parameters, or what they mean.
+_FIXED = {
+    "data": ("boundaries",), "model": ("projection_size", "cell_size", "num_layers", "context"),
+    "optimizer": ("optimizer",), "training": ("dense",),
+}
+# What may change without a word: where things are, how long to train, how fast.
+_FREE = {
+    "data": ("shards", "vocab", "heldout"), "model": ("preset", "lstm"),
+    "training": ("epochs", "max_steps", "max_minutes", "patience"),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads."""
+
+    vocabulary: Vocabulary
+    train: ShardSet
+    heldout: ShardSet
+
+    def names(self) -> dict[str, str]:
+        """By what the shards are for, what names the set."""
+        return {"training": self.train.set_sha256, "held-out": self.heldout.set_sha256}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at a checkpoint, or (all empty) at the beginning.
+
+    :ivar notes: what the user should know about it.
+    """
+
+    path: Path | None = None
+    manifest: Manifest = field(default_factory=dict)
+    cursor: SavedCursor | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.cursor.progress.step if self.cursor else 0
+
+
+def name_run(config: Config, world: World) -> Config:
+    """The config with a folder for the run where none was given: that of --resume, or one named by the time."""
+    if config.run.run_dir:
+        return config
+    if config.run.resume in ("auto", "never"):
+        folder = world.bcast(time.strftime("runs/%Y%m%d-%H%M%S"))
+    else:
+        folder = str(world.agree(lambda: checkpoint.find(Path(config.run.resume))).parent.parent)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=folder))
+
+
+def find_start(config: Config, corpus: Corpus, world: World) -> Start:
+    """Collective: the checkpoint to go on from, whole and fit for this run, as --resume and --overwrite want it.
+
+    :raises CheckpointError: if one was asked for, or is there, that cannot serve.
+    """
+    run, run_dir = config.run, Path(config.run.run_dir)
+    if run.resume == "never" or (run.resume == "auto" and run.overwrite):
+        return Start()
+    notes: list[str] = []
+    if run.resume == "auto":
+        found = world.agree(lambda: [p for p in checkpoint.candidates(run_dir) if p.is_dir()])
+        chosen = _newest_whole(found, notes, world)
+        if found and chosen is None:
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints of {run_dir} is whole ({'; '.join(notes)}): give --overwrite to "
+                "start anew"
+            ).on_every_rank()
+    else:
+        path = world.agree(lambda: checkpoint.find(Path(run.resume)))
+        world.agree(lambda: _refuse_later(path, run_dir, run.overwrite))
+        chosen = path, _verified(path, world)
+    if chosen is None:
+        return Start()
+    path, manifest = chosen
+    changed = world.agree(lambda: require_same(path, manifest, config, corpus))
+    notes += [f"other options than before: {', '.join(changed)}"] if changed else []
+    return Start(path, manifest, world.together(lambda: checkpoint.saved_cursor(path, manifest)), tuple(notes))
+
+
+def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Path, Manifest] | None:
+    """The first of ``found`` that is whole; ``notes`` gets a line for each one that is not."""
+    for path in found:
+        try:
+            return path, _verified(path, world)
+        except CheckpointError as error:
+            notes.append(f"skipped {path.name}: {error}")
+    return None
+
+
+def _verified(path: Path, world: World) -> Manifest:
+    """Collective: the manifest of a checkpoint that is whole; the ranks share the reading of its files."""
+    manifest = world.agree(lambda: checkpoint.read_manifest(path))
+    world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
+    return manifest
+
+
+def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
+    """Going on from an older checkpoint in its own folder would lose the later ones."""
+    if path.parent.parent != run_dir.resolve() or overwrite:
+        return
+    later = [other.name for other in checkpoint.candidates(run_dir) if other.name > path.name]
+    if later:
+        raise CheckpointError(
+            f"{run_dir} has checkpoints after {path.name}, the newest is {later[0]}: give another --run-dir to go on "
+            "from the older one there, or --overwrite to lose what came after it"
+        )
+
+
+def require_same(path: Path, manifest: Manifest, config: Config, corpus: Corpus) -> list[str]:
+    """Refuse to go on from ``path`` as another model or on another corpus; the options that differ otherwise.
+
+    :raises CheckpointError: naming every difference.
+    """
+    checkpoint.require_vocabulary(manifest, corpus.vocabulary, path)
+    saved, now = as_tables(checkpoint.config_of(manifest, path)), as_tables(config)
+    refused = _differences(saved, now, _FIXED)
+    for kind, name in corpus.names().items():
+        if manifest["corpus"][kind] != name:
+            refused.append(f"other {kind} shards (set {manifest['corpus'][kind][:16]}..., now {name[:16]}...)")
+    if refused:
+        raise CheckpointError(
+            f"cannot go on from {path}: it was trained with {', '.join(refused)}; give the same, or another --run-dir"
+        )
+    groups = ("data", "model", "softmax", "optimizer", "training")
+    others = {
+        group: tuple(
+            name for name in {**saved[group], **now[group]}
+            if name not in (*_FIXED.get(group, ()), *_FREE.get(group, ()))
+        )
+        for group in groups
+    }
+    return _differences(saved, now, others)
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tuple[str, ...]]) -> list[str]:
+    """``--option OLD, now NEW`` for each of the named options that differs."""
+    return [
+        f"--{name.replace('_', '-')} {saved[group].get(name)} (now {now[group].get(name)})"
+        for group, members in names.items() for name in members
+        if saved[group].get(name) != now[group].get(name)
+    ]
+
+
+def prepare(run_dir: Path, config: Config, start: Start) -> None:
+    """Make the folder of a run, with its resolved config, versions and vocabulary, or ready it for going on.
+
+    :raises OutputError: if there is a run already that may be neither gone on with nor overwritten, or the folder
+        cannot be written.
+    """
+    here = start.path is not None and start.path.parent.parent.resolve() == run_dir.resolve()
+    holds_run = bool(checkpoint.candidates(run_dir)) or (run_dir / METRICS).exists()
+    may_replace = config.run.overwrite or (config.run.resume == "auto" and not checkpoint.candidates(run_dir))
+    if holds_run and not here and not may_replace:
+        raise OutputError(
+            f"{run_dir} holds a run already: choose another --run-dir, give --resume auto to go on with it, or "
+            "--overwrite to replace it"
+        )
+    try:
+        vocabulary = Path(config.data.vocab).read_bytes()  # perhaps that of the run which is replaced
+        if here:
+            assert start.path is not None
+            later = {path for path in checkpoint.candidates(run_dir) if path.name > start.path.name}
+            checkpoint.clear(run_dir, set(checkpoint.candidates(run_dir)) - later)
+        else:
+            checkpoint.clear(run_dir, set())
+            shutil.rmtree(run_dir / EVENTS, ignore_errors=True)
+            for name in (METRICS, checkpoint.BEST):
+                (run_dir / name).unlink(missing_ok=True)
+        (run_dir / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / "config.toml", tomli_w.dumps(as_tables(config)).encode(), overwrite=True)
+        write_whole(run_dir / "versions.toml", tomli_w.dumps(versions()).encode(), overwrite=True)
+        write_whole(run_dir / "vocab.txt", vocabulary, overwrite=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}; choose another") from None

@@ -1,0 +1,170 @@
+"""The compiled row-wise parts against their twins in torch, in every storage dtype; NaN stays NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lapse_elmo import native
+from lapse_elmo.model.pointwise import SOURCE, NativePointwise, Pointwise, TorchPointwise, pointwise, wide_dtype
+
+STORAGES = [torch.float32, torch.float64, torch.bfloat16]
+# bfloat16 is rounded once by both; near a tie they may differ by a unit in the last of its 8 places.
+CLOSE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 2e-6, "atol": 1e-6},
+    torch.float64: {"rtol": 1e-13, "atol": 1e-13},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 1e-6},
+}
+ROWS, CELLS = 7, 37  # no multiple of a vector's width
+
+
+@pytest.fixture
+def compiled() -> Callable[[torch.dtype], Pointwise]:
+    if native.load(SOURCE) is None:
+        pytest.skip(native.problem(SOURCE))
+
+    def of(storage: torch.dtype) -> Pointwise:
+        found = pointwise(torch.empty(0, dtype=storage))
+        assert isinstance(found, NativePointwise)
+        return found
+
+    return of
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def both(
+    call: Callable[[Pointwise, list[Tensor]], None], compiled: Pointwise, tensors: list[Tensor],
+    close: dict[str, Any] | None = None,
+) -> None:
+    """``call`` by both kinds on copies of ``tensors`` leaves the same in them."""
+    results = []
+    for kind in (compiled, TorchPointwise()):
+        mine = [tensor.clone() for tensor in tensors]
+        call(kind, mine)
+        results.append(mine)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **(close or CLOSE[ours.dtype]), equal_nan=True)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("clip", [0.3, math.inf])
+@pytest.mark.parametrize("first", [False, True])
+def test_lstm_step(compiled: Callable, storage: torch.dtype, clip: float, first: bool) -> None:
+    wide = wide_dtype(storage)
+    gates = random(ROWS, 4 * CELLS, seed=1, dtype=storage, scale=4.0)
+    bias, earlier = random(4 * CELLS, seed=2, dtype=wide), random(ROWS + 2, CELLS, seed=3, dtype=wide)
+    cells, exposed = torch.zeros(ROWS, CELLS, dtype=wide), torch.zeros(ROWS, CELLS, dtype=storage)
+    before = None if first else earlier
+
+    def advance(kind: Pointwise, t: list[Tensor]) -> None:
+        kind.advance(t[0], bias, before, t[1], t[2], clip)
+
+    both(advance, compiled(storage), [gates, cells, exposed])
+    start = [gates, cells, exposed]
+    advance(TorchPointwise(), start)
+    d_exposed, d_cells = random(ROWS, CELLS, seed=4, dtype=storage), random(ROWS, CELLS, seed=5, dtype=wide)
+
+    def retreat(kind: Pointwise, t: list[Tensor]) -> None:
+        shown = t[1] if storage == wide else t[2]
+        kind.retreat(t[0], before, t[1], shown, t[3].clone(), t[4], clip)
+
+    both(retreat, compiled(storage), [*start, d_exposed, d_cells])
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("clip", [0.5, math.inf])
+@pytest.mark.parametrize("masked", [False, True])
+def test_limit_and_carry(compiled: Callable, storage: torch.dtype, clip: float, masked: bool) -> None:
+    wide = wide_dtype(storage)
+    hidden = random(ROWS, CELLS, seed=1, dtype=storage)
+    drawn = random(ROWS + 3, CELLS, seed=2, dtype=wide)
+    mask = (drawn > 0).to(wide).div_(0.7) if masked else None
+    both(lambda kind, t: kind.limit(t[0], mask, clip), compiled(storage), [hidden])
+    TorchPointwise().limit(hidden, mask, clip)
+    upstream, later = random(ROWS, CELLS, seed=3, dtype=storage), random(ROWS + 1, CELLS, seed=4, dtype=storage)
+    both(lambda kind, t: kind.carry(t[0], later, hidden, mask, clip), compiled(storage), [upstream])
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("num_samples", [0, 1, 1500])
+def test_softmax_rows(compiled: Callable, storage: torch.dtype, num_samples: int) -> None:
+    wide = wide_dtype(storage)
+    logits = random(ROWS, num_samples, seed=1, dtype=storage, scale=5.0)
+    logits[:, ::3] = -math.inf
+    offset, target = random(num_samples, seed=2, dtype=wide), random(ROWS, seed=3, dtype=wide, scale=5.0)
+    target[0] = 500.0  # all odds of the samples vanish
+    outputs = [torch.zeros(ROWS, dtype=wide) for _ in range(3)]
+    both(
+        lambda kind, t: kind.softmax_rows(t[0], offset, target, *t[1:]), compiled(storage),
+        [logits, *outputs, random(num_samples, seed=4, dtype=wide)], CLOSE[storage],
+    )
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float64], ids=str)
+def test_softmax_totals(compiled: Callable, storage: torch.dtype) -> None:
+    logits, bias = random(ROWS, 700, seed=1, dtype=storage, scale=30.0), random(700, seed=2, dtype=storage)
+    largest, total = torch.full((ROWS,), -math.inf, dtype=storage), torch.zeros(ROWS, dtype=torch.float64)
+
+    def call(kind: Pointwise, t: list[Tensor]) -> None:
+        for part in (slice(0, 100), slice(100, 400), slice(400, 700)):
+            kind.softmax_totals(logits[:, part].contiguous(), bias[part].contiguous(), t[0], t[1])
+
+    both(call, compiled(storage), [largest, total])
+    call(compiled(storage), [largest, total])
+    torch.testing.assert_close(
+        largest.double() + total.log(), torch.logsumexp((logits + bias).double(), 1), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_exponentials_are_exact_to_the_last_places(compiled: Callable) -> None:
+    """Through the only doors that there are: the softmax's odds, the gates and the exposed cell."""
+    x = torch.cat([torch.linspace(-104.0, 0.0, 400_001), torch.linspace(-1e-3, 0.0, 4_001)])
+    odds, out = x[None].clone(), [torch.empty(1) for _ in range(3)]
+    compiled(torch.float32).softmax_rows(odds, torch.zeros_like(x), torch.zeros(1), *out, torch.zeros_like(x))
+    exact = x.double().exp()
+    normal = exact > 2e-38
+    assert float((odds[0].double() / exact - 1)[normal].abs().max()) < 2e-7
+    assert not odds[0][x < -87.4].any()
+    x = torch.cat([torch.linspace(-20.0, 20.0, 400_001), torch.linspace(-0.01, 0.01, 4_001)])
+    gates = torch.cat([x, x, x, x])[None].clone()
+    cells, exposed = torch.empty(1, len(x)), torch.empty(1, len(x))
+    compiled(torch.float32).advance(gates, torch.zeros(4 * len(x)), None, cells, exposed, math.inf)
+    i, _, g, _ = gates[0].double().chunk(4)
+    assert float((i / x.double().sigmoid() - 1).abs().max()) < 4e-7
+    tanh = x.double().tanh()
+    assert float(((g - tanh) / tanh.abs().clamp(min=1e-30)).abs().max()) < 4e-7
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_nan_passes_through(compiled: Callable, storage: torch.dtype) -> None:
+    """A model that has diverged must be seen to: no clip, maximum or mask may hide it."""
+    wide, kernels = wide_dtype(storage), compiled(storage)
+    nan = torch.full((1, 5), math.nan)
+    gates, cells, exposed = torch.zeros(1, 20), torch.empty(1, 5, dtype=wide), torch.empty(1, 5, dtype=storage)
+    gates[:, :5] = math.nan
+    gates = gates.to(storage)
+    kernels.advance(gates, torch.zeros(20, dtype=wide), None, cells, exposed, 3.0)
+    assert cells.isnan().all() and exposed.isnan().all()
+    d_cells = torch.zeros(1, 5, dtype=wide)
+    kernels.retreat(gates, None, cells, exposed, torch.ones(1, 5, dtype=storage), d_cells, 3.0)
+    assert gates[:, :5].isnan().all() and d_cells.isnan().all()
+    hidden = nan.to(storage)
+    kernels.limit(hidden, None, 3.0)
+    assert hidden.isnan().all()
+    upstream = torch.ones(1, 5, dtype=storage)
+    kernels.carry(upstream, nan.to(storage), torch.zeros(1, 5, dtype=storage), None, 3.0)
+    assert upstream.isnan().all()
+    outputs = [torch.empty(2, dtype=wide) for _ in range(3)]
+    logits = torch.zeros(2, 9, dtype=storage)
+    logits[0, 4] = math.nan
+    zeros = torch.zeros(9, dtype=wide)
+    kernels.softmax_rows(logits, zeros, torch.tensor([0.0, math.nan], dtype=wide), *outputs, zeros.clone())
+    assert outputs[0].isnan().all()

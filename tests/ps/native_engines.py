@@ -1,0 +1,35 @@
+"""The native packages as engines of the contract suite, where they are installed, and what cannot hold for them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from lapse_elmo.ps.api import ParameterServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.world import World
+
+# By (package, check): why it is not asked of the package.
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+class OnOneNode:
+    """All servers of the suite on the one node that a process can start; it ends with the process."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self._node: Any = None
+
+    def __call__(self, world: World, layout: Layout, *args: Any) -> ParameterServer:
+        adapter = importlib.import_module(f"lapse_elmo.ps.{self.package}_package")
+        if self._node is None:
+            self._node = getattr(adapter, f"{self.package.title()}Node")(world, layout, "adaptive")
+        server: ParameterServer = getattr(adapter, f"{self.package.title()}Server")(
+            world, layout, *args, node=self._node
+        )
+        return server

@@ -1,0 +1,143 @@
+"""Ranks whose parameter server is played from outside, one call at a time: ``puppets.py ADDRESS NODES`` as an MPI job.
+
+Each rank connects to the Unix socket ADDRESS, says its number, and then does what it is sent: (method, arguments) of
+:class:`Puppet`, answered by the result. :class:`Stage` is the other end.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapse_elmo.ps.api import DONE, ParameterServer
+from lapse_elmo.ps.embedded import EmbeddedServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.sampling import Sampler
+from lapse_elmo.world import World, launch
+from tests import mpi
+
+ANSWER_S = 30  # far above what any call takes on a busy machine
+
+
+class Puppet:
+    """What a rank can be asked to do."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.server: ParameterServer
+        self._outs: dict[int, np.ndarray] = {}
+
+    def open(self, layout: Layout, sampled: tuple[str, Sampler] | None, technique: str) -> None:
+        self.server = EmbeddedServer(self.world, layout, sampled, technique=technique)
+
+    def call(self, verb: str, *arguments: Any) -> Any:
+        """A verb whose result is what it returns."""
+        return getattr(self.server, verb)(*arguments)
+
+    def pull(self, keys: np.ndarray, width: int) -> np.ndarray:
+        out = np.full((keys.size, width), np.nan, np.float32)
+        self.server.pull(keys, out)
+        return out
+
+    def begin_pull(self, keys: np.ndarray, width: int) -> tuple[int, np.ndarray | None]:
+        """The ticket and, where it is complete already, the rows."""
+        out = np.full((keys.size, width), np.nan, np.float32)
+        ticket = self.server.pull_async(keys, out)
+        if ticket == DONE:
+            return ticket, out
+        self._outs[ticket] = out
+        return ticket, None
+
+    def end_pull(self, ticket: int) -> np.ndarray:
+        self.server.wait(ticket)
+        return self._outs.pop(ticket)
+
+    def pull_sample(self, handle: int, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, out = np.empty(count, np.int64), np.full((count, width), np.nan, np.float32)
+        self.server.pull_sample(handle, keys, out)
+        return keys, out
+
+
+class Stage:
+    """A job of puppets, seen from the test; a context that ends it."""
+
+    def __init__(self, num_ranks: int, nodes: int) -> None:
+        self.num_ranks, self.nodes = num_ranks, nodes
+        self._folder = tempfile.mkdtemp(prefix="puppets-")  # a socket's path must be short
+        address = f"{self._folder}/socket"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(num_ranks)
+            listener.settimeout(ANSWER_S)
+            self._job = mpi.start(num_ranks, [Path(__file__), address, str(nodes)])
+            try:
+                connections = [Connection(listener.accept()[0].detach()) for _ in range(num_ranks)]
+                by_rank = {self._answer(connection): connection for connection in connections}
+            except BaseException:
+                self.close()
+                raise
+        self._connections = [by_rank[rank] for rank in range(num_ranks)]
+
+    def node_of(self, rank: int) -> int:
+        return rank * self.nodes // self.num_ranks
+
+    def on(self, rank: int, method: str, *arguments: Any) -> Any:
+        """Let one rank do something; its result."""
+        self._connections[rank].send((method, arguments))
+        return self._answer(self._connections[rank])
+
+    def on_all(self, method: str, *arguments: Any) -> list[Any]:
+        """Let all ranks do the same thing together; the results, by rank."""
+        for connection in self._connections:
+            connection.send((method, arguments))
+        return [self._answer(connection) for connection in self._connections]
+
+    def each(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """Let all ranks do the same thing together with arguments of their own."""
+        for connection, own in zip(self._connections, arguments, strict=True):
+            connection.send((method, own))
+        return [self._answer(connection) for connection in self._connections]
+
+    def _answer(self, connection: Connection) -> Any:
+        try:
+            if connection.poll(ANSWER_S):
+                return connection.recv()
+            problem = f"no answer after {ANSWER_S} s"
+        except (EOFError, OSError) as error:
+            problem = f"the ranks are gone ({error!r})"
+        raise AssertionError(f"{problem}; the job says:\n" + "\n".join(self._job.text()))
+
+    def close(self) -> None:
+        self._job.close()
+        shutil.rmtree(self._folder)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def main(argv: list[str], join: Callable[[], World]) -> None:
+    address, nodes = argv
+    world = join()
+    if int(nodes) > 1:
+        world.split(int(nodes))
+    puppet = Puppet(world)
+    with Client(address) as connection:
+        connection.send(world.rank)
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(puppet, method)(*arguments))
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:], prog="puppets.py")

@@ -1,0 +1,304 @@
+"""A run that is stopped and goes on is the run that was not stopped; a run of other ranks trains each sentence once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lapse_elmo import checkpoint, step
+from lapse_elmo.batches import Batch
+from lapse_elmo.config.training import parse_train
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.cursor import Cursor, SavedCursor
+from lapse_elmo.errors import CheckpointError
+from lapse_elmo.signals import RESUMABLE
+from lapse_elmo.world import World, solo
+from tests import mpi
+from tests.training.corpora import (
+    TINY,
+    Prepared,
+    assert_same_run,
+    checkpoints,
+    prepare,
+    random_sentences,
+    records,
+    train_alone,
+    train_job,
+)
+
+LIMIT_S = 90
+OPTIONS = ("--sync", "--epochs", "2", "--batch-size", "8", "--report-every", "3", "--save-every-steps", "5")
+
+
+def wait_until(reached: Callable[[], bool], job: mpi.RunningJob) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not reached():
+        assert job.running() and time.monotonic() < deadline, job.text()
+        time.sleep(0.01)
+
+
+def has_checkpoint(run_dir: Path, step: int) -> Callable[[], bool]:
+    return lambda: bool(checkpoint.candidates(run_dir)) and int(checkpoint.candidates(run_dir)[0].name[5:]) >= step
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, 26 steps."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        assert job.wait(LIMIT_S).returncode == 0
+    return run_dir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("receiver", ["mpirun", "rank"])
+def test_a_signal_saves_and_the_run_goes_on(
+    small: Prepared, undisturbed: Path, tmp_path: Path, number: signal.Signals, receiver: str
+) -> None:
+    run_dir = tmp_path / "run"
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        wait_until(has_checkpoint(run_dir, 5), job)
+        os.kill(job.pid if receiver == "mpirun" else job.rank_pids()[-1], number)
+        ended = job.wait(30)
+    assert ended.returncode == RESUMABLE, ended.output
+    assert not ended.survivors
+    manifest = checkpoint.read_manifest(checkpoints(run_dir)[-1])
+    assert 5 <= manifest["step"] < 26 and len(checkpoints(run_dir)) <= 3
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        ended = job.wait(LIMIT_S)
+    assert ended.returncode == 0, ended.output
+    assert_same_run(undisturbed, run_dir)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_run_goes_on(small: Prepared, undisturbed: Path, tmp_path: Path, rank: int) -> None:
+    run_dir = tmp_path / "run"
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        wait_until(has_checkpoint(run_dir, 10), job)
+        os.kill(sorted(job.rank_pids())[rank], signal.SIGKILL)
+        ended = job.wait(30)
+    assert ended.returncode not in (0, 2, RESUMABLE) and not ended.survivors, ended.output
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        ended = job.wait(LIMIT_S)
+    assert ended.returncode == 0, ended.output
+    assert_same_run(undisturbed, run_dir)
+
+
+def test_a_second_interrupt_stops_at_once(small: Prepared, tmp_path: Path) -> None:
+    """The first one cannot be heeded: the other rank is stopped and never comes to the step at which they agree."""
+    run_dir = tmp_path / "run"
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        wait_until(has_checkpoint(run_dir, 5), job)
+        stopped, interrupted = job.rank_pids()
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(interrupted, signal.SIGINT)
+        time.sleep(1)
+        assert job.running()
+        os.kill(interrupted, signal.SIGINT)
+        ended = job.wait(10)
+    assert ended.returncode not in (0, RESUMABLE), ended.output
+    assert not ended.survivors
+
+
+def test_a_complete_run_has_nothing_left_to_do(small: Prepared, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+    before = [path.stat().st_mtime_ns for path in checkpoints(run_dir)]
+    with train_job(2, small, run_dir, *OPTIONS) as job:
+        assert job.wait(LIMIT_S).returncode == 0
+    assert [path.stat().st_mtime_ns for path in checkpoints(run_dir)] == before
+    assert_same_run(undisturbed, run_dir)
+
+
+class Recorded:
+    """Notes the sentences of every batch that is trained in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sentences: list[int] = []
+        trained = Cursor.trained
+
+        def note(cursor: Cursor, batch: Batch) -> bool:
+            self.sentences += batch.sentences.tolist()
+            return trained(cursor, batch)
+
+        monkeypatch.setattr(Cursor, "trained", note)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_another_number_of_ranks_trains_what_is_left(
+    small: Prepared, tmp_path: Path, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    with train_job(num_ranks, small, run_dir, *OPTIONS, "--max-steps", "5") as job:
+        assert job.wait(LIMIT_S).returncode == 0
+    trained = records(run_dir, "epoch")[0]["train/epoch_tokens"]
+    recorded = Recorded(monkeypatch)
+    train_alone(small, run_dir, *OPTIONS, "--epochs", "1")
+    lengths = np.array([len(sentence.split()) for sentence in small.train])
+    assert len(set(recorded.sentences)) == len(recorded.sentences) == 203 - num_ranks * 5 * 8
+    assert lengths[recorded.sentences].sum() == lengths.sum() - trained
+    (_, epoch) = records(run_dir, "epoch")
+    assert epoch["train/epoch_tokens"] == lengths.sum()
+    assert epoch["step"] == 5 + -(-len(recorded.sentences) // 8)
+
+
+class Ranks(World):
+    """One of several ranks that are played one after another, all of whom would say the same."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def allgather(self, obj: object) -> list:
+        return [obj] * self.size
+
+
+def play(config_options: Sequence[str], sizes: Sequence[tuple[int, int]], shards: ShardSet) -> list[list[int]]:
+    """Sentences trained by each of several worlds, given as (size, steps), that go on from each other in an epoch."""
+    config = parse_train(config_options)
+    saved: SavedCursor | None = None
+    trained: list[list[int]] = []
+    for size, steps in sizes:
+        cursors = [Cursor(config, Ranks(rank, size), shards, saved) for rank in range(size)]
+        trained.append([])
+        for cursor in cursors:
+            for batch, _ in zip(cursor.batches(), range(steps), strict=False):
+                cursor.trained(batch)
+                trained[-1] += batch.sentences.tolist()
+        both = [pair for cursor in cursors if (pair := cursor.sentences()) is not None]
+        saved = SavedCursor(cursors[0].progress, [part for part, _ in both], [left for _, left in both])
+    return trained
+
+
+TO_THE_END = 10**6
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(2, 70), (2, 3), (3, 20), (3, 0), (1, 5), (5, TO_THE_END)], [(1, 3), (4, 1), (4, 66), (2, TO_THE_END)],
+        [(3, 125), (16, TO_THE_END)],
+    ],
+)
+def test_each_sentence_once_through_many_changes(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    corpus = prepare(tmp_path, random_sentences(4, 1501, 20, (1, 9)), ["w00 w01"])
+    with ShardSet.open(corpus.shards) as shards:
+        trained = play([*corpus.options, *TINY, "--batch-size", "4", "--epochs", "1"], sizes, shards)
+    assert sorted(number for world in trained for number in world) == list(range(1501))
+
+
+def test_the_same_ranks_take_the_same_batches(tmp_path: Path) -> None:
+    corpus = prepare(tmp_path, random_sentences(4, 1501, 20, (1, 9)), ["w00 w01"])
+    options = [*corpus.options, *TINY, "--batch-size", "4", "--epochs", "1"]
+    with ShardSet.open(corpus.shards) as shards:
+        (whole,) = play(options, [(2, 100)], shards)
+        first, second, third = play(options, [(2, 64), (2, 1), (2, 35)], shards)
+    halves = [first[:256] + second[:4] + third[:140], first[256:] + second[4:] + third[140:]]
+    assert whole == halves[0] + halves[1]
+
+
+def test_damaged_checkpoints_are_skipped(
+    small: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train_alone(small, tmp_path / "run", *OPTIONS, "--max-steps", "16")
+    reference = shutil.copytree(run_dir, tmp_path / "reference", symlinks=True)
+    older, newest = checkpoints(run_dir)[-2:]
+    assert (older.name, newest.name) == ("step-00000015", "step-00000016")
+    data = bytearray((newest / "dense.h5").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "dense.h5").write_bytes(data)
+    capfd.readouterr()
+    train_alone(small, run_dir, *OPTIONS, "--max-steps", "16", "--progress", "lines")
+    said = capfd.readouterr().err
+    assert "skipped step-00000016" in said and "dense.h5 is damaged" in said and "step-00000015" in said
+    assert_same_run(reference, run_dir)
+
+
+def test_nothing_whole_is_refused(small: Prepared, tmp_path: Path) -> None:
+    run_dir = train_alone(small, tmp_path / "run", *OPTIONS, "--max-steps", "2")
+    for path in checkpoints(run_dir):
+        (path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* is whole .*--overwrite"):
+        train_alone(small, run_dir, *OPTIONS, "--max-steps", "4")
+    train_alone(small, run_dir, *OPTIONS, "--max-steps", "4", "--overwrite")
+    assert [path.name for path in checkpoints(run_dir)] == ["step-00000004"]
+
+
+def test_another_model_is_refused(small: Prepared, tmp_path: Path) -> None:
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1")
+    other = prepare(tmp_path / "other", random_sentences(8, 60, 20, (3, 5)), random_sentences(9, 5, 20, (3, 5)))
+    text = prepare(tmp_path / "text", small.train[1:], small.heldout)
+    shutil.copy(small.vocab, text.vocab)
+    refused = {
+        r"--cell-size 32 \(now 64\)": ["--cell-size", "64"],
+        r"--num-layers 2 \(now 1\), --optimizer adagrad \(now sgd\)": ["--num-layers", "1", "--optimizer", "sgd"],
+        r"--no-boundaries|--boundaries True \(now False\)": ["--no-boundaries"],
+        r"vocabulary of SHA-256 .*43 classes": other.options,
+        r"other training shards \(set [0-9a-f]{16}": ["--shards", str(text.shards)],
+    }
+    for says, options in refused.items():
+        with pytest.raises(CheckpointError, match=says):
+            train_alone(small, run_dir, "--max-steps", "2", *options)
+    assert len(records(run_dir, "epoch")) == 1
+
+
+def test_other_options_are_told(small: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1")
+    capfd.readouterr()
+    train_alone(small, run_dir, "--max-steps", "2", "--learning-rate", "0.1", "--progress", "lines")
+    assert "other options than before: --learning-rate 0.2 (now 0.1)\n" in capfd.readouterr().err
+
+
+def test_from_an_older_checkpoint(small: Prepared, tmp_path: Path) -> None:
+    run_dir = train_alone(small, tmp_path / "run", *OPTIONS, "--max-steps", "11")
+    reference = shutil.copytree(run_dir, tmp_path / "reference", symlinks=True)
+    older = checkpoints(run_dir)[-2]
+    assert older.name == "step-00000010"
+    with pytest.raises(CheckpointError, match=r"has checkpoints after step-00000010.*--run-dir"):
+        train_alone(small, run_dir, *OPTIONS, "--max-steps", "11", "--resume", str(older))
+    fork = train_alone(small, tmp_path / "fork", *OPTIONS, "--max-steps", "11", "--resume", str(older))
+    assert [path.name for path in checkpoints(fork)] == ["step-00000011"]
+    train_alone(small, run_dir, *OPTIONS, "--max-steps", "11", "--resume", str(older), "--overwrite")
+    assert_same_run(reference, run_dir)
+
+
+def test_an_evaluation_that_a_signal_put_off(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes during the last step of the first epoch."""
+    whole = train_alone(small, tmp_path / "whole", *OPTIONS)
+    once = step.TrainingStep.__call__
+
+    def interrupted(self: step.TrainingStep, announced: step.AnnouncedBatch, number: int) -> step.StepResult:
+        if number == 26:
+            signal.raise_signal(signal.SIGUSR1)
+        return once(self, announced, number)
+
+    monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
+    run_dir = train_alone(small, tmp_path / "run", *OPTIONS)
+    assert json.loads((checkpoints(run_dir)[-1] / "manifest.json").read_text())["state"]["evaluation_due"]
+    assert not records(run_dir, "epoch")
+    monkeypatch.undo()
+    train_alone(small, run_dir, *OPTIONS)
+    assert_same_run(whole, run_dir)
+
+
+def test_minutes_count_over_all_parts(small: Prepared, tmp_path: Path) -> None:
+    options = ("--epochs", "1000", "--batch-size", "64", "--max-minutes", "0.02")
+    run_dir = train_alone(small, tmp_path / "run", *options)
+    steps = [line["step"] for line in records(run_dir)]
+    train_alone(small, run_dir, *options)
+    assert [line["step"] for line in records(run_dir)] == steps
+
+
+def test_solo_world_needs_no_saved_cursor(small: Prepared) -> None:
+    with ShardSet.open(small.shards) as shards:
+        cursor = Cursor(parse_train([*small.options, *TINY]), solo(), shards)
+    assert cursor.sentences() is None and cursor.exact and not cursor.finished
