@@ -6,8 +6,12 @@ So that ``bin/train`` works without activating anything, also below ``mpirun``: 
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
+
+# A warning that Slurm sends while torch is still being imported would end the rank: it waits for lapse_elmo.world.enter.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 root = Path(__file__).resolve().parent.parent
 python = root / ".venv" / "bin" / "python"
