@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-# A warning that Slurm sends while torch is still being imported would end the rank: it waits for lapse_elmo.world.enter.
+# Slurm's warning would end a rank that is still importing torch: it waits until lapse_elmo.world.enter lets it through.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 root = Path(__file__).resolve().parent.parent

@@ -52,6 +52,10 @@ def test_usable_cores_follow_the_allocation(monkeypatch: pytest.MonkeyPatch, all
     assert usable_cores(range(8)) == expected
 
 
+def slurm(cores: int, node: int, tasks: str) -> dict[str, str]:
+    return {"SLURM_CPUS_ON_NODE": str(cores), "SLURM_NODEID": str(node), "SLURM_STEP_TASKS_PER_NODE": tasks}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -59,10 +63,10 @@ def test_usable_cores_follow_the_allocation(monkeypatch: pytest.MonkeyPatch, all
         ({"MPI_LOCALNRANKS": "4"}, False),
         ({"MPI_LOCALNRANKS": "5"}, True),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "5"}, True),
-        ({"SLURM_CPUS_ON_NODE": "6", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "6(x2),7"}, False),
-        ({"SLURM_CPUS_ON_NODE": "6", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "6(x2),7"}, True),
-        ({"SLURM_CPUS_ON_NODE": "99", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "9"}, True),
-        ({"SLURM_CPUS_ON_NODE": "6", "MPI_LOCALNRANKS": "7", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}, True),
+        (slurm(6, 1, "6(x2),7"), False),
+        (slurm(6, 2, "6(x2),7"), True),
+        (slurm(99, 0, "9"), True),
+        ({**slurm(6, 0, "1"), "MPI_LOCALNRANKS": "7"}, True),
     ],
 )
 def test_crowded(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from lapse_elmo import world as world_module
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.world import launch, launcher_rank_and_size, solo
 from tests import collective, world_program

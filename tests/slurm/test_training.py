@@ -83,7 +83,7 @@ def test_two_nodes_train(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> 
 @pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_fails_the_job(rank: int, cluster: Cluster, corpus: Prepared, tmp_path: Path) -> None:
-    number = cluster.submit(*TWO_NODES, TRAIN, *options(corpus, tmp_path / "run"), "--epochs", "1000000")
+    number = cluster.submit(*TWO_NODES, TRAIN, *options(corpus, tmp_path / "run"), "--epochs", "100000")
     until(lambda: trained(tmp_path / "run"), cluster, number)
     os.kill(cluster.ranks(number)[rank], signal.SIGKILL)
     job = cluster.wait(number, END_S)
