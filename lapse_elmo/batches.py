@@ -13,7 +13,7 @@ that place (benchmarks/learning.md).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -214,7 +214,7 @@ def evaluation_batches(
         yield make_batch(*shards.read(numbers), numbers, max_length, boundaries)
 
 
-def read_ahead(source: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+def read_ahead(source: Iterator[Batch], depth: int = 2) -> Generator[Batch, None, None]:
     """The batches of ``source``, of which a thread makes ``depth`` ahead while the caller computes."""
     done = object()
     with ThreadPoolExecutor(1, "batches") as reader:  # one thread: the order stays, and so do errors

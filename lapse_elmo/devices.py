@@ -62,19 +62,20 @@ class Uplink:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, rows: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring ``rows``, strided or not, which are free again at once; the result gives the copy.
+        """Begin to bring ``rows``, strided or not; the result gives them, contiguous, and perhaps the same on the CPU.
 
-        The copy is contiguous; work that is queued after it was taken waits for it on the device, not on the host.
+        With a GPU ``rows`` are free again at once, and work that is queued after they were taken waits on the device, not on the host.
         """
-        if self._stream is None:
+        stream = self._stream
+        if stream is None:
             return lambda: rows.to(self.device).contiguous()
         pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             copy = pinned.to(self.device, non_blocking=True)
 
         def take() -> Tensor:
             here = torch.cuda.current_stream(self.device)
-            here.wait_stream(self._stream)
+            here.wait_stream(stream)
             copy.record_stream(here)  # its memory, of the other stream, is not given away before this one is done
             return copy
 

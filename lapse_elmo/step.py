@@ -252,7 +252,7 @@ def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: to
     """
     device = embedding.device
     embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(device), embedding)
-    forward, backward = model(embedded, torch.from_numpy(batch.mask).to(device), dropout)
+    forward, backward = model(embedded, torch.from_numpy(batch.mask), dropout)
     size = forward.shape[-1]
     return torch.cat(
         [

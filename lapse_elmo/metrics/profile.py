@@ -71,7 +71,8 @@ def summary(events: Any) -> str:
         (name, f"{time / steps.count / 1e6:.4f}", f"{time / steps.cpu_time_total:.1%}", f"{count / steps.count:,.1f}")
         for name, time, count in rows[:30]
     ]
-    head = f"{steps.count} steps of {steps.cpu_time_total / steps.count / 1e6:.3f} s; time within each kind of work alone"
+    step_s = steps.cpu_time_total / steps.count / 1e6
+    head = f"{steps.count} steps of {step_s:.3f} s; time within each kind of work alone"
     return f"{head}\n\n{table([('work', 's a step', 'share', 'calls a step'), *lines])}"
 
 
