@@ -32,7 +32,7 @@ import torch
 from lapse_elmo import native
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import DONE, Array, ParameterServer
-from lapse_elmo.ps.layout import Layout, Segment
+from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
 from lapse_elmo.ps.memory import NodeMemory, require_room
 from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
@@ -162,7 +162,7 @@ class EmbeddedServer(ParameterServer):
         keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return
-        if np.unique(keys).size != keys.size:
+        if distinct(keys).size != keys.size:
             raise ServerError("keys should be distinct in a set")
         rows = keys - segment.first_key
         missing = self._rows[segment.name].set(rows, values.numpy())
@@ -179,7 +179,7 @@ class EmbeddedServer(ParameterServer):
         self.stats.localized_rows += keys.size
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return DONE
-        rows = np.unique(keys - segment.first_key)
+        rows = distinct(keys - segment.first_key)
         rows = rows[~self._rows[segment.name].present(rows)]
         if not rows.size:
             return DONE
@@ -193,7 +193,7 @@ class EmbeddedServer(ParameterServer):
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return
         self._send_home(Message.of(
-            Kind.INTENT, self._number[segment.name], self._world.rank, rows=np.unique(keys - segment.first_key),
+            Kind.INTENT, self._number[segment.name], self._world.rank, rows=distinct(keys - segment.first_key),
             worker=self._world.local_rank, start=start, end=end,
         ))
 
