@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapse_elmo import checkpoint
-from lapse_elmo.batches import Batch
+from lapse_elmo.batches import Batch, read_ahead
 from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train
@@ -23,7 +23,9 @@ from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
 from lapse_elmo.memory import check_memory
+from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
+from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import Corpus, Hold, Start, find_start, name_run, prepare
@@ -155,6 +157,7 @@ class Training:
         self.log = RunLog(
             self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
         )
+        self.server_meter = ServerMeter(parameters.server, world)
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
         self.start = start
@@ -164,21 +167,26 @@ class Training:
         plan = plan_lines(self.config, self.world, self.corpus, self.device, self.cursor, self.start)
         for line in (*plan, *memory):
             self.log.say(line)
+        for emulated in self.parameters.server.emulated:
+            self.log.say(f"--ps {self.config.server.ps}: {emulated}")
 
     def run(self) -> int:
         """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""
         every, cursor, state, log = self.config.run, self.cursor, self.state, self.log
         targets = mean_targets(self.config, self.world, self.corpus.train)
         step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
+        profile = StepProfile(self.run_dir, every.profile, self.world.rank)
         signalled = False
         with self.saver:
             if state.evaluation_due:
                 self.save(self.evaluate())
             over = cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience
-            source = look_ahead(iter(()) if over else cursor.batches(), step_once, self.config.training.lookahead)
+            made = read_ahead(iter(()) if over else cursor.batches())
+            source = look_ahead(made, step_once, self.config.training.lookahead)
             for announced in source:
                 log.epoch = cursor.epoch + 1
-                result = step_once(announced, cursor.step + 1)
+                with profile.of_step():
+                    result = step_once(announced, cursor.step + 1)
                 epoch_ended = cursor.trained(announced.batch)
                 state.add(result)
                 log.step(cursor.step, state.meter)
@@ -186,7 +194,8 @@ class Training:
                 signalled, over, save = (any(flag & name for flag in result.flags) for name in (SIGNAL, END, SAVE))
                 over = over or cursor.finished
                 if cursor.step % every.report_every == 0 or over:
-                    log.report(cursor.step, state.meter)
+                    served = self.server_meter.metrics(state.meter.num_steps)
+                    log.report(cursor.step, state.meter, served, self.server_meter.placement())
                     state.meter = Meter()
                 state.evaluation_due = epoch_ended or over
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
@@ -197,6 +206,7 @@ class Training:
                 if over or signalled:
                     break
             self.saver.finish()
+        profile.close()
         if signalled:
             log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()

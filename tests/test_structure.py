@@ -16,7 +16,7 @@ from tests.mpi import ROOT
 
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
-    ["errors", "native", "signals", "__init__"],
+    ["cores", "errors", "native", "signals", "__init__"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["devices", "batches", "tables"],
@@ -42,6 +42,9 @@ OWNERS = {
     "h5py": {"corpus", "checkpoint", "export", "embed"},
     "argparse": {"config"},
     "tensorboard": {"metrics"},
+    "matplotlib": {"report"},
+    "lapse": {"ps.lapse_package"},
+    "adapm": {"ps.adapm_package"},
 }
 BRIDGES = {"tables", "parameters"}  # the only ones that know both the server and the model
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
