@@ -91,8 +91,8 @@ class Bench:
 
     def run(self) -> None:
         server, values = self.server, self.values
-        self.bring()
         for alone, suffix in ((True, ""), (False, ", both")):
+            self.bring()
             before = server.stats.segments["rows"].remote_pulled_rows
             self.measure("local pull" + suffix, lambda keys: server.pull(keys, values), self.near(), alone=alone)
             assert server.stats.segments["rows"].remote_pulled_rows == before, "rows that were brought are not here"
