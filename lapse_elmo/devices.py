@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lapse_elmo import native
 from lapse_elmo.config.training import DeviceConfig, ModelConfig
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model.pointwise import SOURCE
 from lapse_elmo.model.products import cpu_multiplies_bf16
-from lapse_elmo.world import World, usable_cores
+from lapse_elmo.world import World
 
 _FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
 
@@ -41,7 +43,7 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
                 )
 
     world.together(check)
-    threads = config.threads or max(1, usable_cores() // world.host_size)
+    threads = config.threads or max(1, world.cores // world.host_size)
     torch.set_num_threads(threads)
     speed_up_float32()
     ids = config.device_ids or tuple(range(available))
@@ -50,6 +52,34 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
     device = torch.device("cuda", ids[world.host_rank % len(ids)])
     torch.cuda.set_device(device)
     return Device(device, threads)
+
+
+class Uplink:
+    """Brings rows from the host's memory to ``device``: on a GPU through pinned memory, on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring ``rows``, strided or not; the result gives them, contiguous, and perhaps the same on the CPU.
+
+        With a GPU ``rows`` are free again at once, and work that is queued after they were taken waits on the device, not on the host.
+        """
+        stream = self._stream
+        if stream is None:
+            return lambda: rows.to(self.device).contiguous()
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+        with torch.cuda.stream(stream):
+            copy = pinned.to(self.device, non_blocking=True)
+
+        def take() -> Tensor:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(stream)
+            copy.record_stream(here)  # its memory, of the other stream, is not given away before this one is done
+            return copy
+
+        return take
 
 
 def remarks(config: ModelConfig, device: torch.device) -> list[str]:
