@@ -230,6 +230,6 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
 @pytest.mark.parametrize("technique", ["adaptive", "relocation", "replication", "static"])
 def test_any_order_of_calls(stage: Stage, technique: str) -> None:
     run_state_machine_as_test(
-        partial(AnyOrderOfCalls, stage, technique),  # type: ignore[arg-type] (a factory serves as well)
+        partial(AnyOrderOfCalls, stage, technique),  # type: ignore[arg-type]
         settings=settings(max_examples=8, stateful_step_count=40, phases=[Phase.generate]),
     )
