@@ -79,7 +79,7 @@ class Moves:
         assert server.stats.segments["long"].remote_pulled_rows == before
 
     def intended_rows_become_local(self, server: ParameterServer) -> None:
-        """In time for the clocks they were announced for; those that others announce as well too, where it replicates."""
+        """In time for their clocks; where there are replicas also those that all ranks announce."""
         mine = np.arange(self.world.rank, 1000, self.world.size)
         shared = np.arange(4000, 4100) if self._replicates else mine
         server.intent(LAYOUT["long"].keys(mine), 3, 6)
@@ -150,7 +150,7 @@ class Moves:
             out = pulled(server, keys[some])
             assert (out == out[:, :1]).all(), "half a push was seen"
             server.advance_clock()
-        total = sum(self.world.allgather(expected))
+        total = np.sum(self.world.allgather(expected), 0)
         server.quiesce()
         np.testing.assert_array_equal(pulled(server, keys), np.repeat(total[:, None], 3, 1))
 
@@ -239,7 +239,7 @@ class Moves:
             pushed[keys - LAYOUT["sampled"].first_key] += 1
             server.advance_clock()
         server.quiesce()
-        total = sum(self.world.allgather(pushed))
+        total = np.sum(self.world.allgather(pushed), 0)
         np.testing.assert_array_equal(pulled(server, every_key("sampled")), np.repeat(total[:, None], 4, 1))
 
     def _rng(self) -> np.random.Generator:
