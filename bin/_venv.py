@@ -6,8 +6,12 @@ So that ``bin/train`` works without activating anything, also below ``mpirun``: 
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
+
+# Slurm's warning would end a rank that is still importing torch: it waits until lapse_elmo.world.enter lets it through.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 root = Path(__file__).resolve().parent.parent
 python = root / ".venv" / "bin" / "python"

@@ -13,7 +13,7 @@ from lapse_elmo.config.training import DeviceConfig, ModelConfig
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model.pointwise import SOURCE
 from lapse_elmo.model.products import cpu_multiplies_bf16
-from lapse_elmo.world import World, usable_cores
+from lapse_elmo.world import World
 
 _FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
 
@@ -43,7 +43,7 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
                 )
 
     world.together(check)
-    threads = config.threads or max(1, usable_cores() // world.host_size)
+    threads = config.threads or max(1, world.cores // world.host_size)
     torch.set_num_threads(threads)
     speed_up_float32()
     ids = config.device_ids or tuple(range(available))

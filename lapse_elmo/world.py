@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
+from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
-from lapse_elmo.signals import INTERRUPTED, USER_ERROR
+from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -38,22 +39,10 @@ _LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
-_LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _SPIN_S = 0.002  # how long a wait spins before it starts to sleep, when every rank has a core of its own
 _LONGEST_SLEEP_S = 0.001
 _ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
 _LAST_S = 0.5
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: its affinity, cut by the CPU quota of its cgroup."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def launcher_rank_and_size() -> tuple[int, int]:
@@ -69,7 +58,8 @@ class World:
 
     ``rank``, ``size``: this rank and the number of ranks. ``node``, ``num_nodes``: its node (the ranks that share
     memory with it), numbered by first rank. ``local_rank``, ``local_size``: its place in the node. ``leaders``: the
-    first rank of each node. ``host``: name; ``host_rank``, ``host_size``: its place among the ranks of its machine.
+    first rank of each node. ``host``: name; ``host_rank``, ``host_size``: its place among the ranks of its machine,
+    which have ``cores`` cores in all.
 
     :param nodes: split the ranks of each machine into so many nodes (0: they are one), to try several nodes on one.
     """
@@ -82,7 +72,7 @@ class World:
         self.node, self.local_rank, self.local_size = 0, 0, 1
         self.host_rank, self.host_size = 0, 1
         self.leaders = [0]
-        self.oversubscribed = False
+        self.cores = usable_cores()
         self.waited_s = 0.0
         if comm is not None:
             from mpi4py import MPI
@@ -90,8 +80,8 @@ class World:
             host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank)
             assert isinstance(host_comm, MPI.Intracomm)
             self.host_rank, self.host_size = host_comm.rank, host_comm.size
-            self.oversubscribed = self.host_size > usable_cores()
             self.node_comm = host_comm
+            self.cores = usable_cores(self._bound_to(host_comm))
             self._find_nodes()
             self.unname_shared_files()
         if nodes > 1:
@@ -118,6 +108,17 @@ class World:
         leader = self.node_bcast(self.rank)
         self.leaders = sorted(set(self.allgather(leader)))
         self.node = self.leaders.index(leader)
+
+    def _bound_to(self, host_comm: MPI.Intracomm) -> set[int]:
+        """The cores of this machine's ranks; a launcher may have bound each of them to its own."""
+        mine = self._bcast_on(host_comm, self.rank, 0)
+        places = self.allgather((mine, os.sched_getaffinity(0)))
+        return {core for machine, cores in places if machine == mine for core in cores}
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether the ranks of this machine are more than the cores they have."""
+        return self.host_size > self.cores
 
     @property
     def num_nodes(self) -> int:
@@ -260,6 +261,7 @@ class World:
         their death instead. mpirun reports the status of an abort faithfully. srun reports the highest status, so
         there the other ranks go first, with 0.
         """
+        ignore_stop_signals()  # too late for them
         sys.stdout.flush()
         sys.stderr.flush()
         if self.size == 1:
@@ -277,7 +279,7 @@ class World:
 
 def _below_srun() -> bool:
     """Whether srun itself started this rank, not an mpirun (which may have used srun for its own processes)."""
-    return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in _LOCAL_SIZE_VARIABLES)
+    return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in LOCAL_SIZE_VARIABLES)
 
 
 def _own_shared_files() -> set[str]:
@@ -298,8 +300,8 @@ def enter() -> World:
     :raises LaunchError: where the launcher started several processes but MPI sees a world of one, which is what a
         launcher of another MPI family leads to, or where there is no usable MPI library.
     """
-    local_size = next((int(os.environ[v]) for v in _LOCAL_SIZE_VARIABLES if v in os.environ), 1)
-    if local_size > usable_cores():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which bin/_venv.py blocked
+    if crowded():
         # Read by MPICH when it is loaded: a rank in a library-internal wait (Init, Finalize) yields its core.
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
     try:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from lapse_elmo import world as world_module
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.world import launch, launcher_rank_and_size, solo, usable_cores
+from lapse_elmo.world import launch, launcher_rank_and_size, solo
 from tests import collective, world_program
 from tests.mpi import ROOT, mpirun
 
@@ -79,6 +77,15 @@ def test_launcher_of_another_mpi_family(rank: int) -> None:
     assert "says" not in job.stdout
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_status_of_an_orderly_end(size: int) -> None:
+    """Every time: a launcher that saw the ranks leave one by one would now and then report that it killed one."""
+    for _ in range(3):
+        job = mpirun(size, [PROGRAM, "leave", "75"], timeout=END_S)
+        assert job.returncode == 75, job.output
+        assert not job.stderr and not job.survivors
+
+
 def test_without_launcher() -> None:
     job = mpirun(1, [PROGRAM, "hello"], launcher=False, timeout=END_S)
     assert job.returncode == 0, job.output
@@ -132,30 +139,6 @@ def test_what_launchers_tell(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launcher_rank_and_size() == expected
-
-
-def test_usable_cores_follow_the_affinity() -> None:
-    one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, [{one}]); from lapse_elmo.world import *; print(usable_cores())"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "1"
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("6400000 100000", 64), ("9900000 100000", 64)],
-)
-def test_usable_cores_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(world_module, "open", lambda *_, **__: StringIO(quota), raising=False)
-    assert usable_cores() == cores
-
-
-def test_usable_cores_without_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object, **__: object) -> None:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(world_module, "open", missing, raising=False)
-    assert usable_cores() == len(os.sched_getaffinity(0))
 
 
 def test_solo_needs_no_mpi() -> None:

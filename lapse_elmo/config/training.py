@@ -303,6 +303,26 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
     )
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """All options of a report."""
+
+    run: str = option(positional=True, metavar="RUN", help="a run's folder")
+    output: str = option("", metavar="FILE", help="picture to write, .png, .svg or .pdf (default: RUN/report.png)")
+
+    def __post_init__(self) -> None:
+        suffix = Path(self.output or "report.png").suffix
+        _require(suffix in (".png", ".svg", ".pdf"), "output", self.output, "a name that ends in .png, .svg or .pdf")
+
+
+def parse_report(argv: Sequence[str]) -> ReportConfig:
+    """The options of ``bin/report``."""
+    return parse(
+        ReportConfig, argv, prog="bin/report",
+        description="Draw what a run learnt and where the parameter server's rows lived, from its metrics.jsonl.",
+    )
+
+
 def from_tables(tables: dict) -> Config:
     """The Config saved as nested plain values (:func:`lapse_elmo.config.cli.as_tables`)."""
     made = {}

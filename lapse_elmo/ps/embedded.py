@@ -37,7 +37,7 @@ from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
 from lapse_elmo.ps.memory import NodeMemory, require_room
 from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
 from lapse_elmo.ps.node_state import SegmentState, where_name
-from lapse_elmo.ps.rows import SOURCE, open_rows, shapes_of
+from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, open_rows, shapes_of
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.ps.whereabouts import learn, node_of
 from lapse_elmo.world import World
@@ -120,7 +120,7 @@ class EmbeddedServer(ParameterServer):
             self._manager = Manager(
                 mailbox, patience, states, self._technique, world.node, world.leaders, self._clocks, self._synced
             )
-            self.stats.node = self._manager.stats
+            self.stats.node = {state.segment.name: state.stats for state in states}
             self._manager.start()
 
     def pull_async(self, keys: Array, out: Array) -> int:
@@ -234,6 +234,13 @@ class EmbeddedServer(ParameterServer):
             return None
         return self._rows[name].present(np.arange(self.layout[name].num_rows))
 
+    def placement(self, name: str, ends: np.ndarray) -> np.ndarray | None:
+        if self._world.local_rank:
+            return None
+        starts = np.concatenate([[0], ends[:-1]])
+        kinds = self._rows[name].kinds()
+        return np.stack([np.add.reduceat(kinds == kind, starts) for kind in (MAIN, COPY)])
+
     def owned_rows(self, name: str) -> np.ndarray:
         self.require_open()
         if self._world.num_nodes > 1:
@@ -299,11 +306,12 @@ class EmbeddedServer(ParameterServer):
                 message = Message.of(
                     kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
                     positions=places if values is None else None, width=0 if values is None else segment.width,
-                    blocks=self._mailbox.blocks,
+                    worker=self._world.node, blocks=self._mailbox.blocks,
                 )
                 if values is not None and message.values is not None:
                     np.take(values, places, 0, message.values, mode="clip")  # (else through a buffer)
                 self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
+                self.stats.segments[segment.name].sent_bytes += message.block.size
         return ticket
 
     def _request(self, number: int, kind: Kind, segment: int = 0, **what: Any) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lapse_elmo.ps.api import NodeStats
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.memory import NodeMemory
 from lapse_elmo.ps.rows import PRESENT, open_rows
@@ -71,6 +72,7 @@ class SegmentState:
         self, number: int, segment: Segment, memory: NodeMemory, node: int, num_nodes: int, is_native: bool
     ) -> None:
         self.number, self.segment, self.node = number, segment, node
+        self.stats = NodeStats()
         self.rows = open_rows(memory, segment, is_native)
         self.where = memory.arrays[where_name(segment)]
         total = segment.num_rows

@@ -27,6 +27,7 @@ from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.memory import NodeMemory
 
 PRESENT, REPLICA, DIRTY = 2, 4, 8  # as in rows.c
+MAIN, COPY = PRESENT, PRESENT | REPLICA  # kinds of rows
 SOURCE = Path(__file__).parent / "rows.c"
 _RUN = 1024
 
@@ -62,6 +63,10 @@ class Rows(ABC):
     def owned(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Of which rows (n,) the main copy is here."""
         return self.flags[rows] & (PRESENT | REPLICA) == PRESENT
+
+    def kinds(self) -> np.ndarray:
+        """MAIN or COPY (num_rows,) of the rows that are here, 0 of others."""
+        return self.flags & COPY
 
     @abstractmethod
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:

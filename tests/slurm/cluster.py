@@ -7,13 +7,11 @@ by which :meth:`Cluster.stop` finds what is left.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import getpass
 import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +27,8 @@ NODES = ("n1", "n2")
 _CPUS = 16  # a node claims to have: as many tasks fit
 _KILL_WAIT_S = 10  # between a job's SIGTERM and its SIGKILL
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-_PR_SET_PDEATHSIG = 1
+# Waits until these tests have ended, in whatever way, and then ends what they left.
+_WATCHDOG = "import sys; sys.stdin.read()\nfrom tests.mpi import end_marked\nwhile end_marked(sys.argv[1]): pass"
 
 # MPICH names its shared memory by the job's number, and what a killed job left may still be there: each Slurm counts
 # from another one. JobRequeue=0 is what many sites set. A requeued job waits until its credentials expire, where less
@@ -128,6 +127,8 @@ class Cluster:
         )
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "gres.conf").write_text(_GPUS)
+        watchdog = [sys.executable, "-c", _WATCHDOG, self._mark]
+        self._watchdog = subprocess.Popen(watchdog, stdin=subprocess.PIPE, cwd=ROOT)
         try:
             self._daemon("slurmctld", "-D")
             for node in NODES:
@@ -146,7 +147,7 @@ class Cluster:
             self._daemons.append(
                 subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._env, cwd=self.folder,
-                    start_new_session=True, preexec_fn=_end_with_parent,
+                    start_new_session=True,
                 )
             )
 
@@ -214,6 +215,7 @@ class Cluster:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     daemon.wait(10)
             self.left = end_marked(self._mark)
+            self._watchdog.communicate()
             for daemon in self._daemons:
                 daemon.wait()
 
@@ -230,8 +232,3 @@ def _free_ports(count: int) -> list[int]:
         for free in sockets:
             free.bind(("127.0.0.1", 0))
         return [free.getsockname()[1] for free in sockets]
-
-
-def _end_with_parent() -> None:
-    """The daemons do not outlive tests that are killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
