@@ -21,9 +21,9 @@ def main() -> None:
         command = [f"{sys.prefix}/bin/mpirun", "-n", "2", sys.executable, "-m", "benchmarks.peer_servers", package]
         programs.append(command)
     if (ROOT / DEFAULT_SHARDS).exists():
-        programs.append([sys.executable, "-m", "benchmarks.start"])
+        programs += [[sys.executable, "-m", f"benchmarks.{name}"] for name in ("start", "ranks")]
     else:
-        print(f"benchmarks.start is left out: it needs {DEFAULT_SHARDS} (make train)")
+        print(f"benchmarks.start and benchmarks.ranks are left out: they need {DEFAULT_SHARDS} (make train)")
     for program in programs:
         print(f"\n--- {' '.join(program[1:])}", flush=True)
         subprocess.run(program, cwd=ROOT, check=True, env=environment)
