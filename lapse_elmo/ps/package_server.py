@@ -22,7 +22,7 @@ import numpy as np
 from lapse_elmo.errors import ConfigError, ServerError
 from lapse_elmo.ps.api import DONE, Array, ParameterServer, SegmentStats
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.native_node import NativeNode
+from lapse_elmo.ps.package_node import PackageNode
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.world import World
 
@@ -37,7 +37,7 @@ class Pending:
     stats: SegmentStats | None = None
 
 
-class NativeServer(ParameterServer):
+class PackageServer(ParameterServer):
     """Rows of ``layout`` in a native package, a node a rank.
 
     ``remote_`` statistics are upper bounds: a package says of a call whether it was answered on the node as a whole,
@@ -50,13 +50,13 @@ class NativeServer(ParameterServer):
     :raises LaunchError: if its nodes do not come up.
     """
 
-    node_type: ClassVar[type[NativeNode]]
+    node_type: ClassVar[type[PackageNode]]
     reads_later: ClassVar[bool]
     """Whether the asynchronous forms of push read their buffers after they have returned."""
 
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
-        technique: str = "adaptive", node: NativeNode | None = None,
+        technique: str = "adaptive", node: PackageNode | None = None,
     ) -> None:
         super().__init__(layout, sampled, first_sample)
         if technique not in self.node_type.techniques:
