@@ -2,7 +2,8 @@
 #
 #   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy and shellcheck
 #   make train   a first model on English that is on the machine  make bench   the benchmarks of benchmarks/
-#   make test    all tests                                        make clean   remove .venv (data/ and runs/ stay)
+#   make test    all tests                                        make soak    kill a run 20 times, compare the bits
+#   make clean   remove .venv (data/ and runs/ stay)
 
 PYTHON ?= python3
 RANKS ?= $(shell nproc)
@@ -13,7 +14,7 @@ TEST_OPTIONS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup train test lint bench clean dev
+.PHONY: setup train test soak lint bench clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -48,6 +49,9 @@ train: .venv/.installed | data/shards
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest $(TEST_OPTIONS)
+
+soak: .venv/.installed-dev
+	.venv/bin/python -m tests.training.soak $(SEED)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

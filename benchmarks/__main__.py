@@ -17,6 +17,9 @@ def main() -> None:
     programs = [[sys.executable, "-m", "benchmarks.step"], [sys.executable, "-m", "benchmarks.preprocess"]]
     for ranks in (1, 2):
         programs.append([f"{sys.prefix}/bin/mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.server"])
+    for package in ("lapse", "adapm"):  # each says so where it is absent
+        command = [f"{sys.prefix}/bin/mpirun", "-n", "2", sys.executable, "-m", "benchmarks.peer_servers", package]
+        programs.append(command)
     if (ROOT / DEFAULT_SHARDS).exists():
         programs.append([sys.executable, "-m", "benchmarks.start"])
     else:

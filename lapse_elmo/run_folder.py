@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -75,6 +78,50 @@ def name_run(config: Config, world: World) -> Config:
     else:
         folder = str(world.agree(lambda: checkpoint.find(Path(config.run.resume))).parent.parent)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=folder))
+
+
+class Hold:
+    """A context in which no other job trains in the same folder (collective). A folder that stays empty goes again.
+
+    The lock is of the folder itself: it leaves no file, and it goes with the process, however that ends. On file
+    systems that cannot lock folders there is none.
+    """
+
+    def __init__(self, run_dir: Path, world: World, *, active: bool = True) -> None:
+        self._run_dir = run_dir
+        self._world = world
+        self._active = active
+        self._handle: int | None = None
+
+    def __enter__(self) -> Hold:
+        if self._active:
+            self._world.agree(self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                self._run_dir.rmdir()
+            os.close(self._handle)
+
+    def _take(self) -> None:
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._run_dir, os.O_RDONLY)
+        except OSError as error:
+            raise _cannot_write(self._run_dir, error) from None
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
+            ) from None
+        except OSError:
+            pass
+
+
+def _cannot_write(run_dir: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}; choose another")
 
 
 def find_start(config: Config, corpus: Corpus, world: World) -> Start:
@@ -200,4 +247,4 @@ def prepare(run_dir: Path, config: Config, start: Start) -> None:
         write_whole(run_dir / "versions.toml", tomli_w.dumps(versions()).encode(), overwrite=True)
         write_whole(run_dir / "vocab.txt", vocabulary, overwrite=True)
     except OSError as error:
-        raise OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}; choose another") from None
+        raise _cannot_write(run_dir, error) from None

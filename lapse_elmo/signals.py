@@ -58,3 +58,9 @@ class StopSignals:
             elif now - self._interrupted_at > _SAME_KEY_S:
                 self.at_once()
         self.asked = self.asked or signal.Signals(number).name
+
+
+def ignore_stop_signals() -> None:
+    """For a process that is about to end anyway, with a status that a signal should not change."""
+    for number in _ASKING:
+        signal.signal(number, signal.SIG_IGN)

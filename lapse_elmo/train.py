@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from lapse_elmo import checkpoint
-from lapse_elmo.batches import Batch
+from lapse_elmo.batches import Batch, read_ahead
 from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.cursor import Cursor
-from lapse_elmo.devices import Device, choose_device, remarks
+from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
+from lapse_elmo.memory import check_memory
+from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
+from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.run_folder import Corpus, Start, find_start, name_run, prepare
+from lapse_elmo.plan import plan_lines, show_plan
+from lapse_elmo.run_folder import Corpus, Hold, Start, find_start, name_run, prepare
 from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
 from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
 from lapse_elmo.world import World
@@ -96,27 +99,41 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     config = parse_train(argv)
     with StopSignals() as stop:
         world = enter()
+        stop.at_once = lambda: world.abort(INTERRUPTED, quietly=True)
         if config.server.nodes > 1:
             world.split(config.server.nodes)
-        stop.at_once = lambda: world.abort(INTERRUPTED, quietly=True)
         config = name_run(config, world)
         corpus = open_corpus(config, world)
-        start = find_start(config, corpus, world)
-        run_dir = Path(config.run.run_dir)
-        device = choose_device(config.devices, world)
-        parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
-        world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
-        if start.path is None:
-            parameters.initialise()
-        else:
-            checkpoint.restore(start.path, start.manifest, parameters, world)
-        training = Training(config, world, corpus, parameters, device, start, stop)
-        status = training.run()
-        if status == COMPLETE:
-            unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
-            if world.rank == 0:
-                print(summary(training.state.results, unigram, run_dir))
-        parameters.server.close()
+        with Hold(Path(config.run.run_dir), world, active=not config.run.dry_run):
+            start = find_start(config, corpus, world)
+            device = choose_device(config.devices, world)
+            memory = check_memory(config, corpus.vocabulary.size, corpus.train, world)
+            if not config.run.dry_run:
+                return train(config, world, corpus, device, start, stop, memory)
+            show_plan(config, world, corpus, device, start, memory)
+            return COMPLETE
+
+
+def train(
+    config: Config, world: World, corpus: Corpus, device: Device, start: Start, stop: StopSignals,
+    memory: tuple[str, ...],
+) -> int:
+    """Collective: make the parameters, new or as they were saved, and train; the exit status."""
+    run_dir = Path(config.run.run_dir)
+    parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
+    world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
+    if start.path is None:
+        parameters.initialise()
+    else:
+        checkpoint.restore(start.path, start.manifest, parameters, world)
+    training = Training(config, world, corpus, parameters, device, start, stop)
+    training.announce(memory)
+    status = training.run()
+    if status == COMPLETE:
+        unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
+        if world.rank == 0:
+            print(summary(training.state.results, unigram, run_dir))
+    parameters.server.close()
     return status
 
 
@@ -140,24 +157,36 @@ class Training:
         self.log = RunLog(
             self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
         )
+        self.server_meter = ServerMeter(parameters.server, world)
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
-        announce_start(config, world, corpus, self.cursor, device, self.log, start)
+        self.start = start
+
+    def announce(self, memory: tuple[str, ...]) -> None:
+        """Collective: log who does what, and what is about to be trained."""
+        plan = plan_lines(self.config, self.world, self.corpus, self.device, self.cursor, self.start)
+        for line in (*plan, *memory):
+            self.log.say(line)
+        for emulated in self.parameters.server.emulated:
+            self.log.say(f"--ps {self.config.server.ps}: {emulated}")
 
     def run(self) -> int:
         """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""
         every, cursor, state, log = self.config.run, self.cursor, self.state, self.log
         targets = mean_targets(self.config, self.world, self.corpus.train)
         step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
+        profile = StepProfile(self.run_dir, every.profile, self.world.rank)
         signalled = False
         with self.saver:
             if state.evaluation_due:
                 self.save(self.evaluate())
             over = cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience
-            source = look_ahead(iter(()) if over else cursor.batches(), step_once, self.config.training.lookahead)
+            made = read_ahead(iter(()) if over else cursor.batches())
+            source = look_ahead(made, step_once, self.config.training.lookahead)
             for announced in source:
                 log.epoch = cursor.epoch + 1
-                result = step_once(announced, cursor.step + 1)
+                with profile.of_step():
+                    result = step_once(announced, cursor.step + 1)
                 epoch_ended = cursor.trained(announced.batch)
                 state.add(result)
                 log.step(cursor.step, state.meter)
@@ -165,7 +194,8 @@ class Training:
                 signalled, over, save = (any(flag & name for flag in result.flags) for name in (SIGNAL, END, SAVE))
                 over = over or cursor.finished
                 if cursor.step % every.report_every == 0 or over:
-                    log.report(cursor.step, state.meter)
+                    served = self.server_meter.metrics(state.meter.num_steps)
+                    log.report(cursor.step, state.meter, served, self.server_meter.placement())
                     state.meter = Meter()
                 state.evaluation_due = epoch_ended or over
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
@@ -176,6 +206,7 @@ class Training:
                 if over or signalled:
                     break
             self.saver.finish()
+        profile.close()
         if signalled:
             log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()
@@ -310,39 +341,6 @@ def look_ahead(source: Iterator[Batch], step_once: TrainingStep, lookahead: int)
     yield from announced
 
 
-def announce_start(
-    config: Config, world: World, corpus: Corpus, cursor: Cursor, device: Device, log: RunLog, start: Start
-) -> None:
-    """Collective: log the table of ranks and what is about to be trained."""
-    stream, part = cursor.stream, cursor.stream.part
-    numbers = corpus.train.shards_of(part.first, part.end)
-    files = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-    row = (
-        str(world.rank), world.host, str(os.getpid()), str(world.node), "server+worker", str(world.rank), files,
-        str(device.device), str(device.threads),
-    )
-    rows = world.allgather(row)
-    log.say(table([("rank", "host", "pid", "node", "role", "worker", "shards", "device", "threads"), *rows]))
-    log.say(
-        f"{corpus.train.num_sentences:,} training sentences ({corpus.train.num_tokens:,} tokens, "
-        f"{corpus.train.num_unknown / max(corpus.train.num_tokens, 1):.1%} unknown), {corpus.heldout.num_sentences:,} "
-        f"held-out, {corpus.vocabulary.size:,} classes; {stream.steps_per_epoch:,} steps an epoch, "
-        f"{cursor.num_steps:,} in all"
-    )
-    for note in start.notes:
-        log.say(note)
-    if start.path is not None:
-        how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
-        log.say(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
-    for line in remarks(config.model, device.device):
-        log.say(line)
-    if config.softmax.num_samples >= corpus.vocabulary.size:
-        log.say(
-            f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "
-            "training uses the full softmax"
-        )
-
-
 def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     """The final table."""
     head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
@@ -354,4 +352,12 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
         )
         for r in results
     ]
-    return f"\n{table([head, *rows])}\n\nPerplexity is exp(loss) a target; the run is in {run_dir}."
+    best = min(results, key=lambda result: result.heldout.mean) if results else None
+    lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]
+    if best is not None:
+        path = run_dir / checkpoint.BEST
+        lines += [
+            f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
+            f"To evaluate it: bin/evaluate {path} [--shards DIR]",
+        ]
+    return "\n".join(["", *lines])

@@ -25,7 +25,7 @@ import numpy as np
 
 from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
-from lapse_elmo.signals import INTERRUPTED, USER_ERROR
+from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -191,11 +191,17 @@ class World:
 
     def sum_(self, array: np.ndarray) -> np.ndarray:
         """Add up the ranks' contiguous arrays in place; every rank gets the same bits."""
-        if self.comm is not None:
-            from mpi4py import MPI
-
-            self.wait(self.comm.Iallreduce(MPI.IN_PLACE, array))
+        self.start_sum(array)()
         return array
+
+    def start_sum(self, array: np.ndarray) -> Callable[[], None]:
+        """Begin :meth:`sum_`; the sum is there, and ``array`` free again, once the result has been called."""
+        if self.comm is None:
+            return lambda: None
+        from mpi4py import MPI
+
+        request = self.comm.Iallreduce(MPI.IN_PLACE, array)
+        return lambda: self.wait(request)
 
     def agree(self, function: Callable[[], T]) -> T:
         """Run ``function`` on rank 0 alone; its result, or its UserError, reaches every rank."""
@@ -255,6 +261,7 @@ class World:
         their death instead. mpirun reports the status of an abort faithfully. srun reports the highest status, so
         there the other ranks go first, with 0.
         """
+        ignore_stop_signals()  # too late for them
         sys.stdout.flush()
         sys.stderr.flush()
         if self.size == 1:

@@ -42,7 +42,7 @@ def run(
 
 def report_of(
     program: Path, arguments: Sequence[str], num_ranks: int, folder: Path, timeout: float,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None, launcher: bool | Sequence[str] = True,
 ) -> dict[str, str]:
     """What went wrong, by check and rank, in a job of ``program *arguments FOLDER``.
 
@@ -50,7 +50,8 @@ def report_of(
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        output = mpirun(num_ranks, [program, *arguments, folder], timeout=timeout, env=env).output
+        words = [program, *arguments, folder]
+        output = mpirun(num_ranks, words, timeout=timeout, env=env, launcher=launcher).output
     except TimeoutError as error:
         output = str(error)
     ended: dict[str, dict[int, str | None]] = {}

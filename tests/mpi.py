@@ -106,17 +106,18 @@ class RunningJob:
 
 def start(
     num_ranks: int, arguments: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *,
-    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool = True,
+    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool | Sequence[str] = True,
 ) -> RunningJob:
     """Start ``mpirun -n num_ranks python arguments...``.
 
     :param arguments: a program of ours with its arguments (``["bin/train", "--epochs", "1"]``), a path alone, or what
         else Python takes (``["-c", "..."]``, ``["-m", "module"]``).
     :param env: beside this process's environment, which loses what a launcher or pytest put there.
-    :param launcher: false starts Python alone, without mpirun.
+    :param launcher: false starts Python alone, without mpirun; a command is taken in mpirun's place.
     """
     words = [arguments] if isinstance(arguments, str | os.PathLike) else list(arguments)
-    prefix = [str(MPIRUN), "-n", str(num_ranks)] if launcher else []
+    command = [str(MPIRUN)] if isinstance(launcher, bool) else list(launcher)
+    prefix = [*command, "-n", str(num_ranks)] if launcher else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_PREFIXES, "PYTEST_"))}
     clean |= {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", **(env or {})}
     return RunningJob([*prefix, sys.executable, *[os.fspath(word) for word in words]], clean, cwd)
@@ -124,7 +125,7 @@ def start(
 
 def mpirun(
     num_ranks: int, arguments: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *, timeout: float = 60,
-    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool = True,
+    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool | Sequence[str] = True,
 ) -> Job:
     """Run a job as :func:`start` does, to its end.
 

@@ -20,10 +20,11 @@ FLOORS = [
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["devices", "batches", "tables"],
-    ["parameters", "cursor"],
+    ["parameters", "cursor", "memory"],
     ["step", "metrics"],
     ["checkpoint", "evaluate"],
     ["export", "embed", "report", "run_folder"],
+    ["plan"],
     ["train"],
 ]
 # Beside their floor: what one module of a package needs from a module of the same floor, or from one above for types.
@@ -41,6 +42,9 @@ OWNERS = {
     "h5py": {"corpus", "checkpoint", "export", "embed"},
     "argparse": {"config"},
     "tensorboard": {"metrics"},
+    "matplotlib": {"report"},
+    "lapse": {"ps.lapse_package"},
+    "adapm": {"ps.adapm_package"},
 }
 BRIDGES = {"tables", "parameters"}  # the only ones that know both the server and the model
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -77,6 +77,15 @@ def test_launcher_of_another_mpi_family(rank: int) -> None:
     assert "says" not in job.stdout
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_status_of_an_orderly_end(size: int) -> None:
+    """Every time: a launcher that saw the ranks leave one by one would now and then report that it killed one."""
+    for _ in range(3):
+        job = mpirun(size, [PROGRAM, "leave", "75"], timeout=END_S)
+        assert job.returncode == 75, job.output
+        assert not job.stderr and not job.survivors
+
+
 def test_without_launcher() -> None:
     job = mpirun(1, [PROGRAM, "hello"], launcher=False, timeout=END_S)
     assert job.returncode == 0, job.output

@@ -34,6 +34,11 @@ class Checks:
         assert (world.local_rank, world.local_size) == (self.rank, self.size)
         assert str(world).startswith(f"rank {self.rank}/{self.size} ")
 
+    def no_names_in_shared_memory(self) -> None:
+        """What is mapped has no name there any more, so that nothing of a killed job stays."""
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        assert not [line for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
+
     def bcast(self) -> None:
         for root in range(self.size):
             mine = {"root": root, "data": list(range(1000 * root))} if self.rank == root else None
@@ -147,7 +152,7 @@ FAILURES: dict[str, Callable[[], object]] = {
 }
 
 
-def main(argv: list[str], join: Callable[[], World]) -> None:
+def main(argv: list[str], join: Callable[[], World]) -> int | None:
     command, *rest = argv
     if command == "before":  # a mistake that every rank sees before it joins, such as a wrong option
         raise ConfigError("unknown option '--what'")
@@ -162,8 +167,11 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
             FAILURES[kind]()
         world.barrier()
         time.sleep(60)
+    elif command == "leave":
+        return int(rest[0])
     else:
         print(f"{world} says", flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -40,9 +40,10 @@ class Snapshot:
     def take(self, parameters: Parameters, sentences: tuple[np.ndarray, np.ndarray] | None, world: World) -> None:
         """Collective: copy this rank's share; all ranks have copied theirs on return."""
         parameters.settle()
+        owned = {table.segment.name: parameters.server.owned_rows(table.segment.name) for table in parameters.tables}
         for table in parameters.tables:
             segment = table.segment
-            rows = saved_rows(segment, world)
+            rows = owned[segment.name]
             old = self.tables.get(segment.name)
             values = old[1] if old and len(old[1]) == rows.size else np.empty((rows.size, segment.width), np.float32)
             for start in range(0, rows.size, _CHUNK_ROWS):
@@ -52,12 +53,6 @@ class Snapshot:
         self.dense = _dense_arrays(parameters) if world.rank == 0 else {}
         self.sentences = sentences
         parameters.server.barrier()
-
-
-def saved_rows(segment: Segment, world: World) -> np.ndarray:
-    """The rows (ascending) that this rank saves; over all ranks each row exactly once."""
-    first, end = (segment.num_rows * rank // world.size for rank in (world.rank, world.rank + 1))
-    return np.arange(first, end)
 
 
 def rank_file(rank: int, size: int) -> str:

@@ -133,11 +133,13 @@ class RunLog:
             self._bar.set_postfix_str(f"{meter.tokens_per_s:,.0f} tokens/s, loss {meter.loss:.3f}", refresh=False)
             self._bar.update(1)
 
-    def report(self, step: int, meter: Meter) -> None:
-        """Metrics of the last ``report_every`` steps."""
+    def report(self, step: int, meter: Meter, server: dict[str, float], placement: dict[str, Any]) -> None:
+        """Metrics of the last ``report_every`` steps, the server's among them, and where its rows are."""
         if not self.active:
             return
-        self.write("train", step, meter.metrics())
+        self.write("train", step, meter.metrics() | server)
+        if placement:
+            self.write("placement", step, placement)
         if self._lines:
             elapsed = time.perf_counter() - self._whole.start
             done = max(step - self._first_step, 1)

@@ -41,7 +41,7 @@ def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], targ
         def add(part: int, weight: Tensor = weight, bias: Tensor = bias) -> None:
             _add_classes(context[halves[part]], weight, bias, largest[halves[part]], total[halves[part]])
 
-        both(add, context.device)
+        both(add, context.device, "full softmax, but products")
     return total.log_().add_(largest).sub_(target_logit)
 
 

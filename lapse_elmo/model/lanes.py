@@ -11,17 +11,17 @@ import torch
 T = TypeVar("T")
 
 
-def both(function: Callable[[int], T], device: torch.device) -> tuple[T, T]:
+def both(function: Callable[[int], T], device: torch.device, label: str) -> tuple[T, T]:
     """``function(0)`` and ``function(1)``, without gradient recording; the halves must not write to the same memory.
 
     With two or more of torch's threads on the CPU each half runs on a thread of its own with half of torch's. Matrix
     products that are small, one after another, and pointwise parts in between gain more from this than from
-    threads within each of them. The results have the same bits either way.
+    threads within each of them. The results have the same bits either way. ``label`` names it in a profile.
     """
     num_threads = torch.get_num_threads()
 
     def run(half: int, threads: int) -> T:
-        with torch.no_grad():  # which a new thread does not inherit
+        with torch.no_grad(), torch.profiler.record_function(label):  # a new thread inherits no mode
             if threads:
                 torch.set_num_threads(threads)
             return function(half)

@@ -38,7 +38,8 @@ DONE = -1  # the ticket of a call that was complete when it returned
 class SegmentStats:
     """What this rank did to one segment since the start: rows, bytes moved, seconds spent in the calls.
 
-    ``remote_``: of the rows, those that had to come from or go to another node while the worker waited ``wait_s``.
+    ``remote_``: of the rows, those that had to come from or go to another node; for them the worker waited ``wait_s``
+    and sent ``sent_bytes``.
     """
 
     pulled_rows: int = 0
@@ -51,11 +52,12 @@ class SegmentStats:
     push_s: float = 0.0
     lock_wait_s: float = 0.0
     wait_s: float = 0.0
+    sent_bytes: int = 0
 
 
 @dataclass
 class NodeStats:
-    """What the server of a node did since the start: rows."""
+    """What the server of a node did with one segment since the start: rows, and bytes sent by it to other ranks."""
 
     relocated_in_rows: int = 0
     relocated_out_rows: int = 0
@@ -76,7 +78,7 @@ class ServerStats:
     localized_rows: int = 0
     sampled_rows: int = 0
     clock_wait_s: float = 0.0
-    node: NodeStats | None = None  # on the first rank of a node, where there are several
+    node: dict[str, NodeStats] = field(default_factory=dict)  # on the first rank of a node, where there are several
 
 
 class ParameterServer(ABC):
@@ -199,6 +201,14 @@ class ParameterServer(ABC):
 
         Collective in meaning: to be asked on every rank after :meth:`quiesce`, before anything else is called.
         """
+
+    def placement(self, name: str, ends: np.ndarray) -> np.ndarray | None:
+        """How many rows of a segment are on this node, as [main copies, replicas] (2, bands).
+
+        A band goes from the one before to its of the ascending row numbers ``ends`` (bands,). None where the engine
+        does not know, or on ranks that are not the first of a node.
+        """
+        return None
 
     @abstractmethod
     def quiesce(self) -> None:

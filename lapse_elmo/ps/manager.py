@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapse_elmo.ps.api import NodeStats
 from lapse_elmo.ps.intents import Intents
 from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
 from lapse_elmo.ps.node_state import SegmentState
@@ -47,7 +46,6 @@ class Manager(threading.Thread):
         leaders: Sequence[int], clocks: np.ndarray, synced: np.ndarray,
     ) -> None:
         super().__init__(name=f"manager of node {node}", daemon=True)
-        self.stats = NodeStats()
         self.mailbox = mailbox
         self.states = states
         self.handled = 0
@@ -64,7 +62,7 @@ class Manager(threading.Thread):
         self._frozen: list[Message] | None = None
         self._stopping = False
         self._handlers: dict[Kind, Callable[[Message], None]] = {
-            Kind.PULL: self._on_pull, Kind.PUSH: self._on_push, Kind.SET: self._on_set, Kind.SET_DONE: self._reply,
+            Kind.PULL: self._on_pull, Kind.PUSH: self._on_push, Kind.SET: self._on_set, Kind.RELAY: self._reply,
             Kind.LOCALIZE: self._on_localize, Kind.INTENT: self._on_intent, Kind.FLUSH: self._replication.flush,
             Kind.FREEZE: self._on_freeze, Kind.STOP: self._on_stop, Kind.WANT: self._on_want, Kind.OWN: self._on_own,
             Kind.REPLICA: self._on_replica, Kind.OWNER: self._on_owner, Kind.DROP: self._on_drop,
@@ -109,17 +107,26 @@ class Manager(threading.Thread):
             assert reply.values is not None
             missing = state.rows.pull(rows, reply.values)
             if missing.size:
-                reply = reply.part(_others(missing, rows.size))
+                reply = reply.part(others(missing, rows.size))
                 self._route(message, missing + piece.start)
-            self.stats.served_rows += reply.rows.size
+            state.stats.served_rows += reply.rows.size
             if reply.rows.size:
+                state.stats.sent_bytes += reply.block.size
                 self.mailbox.send(message.origin, TO_WORKER, reply)
 
     def _on_push(self, message: Message) -> None:
         assert message.values is not None
-        missing = self.states[message.segment].rows.push(message.rows, message.values)
-        self.stats.served_rows += message.rows.size - missing.size
-        self._done(message, message.rows.size - missing.size)
+        state = self.states[message.segment]
+        missing = state.rows.push(message.rows, message.values)
+        here = others(missing, message.rows.size)
+        state.stats.served_rows += here.size
+        # A node that is about to get replicas, or has them by now, must not show its worker values without this push.
+        held = message.rows[here][state.holders[message.worker, message.rows[here]]]
+        if held.size:
+            self._replication.refresh_now(state, held)
+            self._done_by_way_of(message, here.size)
+        else:
+            self._done(message, here.size)
         self._route(message, missing)
 
     def _on_set(self, message: Message) -> None:
@@ -130,12 +137,10 @@ class Manager(threading.Thread):
         held = missing[state.lender[message.rows[missing]] >= 0]
         if held.size:
             state.rows.overwrite(message.rows[held], message.values[held])
-        here = _others(missing, message.rows.size)
+        here = others(missing, message.rows.size)
         if here.size:
             self._replication.refresh_now(state, message.rows[here])
-            # By way of the worker's manager, which gets the new values for its replicas first.
-            done = Message.of(Kind.SET_DONE, origin=message.origin, ticket=message.ticket, extra=here.size)
-            self._send(message.worker, done)
+            self._done_by_way_of(message, here.size)
         self._route(message, missing)
 
     def _on_localize(self, message: Message) -> None:
@@ -220,7 +225,7 @@ class Manager(threading.Thread):
                 self._send(home, Message.of(
                     Kind.OWNER, state.number, self._rank, rows=rows[chosen], stamps=state.where[rows[chosen]]
                 ))
-        self.stats.relocated_out_rows += rows.size
+        state.stats.relocated_out_rows += rows.size
 
     def _replicate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
         """Let ``receiver`` have replicas."""
@@ -240,7 +245,7 @@ class Manager(threading.Thread):
         assert message.stamps is not None and message.values is not None
         state = self.states[message.segment]
         state.add_main(message.rows, message.stamps, message.values)
-        self.stats.relocated_in_rows += message.rows.size
+        state.stats.relocated_in_rows += message.rows.size
         self._arrived(state)
         parked, self._parked = self._parked, []
         for waiting in parked:
@@ -250,7 +255,7 @@ class Manager(threading.Thread):
         assert message.stamps is not None and message.values is not None
         state = self.states[message.segment]
         state.add_replicas(message.rows, message.stamps, message.values, self._sender(message))
-        self.stats.replicated_rows += message.rows.size
+        state.stats.replicated_rows += message.rows.size
         for waiting in self._localizing:  # what a worker localized it has for its present clock, as by an intent
             if waiting.request.segment == state.number:
                 rows = waiting.rows[~state.wanted[waiting.rows]]
@@ -285,23 +290,26 @@ class Manager(threading.Thread):
         if not positions.size:
             return
         assert message.stamps is not None
-        stamps = self.states[message.segment].where[message.rows[positions]]
+        state = self.states[message.segment]
+        stamps = state.where[message.rows[positions]]
         coming = epoch_of(message.stamps[positions]) > epoch_of(stamps)
         if coming.any():
             self._parked.append(message.part(positions[coming]))
-            self.stats.parked_rows += int(coming.sum())
+            state.stats.parked_rows += int(coming.sum())
             positions, stamps = positions[~coming], stamps[~coming]
         for node, chosen in groups(node_of(stamps)):
             self._send(node, message.part(positions[chosen], stamps[chosen]))
-        self.stats.forwarded_rows += positions.size
+        state.stats.forwarded_rows += positions.size
 
     def _sender(self, message: Message) -> int:
         """The node whose manager ``message`` comes from."""
         return self._node_of_leader[message.origin]
 
     def _send(self, node: int, message: Message) -> None:
+        stats = self.states[message.segment].stats
         if message.kind in (Kind.DELTAS, Kind.REFRESH):
-            self.stats.synchronised_rows += message.rows.size
+            stats.synchronised_rows += message.rows.size
+        stats.sent_bytes += message.block.size
         self.mailbox.send(self._leaders[node], TO_MANAGER, message)
 
     def _reply(self, message: Message) -> None:
@@ -309,6 +317,11 @@ class Manager(threading.Thread):
 
     def _reply_done(self, message: Message) -> None:
         self._done(message, 1)
+
+    def _done_by_way_of(self, message: Message, number: int) -> None:
+        """Answer by way of the worker's manager, which takes the new values for its replicas first."""
+        done = Message.of(Kind.RELAY, origin=message.origin, ticket=message.ticket, extra=number)
+        self._send(message.worker, done)
 
     def _done(self, message: Message, number: int) -> None:
         if number:
@@ -325,7 +338,7 @@ def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray]]:
     return [(node, np.flatnonzero(nodes == node)) for node in np.unique(nodes).tolist()]
 
 
-def _others(positions: np.ndarray, number: int) -> np.ndarray:
+def others(positions: np.ndarray, number: int) -> np.ndarray:
     """0 .. ``number`` - 1 without ``positions``."""
     kept = np.ones(number, bool)
     kept[positions] = False

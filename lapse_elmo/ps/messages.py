@@ -36,12 +36,12 @@ class Kind(IntEnum):
     From workers: PULL, PUSH to where a row is believed to be; SET, LOCALIZE, INTENT, FLUSH, FREEZE, STOP to the manager
     of their own node. To workers: ROWS answers PULL, DONE (rows done in ``extra``) all others but INTENT and STOP.
     Between managers: WANT asks for rows; OWN and REPLICA bring them; OWNER tells a row's home who has it; DELTAS,
-    APPLIED, REFRESH, REFRESHED and DROP keep replicas; SET_DONE is on its way to the worker.
+    APPLIED, REFRESH, REFRESHED and DROP keep replicas; RELAY is a DONE on its way to the worker.
     """
 
     PULL, PUSH, SET, LOCALIZE, INTENT, FLUSH, FREEZE, STOP = range(8)
     ROWS, DONE = range(8, 10)
-    WANT, OWN, REPLICA, OWNER, DELTAS, APPLIED, REFRESH, REFRESHED, DROP, SET_DONE = range(10, 20)
+    WANT, OWN, REPLICA, OWNER, DELTAS, APPLIED, REFRESH, REFRESHED, DROP, RELAY = range(10, 20)
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Message:
 
     ``origin`` is the rank that is to be answered and ``ticket`` its name for the call. ``rows`` (n,) int64 of the
     segment number ``segment``; ``stamps`` (n,) int64, see :mod:`lapse_elmo.ps.whereabouts`; ``positions`` (n,) int64
-    within the worker's call; ``values`` (n, width) float32. ``worker``, ``start``, ``end``, ``extra``: by kind.
+    within the worker's call; ``values`` (n, width) float32. ``worker``: the asking worker's node (PUSH, SET) or its
+    place in the node (LOCALIZE, INTENT); ``start``, ``end``, ``extra``: by kind.
     """
 
     kind: Kind

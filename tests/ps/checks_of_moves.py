@@ -24,7 +24,7 @@ class Moves:
         """All ranks pull the same rows to themselves and push to them, over and over."""
         long, wide = every_key("long")[:300], every_key("wide")[:4]
         self.world.barrier()
-        for round_ in range(40):
+        for round_ in range(25):
             tickets = [server.localize_async(long[round_ % 3 :: 3].copy()), server.localize_async(wide)]
             server.push(wide, ones(wide))
             server.push(long, ones(long))
@@ -32,8 +32,8 @@ class Moves:
             server.push(long[::-1].copy(), ones(long, 2))
             server.wait(tickets[1 - round_ % 2])
         server.quiesce()
-        assert (pulled(server, long) == 40 * 3 * self.world.size).all()
-        assert (pulled(server, wide) == 40 * self.world.size).all()
+        assert (pulled(server, long) == 25 * 3 * self.world.size).all()
+        assert (pulled(server, wide) == 25 * self.world.size).all()
 
     def thousands_of_localizes(self, server: ParameterServer) -> None:
         """For the same keys from all nodes at once: none is lost, and the rows stay what they are."""
@@ -141,7 +141,7 @@ class Moves:
         """Of overlapping rows and clocks, with pushes in between: all of them count."""
         rng, keys, expected = self._rng(), every_key("long")[:600], np.zeros(600)
         self.world.barrier()
-        for clock in range(40):
+        for clock in range(25):
             some = rng.choice(600, 150)
             start = clock + int(rng.integers(0, 4))
             server.intent(keys[some], start, start + int(rng.integers(1, 5)))
@@ -198,7 +198,7 @@ class Moves:
         """A row that one rank counts up is never seen to count down by another one, however it moves."""
         keys, last = every_key("wide")[:1], 0.0
         self.world.barrier()
-        for count in range(1, 121):
+        for count in range(1, 81):
             if count % 4 == self.world.rank % 4:
                 server.localize(keys)
             if self.world.rank == self.world.size - 1:
@@ -208,7 +208,7 @@ class Moves:
             assert row[0, 0] >= last, f"{row[0, 0]} after {last}"
             last = row[0, 0]
         server.quiesce()
-        assert (pulled(server, keys) == 120).all()
+        assert (pulled(server, keys) == 80).all()
 
     def owned_rows_are_a_partition(self, server: ParameterServer) -> None:
         """Of every segment over the ranks, wherever the rows have gone."""

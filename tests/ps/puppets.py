@@ -6,14 +6,13 @@ Each rank connects to the Unix socket ADDRESS, says its number, and then does wh
 
 from __future__ import annotations
 
-import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.world import World, launch
 from tests import mpi
 
-ANSWER_S = 30  # far above what any call takes on a busy machine
+ANSWER_S = 15  # far above what any call takes on a busy machine
 
 
 class Puppet:
@@ -67,57 +66,76 @@ class Puppet:
 
 
 class Stage:
-    """A job of puppets, seen from the test; a context that ends it."""
+    """A job of puppets, seen from the test; a context that ends it. A job that broke is started anew."""
 
     def __init__(self, num_ranks: int, nodes: int) -> None:
         self.num_ranks, self.nodes = num_ranks, nodes
-        self._folder = tempfile.mkdtemp(prefix="puppets-")  # a socket's path must be short
-        address = f"{self._folder}/socket"
-        with socket.socket(socket.AF_UNIX) as listener:
+        self._connections: list[Connection] = []
+        self._job: mpi.RunningJob | None = None
+
+    def start(self) -> None:
+        """Make sure that there is a job."""
+        if self._job is not None:
+            return
+        with tempfile.TemporaryDirectory(prefix="puppets-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            address = f"{folder}/socket"  # a socket's path must be short
             listener.bind(address)
-            listener.listen(num_ranks)
-            listener.settimeout(ANSWER_S)
-            self._job = mpi.start(num_ranks, [Path(__file__), address, str(nodes)])
-            try:
-                connections = [Connection(listener.accept()[0].detach()) for _ in range(num_ranks)]
-                by_rank = {self._answer(connection): connection for connection in connections}
-            except BaseException:
-                self.close()
-                raise
-        self._connections = [by_rank[rank] for rank in range(num_ranks)]
+            listener.listen(self.num_ranks)
+            listener.settimeout(4 * ANSWER_S)
+            self._job = mpi.start(self.num_ranks, [Path(__file__), address, str(self.nodes)])
+            self._connections = [Connection(listener.accept()[0].detach()) for _ in range(self.num_ranks)]
+            by_rank = {self._answer(connection): connection for connection in self._connections}
+            self._connections = [by_rank[rank] for rank in range(self.num_ranks)]
 
     def node_of(self, rank: int) -> int:
         return rank * self.nodes // self.num_ranks
 
     def on(self, rank: int, method: str, *arguments: Any) -> Any:
         """Let one rank do something; its result."""
-        self._connections[rank].send((method, arguments))
+        self._send(rank, method, arguments)
         return self._answer(self._connections[rank])
 
     def on_all(self, method: str, *arguments: Any) -> list[Any]:
         """Let all ranks do the same thing together; the results, by rank."""
-        for connection in self._connections:
-            connection.send((method, arguments))
-        return [self._answer(connection) for connection in self._connections]
+        return self.each(method, [arguments] * self.num_ranks)
 
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-        """Let all ranks do the same thing together with arguments of their own."""
-        for connection, own in zip(self._connections, arguments, strict=True):
-            connection.send((method, own))
+        """The same with arguments of each rank's own."""
+        for rank, own in enumerate(arguments):
+            self._send(rank, method, own)
         return [self._answer(connection) for connection in self._connections]
+
+    def _send(self, rank: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            self._connections[rank].send((method, arguments))
+        except OSError as error:
+            self._broke(repr(error))
 
     def _answer(self, connection: Connection) -> Any:
         try:
             if connection.poll(ANSWER_S):
                 return connection.recv()
-            problem = f"no answer after {ANSWER_S} s"
+            self._broke(f"no answer after {ANSWER_S} s")
         except (EOFError, OSError) as error:
-            problem = f"the ranks are gone ({error!r})"
-        raise AssertionError(f"{problem}; the job says:\n" + "\n".join(self._job.text()))
+            self._broke(f"the ranks are gone ({error!r})")
+
+    def _broke(self, problem: str) -> NoReturn:
+        assert self._job is not None
+        output = "\n".join(self._job.text())
+        self.close()
+        raise AssertionError(f"{problem}; the job says:\n{output}")
 
     def close(self) -> None:
-        self._job.close()
-        shutil.rmtree(self._folder)
+        """End the job."""
+        if self._job is not None:
+            self._job.close()
+        for connection in self._connections:
+            connection.close()
+        self._job, self._connections = None, []
+
+    @property
+    def running(self) -> bool:
+        return self._job is not None
 
     def __enter__(self) -> Stage:
         return self

@@ -13,13 +13,16 @@ from tests.ps.contract_program import ENGINES, NATIVE
 from tests.ps.native_engines import EXCEPTIONS, installed
 
 TWIN = {SWITCH: "0"}  # rows without native code
-# On one node all techniques are alike. Each meets each number of nodes, and two of them without native code.
+# On one node all techniques are alike; on several, each of them meets each number of nodes.
 CASES = {
     f"{engine}-{ranks}-{nodes}{'-twin' if env else ''}": (engine, ranks, nodes, env)
     for engine, ranks, nodes, env in [
-        *[("adaptive", ranks, 1, env) for ranks in (1, 2, 4) for env in ({}, TWIN)],
-        *[(engine, ranks, nodes, {}) for engine in ENGINES for ranks, nodes in ((2, 2), (4, 2), (4, 4))],
-        *[(engine, 4, 2, TWIN) for engine in ("adaptive", "relocation")],
+        *[("adaptive", ranks, 1, {}) for ranks in (1, 2, 4)],
+        ("adaptive", 2, 1, TWIN),
+        *[(engine, 2, 2, {}) for engine in ENGINES],
+        ("adaptive", 2, 2, TWIN),
+        *[("adaptive", 4, 2, {}), ("relocation", 4, 2, {}), ("replication", 4, 2, TWIN), ("static", 4, 2, {})],
+        *[("adaptive", 4, 4, {}), ("relocation", 4, 4, TWIN), ("replication", 4, 4, {})],
     ]
 }
 CHECKS = [(case, name) for case, (engine, *_) in CASES.items() for name in contract_program.names(engine)]

@@ -25,18 +25,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lapse_elmo.errors import ConfigError, LaunchError
+from lapse_elmo.errors import ConfigError, LaunchError, ServerError
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
 from lapse_elmo.world import World
 
 START_S = 60.0
 _LOOPBACK = "127.0.0.1"
+_MARK = "_lapse_elmo_started"  # on the package's module
 _ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 
 
-class NativeNode(ABC):
+class PackageNode(ABC):
     """This process as one node of a package, with one worker (collective: every rank makes and closes its own).
 
     A process can do this once: neither package can be set up again after it was shut down.
@@ -44,6 +45,7 @@ class NativeNode(ABC):
     :param start_s: seconds within which the scheduler, and then all nodes, must be up.
     :ivar worker: the package's worker object.
     :raises ConfigError: if the package is not installed.
+    :raises ServerError: if this process has been its node before.
     :raises LaunchError: if the scheduler does not start or cannot be reached. Nodes that do not come up in time end
         the job with one line.
     """
@@ -57,6 +59,9 @@ class NativeNode(ABC):
         self.layout = layout
         self.technique = technique
         self.module = world.together(self._load)
+        if hasattr(self.module, _MARK):
+            raise ServerError(f"{self.package} was started in this process before, which it does only once")
+        setattr(self.module, _MARK, True)
         self._one_host = len(set(world.allgather(world.host))) == 1
         self._scheduler: subprocess.Popen | None = None
         address, port = world.agree(lambda: self._start_scheduler(start_s))

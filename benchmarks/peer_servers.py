@@ -1,0 +1,165 @@
+"""The speed of the real packages lapse and adapm: ``mpirun -n 2 python -m benchmarks.peer_servers lapse|adapm``.
+
+Two ranks of one machine are two nodes. A call concerns 8,192 distinct rows of 1 KiB; figures are million rows a second
+of the one rank that works while the other waits, respectively the mean of the two while both do. Rows are near because
+they were localized (Lapse) or announced (AdaPM) before, and far because the other node has them. Beside them, from the
+same run, what bare memory and bare MPI do with the same rows. Where a package is absent, the benchmark says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.ps.api import ParameterServer
+from lapse_elmo.ps.engines import make_server
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.world import World, launch
+
+PACKAGES = ("lapse", "adapm")
+_ROWS, _WIDTH, _KEYS, _REPEATS = 131_072, 256, 8_192, 7
+_CALLS = 4  # of a repeat
+
+
+class Bench:
+    """The measurements of one package on this rank. ``figures``: rows/s by name."""
+
+    def __init__(self, world: World, server: ParameterServer) -> None:
+        self.world = world
+        self.server = server
+        self.values = torch.ones(_KEYS, _WIDTH)
+        self.figures: dict[str, float] = {}
+        # Each repeat takes rows of its own. Those of block b are with rank b % size at first (see `bring`).
+        self.blocks = np.random.default_rng(1).permutation(_ROWS)[: _ROWS // _KEYS * _KEYS].reshape(-1, _KEYS)
+        self.blocks.sort(axis=1)
+
+    def bring(self) -> None:
+        """Collective: every second block of rows to either rank, for the clocks that follow."""
+        server = self.server
+        mine = np.concatenate(self.blocks[self.world.rank :: self.world.size])
+        server.advance_clock()
+        server.quiesce()
+        server.intent(mine, server.clock, server.clock + 1)
+        server.localize(mine)
+        server.quiesce()
+
+    def near(self) -> np.ndarray:
+        """Blocks that are here, (n, keys)."""
+        return self.blocks[self.world.rank :: self.world.size]
+
+    def far(self) -> np.ndarray:
+        """Blocks that the other rank has."""
+        return self.blocks[(self.world.rank + 1) % self.world.size :: self.world.size]
+
+    def measure(self, name: str, call: Callable[[np.ndarray], object], blocks: np.ndarray, *, alone: bool) -> None:
+        """Median over repeats of calls with one block after another; ``alone``: rank 0's, while the others wait."""
+        rates = []
+        for repeat in range(_REPEATS + 1):
+            self.world.barrier()
+            if alone and self.world.rank:
+                continue
+            start = time.perf_counter()
+            for number in range(_CALLS):
+                call(blocks[(repeat * _CALLS + number) % len(blocks)])
+            rates.append(_CALLS * _KEYS / (time.perf_counter() - start))
+        self.world.barrier()
+        if rates:
+            self.figures[name] = statistics.median(rates[1:])
+
+    def measure_moves(self, name: str, move: Callable[[np.ndarray], object], *, alone: bool) -> None:
+        """As :meth:`measure` of calls that bring far rows: each block can be brought once until all go back."""
+        rates = []
+        for _ in range(_REPEATS + 1):
+            self.bring()
+            self.world.barrier()
+            if not alone or self.world.rank == 0:
+                blocks = self.far()[:_CALLS]
+                start = time.perf_counter()
+                for block in blocks:
+                    move(block)
+                rates.append(len(blocks) * _KEYS / (time.perf_counter() - start))
+            self.world.barrier()
+        if rates:
+            self.figures[name] = statistics.median(rates[1:])
+
+    def run(self) -> None:
+        server, values = self.server, self.values
+        self.bring()
+        for alone, suffix in ((True, ""), (False, ", both")):
+            before = server.stats.segments["rows"].remote_pulled_rows
+            self.measure("local pull" + suffix, lambda keys: server.pull(keys, values), self.near(), alone=alone)
+            assert server.stats.segments["rows"].remote_pulled_rows == before, "rows that were brought are not here"
+            self.measure("local push" + suffix, lambda keys: server.push(keys, values), self.near(), alone=alone)
+            self.measure("remote pull" + suffix, lambda keys: server.pull(keys, values), self.far(), alone=alone)
+            self.measure("remote push" + suffix, lambda keys: server.push(keys, values), self.far(), alone=alone)
+            self.measure_moves("localize" + suffix, server.localize, alone=alone)
+
+    def floors(self) -> None:
+        """Bare memory, and a bare exchange of as many bytes as a remote pull moves."""
+        table, values = torch.zeros(_ROWS, _WIDTH), self.values
+        out = torch.empty(_KEYS, _WIDTH)
+        for alone, suffix in ((True, ""), (False, ", both")):
+            self.measure(
+                "bare index_select" + suffix,
+                lambda keys: torch.index_select(table, 0, torch.from_numpy(keys), out=out), self.near(), alone=alone,
+            )
+            self.measure(
+                "bare index_add_" + suffix, lambda keys: table.index_add_(0, torch.from_numpy(keys), values),
+                self.near(), alone=alone,
+            )
+        if self.world.size > 1:
+            self.measure("bare Alltoallv, both", self._exchange, self.far(), alone=False)
+            self.measure("bare Alltoallv one way", self._send, self.far(), alone=False)
+
+    def _exchange(self, keys: np.ndarray, *, both: bool = True) -> None:
+        """Keys to the other rank, rows back: to rank 0 alone, or to either."""
+        from mpi4py import MPI
+
+        comm, other = self.world.comm, (self.world.rank + 1) % self.world.size
+        assert comm is not None
+        asks, answers = both or self.world.rank == 0, both or self.world.rank != 0
+        sent, got = np.zeros(comm.size, np.int64), np.zeros(comm.size, np.int64)
+        sent[other], got[other] = keys.size * asks, keys.size * answers
+        asked = np.empty(int(got.sum()), np.int64)
+        comm.Alltoallv([keys[: sent.sum()], sent, None, MPI.INT64_T], [asked, got, None, MPI.INT64_T])
+        rows = self.values.numpy()[: asked.size]
+        out = np.empty((int(sent.sum()), _WIDTH), np.float32)
+        comm.Alltoallv([rows, got * _WIDTH, None, MPI.FLOAT], [out, sent * _WIDTH, None, MPI.FLOAT])
+
+    def _send(self, keys: np.ndarray) -> None:
+        self._exchange(keys, both=False)
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> None:
+    world = enter()
+    package = argv[0] if argv else ""
+    if package not in PACKAGES:
+        raise ConfigError(f"name one of the packages {', '.join(PACKAGES)}, not {package!r}").on_every_rank()
+    if importlib.util.find_spec(package) is None:
+        if world.rank == 0:
+            print(f"the package {package} is not installed: nothing to measure")
+        return
+    torch.set_num_threads(1)
+    server = make_server(package, world, Layout.of(("rows", _ROWS, _WIDTH)))
+    bench = Bench(world, server)
+    bench.run()
+    server.close()
+    bench.floors()
+    everyone = world.allgather(bench.figures)
+    if world.rank == 0:
+        print(f"{package}, {world.size} nodes of one rank: million rows/s a rank")
+        for name, rate in bench.figures.items():
+            if name.endswith("both"):
+                rate = statistics.mean(figures[name] for figures in everyone)
+            print(f"  {name:28} {rate / 1e6:6.2f}")
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:], prog="benchmarks.peer_servers")

@@ -1,0 +1,182 @@
+"""What a run will take of a machine's memory, and what the machine has, before anything is taken.
+
+An estimate, rather too high than too low for what grows with the options; what libraries take is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapse_elmo.config.training import Config
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
+from lapse_elmo.tables import DENSE_ROW, UpdateRule
+from lapse_elmo.world import World
+
+_LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
+_ROW_INDEX_BYTES = 24  # what the server keeps beside each row on every node
+_CHUNK_TARGETS = 256  # of the softmax, whose logits are never all in memory
+_CGROUPS = "/sys/fs/cgroup"
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank, and of the memory that a machine's ranks share.
+
+    ``rows`` all rows with their accumulators; ``shared`` this machine's share of them; ``dense`` parameters,
+    accumulators, gradients; ``activations`` of a long batch with the rows it pulls; ``copy`` that a checkpoint is
+    written from; ``libraries`` what the process has taken before.
+    """
+
+    rows: int
+    shared: int
+    dense: int
+    activations: int
+    copy: int
+    libraries: int
+
+    @property
+    def rank(self) -> int:
+        return self.dense + self.activations + self.copy + self.libraries
+
+
+def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -> Estimate:
+    """What the run will take."""
+    model, size = config.model, config.model.projection_size
+    width = UpdateRule(config.optimizer).width(1)
+    row_bytes = 4 * width * (2 * size + 1)
+    num_dense = dense_size(size, model.cell_size, model.num_layers)
+    in_server = config.training.dense == "ps"
+    rows = num_classes * row_bytes + in_server * 4 * width * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
+    nodes_here = world.host_size // world.local_size if world.local_size else 1
+    shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES)
+    mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
+    positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
+    lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
+    pulled = min(num_classes, config.softmax.num_samples + 2 * positions) + min(num_classes, positions)
+    softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * width * (size + 1)
+    return Estimate(
+        rows, shared, 4 * num_dense * (2 + 2 * width), 4 * (lstm + softmax + 8 * positions * size),
+        rows // world.size + (4 * width * num_dense if world.rank == 0 else 0), _resident_bytes(),
+    )
+
+
+def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:
+    """How many numbers the LSTM of both directions has."""
+    cell = 4 * cell_size * (2 * projection_size + 1) + cell_size * projection_size
+    return 2 * num_layers * cell + num_layers + 2
+
+
+def check_memory(config: Config, num_classes: int, shards: ShardSet, world: World) -> tuple[str, ...]:
+    """Collective: what the run takes of each machine and what that has, as a line each.
+
+    :raises ConfigError: on every rank, if it cannot fit; the message says what would.
+    """
+    own = estimate(config, num_classes, shards, world)
+    free = free_memory_bytes()
+    everyone = world.allgather((world.host, own, free, free_shared_bytes()))
+    lines, refused = [], []
+    for host in dict.fromkeys(host for host, *_ in everyone):
+        ranks = [rank for name, rank, *_ in everyone if name == host]
+        room, shared_room = next((a, b) for name, _, a, b in everyone if name == host)
+        private = sum(rank.rank - rank.libraries for rank in ranks)
+        needed = ranks[0].shared + private
+        lines.append(
+            f"memory on {host}: {_gb(needed)} GB of {_gb(room)} GB that are free: tables {_gb(ranks[0].shared)} "
+            f"(shared, of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} ranks with {_gb(ranks[0].dense)} dense, "
+            f"{_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for checkpoints each"
+        )
+        if needed > room or ranks[0].shared > shared_room:
+            refused.append((host, ranks, room, shared_room, needed))
+    for host, ranks, room, shared_room, needed in refused:
+        short = "shared memory" if ranks[0].shared > shared_room else "memory"
+        has, takes = (shared_room, ranks[0].shared) if short == "shared memory" else (room, needed)
+        raise ConfigError(
+            f"the run takes about {_gb(takes)} GB of {short} on {host}, which has {_gb(has)} GB free: "
+            f"{_what_fits(ranks, room, shared_room, num_classes, config.training.batch_size)}"
+        ).on_every_rank()
+    return tuple(lines)
+
+
+def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: int, batch_size: int) -> str:
+    """A change with which the run would fit."""
+    own, count = ranks[0], len(ranks)
+    fixed = own.shared + count * (own.dense + own.copy)
+    if own.shared <= shared_room:
+        batch = int(0.9 * batch_size * (room - fixed) / max(count * own.activations, 1))
+        if batch >= 1:
+            return f"--batch-size {batch} would fit"
+        fit = int((room - own.shared) / (own.dense + own.copy + own.activations))
+        if 1 <= fit < count:
+            return f"{fit} ranks there would fit"
+    per_class = own.rows / max(num_classes, 1)
+    shares = own.shared / max(own.rows, 1) + count * own.copy / max(own.rows, 1)  # of the rows, in this machine
+    left = min(shared_room * own.rows / max(own.shared, 1), (room - count * (own.dense + own.activations)) / shares)
+    classes = int(0.9 * left / max(per_class, 1)) // 1000 * 1000
+    if classes > 0:
+        return f"a vocabulary of {classes:,} words would fit, or more nodes, or a smaller --projection-size"
+    return "fewer ranks, a smaller --batch-size or --cell-size, or more nodes are needed"
+
+
+def free_memory_bytes() -> int:
+    """Memory that this process and its siblings may still take: of the machine, or of the cgroups they are in."""
+    free = _NO_LIMIT
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    return min([free, *_cgroup_rooms()])
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    """What is left in each of this process's memory cgroups (of version 2 or 1) that has a limit."""
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = f"{_CGROUPS}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            folder = Path(root, *parts[:depth])
+            bound, used = _number(folder / limit), _number(folder / usage)
+            if bound is not None and used is not None and bound < _NO_LIMIT:
+                yield max(bound - used + _reclaimable(folder), 0)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of file cache that count as used but can be had back."""
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    return sum(stat.get(name, 0) for name in ("inactive_file", "active_file"))
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f}" if num_bytes < 1e11 else f"{num_bytes / 1e9:,.0f}"

@@ -1,0 +1,78 @@
+"""One rank fails while all ranks have requests under way at each other: ``failing_program.py KIND RANK NODES FOLDER``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapse_elmo.ps.embedded import EmbeddedServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.world import World, launch
+from tests.mpi import mpirun
+
+RANKS = 4
+ENDS_S = 10  # far above what ending takes, even on a busy machine
+_STEPS_BEFORE = 10
+_LAYOUT = Layout.of(("rows", 4000, 64))
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("this breaks")
+
+
+def _break_manager(server: EmbeddedServer) -> None:
+    """The next thing that the node's manager does goes wrong."""
+    assert server._manager is not None
+    server._manager.mailbox.receive = _raise  # type: ignore[method-assign, assignment]
+
+
+FAILURES: dict[str, Callable[[EmbeddedServer], object]] = {
+    "exception": _raise,
+    "exit": lambda _: sys.exit(0),
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "manager": _break_manager,
+}
+
+
+def main(argv: list[str], join: Callable[[], World]) -> None:
+    kind, rank, nodes, folder = argv
+    world = join()
+    if int(nodes) > 1:
+        world.split(int(nodes))
+    server = EmbeddedServer(world, _LAYOUT)
+    rng, out = np.random.default_rng(world.rank), np.empty((500, 64), np.float32)
+    world.barrier()
+    for clock in range(10**6):
+        if clock == _STEPS_BEFORE and world.rank == int(rank):
+            Path(folder, "failed").write_text(str(time.time()))
+            FAILURES[kind](server)
+        keys = rng.integers(0, 4000, 500)
+        server.intent(rng.integers(0, 4000, 500), clock + 1, clock + 3)
+        server.push_async(keys, np.ones((500, 64), np.float32))
+        server.localize_async(keys[:100])
+        server.pull(keys, out)
+        server.wait_all()
+        server.advance_clock()
+
+
+def run_and_check(kind: str, rank: int, nodes: int, folder: Path, **job: Any) -> None:
+    """Run such a job, and fail unless it ends within seconds of the failure, with a bad status and nothing left."""
+    words = [Path(__file__), kind, str(rank), str(nodes), folder]
+    ended = mpirun(RANKS, words, timeout=60, **job)
+    seconds = time.time() - float((folder / "failed").read_text())
+    assert ended.returncode != 0, ended.output
+    assert seconds < ENDS_S, ended.output
+    assert ended.survivors == ()
+    if kind in ("exception", "manager"):
+        assert f"[rank {rank}/{RANKS} " in ended.stderr and "this breaks" in ended.stderr, ended.output
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:], prog="failing_program.py")

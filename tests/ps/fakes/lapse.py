@@ -1,0 +1,61 @@
+"""A stand-in for the package lapse that starts and ends like it and keeps no rows. FAKE_LAPSE says what goes wrong.
+
+For tests of how a job starts and ends: its folder is put on the path of the processes that are to find it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+FAULT = os.environ.get("FAKE_LAPSE", "")
+if FAULT == "absent":
+    raise ModuleNotFoundError("No module named 'lapse'")
+if FAULT == "of another torch":
+    raise ImportError("undefined symbol: _ZN3c10")
+
+
+def scheduler(num_keys: int, num_threads: int) -> None:
+    """Until as many nodes as there are have said that they end."""
+    if FAULT == "no scheduler":
+        os._exit(3)
+    ended = 0
+    with socket.create_server(_address()) as server:
+        while ended < int(os.environ["DMLC_NUM_SERVER"]):
+            connection, _ = server.accept()
+            with connection:
+                word = connection.recv(3)
+            if word == b"die":
+                os._exit(3)
+            ended += word == b"end"
+
+
+def setup(num_keys: int, num_threads: int) -> None:
+    if FAULT == "never up":
+        time.sleep(600)
+
+
+class Server:
+    def __init__(self, widths: object) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        say(b"end")
+
+
+if FAULT != "another package":
+
+    class Worker:
+        def __init__(self, app: int, customer: int, server: Server) -> None:
+            pass
+
+
+def say(word: bytes) -> None:
+    """To the scheduler."""
+    with socket.create_connection(_address(), 10) as connection:
+        connection.sendall(word)
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["DMLC_PS_ROOT_URI"], int(os.environ["DMLC_PS_ROOT_PORT"])

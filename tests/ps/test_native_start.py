@@ -1,0 +1,66 @@
+"""How jobs with a native package start and end: in order, or within seconds, and never with anything left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.mpi import ROOT, Job, mpirun
+from tests.ps.native_engines import installed
+
+PROGRAM = Path(__file__).parent / "native_program.py"
+FAKES = str(Path(__file__).parent / "fakes")
+
+
+def fake(fault: str) -> dict[str, str]:
+    """The environment of a job that finds our stand-in for lapse, with ``fault``."""
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), FAKES]), "FAKE_LAPSE": fault}
+
+
+def job(package: str, end: str, env: dict[str, str] | None = None, start_s: float = 30.0) -> Job:
+    return mpirun(2, [PROGRAM, package, end, str(start_s)], timeout=90, env=env)
+
+
+ENDS = {
+    "closed": 0, "left open": 0, "started again": 0, "error everywhere": 2, "error on a rank": None,
+    "rank 0 killed": None, "last rank killed": None,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("package", ["stand-in", "lapse", "adapm"])
+def test_ends(package: str, end: str) -> None:
+    if package != "stand-in" and not installed(package):
+        pytest.skip(f"the package {package} is not installed")
+    result = job("lapse", end, fake("")) if package == "stand-in" else job(package, end)
+    expected = ENDS[end]
+    assert result.returncode == expected if expected is not None else result.returncode != 0, result.output
+    assert not result.survivors, result.output
+
+
+@pytest.mark.parametrize("fault", ["absent", "of another torch", "another package", "no scheduler"])
+def test_what_can_be_known_before_the_start_is_an_error_of_the_user(fault: str) -> None:
+    result = job("lapse", "closed", fake(fault))
+    assert result.returncode == 2, result.output
+    assert result.stderr.startswith("native_program.py: error: ") and result.stderr.count("\n") == 1, result.output
+    assert not result.survivors
+
+
+def test_nodes_that_do_not_come_up_in_time_end_the_job() -> None:
+    result = job("lapse", "closed", fake("never up"), start_s=10)
+    assert result.returncode != 0
+    assert not result.survivors
+
+
+def test_the_death_of_the_scheduler_ends_the_job() -> None:
+    result = job("lapse", "scheduler dies", fake(""))
+    assert result.returncode != 0
+    assert not result.survivors
+
+
+def test_an_address_that_is_not_of_this_host() -> None:
+    result = job("lapse", "closed", fake("") | {"DMLC_PS_ROOT_URI": "203.0.113.1"})
+    assert result.returncode == 2, result.output
+    assert "DMLC_PS_ROOT_URI" in result.stderr

@@ -1,0 +1,60 @@
+"""The embedded server between two hosts that share nothing but a network: the contract, and an end for every job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import collective
+from tests.hosts import ADDRESSES, ENVIRONMENT, Hosts, two_hosts, why_not
+from tests.mpi import mpirun
+from tests.ps import contract_program, failing_program
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+ENGINE, RANKS_A_HOST = "adaptive", 2
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with two_hosts(RANKS_A_HOST) as hosts:
+        yield hosts
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(namespace in left for namespace in hosts.namespaces)
+
+
+@pytest.fixture(scope="module")
+def report(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("network")
+    before = hosts.sent_bytes()
+    report = collective.report_of(
+        program, [ENGINE, "1"], 2 * RANKS_A_HOST, folder, timeout=180, env=ENVIRONMENT, launcher=hosts.launcher
+    )
+    report["sent"] = "" if hosts.sent_bytes() - before > 10_000_000 else "the ranks did not talk over the network"
+    return report
+
+
+@pytest.mark.parametrize("name", ["sent", *contract_program.names(ENGINE)])
+def test_contract(report: dict[str, str], name: str) -> None:
+    collective.expect(report, name)
+
+
+def test_hosts_are_nodes(hosts: Hosts, tmp_path: Path) -> None:
+    code = (
+        "import json, pathlib, sys; from lapse_elmo.world import enter; w = enter();"
+        "pathlib.Path(sys.argv[1], str(w.rank)).write_text(json.dumps([w.node, w.num_nodes, w.local_rank, w.host]))"
+    )
+    job = mpirun(4, ["-c", code, tmp_path], env=ENVIRONMENT, launcher=hosts.launcher)
+    assert job.returncode == 0, job.output
+    places = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    assert [place[:3] for place in places] == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
+    assert places[2][3] == places[3][3] == ADDRESSES[1] != places[0][3]
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("kill", 3), ("manager", 0)])
+def test_a_failing_rank_ends_the_job_on_both_hosts(hosts: Hosts, tmp_path: Path, kind: str, rank: int) -> None:
+    failing_program.run_and_check(kind, rank, 1, tmp_path, env=ENVIRONMENT, launcher=hosts.launcher)

@@ -1,0 +1,102 @@
+"""The estimate of memory: what it counts, what limits it knows, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lapse_elmo import memory
+from lapse_elmo.config.training import Config, parse_train
+from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.memory import check_memory, dense_size, estimate
+from lapse_elmo.parameters import build_model
+from lapse_elmo.world import solo
+from tests.training.conftest import small  # noqa: F401 (a fixture)
+from tests.training.corpora import TINY, Prepared
+
+
+@pytest.fixture
+def shards(small: Prepared) -> ShardSet:  # noqa: F811
+    return ShardSet.open(small.shards)
+
+
+def config_of(*options: str) -> Config:
+    return parse_train([*TINY, *options])
+
+
+@pytest.mark.parametrize("options", [(), ("--num-layers", "1", "--projection-size", "8"), ("--lstm", "allennlp")])
+def test_dense_parameters_are_counted_as_they_are(options: tuple[str, ...]) -> None:
+    model = config_of("--context", "mix", *options).model
+    counted = sum(parameter.numel() for parameter in build_model(model, 1).parameters())
+    assert dense_size(model.projection_size, model.cell_size, model.num_layers) == pytest.approx(counted, abs=3)
+
+
+def test_rows_are_counted_with_their_accumulators(shards: ShardSet) -> None:
+    adagrad = estimate(config_of(), 1000, shards, solo())
+    assert adagrad.rows == 1000 * 4 * 2 * (16 + 17)
+    assert estimate(config_of("--optimizer", "sgd"), 1000, shards, solo()).rows == adagrad.rows / 2
+    assert adagrad.shared >= adagrad.rows and adagrad.copy >= adagrad.rows
+    assert estimate(config_of("--dense", "ps"), 1000, shards, solo()).rows > adagrad.rows
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "says"),
+    [
+        (("--batch-size", "1000000"), 43, r"takes about .* GB of memory on .*: --batch-size \d+ would fit"),
+        ((), 10**7, r"a vocabulary of [\d,]+000 words would fit"),
+        (("--projection-size", "30000", "--cell-size", "60000"), 43, r"fewer ranks"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], classes: int, says: str
+) -> None:
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr(memory, "free_shared_bytes", lambda: 10**9)
+    with pytest.raises(ConfigError, match=says) as refused:
+        check_memory(config_of(*options), classes, shards, solo())
+    assert refused.value.everywhere and "\n" not in str(refused.value)
+
+
+def test_what_is_said_to_fit_fits(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr(memory, "free_shared_bytes", lambda: 10**9)
+    with pytest.raises(ConfigError) as refused:
+        check_memory(config_of("--batch-size", "1000000"), 43, shards, solo())
+    batch = str(refused.value).split("--batch-size ")[1].split()[0]
+    check_memory(config_of("--batch-size", batch), 43, shards, solo())
+    with pytest.raises(ConfigError) as refused:
+        check_memory(config_of(), 10**7, shards, solo())
+    classes = int(str(refused.value).split("a vocabulary of ")[1].split()[0].replace(",", ""))
+    check_memory(config_of(), classes, shards, solo())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cgroup_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    inner = tmp_path / ("memory" if version == 1 else "") / "job" / "step"
+    inner.mkdir(parents=True)
+    for folder, limit in ((inner, "9223372036854771712" if version == 1 else "max"), (inner.parent, "3000000")):
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text("1000000\n")
+    (inner.parent / "memory.stat").write_text("anon 900000\ninactive_file 50000\nactive_file 25000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", str(tmp_path))
+    controllers = "memory" if version == 1 else ""
+    read_text = Path.read_text
+
+    def fake(self: Path, *rest: str, **more: str) -> str:
+        return f"4:{controllers}:/job/step\n" if str(self) == "/proc/self/cgroup" else read_text(self, *rest, **more)
+
+    monkeypatch.setattr(Path, "read_text", fake)
+    assert memory.free_memory_bytes() == 2_075_000
+
+
+def test_a_dry_run_writes_nothing(small: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    from lapse_elmo import train
+
+    argv = [*small.options, *TINY, "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    assert train.main(argv, solo) == 0
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("server+worker", "memory on", "14 in all", "nothing was started"))
+    assert not (tmp_path / "run").exists()

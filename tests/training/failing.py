@@ -1,0 +1,68 @@
+"""bin/train with a fault: ``failing.py KIND RANK STEP OPTIONS...``; at ``STEP`` rank ``RANK`` meets it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lapse_elmo import train
+from lapse_elmo.checkpoint import files, saver
+from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
+from lapse_elmo.world import World, launch
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("this breaks")
+
+
+def leave(*_: Any) -> None:
+    sys.exit(0)
+
+
+def in_thread(*_: Any) -> None:
+    threading.Thread(target=fail).start()
+    threading.Event().wait(60)
+
+
+def full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+AT_STEP: dict[str, Callable[..., None]] = {
+    "exception": fail, "exit-0": leave, "kill": die, "thread": in_thread,
+}
+IN_SAVE: dict[str, Callable[..., None]] = {"kill-in-save": die, "full-disk": full}
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> int:
+    kind, rank, step, *options = argv
+    once = TrainingStep.__call__
+
+    def faulty(self: TrainingStep, announced: AnnouncedBatch, number: int) -> StepResult:
+        if self.world.rank == int(rank) and number == int(step):
+            if kind in IN_SAVE:
+                files._write_at = IN_SAVE[kind]
+            elif kind == "kill-in-rename":
+                saver.put = die  # type: ignore[assignment]
+            elif kind == "not-finite":
+                for parameter in self.model.parameters():
+                    parameter.register_hook(lambda gradient: gradient * math.nan)
+            else:
+                AT_STEP[kind]()
+        return once(self, announced, number)
+
+    TrainingStep.__call__ = faulty  # type: ignore[method-assign, assignment]
+    return train.main(options, enter)
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:], prog="bin/train")
