@@ -40,19 +40,19 @@ def test_contract(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
 
 
+NATIVE_CASES = {f"{package}-{ranks}": (package, ranks) for package in NATIVE for ranks in (1, 2, 4)}
 NATIVE_CHECKS = [
     pytest.param(
-        (package, ranks), name, id=f"{package}-{ranks}-{name}",
-        marks=[] if (package, name) not in EXCEPTIONS else pytest.mark.skip(EXCEPTIONS[package, name]),
+        case, name, marks=[pytest.mark.skip(EXCEPTIONS[package, name])] if (package, name) in EXCEPTIONS else [],
     )
-    for package in NATIVE for ranks in (1, 2, 4)
+    for case, (package, _) in NATIVE_CASES.items()
     for name in [*contract_program.names(package), *(name for other, name in EXCEPTIONS if other == package)]
 ]
 
 
 @pytest.fixture(scope="module")
 def native_report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    package, ranks = request.param
+    package, ranks = NATIVE_CASES[request.param]
     if not installed(package):
         pytest.skip(f"the package {package} is not installed")
     program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
