@@ -18,6 +18,7 @@ def main() -> None:
     programs = [[sys.executable, "-m", f"benchmarks.{name}"] for name in names]
     for ranks in (1, 2):
         programs.append([f"{sys.prefix}/bin/mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.server"])
+    programs.append([*programs[-1], "--nodes", "2"])
     for package in ("lapse", "adapm"):  # each says so where it is absent
         command = [f"{sys.prefix}/bin/mpirun", "-n", "2", sys.executable, "-m", "benchmarks.peer_servers", package]
         programs.append(command)

@@ -13,7 +13,7 @@ from tests.ps.contract_program import ENGINES, NATIVE
 from tests.ps.native_engines import EXCEPTIONS, installed
 
 TWIN = {SWITCH: "0"}  # rows without native code
-# On one node all techniques are alike. Chosen so that all of it takes two minutes on two idle cores.
+# On one node all techniques are alike. Chosen so that all of it stays within some minutes.
 CASES = {
     f"{engine}-{ranks}-{nodes}{'-twin' if env else ''}": (engine, ranks, nodes, env)
     for engine, ranks, nodes, env in [
