@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as bin/train sets it
-    programs = [[sys.executable, "-m", "benchmarks.step"], [sys.executable, "-m", "benchmarks.preprocess"]]
+    programs = [[sys.executable, "-m", f"benchmarks.{name}"] for name in ("step", "preprocess", "checkpoint")]
     for ranks in (1, 2):
         programs.append([f"{sys.prefix}/bin/mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.server"])
     for package in ("lapse", "adapm"):  # each says so where it is absent
