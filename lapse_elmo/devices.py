@@ -64,7 +64,8 @@ class Uplink:
     def send(self, rows: Tensor) -> Callable[[], Tensor]:
         """Begin to bring ``rows``, strided or not; the result gives them, contiguous, and perhaps the same on the CPU.
 
-        With a GPU ``rows`` are free again at once, and work that is queued after they were taken waits on the device, not on the host.
+        With a GPU ``rows`` are free again at once, and work that is queued after they were taken waits on the device,
+        not on the host.
         """
         stream = self._stream
         if stream is None:

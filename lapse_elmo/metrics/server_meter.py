@@ -26,7 +26,7 @@ class ServerMeter:
         self._ends = {segment.name: band_ends(segment.num_rows) for segment in server.layout.segments}
 
     def metrics(self, num_steps: int) -> dict[str, float]:
-        """Collective: by name, with units, since the last call. Rows and bytes are all ranks', a step; waits one's."""
+        """Collective: by name, since the last call. Rows and bytes are all ranks', a step; waits a rank's, a step."""
         now = self._counts()
         sums = self._world.sum_(now - self._before)
         self._before = now

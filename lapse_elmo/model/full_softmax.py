@@ -11,8 +11,8 @@ from torch import Tensor
 from lapse_elmo.model.lanes import both
 from lapse_elmo.model.pointwise import pointwise
 
-TARGETS_AT_ONCE = 256
-CLASSES_AT_ONCE = 4096  # with 256 targets 4 MiB of float32 logits, which stay in the cache between passes
+TARGETS_AT_ONCE = 512
+CLASSES_AT_ONCE = 2048  # with 512 targets 4 MiB of float32 logits, which stay in the cache between passes
 
 
 @torch.no_grad()

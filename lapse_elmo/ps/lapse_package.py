@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lapse_elmo.ps.api import DONE, Array
+from lapse_elmo.ps.layout import distinct
 from lapse_elmo.ps.package_node import PackageNode
-from lapse_elmo.ps.package_server import PackageServer, Pending, distinct
+from lapse_elmo.ps.package_server import PackageServer, Pending
 
 
 class LapseNode(PackageNode):
