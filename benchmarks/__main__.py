@@ -14,16 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as bin/train sets it
-    programs = [[sys.executable, "-m", "benchmarks.step"], [sys.executable, "-m", "benchmarks.preprocess"]]
+    names = ("step", "full_softmax", "preprocess")
+    programs = [[sys.executable, "-m", f"benchmarks.{name}"] for name in names]
     for ranks in (1, 2):
         programs.append([f"{sys.prefix}/bin/mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.server"])
     for package in ("lapse", "adapm"):  # each says so where it is absent
         command = [f"{sys.prefix}/bin/mpirun", "-n", "2", sys.executable, "-m", "benchmarks.peer_servers", package]
         programs.append(command)
     if (ROOT / DEFAULT_SHARDS).exists():
-        programs.append([sys.executable, "-m", "benchmarks.start"])
+        programs += [[sys.executable, "-m", f"benchmarks.{name}"] for name in ("start", "ranks")]
     else:
-        print(f"benchmarks.start is left out: it needs {DEFAULT_SHARDS} (make train)")
+        print(f"benchmarks.start and benchmarks.ranks are left out: they need {DEFAULT_SHARDS} (make train)")
     for program in programs:
         print(f"\n--- {' '.join(program[1:])}", flush=True)
         subprocess.run(program, cwd=ROOT, check=True, env=environment)

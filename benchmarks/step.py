@@ -1,93 +1,146 @@
-"""The arithmetic of a training step against its peers: AllenNLP's ElmoLstm, and a sampled softmax by plain autograd.
+"""The arithmetic of a training step: ours, its peers, and its matrix products alone. ``python -m benchmarks.step``
 
-Forward and backward pass with all gradients, at the small sizes. The variants of a row take turns, so that whatever
-else the machine does hits all of them alike; the table shows each one's median, in words a second, and the median of
-the ratios of neighbouring runs. Seconds are the process's own CPU time with one thread and wall time with more, which
-other work on the cores disturbs. Run it as ``python -m benchmarks.step``; it takes about a minute on idle cores.
+Forward and backward pass with all gradients. Each row of the table measures, taking turns so that whatever else the
+machine does hits all alike: ours; the matrix products of the same shapes and nothing else, which no implementation on
+this library can beat; and the peer, AllenNLP's ElmoLstm or a sampled softmax by plain autograd. Rates are medians,
+shares and ratios medians of those of neighbouring runs. Seconds are the process's own CPU time with one thread, and
+wall time with more, which other work on the cores disturbs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lapse_elmo.config.cli import option, parse
+from lapse_elmo.config.training import PRESETS, ModelConfig
+from lapse_elmo.devices import remarks, speed_up_float32
 from lapse_elmo.model import reference
 from lapse_elmo.model.initial_values import initialize_lstm
+from lapse_elmo.model.lanes import both
 from lapse_elmo.model.lstm import FusedElmoLstm
+from lapse_elmo.model.packing import Packing
 from lapse_elmo.model.softmax import sampled_softmax_nll
 
-MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.55, 250
+MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.3, 250  # of a batch that is sorted by length with noise (batches.py)
 
 
 @dataclass(frozen=True)
 class StepOptions:
     """Sizes and repeats of the benchmark."""
 
-    projection_size: int = option(128, help="D")
-    cell_size: int = option(512, help="C")
-    num_layers: int = option(2, help="L")
-    batch_sizes: tuple[int, ...] = option((64, 128), help="sentences a batch")
-    num_targets: int = option(3200, help="targets of one direction, N")
+    sizes: tuple[str, ...] = option(("small", "original"), help="small, original")
+    batch_sizes: tuple[int, ...] = option((32, 128), help="sentences a batch at the small sizes")
+    original_batch: int = option(32, help="sentences a batch at the original sizes, of 12 words each")
+    num_targets: int = option(1600, help="targets of the softmax, both directions together")
     num_samples: int = option(8192, help="negative samples, S")
+    precisions: tuple[str, ...] = option(("fp32",), help="fp32, bf16")
     threads: tuple[int, ...] = option((1,), help="torch threads to measure with; more than 1 needs idle cores")
     repeats: int = option(3, help="runs of each variant, after one that is thrown away")
+    peers: bool = option(True, help="measure the peers as well")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: two variants of the same work on ``num_words`` words."""
+    """One line of the table: variants of the same work on ``num_words`` words, which takes ``flops``."""
 
     name: str
     num_words: int
-    peer: Callable[[], None]
+    flops: float
     ours: Callable[[], None]
+    products: Callable[[], None]
+    peer: Callable[[], None] | None
 
 
 def lengths(num_sentences: int, generator: torch.Generator) -> Tensor:
-    """Log-normal sentence lengths of the given mean, like news text."""
+    """Log-normal sentence lengths of the given mean, as in one batch of news text."""
     normal = torch.randn(num_sentences, generator=generator)
     return torch.exp(math.log(MEAN_LENGTH) - SPREAD**2 / 2 + SPREAD * normal).round().clamp(1, LONGEST).long()
 
 
-def lstm_row(options: StepOptions, batch_size: int) -> Row:
-    """AllenNLP's ElmoLstm against the fused one, on one batch."""
-    generator = torch.Generator().manual_seed(batch_size)
-    sizes = (options.projection_size, options.projection_size, options.cell_size, options.num_layers)
+def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
+    """Both layers and directions on one batch of sentences of ``counts`` words."""
+    preset = PRESETS[size]
+    width, cells, layers = preset["projection_size"], preset["cell_size"], preset["num_layers"]
     clips = {"memory_cell_clip_value": 3.0, "state_projection_clip_value": 3.0}
-    peer, ours = reference.elmo_lstm()(*sizes, **clips), FusedElmoLstm(*sizes, **clips)  # type: ignore[arg-type]
-    for lstm in (peer, ours):
-        initialize_lstm(lstm, "glorot", torch.Generator().manual_seed(1))
-    counts = lengths(batch_size, generator)
+    lstm = FusedElmoLstm(width, width, cells, layers, precision=precision, **clips)  # type: ignore[arg-type]
+    initialize_lstm(lstm, "glorot", torch.Generator().manual_seed(1))
     mask = torch.arange(int(counts.max()))[None, :] < counts[:, None]
-    inputs = torch.randn(*mask.shape, options.projection_size, generator=generator, requires_grad=True)
+    inputs = torch.randn(*mask.shape, width, generator=torch.Generator().manual_seed(2))
+    packing = Packing.of_mask(mask)
+    rows = packing.pack(inputs).requires_grad_()
 
-    def run(lstm: torch.nn.Module) -> None:
+    def ours() -> None:
         lstm.zero_grad()
-        lstm(inputs, mask)[-1].sum().backward()
+        forward, backward = lstm.run(rows, packing, len(mask))[-1]
+        torch.autograd.backward([forward, backward], [torch.ones_like(forward)] * 2)
 
-    def run_peer() -> None:
-        peer.reset_states()
-        run(peer)
+    peer = None
+    if peers:
+        theirs = reference.elmo_lstm()(width, width, cells, layers, **clips)
+        initialize_lstm(theirs, "glorot", torch.Generator().manual_seed(1))
+        leaf = inputs.requires_grad_()
 
-    return Row(f"LSTM, B {batch_size}", int(counts.sum()), run_peer, lambda: run(ours))
+        def peer() -> None:
+            theirs.reset_states()
+            theirs.zero_grad()
+            theirs(leaf, mask)[-1].sum().backward()
+
+    words = int(counts.sum())
+    alone = lstm_products(packing.sizes, width, cells, layers)
+    name = f"LSTM, {size}, B {len(counts)}, {precision}"
+    return Row(name, words, 54.0 * 2 * layers * cells * width * words, ours, alone, peer)
 
 
-def softmax_row(options: StepOptions) -> Row:
-    """Plain autograd against the chunked function, both directions of ``num_targets`` words."""
+def lstm_products(sizes: list[int], width: int, cells: int, layers: int) -> Callable[[], None]:
+    """The products of :mod:`lapse_elmo.model.lstm_pass`, on as many threads."""
+    num_words, most = sum(sizes), max(sizes)
+    parts = []
+    for _ in range(2):  # small values: sums must not grow from run to run
+        shapes = ((4 * cells, width), (4 * cells, width), (width, cells), (num_words, width), (num_words, 4 * cells))
+        parts.append([1e-3 * torch.randn(*shape) for shape in shapes])
+
+    def direction(number: int) -> None:
+        input_weight, state_weight, projection, rows, gates = parts[number]
+        hidden, exposed = torch.zeros(most, width), torch.zeros(most, cells)
+        for _ in range(layers):
+            torch.mm(rows, input_weight.t(), out=gates)
+            for part, size in zip(gates.split(sizes), sizes, strict=True):
+                part.addmm_(hidden[:size], state_weight.t())
+                torch.mm(exposed[:size], projection.t(), out=hidden[:size])
+            for part, size in zip(gates.split(sizes), sizes, strict=True):
+                torch.mm(hidden[:size], projection, out=exposed[:size])
+                torch.mm(part, state_weight, out=hidden[:size])
+            torch.mm(gates.t(), torch.cat([rows, rows], 1))
+            torch.mm(rows.t(), gates[:, :cells])
+            torch.mm(gates, input_weight)
+
+    return lambda: in_halves(direction)
+
+
+def in_halves(function: Callable[[int], None]) -> None:
+    """Both halves, as a step runs them."""
+    both(function, torch.device("cpu"), "")
+
+
+def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
+    """The targets of both directions against the samples that they share."""
+    width, num_targets, num_samples = PRESETS[size]["projection_size"], options.num_targets, options.num_samples
     generator = torch.Generator().manual_seed(2)
-    num_rows = options.num_samples + options.num_targets // 4
-    shapes = [(options.num_targets, options.projection_size), (num_rows, options.projection_size), (num_rows,)]
+    num_rows = num_samples + num_targets // 4
+    shapes = [(num_targets, width), (num_rows, width), (num_rows,)]
     context, weight, bias = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes)
-    target = torch.randint(num_rows, (options.num_targets,), generator=generator)
-    sample = torch.randperm(num_rows, generator=generator)[: options.num_samples]
+    target = torch.randint(num_rows, (num_targets,), generator=generator)
+    sample = torch.randperm(num_rows, generator=generator)[:num_samples]
     log_expected = -torch.rand(num_rows, generator=generator)
 
     def plain() -> Tensor:
@@ -98,45 +151,110 @@ def softmax_row(options: StepOptions) -> Row:
         return -torch.log_softmax(torch.cat([true[:, None], logits], 1), 1)[:, 0].sum()
 
     def run(nll: Callable[[], Tensor]) -> None:
-        for _ in ("forward", "backward"):
-            context.grad = weight.grad = bias.grad = None
-            nll().backward()
+        context.grad = weight.grad = bias.grad = None
+        nll().backward()
 
-    def chunked() -> Tensor:
-        return sampled_softmax_nll(context, weight, bias, target, sample, log_expected)
+    def ours() -> Tensor:
+        return sampled_softmax_nll(context, weight, bias, target, sample, log_expected, precision=precision)
 
-    name = f"softmax, N 2 x {options.num_targets}, S {options.num_samples}"
-    return Row(name, options.num_targets, lambda: run(plain), lambda: run(chunked))
+    def products(half: int) -> None:
+        logits, sums = torch.empty(256, num_samples), torch.zeros(num_samples, width)
+        for some in vectors.chunk(2)[half].split(256):
+            odds = torch.mm(some, samples.t(), out=logits[: len(some)])
+            torch.mm(odds, samples)
+            sums.addmm_(odds.t(), some)
+
+    samples, vectors = weight.detach()[:num_samples], context.detach()
+    return Row(
+        f"softmax, {size}, S {num_samples}, {precision}", num_targets // 2, 6.0 * num_samples * width * num_targets,
+        lambda: run(ours), lambda: in_halves(products),
+        (lambda: run(plain)) if options.peers else None,
+    )
 
 
-def measure(row: Row, repeats: int, clock: Callable[[], float]) -> tuple[float, float, float]:
-    """By ``clock``, median seconds of the peer and of ours, and the median of their ratios, run in turn."""
-    times: list[tuple[float, float]] = []
-    for _ in range(repeats + 1):
-        pair = []
-        for run in (row.peer, row.ours):
-            start = clock()
-            run()
-            pair.append(clock() - start)
-        times.append((pair[0], pair[1]))
-    kept = times[1:]
-    peer, ours = (statistics.median(pair[index] for pair in kept) for index in (0, 1))
-    return peer, ours, statistics.median(a / b for a, b in kept)
+def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds by ``clock`` of each variant, run in turn; the first turn is thrown away."""
+    variants = {"ours": row.ours, "products": row.products, "peer": row.peer}
+    times: dict[str, list[float]] = {name: [] for name, run in variants.items() if run}
+    for turn in range(repeats + 1):
+        for name, run in variants.items():
+            if run:
+                start = clock()
+                run()
+                if turn:
+                    times[name].append(clock() - start)
+    return times
+
+
+def line(row: Row, times: dict[str, list[float]]) -> str:
+    """Ours in words/s and GFLOP/s, its share of the products' rate, the peer's words/s and the ratio to it."""
+    ours = statistics.median(times["ours"])
+    share = statistics.median(p / o for p, o in zip(times["products"], times["ours"], strict=True))
+    text = f"{row.name:<34}{row.num_words / ours:>10,.0f}{row.flops / ours / 1e9:>9.1f}{share:>8.0%}"
+    if "peer" in times:
+        ratio = statistics.median(p / o for p, o in zip(times["peer"], times["ours"], strict=True))
+        text += f"{row.num_words / statistics.median(times['peer']):>10,.0f}{ratio:>7.2f}"
+    return text
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """By how much ``run`` raises the resident memory at its peak."""
+    run()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would count as used before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    for text in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if text.startswith(f"{name}:"):
+            return int(text.split()[1]) * 1024
+    raise LookupError(name)
+
+
+def memory(options: StepOptions) -> str:
+    """Peak of a whole step at the small sizes, batch 128."""
+    counts = lengths(128, torch.Generator().manual_seed(128))
+    lstm = lstm_row("small", counts, "fp32", peers=False)
+    softmax = softmax_row("small", StepOptions(num_targets=2 * lstm.num_words, peers=False), "fp32")
+
+    def run() -> None:
+        lstm.ours()
+        softmax.ours()
+
+    above = peak_bytes(run) / 1e6
+    return f"peak memory of a step, small, B 128, {lstm.num_words} words: {above:.0f} MB above the parameters"
+
+
+def rows(options: StepOptions) -> list[Row]:
+    found = []
+    for precision in options.precisions:
+        for size in options.sizes:
+            if size == "small":
+                batches = [lengths(number, torch.Generator().manual_seed(number)) for number in options.batch_sizes]
+            else:
+                batches = [torch.full((options.original_batch,), 12)]
+            found += [lstm_row(size, counts, precision, options.peers) for counts in batches]
+            found.append(softmax_row(size, options, precision))
+    return found
 
 
 def main(argv: list[str]) -> None:
     """Print the table."""
     options = parse(StepOptions, argv, prog="python -m benchmarks.step", description="Time the parts of a step.")
-    rows = [*(lstm_row(options, size) for size in options.batch_sizes), softmax_row(options)]
-    print(f"D {options.projection_size}, C {options.cell_size}, L {options.num_layers}; forward and backward pass")
-    print(f"{'threads':>7}  {'':<30}{'peer words/s':>14}{'ours words/s':>14}{'ratio':>8}")
+    speed_up_float32()
+    for remark in remarks(ModelConfig(precision=options.precisions[-1]), torch.device("cpu")):
+        print(remark)
+    head = f"{'threads':>7}  {'forward and backward pass':<34}{'words/s':>10}{'GFLOP/s':>9}{'share':>8}"
+    print(head + f"{'peer':>10}{'ratio':>7}" * options.peers)
     for threads in options.threads:
         torch.set_num_threads(threads)
         clock = time.process_time if threads == 1 else time.perf_counter
-        for row in rows:
-            peer_s, ours_s, ratio = measure(row, options.repeats, clock)
-            rates = f"{row.num_words / peer_s:>14,.0f}{row.num_words / ours_s:>14,.0f}"
-            print(f"{threads:>7}  {row.name:<30}{rates}{ratio:>8.2f}", flush=True)
+        for row in rows(options):
+            print(f"{threads:>7}  {line(row, measure(row, options.repeats, clock))}", flush=True)
+    print(memory(options))
 
 
 if __name__ == "__main__":

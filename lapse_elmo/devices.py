@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lapse_elmo import native
 from lapse_elmo.config.training import DeviceConfig, ModelConfig
@@ -50,6 +52,35 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
     device = torch.device("cuda", ids[world.host_rank % len(ids)])
     torch.cuda.set_device(device)
     return Device(device, threads)
+
+
+class Uplink:
+    """Brings rows from the host's memory to ``device``: on a GPU through pinned memory, on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring ``rows``, strided or not; the result gives them, contiguous, and perhaps the same on the CPU.
+
+        With a GPU ``rows`` are free again at once, and work that is queued after they were taken waits on the device,
+        not on the host.
+        """
+        stream = self._stream
+        if stream is None:
+            return lambda: rows.to(self.device).contiguous()
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+        with torch.cuda.stream(stream):
+            copy = pinned.to(self.device, non_blocking=True)
+
+        def take() -> Tensor:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(stream)
+            copy.record_stream(here)  # its memory, of the other stream, is not given away before this one is done
+            return copy
+
+        return take
 
 
 def remarks(config: ModelConfig, device: torch.device) -> list[str]:

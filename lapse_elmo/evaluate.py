@@ -26,8 +26,7 @@ from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import predicting_vectors
 from lapse_elmo.world import World
 
-
-HELD_BYTES = 256 * 2**20  # of predicting vectors, for one walk through the softmax rows; another as much while they meet
+HELD_BYTES = 256 * 2**20  # of predicting vectors, for one walk through the softmax rows; twice that while they meet
 
 
 @dataclass(frozen=True)

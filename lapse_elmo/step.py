@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import Config
+from lapse_elmo.devices import Uplink
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
@@ -83,6 +84,7 @@ class TrainingStep:
         self.parameters = parameters
         self.model: BiLM = parameters.model
         self.device = device
+        self.uplink = Uplink(device)
         self.loss_factor = config.optimizer.loss_scale / mean_targets
         self.flag = flag
         self.num_classes = parameters.softmax.segment.num_rows
@@ -101,14 +103,15 @@ class TrainingStep:
 
     def __call__(self, announced: AnnouncedBatch, step: int) -> StepResult:
         batch = announced.batch
-        timer = _Timer()
+        timer = _Timer("pull")
         pulled = self._pull(announced)
-        timer.lap("pull")
+        timer.next("compute")
         nll, embedding, softmax = self._compute(batch, pulled, step)
-        dense = [_gradient(p) for p in self._dense]
-        timer.lap("compute")
-        dense = self._reduce(dense)
-        square = _square(embedding, softmax, *dense)
+        timer.next("agree")
+        reduced = self._start_reduce([_gradient(p) for p in self._dense])
+        square = _square(0.0, embedding, softmax)
+        dense = reduced()
+        square = _square(square, *dense)
         mine = np.array(
             [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.flag()], np.float64
         )
@@ -117,10 +120,10 @@ class TrainingStep:
         norm = math.sqrt(float(ranks[:, 4].mean()))
         if not (math.isfinite(norm) and np.isfinite(ranks).all()):
             self._refuse(batch, step, nll, (embedding, softmax))
-        timer.lap("agree")
+        timer.next("push")
         self._push(pulled, embedding, softmax, dense, self._clip_factor(norm))
         self.parameters.server.advance_clock()
-        timer.lap("push")
+        timer.end()
         total = ranks.sum(0)
         return StepResult(
             nll=float(total[0]), num_targets=int(total[1]), num_tokens=int(total[2]), num_cut=int(total[3]),
@@ -146,12 +149,15 @@ class TrainingStep:
         """(nll, gradient of the embedding rows, of the softmax rows); dense gradients are left in ``.grad``."""
         for parameter in self._dense:
             parameter.grad = None
-        embedding = pulled.embedding.weights.to(self.device).contiguous().requires_grad_()
-        softmax = pulled.softmax.weights.to(self.device).contiguous().requires_grad_()
+        weights = pulled.embedding.weights, pulled.softmax.weights
         if not batch.num_targets:
-            return 0.0, torch.zeros_like(embedding), torch.zeros_like(softmax)
+            return 0.0, *(torch.zeros(w.shape, device=self.device) for w in weights)  # type: ignore[return-value]
+        # On a GPU the softmax rows cross while the LSTM computes.
+        take_embedding, take_softmax = (self.uplink.send(w) for w in weights)
         dropout = torch_stream(self.config.training.seed, "dropout", self.world.rank, step)
+        embedding = take_embedding().requires_grad_()
         context = predicting_vectors(self.model, embedding, batch, dropout)
+        softmax = take_softmax().requires_grad_()
         nll = sampled_softmax_nll(
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
             self._log_expected(pulled.softmax_rows), precision=self.config.model.precision,
@@ -169,19 +175,25 @@ class TrainingStep:
             softmax.num_tries or None, replacement=softmax.replacement,
         )
 
-    def _reduce(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Mean of the ranks' dense gradients; as they are where the server adds them up."""
+    def _start_reduce(self, gradients: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin the mean of the ranks' dense gradients, which the result gives; they stay as they are where the server
+        adds them up."""
         if self.world.size == 1 or self.parameters.dense_table is not None:
-            return gradients
+            return lambda: gradients
         start = 0
         for gradient in gradients:
             end = start + gradient.numel()
             np.copyto(self._flat[start:end], gradient.cpu().numpy().reshape(-1))
             start = end
-        self.world.sum_(self._flat)
-        mean = torch.from_numpy(self._flat).div_(self.world.size).to(self.device)
-        parts = torch.split(mean, [gradient.numel() for gradient in gradients])
-        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        summed = self.world.start_sum(self._flat)
+
+        def finish() -> list[Tensor]:
+            summed()
+            mean = torch.from_numpy(self._flat).div_(self.world.size).to(self.device)
+            parts = torch.split(mean, [gradient.numel() for gradient in gradients])
+            return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+        return finish
 
     def _clip_factor(self, norm: float) -> float:
         bound = self.config.optimizer.clip_norm
@@ -214,7 +226,7 @@ class TrainingStep:
 
         def check() -> None:
             # The dense gradients as they were before the ranks' were summed: a sum does not say whose was not finite.
-            mine = _square(*sparse, *(_gradient(p) for p in self._dense))
+            mine = _square(0.0, *sparse, *(_gradient(p) for p in self._dense))
             if not (math.isfinite(nll) and math.isfinite(mine)):
                 what = "gradient norm" if math.isfinite(nll) else "loss"
                 shown = ", ".join(map(str, np.sort(batch.sentences)[:8]))
@@ -240,7 +252,7 @@ def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: to
     """
     device = embedding.device
     embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(device), embedding)
-    forward, backward = model(embedded, torch.from_numpy(batch.mask).to(device), dropout)
+    forward, backward = model(embedded, torch.from_numpy(batch.mask), dropout)
     size = forward.shape[-1]
     return torch.cat(
         [
@@ -250,9 +262,9 @@ def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: to
     )
 
 
-def _square(*tensors: Tensor) -> float:
-    """Sum of all squares."""
-    return sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
+def _square(before: float, *tensors: Tensor) -> float:
+    """``before`` and the sum of all squares."""
+    return sum((float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors), before)
 
 
 def _gradient(tensor: Tensor) -> Tensor:
@@ -260,13 +272,21 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 class _Timer:
-    """Seconds by phase."""
+    """Seconds by phase, and the phases as ranges of a profile."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._begin(phase)
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
+    def next(self, phase: str) -> None:
+        self.end()
+        self._begin(phase)
+
+    def end(self) -> None:
+        self._range.__exit__(None, None, None)
+        self.seconds[self._phase] = time.perf_counter() - self._start
+
+    def _begin(self, phase: str) -> None:
+        self._phase, self._start = phase, time.perf_counter()
+        self._range = torch.profiler.record_function(f"{phase}, but what is named")
+        self._range.__enter__()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapse_elmo import checkpoint
-from lapse_elmo.batches import Batch
+from lapse_elmo.batches import Batch, read_ahead
 from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train
@@ -23,6 +23,7 @@ from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
 from lapse_elmo.memory import check_memory
+from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog, table
 from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.parameters import Parameters
@@ -54,7 +55,7 @@ class RunState:
 
     :ivar meter: since the last report. :ivar whole: since the start of the epoch.
     :ivar evaluation_due: whether an epoch is over whose evaluation a signal kept from happening.
-    :ivar trained_s: seconds of training before this process.
+    :ivar trained_s: seconds of training before this process. :ivar served: the server meter's counts.
     """
 
     meter: Meter = field(default_factory=Meter)
@@ -62,6 +63,7 @@ class RunState:
     results: list[EpochResult] = field(default_factory=list)
     evaluation_due: bool = False
     trained_s: float = 0.0
+    served: list[float] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -82,14 +84,15 @@ class RunState:
         return {
             "meter": self.meter.state(), "whole": self.whole.state(),
             "results": [dataclasses.asdict(result) for result in self.results],
-            "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s,
+            "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s, "served": self.served,
         }
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunState:
         results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
         return cls(
-            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"]
+            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],
+            plain["served"],
         )
 
 
@@ -157,6 +160,7 @@ class Training:
             self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
         )
         self.server_meter = ServerMeter(parameters.server, world)
+        self.server_meter.go_on(self.state.served)
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
         self.start = start
@@ -174,15 +178,18 @@ class Training:
         every, cursor, state, log = self.config.run, self.cursor, self.state, self.log
         targets = mean_targets(self.config, self.world, self.corpus.train)
         step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
+        profile = StepProfile(self.run_dir, every.profile, self.world.rank)
         signalled = False
         with self.saver:
             if state.evaluation_due:
                 self.save(self.evaluate())
             over = cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience
-            source = look_ahead(iter(()) if over else cursor.batches(), step_once, self.config.training.lookahead)
+            made = read_ahead(iter(()) if over else cursor.batches())
+            source = look_ahead(made, step_once, self.config.training.lookahead)
             for announced in source:
                 log.epoch = cursor.epoch + 1
-                result = step_once(announced, cursor.step + 1)
+                with profile.of_step():
+                    result = step_once(announced, cursor.step + 1)
                 epoch_ended = cursor.trained(announced.batch)
                 state.add(result)
                 log.step(cursor.step, state.meter)
@@ -202,6 +209,7 @@ class Training:
                 if over or signalled:
                     break
             self.saver.finish()
+        profile.close()
         if signalled:
             log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()
@@ -221,7 +229,9 @@ class Training:
     def save(self, perplexity: float | None) -> None:
         """Collective: begin to save a checkpoint; ``perplexity`` is held-out, where it was measured at this step."""
         start = time.perf_counter()
-        self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
+        self.state.served = self.server_meter.pending()
+        with self.server_meter.aside():
+            self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
         self.state.meter.seconds["save"] = self.state.meter.seconds.get("save", 0.0) + time.perf_counter() - start
         self.saved_s = time.monotonic()
 
@@ -239,10 +249,11 @@ class Training:
         tokens_per_s = whole.tokens_per_s
         self.parameters.settle()
         start = time.perf_counter()
-        heldout = evaluate(
-            self.parameters, self.corpus.heldout, self.config.data, self.config.training.batch_size, self.world,
-            self.device.device,
-        )
+        with self.server_meter.aside():
+            heldout = evaluate(
+                self.parameters, self.corpus.heldout, self.config.data, self.config.training.batch_size, self.world,
+                self.device.device,
+            )
         epoch = math.ceil(cursor.epochs_done)
         if not math.isfinite(heldout.mean):
             raise TrainingError(

@@ -191,11 +191,17 @@ class World:
 
     def sum_(self, array: np.ndarray) -> np.ndarray:
         """Add up the ranks' contiguous arrays in place; every rank gets the same bits."""
-        if self.comm is not None:
-            from mpi4py import MPI
-
-            self.wait(self.comm.Iallreduce(MPI.IN_PLACE, array))
+        self.start_sum(array)()
         return array
+
+    def start_sum(self, array: np.ndarray) -> Callable[[], None]:
+        """Begin :meth:`sum_`; the sum is there, and ``array`` free again, once the result has been called."""
+        if self.comm is None:
+            return lambda: None
+        from mpi4py import MPI
+
+        request = self.comm.Iallreduce(MPI.IN_PLACE, array)
+        return lambda: self.wait(request)
 
     def agree(self, function: Callable[[], T]) -> T:
         """Run ``function`` on rank 0 alone; its result, or its UserError, reaches every rank."""

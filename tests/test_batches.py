@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lapse_elmo.batches import BLOCK, POOL_BATCHES, Batch, BatchStream, WorkerPart, make_batch, select
+from lapse_elmo.batches import BLOCK, POOL_BATCHES, Batch, BatchStream, WorkerPart, make_batch, read_ahead, select
 from lapse_elmo.batches import evaluation_batches as evaluation
 from lapse_elmo.corpus.shards import Header, ShardSet, ShardWriter, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
@@ -233,3 +235,28 @@ def write_shards(folder: Path, texts: list[tuple[int, ...]], num_shards: int) ->
         writer = ShardWriter(folder / shard_name("train", index, num_shards), header, ["text"])
         writer.append(tokens, np.array([len(text) for text in mine]))
         writer.close()
+
+
+def test_read_ahead_gives_the_same_batches_and_errors() -> None:
+    """In order, no more than ``depth`` ahead; an error comes where the batch would, and closing ends the thread."""
+    made: list[int] = []
+
+    def source() -> Iterator[Batch]:
+        for batch in stream_of(np.full(40, 5), batch_size=8).epoch(0):
+            made.append(batch.num_tokens)
+            yield batch
+        raise OSError("no more")
+
+    plain = list(stream_of(np.full(40, 5), batch_size=8).epoch(0))
+    ahead = read_ahead(source(), depth=2)
+    for number, batch in enumerate(plain):
+        np.testing.assert_array_equal(next(ahead).ids, batch.ids)
+        assert len(made) <= number + 3
+    with pytest.raises(OSError, match="no more"):
+        next(ahead)
+    assert list(read_ahead(iter(()))) == []
+    before = threading.active_count()
+    closed = read_ahead(iter(plain), depth=3)
+    next(closed)
+    closed.close()
+    assert threading.active_count() == before

@@ -221,11 +221,16 @@ class RunConfig:
     save_every_minutes: float = option(10.0, metavar="N", help="save when so many minutes have passed (0: not by time)")
     dry_run: bool = option(False, help="show roles, shards, memory and steps, and start nothing")
     report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
+    profile: int = option(
+        0, metavar="N",
+        help="profile N steps, after the first 3: tables and traces for a browser in the run's folder (0: none)",
+    )
     progress: str = option(
         "auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing"
     )
 
     def __post_init__(self) -> None:
+        _require(self.profile >= 0, "profile", self.profile, "0 or more")
         _positive(self, "report_every")
         for name in ("save_every_steps", "save_every_minutes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

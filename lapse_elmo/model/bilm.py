@@ -113,12 +113,13 @@ class BiLM(nn.Module):
         backward vector at t has read the sentence from its end down to and including t, and predicts token t - 1.
 
         :param embedded: (B, T, D) word embeddings, float32 or float64.
-        :param mask: (B, T) bool, true at tokens (boundary tokens included), false at the padding after them.
+        :param mask: (B, T) bool, true at tokens (boundary tokens included), false at the padding after them;
+            best in the host's memory, also for a GPU.
         :param generator: source of all dropout in training mode; None means torch's own seeded state. Dropout is
             drawn for tokens only, so that padding changes nothing.
         :return: two tensors (B, T, D), zero at padding.
         """
-        packing = Packing.of_mask(mask)
+        packing = Packing.of_mask(mask, embedded.device)
         tokens = self._dropout(packing.pack(embedded), packing, generator)
         layers = self._run(tokens, packing, mask, generator)
         directions = []
@@ -135,7 +136,7 @@ class BiLM(nn.Module):
         Layer 0 is the word embedding, twice side by side, as in ELMo. For use in evaluation mode, without dropout.
         """
         assert not self.training, "layers() is for evaluation: call eval() first"
-        packing = Packing.of_mask(mask)
+        packing = Packing.of_mask(mask, embedded.device)
         tokens = packing.pack(embedded)
         rows = [(tokens, tokens), *self._run(tokens, packing, mask, None)]
         return torch.stack([packing.unpack(torch.cat(both, 1), *mask.shape) for both in rows])
@@ -165,7 +166,7 @@ class BiLM(nn.Module):
         with torch.random.fork_rng(devices=[], enabled=seeded):
             if seeded:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            outputs = self.lstm(padded, mask)
+            outputs = self.lstm(padded, mask.to(padded.device))
         halves = [packing.pack(output).chunk(2, 1) for output in outputs]
         return [(forward, backward) for forward, backward in halves]
 

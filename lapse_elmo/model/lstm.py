@@ -111,7 +111,7 @@ class FusedElmoLstm(nn.Module):
         :param generator: where dropout masks come from; None means torch's own seeded state.
         :return: (L, B, T, 2D), forward then backward halves, zero at padding.
         """
-        packing = Packing.of_mask(mask)
+        packing = Packing.of_mask(mask, inputs.device)
         layers = self.run(packing.pack(inputs), packing, len(mask), generator)
         return torch.stack([packing.unpack(torch.cat(both, 1), *mask.shape) for both in layers])
 

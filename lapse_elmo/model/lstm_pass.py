@@ -65,7 +65,7 @@ class LstmPass(torch.autograd.Function):
             outputs = stacks[1].forward(inputs.index_select(0, mirror))
             return [output.index_select(0, mirror) for output in outputs]
 
-        forward, backward = both(run, inputs.device)
+        forward, backward = both(run, inputs.device, "LSTM forward, but products")
         plan.finals = [[stack.passes[layer].final for stack in stacks] for layer in range(len(plan.layers))]
         ctx.stacks, ctx.mirror, ctx.device = stacks, mirror, inputs.device
         ctx.set_materialize_grads(False)
@@ -87,7 +87,7 @@ class LstmPass(torch.autograd.Function):
             d_inputs, gradients = stacks[1].backward(mirrored, ctx.needs_input_grad[0])
             return None if d_inputs is None else d_inputs.index_select(0, mirror), gradients
 
-        (d_forward, of_forward), (d_backward, of_backward) = both(run, ctx.device)
+        (d_forward, of_forward), (d_backward, of_backward) = both(run, ctx.device, "LSTM backward, but products")
         d_inputs = d_forward if d_backward is None else d_backward if d_forward is None else d_forward + d_backward
         gradients = [g for layer in zip(of_forward, of_backward, strict=True) for four in layer for g in four]
         return (d_inputs, None, *gradients)

@@ -35,14 +35,16 @@ class Packing:
         return len(self.tokens)
 
     @classmethod
-    def of_mask(cls, mask: Tensor) -> Packing:
+    def of_mask(cls, mask: Tensor, device: torch.device | None = None) -> Packing:
         """The packing of a (B, T) bool mask that is true at tokens and false at the padding after them.
 
+        :param device: where its tensors go; the mask's own device if None. A mask in the host's memory spares a GPU
+            a wait.
         :raises ValueError: where padding comes before a token.
         """
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask must be a (B, T) bool tensor, got {mask.dtype} of shape {tuple(mask.shape)}")
-        device, num_positions = mask.device, mask.shape[1]
+        device, num_positions = device or mask.device, mask.shape[1]
         mask = mask.cpu()
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask is true after a false: padding must come after the tokens of a sentence")

@@ -88,7 +88,7 @@ class Pointwise(Protocol):
 
 def pointwise(like: Tensor) -> Pointwise:
     """The fastest kind for tensors such as ``like``; a new object, for one thread."""
-    if like.device.type == "cpu":
+    if like.device.type == "cpu" and like.dtype in _KINDS:
         library = native.load(SOURCE)
         if library is not None:
             return NativePointwise(_functions(library)[_KINDS[like.dtype]])

@@ -159,7 +159,7 @@ class _Problem:
         starts = range(0, len(self.context), self.chunk)
         halves = starts[: -(-len(starts) // 2)], starts[-(-len(starts) // 2) :]
         (d_weight, d_offset), (more_weight, more_offset) = both(
-            lambda half: self._half(halves[half]), self.context.device
+            lambda half: self._half(halves[half]), self.context.device, "softmax, but products"
         )
         self.d_context.addcmul_(self.d_target[:, None], self.target_weight)
         to_weight, to_offset = torch.zeros_like(self.weight), torch.zeros_like(self.offset)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from lapse_elmo.ps.api import DONE, Array
-from lapse_elmo.ps.native import NativeServer, Pending
-from lapse_elmo.ps.native_node import NativeNode
+from lapse_elmo.ps.package_node import PackageNode
+from lapse_elmo.ps.package_server import PackageServer, Pending
 
 _MARKERS = 32  # keys a node beyond the layout's, which never move: some of each node on each channel of messages
 _HOPS = 3  # by which an update reaches the owner: where the row was last seen, its home, its owner
 
 
-class AdapmNode(NativeNode):
+class AdapmNode(PackageNode):
     package = "adapm"
     repository = "https://github.com/alexrenz/AdaPM"
     techniques: ClassVar[dict[str, str]] = {
@@ -55,7 +55,7 @@ class AdapmNode(NativeNode):
         self.server = None
 
 
-class AdapmServer(NativeServer):
+class AdapmServer(PackageServer):
     """Rows in AdaPM.
 
     A row that several nodes intend to use in the same clocks has replicas, which AdaPM brings up to date in rounds, up

@@ -38,8 +38,8 @@ DONE = -1  # the ticket of a call that was complete when it returned
 class SegmentStats:
     """What this rank did to one segment since the start: rows, bytes moved, seconds spent in the calls.
 
-    ``remote_``: of the rows, those that had to come from or go to another node; for them the worker waited ``wait_s`` and
-    sent ``sent_bytes``.
+    ``remote_``: of the rows, those that had to come from or go to another node; for them the worker waited ``wait_s``
+    and sent ``sent_bytes``.
     """
 
     pulled_rows: int = 0

@@ -32,12 +32,12 @@ import torch
 from lapse_elmo import native
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import DONE, Array, ParameterServer
-from lapse_elmo.ps.layout import Layout, Segment
+from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
 from lapse_elmo.ps.memory import NodeMemory, require_room
 from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
 from lapse_elmo.ps.node_state import SegmentState, where_name
-from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, open_rows, shapes_of
+from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, SOURCE, open_rows, shapes_of
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.ps.whereabouts import learn, node_of
 from lapse_elmo.world import World
@@ -99,6 +99,9 @@ class EmbeddedServer(ParameterServer):
 
         def take() -> None:
             if world.local_rank == 0:
+                for name, array in self._memory.arrays.items():
+                    if not name.endswith((MAIN_ROWS, REPLICA_ROWS)):  # of these, what is used
+                        self._memory.reserve(name, 0, len(array))
                 for number, segment in enumerate(self.layout.segments):
                     state = SegmentState(number, segment, self._memory, world.node, world.num_nodes, self.is_native)
                     state.occupy(world.num_nodes)
@@ -133,8 +136,7 @@ class EmbeddedServer(ParameterServer):
         ticket = DONE
         if missing.size:
             ticket = self._ask(Kind.PULL, segment, rows, missing)
-            call = self._calls[ticket]
-            call.segment, call.rows, call.out = segment, rows, out
+            self._calls[ticket].rows, self._calls[ticket].out = rows, out
         stats = self.stats.segments[segment.name]
         stats.pulled_rows += keys.size
         stats.remote_pulled_rows += missing.size
@@ -162,7 +164,7 @@ class EmbeddedServer(ParameterServer):
         keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return
-        if np.unique(keys).size != keys.size:
+        if distinct(keys).size != keys.size:
             raise ServerError("keys should be distinct in a set")
         rows = keys - segment.first_key
         missing = self._rows[segment.name].set(rows, values.numpy())
@@ -179,7 +181,7 @@ class EmbeddedServer(ParameterServer):
         self.stats.localized_rows += keys.size
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return DONE
-        rows = np.unique(keys - segment.first_key)
+        rows = distinct(keys - segment.first_key)
         rows = rows[~self._rows[segment.name].present(rows)]
         if not rows.size:
             return DONE
@@ -193,7 +195,7 @@ class EmbeddedServer(ParameterServer):
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return
         self._send_home(Message.of(
-            Kind.INTENT, self._number[segment.name], self._world.rank, rows=np.unique(keys - segment.first_key),
+            Kind.INTENT, self._number[segment.name], self._world.rank, rows=distinct(keys - segment.first_key),
             worker=self._world.local_rank, start=start, end=end,
         ))
 
@@ -296,6 +298,7 @@ class EmbeddedServer(ParameterServer):
     ) -> int:
         """Send a call about the rows at ``missing`` to the nodes that have them; its ticket."""
         ticket = self._new_call(missing.size)
+        self._calls[ticket].segment = segment
         asked = rows[missing]
         stamps = np.maximum(self._where[segment.name][asked], self._seen[segment.name][asked])
         nodes = node_of(stamps)
@@ -359,14 +362,15 @@ class EmbeddedServer(ParameterServer):
     def _drain(self) -> None:
         """Collective: return when no message is on its way or being handled.
 
-        Messages sent and handled are counted over all ranks; nothing is under way where two counts in a row are alike.
+        Messages sent and handled are counted over all ranks; nothing is under way where as many were handled by one
+        count as had been sent by the next.
         """
-        before = None
+        handled_before = -1
         while True:
             counts = np.array([self._mailbox.sent, self._handled], np.int64)
             if self._manager is not None:
                 counts += [self._manager.mailbox.sent, self._manager.handled]
             self._world.sum_(counts)
-            if counts[0] == counts[1] and before is not None and np.array_equal(before, counts):
+            if counts[0] == handled_before:
                 return
-            before = counts
+            handled_before = int(counts[1])

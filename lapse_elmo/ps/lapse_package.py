@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from lapse_elmo.ps.api import DONE, Array
-from lapse_elmo.ps.native import NativeServer, Pending, distinct
-from lapse_elmo.ps.native_node import NativeNode
+from lapse_elmo.ps.layout import distinct
+from lapse_elmo.ps.package_node import PackageNode
+from lapse_elmo.ps.package_server import PackageServer, Pending
 
 
-class LapseNode(NativeNode):
+class LapseNode(PackageNode):
     package = "lapse"
     repository = "https://github.com/alexrenz/lapse-ps"
     techniques = ("adaptive", "relocation", "static")
@@ -34,7 +35,7 @@ class LapseNode(NativeNode):
         self.server = None
 
 
-class LapseServer(NativeServer):
+class LapseServer(PackageServer):
     """Rows in Lapse.
 
     A row has one copy: operations are sequentially consistent per key, and a barrier makes all of them visible.

@@ -57,3 +57,16 @@ class Layout:
             if segment.first_key <= first and last < segment.first_key + segment.num_rows:
                 return segment
         return None
+
+
+def distinct_and_places(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(each of ``keys`` (n,) once, the place of each among them); no places where they are distinct already."""
+    if np.all(keys[1:] > keys[:-1]):
+        return keys, None
+    found, places = np.unique(keys, return_inverse=True)
+    return (keys, None) if found.size == keys.size else (found, places)
+
+
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """Each of ``keys`` (n,) once; in their order where they are distinct already."""
+    return distinct_and_places(keys)[0]

@@ -9,7 +9,7 @@ import numpy as np
 from lapse_elmo.ps.api import NodeStats
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.memory import NodeMemory
-from lapse_elmo.ps.rows import PRESENT, open_rows
+from lapse_elmo.ps.rows import MAIN_ROWS, PRESENT, REPLICA_ROWS, open_rows
 from lapse_elmo.ps.whereabouts import epoch_of, home_of, learn, stamp
 
 _CHUNK_BYTES = 1 << 24
@@ -85,9 +85,9 @@ class SegmentState:
         self._borrowed: np.ndarray | None = None
         self._lent: np.ndarray | None = None
         chunk = _CHUNK_BYTES // (4 * segment.width)
-        self._main_slots = Slots(lambda a, b: memory.reserve(f"{segment.name} main", a, b), chunk, total)
+        self._main_slots = Slots(lambda a, b: memory.reserve(segment.name + MAIN_ROWS, a, b), chunk, total)
         self._replica_slots = Slots(
-            lambda a, b: memory.reserve(f"{segment.name} replica", a, b), chunk // 2, total if num_nodes > 1 else 0
+            lambda a, b: memory.reserve(segment.name + REPLICA_ROWS, a, b), chunk // 2, total if num_nodes > 1 else 0
         )
 
     def occupy(self, num_nodes: int) -> None:

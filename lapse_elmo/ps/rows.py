@@ -28,6 +28,7 @@ from lapse_elmo.ps.memory import NodeMemory
 
 PRESENT, REPLICA, DIRTY = 2, 4, 8  # as in rows.c
 MAIN, COPY = PRESENT, PRESENT | REPLICA  # kinds of rows
+MAIN_ROWS, REPLICA_ROWS = " main", " replica"  # endings of the names of arrays whose memory is reserved slot by slot
 SOURCE = Path(__file__).parent / "rows.c"
 _RUN = 1024
 
@@ -37,8 +38,8 @@ def shapes_of(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple[in
     replicas = segment.num_rows if several_nodes else 0
     return {
         f"{segment.name} entries": ((segment.num_rows, 2), np.uint32),
-        f"{segment.name} main": ((segment.num_rows, segment.width), np.float32),
-        f"{segment.name} replica": ((replicas, 2, segment.width), np.float32),
+        segment.name + MAIN_ROWS: ((segment.num_rows, segment.width), np.float32),
+        segment.name + REPLICA_ROWS: ((replicas, 2, segment.width), np.float32),
     }
 
 
@@ -54,7 +55,7 @@ class Rows(ABC):
         self.width = segment.width
         self.entries = entries
         self.flags, self.slots = entries[:, 0], entries[:, 1].view(np.int32)
-        self.main, self.replica = arrays[f"{segment.name} main"], arrays[f"{segment.name} replica"]
+        self.main, self.replica = arrays[segment.name + MAIN_ROWS], arrays[segment.name + REPLICA_ROWS]
 
     def present(self, rows: np.ndarray) -> np.ndarray:
         """Which rows (n,) are here, as main copy or replica."""

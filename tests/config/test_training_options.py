@@ -126,6 +126,7 @@ def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None
     ("argv", "parts"),
     [
         ("--sync --dense ps", ["--sync", "--dense allreduce"]),
+        ("--precision bf16 --lstm allennlp", ["--precision bf16", "--lstm fused"]),
         ("--device cpu --device-ids 0", ["--device-ids", "--device is cpu"]),
         ("--replacement --num-tries 9000", ["--num-tries", "replacement"]),
         ("--distribution uniform --num-tries 9000", ["--num-tries", "log-uniform"]),

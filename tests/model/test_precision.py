@@ -120,7 +120,7 @@ def test_halves_share_the_threads_and_an_error_comes_through() -> None:
 
     for count, expected in ((1, (1, 1)), (2, (1, 1)), (5, (3, 2))):
         torch.set_num_threads(count)
-        assert both(look, torch.device("cpu")) == ((0, expected[0], False), (1, expected[1], False))
+        assert both(look, torch.device("cpu"), "") == ((0, expected[0], False), (1, expected[1], False))
         assert torch.get_num_threads() == count and torch.is_grad_enabled()
 
     def fail(half: int) -> float:
@@ -129,7 +129,7 @@ def test_halves_share_the_threads_and_an_error_comes_through() -> None:
     for count in (1, 2):
         torch.set_num_threads(count)
         with pytest.raises(ZeroDivisionError):
-            both(fail, torch.device("cpu"))
+            both(fail, torch.device("cpu"), "")
         assert torch.get_num_threads() == count
 
 

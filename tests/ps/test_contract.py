@@ -13,7 +13,7 @@ from tests.ps.contract_program import ENGINES, NATIVE
 from tests.ps.native_engines import EXCEPTIONS, installed
 
 TWIN = {SWITCH: "0"}  # rows without native code
-# On one node all techniques are alike; on several, each of them meets each number of nodes.
+# On one node all techniques are alike. Chosen so that all of it takes two minutes on two idle cores.
 CASES = {
     f"{engine}-{ranks}-{nodes}{'-twin' if env else ''}": (engine, ranks, nodes, env)
     for engine, ranks, nodes, env in [
@@ -21,8 +21,8 @@ CASES = {
         ("adaptive", 2, 1, TWIN),
         *[(engine, 2, 2, {}) for engine in ENGINES],
         ("adaptive", 2, 2, TWIN),
-        *[("adaptive", 4, 2, {}), ("relocation", 4, 2, {}), ("replication", 4, 2, TWIN), ("static", 4, 2, {})],
-        *[("adaptive", 4, 4, {}), ("relocation", 4, 4, TWIN), ("replication", 4, 4, {})],
+        *[("adaptive", 4, 2, {}), ("relocation", 4, 2, TWIN)],
+        *[("adaptive", 4, 4, TWIN), ("relocation", 4, 4, {}), ("replication", 4, 4, {})],
     ]
 }
 CHECKS = [(case, name) for case, (engine, *_) in CASES.items() for name in contract_program.names(engine)]

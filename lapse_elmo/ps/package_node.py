@@ -37,7 +37,7 @@ _ATTEMPTS = 3  # to get a port: another process may take it between its choice a
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 
 
-class NativeNode(ABC):
+class PackageNode(ABC):
     """This process as one node of a package, with one worker (collective: every rank makes and closes its own).
 
     A process can do this once: neither package can be set up again after it was shut down.

@@ -21,8 +21,8 @@ import numpy as np
 
 from lapse_elmo.errors import ConfigError, ServerError
 from lapse_elmo.ps.api import DONE, Array, ParameterServer, SegmentStats
-from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.native_node import NativeNode
+from lapse_elmo.ps.layout import Layout, distinct, distinct_and_places
+from lapse_elmo.ps.package_node import PackageNode
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.world import World
 
@@ -37,7 +37,7 @@ class Pending:
     stats: SegmentStats | None = None
 
 
-class NativeServer(ParameterServer):
+class PackageServer(ParameterServer):
     """Rows of ``layout`` in a native package, a node a rank.
 
     ``remote_`` statistics are upper bounds: a package says of a call whether it was answered on the node as a whole,
@@ -50,13 +50,13 @@ class NativeServer(ParameterServer):
     :raises LaunchError: if its nodes do not come up.
     """
 
-    node_type: ClassVar[type[NativeNode]]
+    node_type: ClassVar[type[PackageNode]]
     reads_later: ClassVar[bool]
     """Whether the asynchronous forms of push read their buffers after they have returned."""
 
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
-        technique: str = "adaptive", node: NativeNode | None = None,
+        technique: str = "adaptive", node: PackageNode | None = None,
     ) -> None:
         super().__init__(layout, sampled, first_sample)
         if technique not in self.node_type.techniques:
@@ -89,7 +89,7 @@ class NativeServer(ParameterServer):
             return DONE
         start = time.perf_counter()
         # Their replies are matched with the keys by value: two of a key from two nodes would land in one place.
-        asked, places = _distinct(keys)
+        asked, places = distinct_and_places(keys)
         rows, finish = out.numpy(), None
         if places is not None:
             rows = np.empty((asked.size, segment.width), np.float32)
@@ -169,7 +169,7 @@ class NativeServer(ParameterServer):
         keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return
-        if np.unique(keys).size != keys.size:
+        if distinct(keys).size != keys.size:
             raise ServerError("keys should be distinct in a set")
         self._set(keys, values.numpy())
 
@@ -198,16 +198,3 @@ class NativeServer(ParameterServer):
         self.closed = True
         if self._own_node:
             self._node.close()
-
-
-def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(distinct keys, place of each key among them); no places where the keys are distinct already."""
-    if np.all(keys[1:] > keys[:-1]):
-        return keys, None
-    distinct, places = np.unique(keys, return_inverse=True)
-    return (keys, None) if distinct.size == keys.size else (distinct, places)
-
-
-def distinct(keys: np.ndarray) -> np.ndarray:
-    """Each of ``keys`` once."""
-    return _distinct(keys)[0]

@@ -1,0 +1,50 @@
+"""Float32 products stay float32's, whichever library computes them; what a log says of slower ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lapse_elmo import devices, native
+from lapse_elmo.config.training import ModelConfig
+
+
+@pytest.fixture(autouse=True)
+def setting() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    yield
+    matmul.fp32_precision = before
+
+
+def test_the_other_library_is_taken_where_it_is_as_exact() -> None:
+    taken = devices.speed_up_float32()
+    assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if taken else "ieee")  # type: ignore[attr-defined]
+    first, second = (torch.randn(64, 300, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    exact = first.double() @ second.double().t()
+    assert float(((first @ second.t()).double() - exact).abs().max() / exact.abs().max()) < 2e-6
+
+
+def test_narrower_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor whose oneDNN takes bfloat16 for them."""
+    product = torch.Tensor.__matmul__
+
+    def narrow(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return product(first if first.dtype == torch.float64 else first.bfloat16().float(), second)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", narrow)
+    assert not devices.speed_up_float32()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
+
+
+def test_slower_ways_are_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(devices, "cpu_multiplies_bf16", lambda: True)
+    fast = devices.remarks(ModelConfig(precision="bf16"), cpu)
+    monkeypatch.setattr(devices, "cpu_multiplies_bf16", lambda: False)
+    assert len(devices.remarks(ModelConfig(precision="bf16"), cpu)) == len(fast) + 1
+    assert len(devices.remarks(ModelConfig(), cpu)) == len(fast)
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert len(devices.remarks(ModelConfig(), cpu)) == 1

@@ -1,0 +1,76 @@
+"""What makes a run fast changes none of its numbers: threads, compiled parts, reading ahead, walks through the rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lapse_elmo import evaluate, native
+from lapse_elmo.metrics import profile
+from tests.training.corpora import (
+    Prepared,
+    checkpoints,
+    evaluate_alone,
+    records,
+    saved_arrays,
+    train_alone,
+)
+
+OPTIONS = ("--batch-size", "8", "--max-steps", "6", "--report-every", "1", "--num-samples", "20", "--seed", "3")
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["train/loss_nats"] for line in records(run_dir, "train")]
+
+
+@pytest.fixture(scope="module")
+def plain(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_alone(small, tmp_path_factory.mktemp("speed") / "plain", *OPTIONS)
+
+
+def test_two_threads_train_to_the_same_bits(small: Prepared, plain: Path, tmp_path: Path) -> None:
+    other = train_alone(small, tmp_path / "run", *OPTIONS, "--threads", "2")
+    assert losses(other) == losses(plain)
+    mine, theirs = (saved_arrays(checkpoints(run)[-1]) for run in (other, plain))
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(mine[name], values, err_msg=name)
+
+
+def test_without_a_compiler_the_losses_are_the_same(
+    small: Prepared, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    other = train_alone(small, tmp_path / "run", *OPTIONS)
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_bf16_trains_near_float32(small: Prepared, plain: Path, tmp_path: Path) -> None:
+    other = train_alone(small, tmp_path / "run", *OPTIONS, "--precision", "bf16")
+    assert losses(other) != losses(plain)
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-2)
+
+
+def test_walks_through_the_softmax_do_not_change_perplexity(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = evaluate_alone(plain, tmp_path / "once.json")
+    monkeypatch.setattr(evaluate, "HELD_BYTES", 1)  # a walk for each batch
+    often = evaluate_alone(plain, tmp_path / "often.json", "--batch-size", "2")
+    assert often["num_targets"] == once["num_targets"]
+    for name in ("forward_perplexity", "backward_perplexity", "mean_perplexity"):
+        assert often[name] == pytest.approx(once[name], rel=1e-6)
+
+
+def test_profile_is_a_table_and_a_trace(small: Prepared, plain: Path, tmp_path: Path) -> None:
+    run = train_alone(small, tmp_path / "run", *OPTIONS, "--profile", "2", "--threads", "2")
+    assert losses(run) == losses(plain)
+    trace = json.loads((run / profile.FOLDER / "rank-00000.json").read_text())
+    ranges = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    assert len({event["tid"] for event in ranges if event["name"].startswith("LSTM forward")}) == 2
+    assert sum(event["name"] == "step" for event in ranges) == 2
+    lines = (run / profile.FOLDER / "rank-00000.txt").read_text().splitlines()
+    shares = {line.split("  ")[0]: float(line.split()[-2].rstrip("%")) for line in lines[4:]}
+    assert shares["matrix products"] > 0 and 50 < sum(shares.values()) < 250
