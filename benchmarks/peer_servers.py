@@ -24,7 +24,7 @@ from lapse_elmo.ps.layout import Layout
 from lapse_elmo.world import World, launch
 
 PACKAGES = ("lapse", "adapm")
-_ROWS, _WIDTH, _KEYS, _REPEATS = 131_072, 256, 8_192, 7
+_ROWS, _WIDTH, _KEYS, _REPEATS = 131_072, 256, 8_192, 5
 _CALLS = 4  # of a repeat
 
 
@@ -44,11 +44,10 @@ class Bench:
         """Collective: every second block of rows to either rank, for the clocks that follow."""
         server = self.server
         mine = np.concatenate(self.blocks[self.world.rank :: self.world.size])
-        server.advance_clock()
         server.quiesce()
-        server.intent(mine, server.clock, server.clock + 1)
         server.localize(mine)
         server.quiesce()
+        server.advance_clock()  # no announcement of the rows is left
 
     def near(self) -> np.ndarray:
         """Blocks that are here, (n, keys)."""
@@ -91,8 +90,8 @@ class Bench:
 
     def run(self) -> None:
         server, values = self.server, self.values
-        self.bring()
         for alone, suffix in ((True, ""), (False, ", both")):
+            self.bring()
             before = server.stats.segments["rows"].remote_pulled_rows
             self.measure("local pull" + suffix, lambda keys: server.pull(keys, values), self.near(), alone=alone)
             assert server.stats.segments["rows"].remote_pulled_rows == before, "rows that were brought are not here"

@@ -55,7 +55,7 @@ class RunState:
 
     :ivar meter: since the last report. :ivar whole: since the start of the epoch.
     :ivar evaluation_due: whether an epoch is over whose evaluation a signal kept from happening.
-    :ivar trained_s: seconds of training before this process.
+    :ivar trained_s: seconds of training before this process. :ivar served: the server meter's counts.
     """
 
     meter: Meter = field(default_factory=Meter)
@@ -63,6 +63,7 @@ class RunState:
     results: list[EpochResult] = field(default_factory=list)
     evaluation_due: bool = False
     trained_s: float = 0.0
+    served: list[float] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -83,14 +84,15 @@ class RunState:
         return {
             "meter": self.meter.state(), "whole": self.whole.state(),
             "results": [dataclasses.asdict(result) for result in self.results],
-            "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s,
+            "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s, "served": self.served,
         }
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunState:
         results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
         return cls(
-            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"]
+            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],
+            plain["served"],
         )
 
 
@@ -158,6 +160,7 @@ class Training:
             self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
         )
         self.server_meter = ServerMeter(parameters.server, world)
+        self.server_meter.go_on(self.state.served)
         self.saver = saver_of(self.run_dir, world, start)
         self.saved_s = time.monotonic()
         self.start = start
@@ -226,7 +229,9 @@ class Training:
     def save(self, perplexity: float | None) -> None:
         """Collective: begin to save a checkpoint; ``perplexity`` is held-out, where it was measured at this step."""
         start = time.perf_counter()
-        self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
+        self.state.served = self.server_meter.pending()
+        with self.server_meter.aside():
+            self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
         self.state.meter.seconds["save"] = self.state.meter.seconds.get("save", 0.0) + time.perf_counter() - start
         self.saved_s = time.monotonic()
 
@@ -244,10 +249,11 @@ class Training:
         tokens_per_s = whole.tokens_per_s
         self.parameters.settle()
         start = time.perf_counter()
-        heldout = evaluate(
-            self.parameters, self.corpus.heldout, self.config.data, self.config.training.batch_size, self.world,
-            self.device.device,
-        )
+        with self.server_meter.aside():
+            heldout = evaluate(
+                self.parameters, self.corpus.heldout, self.config.data, self.config.training.batch_size, self.world,
+                self.device.device,
+            )
         epoch = math.ceil(cursor.epochs_done)
         if not math.isfinite(heldout.mean):
             raise TrainingError(

@@ -50,7 +50,7 @@ def report_of(
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        words = [program, *arguments, folder]
+        words = [str(program), *arguments, str(folder)]
         output = mpirun(num_ranks, words, timeout=timeout, env=env, launcher=launcher).output
     except TimeoutError as error:
         output = str(error)

@@ -18,7 +18,7 @@ from tests.mpi import MPIRUN
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _CABLE = "lapse0"
-# MPICH's launcher calls this in the place of ssh: options, a host, and what to run there. Ranks see a host name of its own.
+# MPICH's launcher calls this in the place of ssh: options, a host, and what to run there. Each has its own host name.
 _AGENT = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
 host=$1; shift

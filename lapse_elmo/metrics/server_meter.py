@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -47,6 +49,22 @@ class ServerMeter:
                 f"server/{name}_sent_bytes": (worker["sent_bytes"] + node["sent_bytes"]) / steps,
             }
         return metrics
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside, a save or an evaluation, is not training and does not count."""
+        start = self._counts()
+        yield
+        self._before = self._before + self._counts() - start
+
+    def pending(self) -> list[float]:
+        """Collective: all ranks' counts since the last report, for a run that goes on in another process."""
+        return self._world.sum_(self._counts() - self._before).tolist()
+
+    def go_on(self, pending: list[float]) -> None:
+        """Count from where :meth:`pending` was; other engines may count other things, and start anew."""
+        if self._world.rank == 0 and len(pending) == self._before.size:
+            self._before = self._before - np.array(pending)
 
     def placement(self) -> dict[str, Any]:
         """Collective: where rows live now, for metrics.jsonl; nothing where the server does not tell.

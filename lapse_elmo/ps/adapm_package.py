@@ -42,9 +42,15 @@ class AdapmServer(PackageServer):
 
     A row that several nodes intend to use in the same clocks has replicas, which AdaPM brings up to date in rounds, up
     to 1,000 a second; how far one lags is bounded by the time of two rounds, not by clocks. :meth:`quiesce` waits for
-    them. A node aborts when it is asked to set a row of which it has a replica, which no other node can know: on
-    several nodes ``set`` therefore pulls the rows and adds the difference. That is exact for rows that were 0, as all
-    are at the start, and rounds for others; of two sets of a row at once the sum of the differences remains.
+    them. When a replica comes or goes, a pull can overtake even the node's own last updates to the row.
+
+    Set rows before they are announced, as training does. A node aborts when it is asked to set a row of which it has a
+    replica, which no other node can know; on several nodes ``set`` therefore pulls the rows and adds the difference.
+    That is exact for rows that were 0, as all are at the start, and rounds for others; for rows that are replicated, or
+    set by two at once, updates under way are added to it.
+
+    AdaPM's threads start before what they use is ready. With several nodes some versions crash at the start or do not
+    come up in time; the job then ends, and may well start the next time.
     """
 
     node_type = AdapmNode

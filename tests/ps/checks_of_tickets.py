@@ -42,7 +42,7 @@ class Tickets:
                 server.wait(tickets[place])
             for rows, out in outs:
                 np.testing.assert_array_equal(out, fixed[rows])
-        total = sum(self.world.allgather(pushed))
+        total = np.sum(self.world.allgather(pushed), 0)
         server.quiesce()
         np.testing.assert_array_equal(pulled(server, segment.keys(np.arange(3000, 5000)))[:, 0], total)
 

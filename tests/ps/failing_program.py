@@ -1,4 +1,4 @@
-"""One rank fails while all ranks have requests under way at each other: ``failing_program.py KIND RANK NODES FOLDER``."""
+"""One rank fails while all have requests under way at each other: ``failing_program.py KIND RANK NODES FOLDER``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _raise(*_: Any) -> None:
 def _break_manager(server: EmbeddedServer) -> None:
     """The next thing that the node's manager does goes wrong."""
     assert server._manager is not None
-    server._manager.mailbox.receive = _raise  # type: ignore[method-assign, assignment]
+    server._manager.mailbox.receive = _raise  # type: ignore[method-assign]
 
 
 FAILURES: dict[str, Callable[[EmbeddedServer], object]] = {
@@ -64,7 +64,7 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
 
 def run_and_check(kind: str, rank: int, nodes: int, folder: Path, **job: Any) -> None:
     """Run such a job, and fail unless it ends within seconds of the failure, with a bad status and nothing left."""
-    words = [Path(__file__), kind, str(rank), str(nodes), folder]
+    words = [__file__, kind, str(rank), str(nodes), str(folder)]
     ended = mpirun(RANKS, words, timeout=60, **job)
     seconds = time.time() - float((folder / "failed").read_text())
     assert ended.returncode != 0, ended.output

@@ -48,7 +48,8 @@ class Laws:
             self._follows(draws.ravel(), LAW.probabilities)
         elif scheme == "pool":  # shuffled: each row is as often in it as in the draws of the other schemes
             reference = Sampler(LAW, "naive", False, seed=17, worker=0)
-            expected = np.bincount(np.concatenate([reference.draw(n, COUNT) for n in range(2000)]), minlength=ROWS) / 2000
+            often = np.concatenate([reference.draw(number, COUNT) for number in range(2000)])
+            expected = np.bincount(often, minlength=ROWS) / 2000
             inclusion = self._counts(draws.ravel()) / (400 * self.world.size)
             error = np.sqrt(expected * (1 - expected) * (1 / 2000 + 1 / (400 * self.world.size)))
             assert (np.abs(inclusion - expected) <= 4.5 * error + 1e-3).all()

@@ -28,6 +28,7 @@ ONE_COPY = ("relocation", "static")
 SEGMENTS = st.sampled_from(LAYOUT.segments)
 SEEDS = st.integers(0, 2**32 - 1)
 WORKERS = st.integers(0, RANKS - 1)
+VERBS = ("localize", "intent")
 
 
 @dataclass
@@ -115,7 +116,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
         rng, name = np.random.default_rng(seed), segment.name
         rows = rng.permutation(segment.num_rows)[: rng.integers(segment.num_rows + 1)]
         own = [r for r in range(RANKS) if self.stage.node_of(r) == self.stage.node_of(rank)]
-        unsettled = np.delete(self.unsettled[name], own, 0).any(0)
+        unsettled = np.any(np.delete(self.unsettled[name], own, 0), axis=0)
         for begun in self.pushes:
             if begun.segment == segment:
                 unsettled[begun.rows] = True
@@ -134,9 +135,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
             if begun.segment == segment:
                 begun.low = np.minimum(begun.low, self.low[name][begun.rank][begun.rows])
 
-    @rule(
-        rank=WORKERS, segment=SEGMENTS, seed=SEEDS, count=st.integers(0, 30), verb=st.sampled_from(["localize", "intent"])
-    )
+    @rule(rank=WORKERS, segment=SEGMENTS, seed=SEEDS, count=st.integers(0, 30), verb=st.sampled_from(VERBS))
     def bring(self, rank, segment, seed, count, verb) -> None:  # type: ignore[no-untyped-def]
         rng = np.random.default_rng(seed)
         keys = segment.keys(rng.integers(segment.num_rows, size=count))
@@ -230,7 +229,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("technique", ["adaptive", "relocation", "replication", "static"])
 def test_any_order_of_calls(stage: Stage, technique: str) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        partial(AnyOrderOfCalls, stage, technique),
+    run_state_machine_as_test(
+        partial(AnyOrderOfCalls, stage, technique),  # type: ignore[arg-type]
         settings=settings(max_examples=8, stateful_step_count=40, phases=[Phase.generate]),
     )

@@ -139,6 +139,23 @@ def test_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, root: Path
     assert cluster.ranks(number) == {}
 
 
+def test_job_cancelled_while_it_saves_for_its_limit_does_not_come_back(cluster: Cluster, root: Path) -> None:
+    program = root / "bin" / "train"
+    slow = 'lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_IGN), print("saves", flush=True), time.sleep(2)) and '
+    program.write_text(program.read_text().replace("lambda *_: ", slow))
+    number = submit(cluster, root, "--", "wait")
+    until_started(cluster, number, root)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(number))
+    deadline = time.monotonic() + END_S
+    while "saves" not in cluster.job(number).log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cluster.run("scancel", str(number))
+    ended(cluster, number, "CANCELLED", SAVED)
+    time.sleep(1)
+    assert cluster.job(number).state == "CANCELLED"
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_killed_rank_ends_the_job(launcher: str, cluster: Cluster, root: Path) -> None:
     if launcher == "mpirun":

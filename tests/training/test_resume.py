@@ -18,7 +18,8 @@ from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import Cursor, SavedCursor
-from lapse_elmo.errors import CheckpointError
+from lapse_elmo.errors import CheckpointError, OutputError
+from lapse_elmo.run_folder import Hold
 from lapse_elmo.signals import RESUMABLE
 from lapse_elmo.world import World, solo
 from tests import mpi
@@ -142,7 +143,8 @@ def test_another_number_of_ranks_trains_what_is_left(
     trained = records(run_dir, "epoch")[0]["train/epoch_tokens"]
     recorded = Recorded(monkeypatch)
     train_alone(small, run_dir, *OPTIONS, "--epochs", "1")
-    lengths = np.array([len(sentence.split()) for sentence in small.train])
+    with ShardSet.open(small.shards) as shards:
+        lengths = np.diff(shards.read(np.arange(203))[1])
     assert len(set(recorded.sentences)) == len(recorded.sentences) == 203 - num_ranks * 5 * 8
     assert lengths[recorded.sentences].sum() == lengths.sum() - trained
     (_, epoch) = records(run_dir, "epoch")
@@ -289,6 +291,14 @@ def test_an_evaluation_that_a_signal_put_off(
     monkeypatch.undo()
     train_alone(small, run_dir, *OPTIONS)
     assert_same_run(whole, run_dir)
+
+
+def test_one_job_at_a_time_trains_in_a_folder(small: Prepared, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Hold(run_dir, solo()), pytest.raises(OutputError, match="another job is training in"):
+        train_alone(small, run_dir, "--max-steps", "1")
+    assert not run_dir.exists()
+    train_alone(small, run_dir, "--max-steps", "1")
 
 
 def test_minutes_count_over_all_parts(small: Prepared, tmp_path: Path) -> None:
