@@ -24,18 +24,17 @@ from lapse_elmo.ps.layout import Layout
 from lapse_elmo.world import World, launch
 
 PACKAGES = ("lapse", "adapm")
-_ROWS, _WIDTH, _KEYS, _REPEATS = 131_072, 256, 8_192, 5
-_CALLS = 4  # of a repeat
+_ROWS, _WIDTH, _KEYS, _REPEATS = 65_536, 256, 8_192, 3
+_CALLS = 4  # of a repeat: as many blocks as each rank has
 
 
 class Bench:
-    """The measurements of one package on this rank. ``figures``: rows/s by name."""
+    """The measurements of one package on this rank, shown one by one as they are taken."""
 
     def __init__(self, world: World, server: ParameterServer) -> None:
         self.world = world
         self.server = server
         self.values = torch.ones(_KEYS, _WIDTH)
-        self.figures: dict[str, float] = {}
         # Each repeat takes rows of its own. Those of block b are with rank b % size at first (see `bring`).
         self.blocks = np.random.default_rng(1).permutation(_ROWS)[: _ROWS // _KEYS * _KEYS].reshape(-1, _KEYS)
         self.blocks.sort(axis=1)
@@ -68,9 +67,14 @@ class Bench:
             for number in range(_CALLS):
                 call(blocks[(repeat * _CALLS + number) % len(blocks)])
             rates.append(_CALLS * _KEYS / (time.perf_counter() - start))
-        self.world.barrier()
-        if rates:
-            self.figures[name] = statistics.median(rates[1:])
+        self._show(name, rates)
+
+    def _show(self, name: str, rates: list[float]) -> None:
+        """Collective: the mean of the ranks that worked, after a repeat that is thrown away."""
+        medians = self.world.allgather(statistics.median(rates[1:]) if rates else None)
+        if self.world.rank == 0:
+            worked = [median for median in medians if median is not None]
+            print(f"  {name:28} {statistics.mean(worked) / 1e6:6.2f}", flush=True)
 
     def measure_moves(self, name: str, move: Callable[[np.ndarray], object], *, alone: bool) -> None:
         """As :meth:`measure` of calls that bring far rows: each block can be brought once until all go back."""
@@ -85,8 +89,7 @@ class Bench:
                     move(block)
                 rates.append(len(blocks) * _KEYS / (time.perf_counter() - start))
             self.world.barrier()
-        if rates:
-            self.figures[name] = statistics.median(rates[1:])
+        self._show(name, rates)
 
     def run(self) -> None:
         server, values = self.server, self.values
@@ -115,7 +118,7 @@ class Bench:
             )
         if self.world.size > 1:
             self.measure("bare Alltoallv, both", self._exchange, self.far(), alone=False)
-            self.measure("bare Alltoallv one way", self._send, self.far(), alone=False)
+            self.measure("bare Alltoallv, one way", self._send, self.far(), alone=False)
 
     def _exchange(self, keys: np.ndarray, *, both: bool = True) -> None:
         """Keys to the other rank, rows back: to rank 0 alone, or to either."""
@@ -146,18 +149,13 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
             print(f"the package {package} is not installed: nothing to measure")
         return
     torch.set_num_threads(1)
+    if world.rank == 0:
+        print(f"{package}, {world.size} nodes of one rank: million rows/s a rank", flush=True)
     server = make_server(package, world, Layout.of(("rows", _ROWS, _WIDTH)))
     bench = Bench(world, server)
+    bench.floors()
     bench.run()
     server.close()
-    bench.floors()
-    everyone = world.allgather(bench.figures)
-    if world.rank == 0:
-        print(f"{package}, {world.size} nodes of one rank: million rows/s a rank")
-        for name, rate in bench.figures.items():
-            if name.endswith("both"):
-                rate = statistics.mean(figures[name] for figures in everyone)
-            print(f"  {name:28} {rate / 1e6:6.2f}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_panels_show_the_metrics() -> None:
     figure = report.draw(records(2), "run")
     loss, share, _, _, owners, bands = figure.axes[:6]
     np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[10, 5.0], [20, 4.0]])
-    np.testing.assert_allclose(share.lines[1].get_ydata(), [91.0, 92.0])
+    np.testing.assert_allclose(np.array(share.lines[1].get_ydata()), [91.0, 92.0])
     # Two segments of alike bands: main copies 6 and 3 of each, replicas 2 and 2 or 3.
     assert [np.array(line.get_ydata()).tolist() for line in owners.lines] == [[12, 12], [4, 4], [6, 6], [4, 6]]
     np.testing.assert_allclose(np.array(bands.collections[0].get_array()).T, [[1, 1 / 2, 2 / 6], [1, 1 / 2, 3 / 6]])

@@ -37,7 +37,7 @@ def run_log(folder: Path, *, active: bool = True) -> None:
     meter = Meter()
     for _ in range(2):
         meter.add(RESULT)
-    log.report(2, meter)
+    log.report(2, meter, {"server/softmax_wait_s": 0.25}, {"softmax": {"ends": [1], "main": [[1]], "replicas": [[0]]}})
     log.write("epoch", 2, {"heldout/mean_perplexity": 12.5, "note": "text", "train/loss_nats": float("nan")})
     log.close()
 
@@ -51,7 +51,7 @@ def four_steps(folder: Path) -> None:
         meter.add(RESULT)
         log.step(step, meter)
         if step % 2 == 0:
-            log.report(step, meter)
+            log.report(step, meter, {}, {})
             meter = Meter()
     log.say("said in between")
     log.close()
@@ -80,7 +80,9 @@ def under_terminal(command: list[str]) -> str:
 
 def test_metrics_are_json_lines(tmp_path: Path) -> None:
     run_log(tmp_path)
-    train, epoch = (json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+    train, placement, epoch = (json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+    assert train["server/softmax_wait_s"] == 0.25
+    assert (placement["kind"], placement["softmax"]["main"]) == ("placement", [[1]])
     assert (train["kind"], train["step"]) == ("train", 2)
     assert train["train/loss_nats"] == 2.0
     assert train["train/gradient_norm"] == 3.0

@@ -175,7 +175,7 @@ class ServerConfig:
         help="what an intent does to a row: moves it, copies it, either as need be, or nothing (static) (default: "
         "adaptive; relocation with --sync and with --ps lapse)",
     )
-    staleness: int = option(8, metavar="N", help="clocks by which a replica may lag behind; from 2 on")
+    staleness: int = option(4, metavar="N", help="clocks by which a replica may lag behind; from 2 on")
     nodes: int = option(
         0, metavar="N", help="split the ranks of each machine into N nodes, to try several nodes on one machine"
     )

@@ -12,6 +12,9 @@ from lapse_elmo.ps.api import DONE, Array
 from lapse_elmo.ps.package_node import PackageNode
 from lapse_elmo.ps.package_server import PackageServer, Pending
 
+_MARKERS = 32  # keys a node beyond the layout's, which never move: some of each node on each channel of messages
+_HOPS = 3  # by which an update reaches the owner: where the row was last seen, its home, its owner
+
 
 class AdapmNode(PackageNode):
     package = "adapm"
@@ -26,9 +29,24 @@ class AdapmNode(PackageNode):
         return adapm
 
     def start(self, widths: torch.Tensor) -> tuple[Any, Any]:
-        self.module.setup(self.layout.num_keys, 1, self.techniques[self.technique])
+        first, number = self.layout.num_keys, _MARKERS * self.world.size
+        self._markers = np.arange(first, first + number)
+        self.module.setup(first + number, 1, self.techniques[self.technique])
+        widths = torch.cat([widths, torch.ones(number, dtype=widths.dtype)])
         server = self.module.Server(widths)  # blocks until all nodes are there
         return server, self.module.Worker(0, server)
+
+    def sync(self) -> None:
+        """Until updates of replicas here are with their owners, and those of the owners are here.
+
+        AdaPM's wait_sync returns when a round has sent its messages. The second one waits for the answers to them.
+        """
+        self.worker.wait_sync()
+        self.worker.wait_sync()
+
+    def flush(self) -> None:
+        """Until every message from here has been dealt with where it went: the answers to these pulls come after."""
+        self.worker.pull(self._markers, np.empty(self._markers.size, np.float32))
 
     def stop(self) -> None:
         self.worker.finalize()
@@ -54,6 +72,7 @@ class AdapmServer(PackageServer):
     """
 
     node_type = AdapmNode
+    _node: AdapmNode
     reads_later = False
     emulated = (
         "localize is an intent for the present clock", "samples are drawn by us; the scheme local as naive"
@@ -64,7 +83,7 @@ class AdapmServer(PackageServer):
         self._first_clock = self._worker.current_clock()  # a node that served before has clocks behind it
 
     def localize_async(self, keys: Array) -> int:
-        """Announce ``keys`` for the present clock. The ticket waits two rounds, after which the rows are here.
+        """Announce ``keys`` for the present clock. The ticket waits until rounds are over that bring the rows here.
 
         They stay until the clock advances, and where other nodes intend to use them they come as replicas.
         """
@@ -74,7 +93,7 @@ class AdapmServer(PackageServer):
             return DONE
         clock = self._first_clock + self.clock
         self._worker.intent(keys, clock, clock + 1)
-        return self._ticket(Pending(self._worker.wait_sync, ()))
+        return self._ticket(Pending(self._node.sync, ()))
 
     def intent(self, keys: Array, start: int, end: int) -> None:
         keys, segment = self.checked_keys(keys)
@@ -98,9 +117,11 @@ class AdapmServer(PackageServer):
 
     def quiesce(self) -> None:
         self.require_open()
-        self._worker.wait_sync()  # what was added to replicas here is under way to the owners
-        self._world.barrier()
-        self._worker.wait_sync()  # replicas here have seen what the owners have got
+        self._node.sync()
+        for _ in range(_HOPS):  # a replica that was given up sends its last updates without waiting for an answer
+            self._node.flush()
+            self._world.barrier()
+        self._node.sync()
 
 
 def run_scheduler(num_keys: int) -> None:

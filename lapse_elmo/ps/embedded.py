@@ -13,11 +13,12 @@ and the ``technique`` decides what comes of it:
 ===============  ==============================================================================================
 
 Consistency. Rows with one copy (all of them under ``relocation`` and ``static``) are sequentially consistent per key,
-also while they move, for calls that are waited for. Replicas are eventually consistent, with a bound: a worker's clock
-waits where it would run ahead of its node's last complete round of synchronisation by more than half of ``staleness``.
-So a push reaches the row's owner within ``staleness / 2`` clocks of the pushing worker, and from there all holders
-within as many clocks of the owner's workers: where clocks advance together, everybody sees it after ``staleness``
-clocks. :meth:`quiesce` makes all replicas equal at once.
+also while they move, for calls that are waited for. Replicas are eventually consistent, with a bound: a worker waits in
+:meth:`advance_clock` where its node's last complete round of synchronisation began more than ``staleness / 2 - 1``
+clocks ago. So a push is at the row's owner after at most ``staleness / 2`` further clocks of the pushing worker, and at
+all holders after as many of the owner's workers: where clocks advance together, everybody sees it ``staleness`` clocks
+later. While rounds keep pace with steps, as they do unless cores are crowded, it takes one or two clocks.
+:meth:`quiesce` makes all replicas equal at once.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ class EmbeddedServer(ParameterServer):
 
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
-        technique: str = "adaptive", staleness: int = 8,
+        technique: str = "adaptive", staleness: int = 4,
     ) -> None:
         super().__init__(layout, sampled, first_sample)
         assert technique in TECHNIQUES and staleness >= 2
         self._world = world
         self._technique = technique
-        self._slack = staleness // 2 if technique in ("adaptive", "replication") and world.num_nodes > 1 else 0
+        self._slack = staleness // 2 - 1
+        self._replicates = technique in ("adaptive", "replication") and world.num_nodes > 1
         self._calls: dict[int, _Call] = {}
         self._next_ticket = 0
         self._handled = 0
@@ -202,7 +204,7 @@ class EmbeddedServer(ParameterServer):
     def advance_clock(self) -> int:
         clock = super().advance_clock()
         self._clocks[self._world.local_rank] = clock
-        if self._slack and clock - self._synced[self._world.local_rank] > self._slack:
+        if self._replicates and clock - self._synced[self._world.local_rank] > self._slack:
             start = time.perf_counter()
             self._patience.reset()
             while clock - self._synced[self._world.local_rank] > self._slack:
@@ -258,7 +260,7 @@ class EmbeddedServer(ParameterServer):
     def quiesce(self) -> None:
         self.wait_all()
         self._world.barrier()
-        if self._slack:
+        if self._replicates:
             for _ in range(2):  # deltas to the owners, then values to the holders
                 if self._manager is not None:
                     self.wait(self._request(1, Kind.FLUSH))

@@ -30,7 +30,7 @@ from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
 from lapse_elmo.world import World
 
-START_S = 60.0
+START_S = 120.0
 _LOOPBACK = "127.0.0.1"
 _MARK = "_lapse_elmo_started"  # on the package's module
 _ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use

@@ -14,6 +14,7 @@ from lapse_elmo.world import World
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("adapm", "own_pushes_are_seen_wherever_rows_are"): "where a replica comes or goes, a pull can overtake the node's "
     "own updates on their way to the owner: they are late, not lost",
+    ("adapm", "pushes_are_seen_after_a_number_of_clocks"): "how far a replica lags is bounded by time, not by clocks",
     ("adapm", "sets_are_seen_wherever_rows_are"): "it cannot set rows that have replicas; the difference that is added "
     "instead is taken to what is seen, which such updates may not have reached",
 }

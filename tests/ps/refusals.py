@@ -146,4 +146,4 @@ def check_refusal(server: ParameterServer, refusal: Refusal) -> None:
 
 def _own_stats(server: ParameterServer) -> ServerStats:
     """Without those of the node, which other ranks change."""
-    return dataclasses.replace(server.stats, node=None)
+    return dataclasses.replace(server.stats, node={})

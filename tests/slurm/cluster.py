@@ -128,7 +128,7 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "gres.conf").write_text(_GPUS)
         watchdog = [sys.executable, "-c", _WATCHDOG, self._mark]
-        self._watchdog = subprocess.Popen(watchdog, stdin=subprocess.PIPE, cwd=ROOT)
+        self._watchdog = subprocess.Popen(watchdog, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
         try:
             self._daemon("slurmctld", "-D")
             for node in NODES:

@@ -1,4 +1,4 @@
-"""bin/train with a fault: ``failing.py KIND RANK STEP OPTIONS...``; at ``STEP`` rank ``RANK`` meets it."""
+"""bin/train with a fault: ``failing.py KIND RANK OPTIONS...``; once a checkpoint is there, rank ``RANK`` meets it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from lapse_elmo import train
+from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import files, saver
 from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
 from lapse_elmo.world import World, launch
@@ -44,11 +45,12 @@ IN_SAVE: dict[str, Callable[..., None]] = {"kill-in-save": die, "full-disk": ful
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> int:
-    kind, rank, step, *options = argv
+    kind, rank, *options = argv
+    run_dir = Path(options[options.index("--run-dir") + 1])
     once = TrainingStep.__call__
 
     def faulty(self: TrainingStep, announced: AnnouncedBatch, number: int) -> StepResult:
-        if self.world.rank == int(rank) and number == int(step):
+        if self.world.rank == int(rank) and checkpoint.candidates(run_dir):
             if kind in IN_SAVE:
                 files._write_at = IN_SAVE[kind]
             elif kind == "kill-in-rename":

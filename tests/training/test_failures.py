@@ -45,14 +45,14 @@ def test_failure_of_one_rank(small: Prepared, tmp_path: Path, kind: str, rank: i
     if kind == "kill-in-rename" and rank:
         pytest.skip("rank 0 alone gives a checkpoint its name")
     run_dir = tmp_path / "run"
-    argv = [str(PROGRAM), kind, str(rank), "6", *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
+    argv = [str(PROGRAM), kind, str(rank), *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
     job = mpi.mpirun(2, argv, timeout=START_S + END_S)
     assert job.returncode not in (0, 75), job.output
     assert not job.survivors, job.output
     if kind in STATUS:
         assert job.returncode == STATUS[kind], job.output
         assert f"[rank {rank}/2 {socket.gethostname()}]" in job.stderr and CAUSE[kind] in job.stderr, job.output
-    assert newest_whole(run_dir)["step"] == 4
+    assert newest_whole(run_dir)["step"] >= 4
     left = [path.name for path in checkpoints(run_dir) if path.name.startswith(".")]
     assert not left or kind in ("kill-in-save", "kill-in-rename"), left
     if kind.startswith("kill-in"):
