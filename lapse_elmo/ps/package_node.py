@@ -34,6 +34,7 @@ START_S = 120.0
 _LOOPBACK = "127.0.0.1"
 _MARK = "_lapse_elmo_started"  # on the package's module
 _ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
+_SCHEDULER = "import sys; from lapse_elmo.ps.scheduler import main; main(sys.argv[1:])"
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 
 
@@ -139,7 +140,7 @@ class PackageNode(ABC):
             }
             words = [type(self).__module__, str(self.layout.num_keys), str(start_s), str(os.getpid())]
             self._scheduler = subprocess.Popen(
-                [sys.executable, "-m", "lapse_elmo.ps.scheduler", *words], stdin=subprocess.PIPE, env=environment
+                [sys.executable, "-c", _SCHEDULER, *words], stdin=subprocess.PIPE, env=environment
             )
             deadline = time.monotonic() + start_s
             while self._scheduler.poll() is None:

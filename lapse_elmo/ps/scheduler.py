@@ -1,4 +1,4 @@
-"""The scheduler of a native package, as a process of its own: ``python -m lapse_elmo.ps.scheduler``.
+"""The scheduler of a native package, as a process of its own, which runs :func:`main`.
 
 Rank 0 starts it and holds its standard input. It becomes two: the package's scheduler, which blocks in C++ until every
 node has shut down, and a watch over it, over rank 0 and over the start-up, during which each node blocks in C++ as
@@ -30,7 +30,7 @@ _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 def main(argv: list[str]) -> None:
-    """``scheduler MODULE NUM_KEYS START_S PARENT``: of the adapter ``MODULE``, for the rank whose process is PARENT."""
+    """``MODULE NUM_KEYS START_S PARENT``: of the adapter ``MODULE``, for the rank whose process is PARENT."""
     module, num_keys, start_s, parent = argv[0], int(argv[1]), float(argv[2]), int(argv[3])
     _die_with(parent)
     living, held = os.pipe()  # the scheduler holds the one end: the other shows its death
@@ -96,7 +96,3 @@ def _end_job(parent: int, why: str) -> None:
     print(f"lapse-elmo: error: {why}", file=sys.stderr, flush=True)
     with contextlib.suppress(ProcessLookupError):
         os.kill(parent, signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
