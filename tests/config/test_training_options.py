@@ -26,7 +26,7 @@ OTHER = {
     "preset": "original", "context": "mix", "lstm": "allennlp", "precision": "bf16", "lstm_init": "orthogonal",
     "distribution": "uniform",
     "sampling_scheme": "pool", "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
-    "ps": "lapse",
+    "ps": "lapse", "technique": "static",
 }
 ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync")  # contradict others
 
@@ -186,3 +186,30 @@ def test_evaluate() -> None:
 def test_configs_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().training.seed = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("argv", "technique"),
+    [
+        ([], "adaptive"), (["--sync"], "relocation"), (["--ps", "lapse"], "relocation"), (["--ps", "adapm"], "adaptive"),
+        (["--technique", "static", "--sync"], "static"),
+    ],
+)
+def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str) -> None:
+    config = parse_train(argv)
+    assert config.server.technique_for(config.training.sync) == technique
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sync", "--technique", "adaptive"], "--sync needs rows with one copy.*give relocation or static"),
+        (["--sync", "--technique", "replication"], "--sync needs rows with one copy"),
+        (["--sync", "--ps", "adapm"], "--sync needs rows with one copy, and --ps adapm makes replicas"),
+        (["--nodes", "2", "--ps", "lapse"], "--nodes is for the embedded server"),
+        (["--staleness", "1"], "--staleness is 1, expected 2 or more"),
+    ],
+)
+def test_impossible_server_options_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_train(argv)
