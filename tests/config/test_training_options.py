@@ -191,8 +191,8 @@ def test_configs_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("argv", "technique"),
     [
-        ([], "adaptive"), (["--sync"], "relocation"), (["--ps", "lapse"], "relocation"), (["--ps", "adapm"], "adaptive"),
-        (["--technique", "static", "--sync"], "static"),
+        ([], "adaptive"), (["--sync"], "relocation"), (["--ps", "lapse"], "relocation"),
+        (["--ps", "adapm"], "adaptive"), (["--technique", "static", "--sync"], "static"),
     ],
 )
 def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str) -> None:
