@@ -29,10 +29,21 @@ CHECKS = [(case, name) for case, (engine, *_) in CASES.items() for name in contr
 
 
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    engine, ranks, nodes, env = CASES[request.param]
-    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
-    return collective.report_of(program, [engine, str(nodes)], ranks, folder, timeout=120, env=env)
+def reports() -> dict[str, dict[str, str]]:
+    """The reports of the jobs that have run, by case: a job is run once for all its checks."""
+    return {}
+
+
+@pytest.fixture
+def report(
+    request: pytest.FixtureRequest, reports: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    case = request.param
+    if case not in reports:
+        engine, ranks, nodes, env = CASES[case]
+        program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
+        reports[case] = collective.report_of(program, [engine, str(nodes)], ranks, folder, timeout=120, env=env)
+    return reports[case]
 
 
 @pytest.mark.parametrize(("report", "name"), CHECKS, indirect=["report"])
@@ -50,13 +61,18 @@ NATIVE_CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def native_report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    package, ranks = NATIVE_CASES[request.param]
+@pytest.fixture
+def native_report(
+    request: pytest.FixtureRequest, reports: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    case = request.param
+    package, ranks = NATIVE_CASES[case]
     if not installed(package):
         pytest.skip(f"the package {package} is not installed")
-    program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
-    return collective.report_of(program, [package, str(ranks)], ranks, folder, timeout=180)
+    if case not in reports:
+        program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
+        reports[case] = collective.report_of(program, [package, str(ranks)], ranks, folder, timeout=180)
+    return reports[case]
 
 
 @pytest.mark.parametrize(("native_report", "name"), NATIVE_CHECKS, indirect=["native_report"])
