@@ -380,7 +380,7 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         everywhere = error.everywhere or world is None
         if everywhere and rank != 0:
             # Rank 0 says it. A launcher kills the rest of the job at the first bad status: let the line come first.
-            time.sleep(0.3)
+            time.sleep(1.0)
         else:
             prefix = f"[{world}] " if world and world.size > 1 and not everywhere else ""
             print(f"{prog}: {prefix}error: {error}", file=sys.stderr, flush=True)

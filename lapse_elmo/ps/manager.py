@@ -97,6 +97,7 @@ class Manager(threading.Thread):
 
     def _on_pull(self, message: Message) -> None:
         state = self.states[message.segment]
+        message = self._what_is_owned(message)
         assert message.positions is not None
         for piece in pieces(message.rows.size, state.segment.width):
             rows = message.rows[piece]
@@ -105,29 +106,37 @@ class Manager(threading.Thread):
                 stamps=state.where[rows], width=state.segment.width, blocks=self.mailbox.blocks,
             )
             assert reply.values is not None
-            missing = state.rows.pull(rows, reply.values)
-            if missing.size:
-                reply = reply.part(others(missing, rows.size))
-                self._route(message, missing + piece.start)
-            state.stats.served_rows += reply.rows.size
-            if reply.rows.size:
-                state.stats.sent_bytes += reply.block.size
-                self.mailbox.send(message.origin, TO_WORKER, reply)
+            state.rows.pull(rows, reply.values)
+            state.stats.served_rows += rows.size
+            state.stats.sent_bytes += reply.block.size
+            self.mailbox.send(message.origin, TO_WORKER, reply)
 
     def _on_push(self, message: Message) -> None:
-        assert message.values is not None
         state = self.states[message.segment]
-        missing = state.rows.push(message.rows, message.values)
-        here = others(missing, message.rows.size)
-        state.stats.served_rows += here.size
+        message = self._what_is_owned(message)
+        if not message.rows.size:
+            return
+        assert message.values is not None
+        state.rows.push(message.rows, message.values)
+        state.stats.served_rows += message.rows.size
         # A node that is about to get replicas, or has them by now, must not show its worker values without this push.
-        held = message.rows[here][state.holders[message.worker, message.rows[here]]]
+        held = message.rows[state.holders[message.worker, message.rows]]
         if held.size:
             self._replication.refresh_now(state, held)
-            self._done_by_way_of(message, here.size)
+            self._done_by_way_of(message, message.rows.size)
         else:
-            self._done(message, here.size)
-        self._route(message, missing)
+            self._done(message, message.rows.size)
+
+    def _what_is_owned(self, message: Message) -> Message:
+        """The part of a worker's call whose main copies are here; the rest goes on.
+
+        Another node's worker is not served by a replica: its push would not be where its next pull looks for it.
+        """
+        owned = self.states[message.segment].rows.owned(message.rows)
+        if owned.all():
+            return message
+        self._route(message, np.flatnonzero(~owned))
+        return message.part(np.flatnonzero(owned))
 
     def _on_set(self, message: Message) -> None:
         """The worker's manager gets it first, so that it comes after the deltas that are on their way to the owner."""
