@@ -26,6 +26,7 @@ import numpy as np
 from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
+from lapse_elmo.streams import flush_to_launcher
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -246,8 +247,7 @@ class World:
 
     def abort(self, status: int, *, quietly: bool = False) -> None:
         """End every rank of the job at once; ``quietly`` without the MPI library's line about it."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_to_launcher()
         if self.comm is not None and self.size > 1:
             if quietly:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -262,8 +262,7 @@ class World:
         there the other ranks go first, with 0.
         """
         ignore_stop_signals()  # too late for them
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_to_launcher()
         if self.size == 1:
             os._exit(status)
         if self.rank and not _below_srun():
@@ -378,13 +377,12 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
     rank = world.rank if world else launcher_rank_and_size()[0]
     if isinstance(error, UserError):
         everywhere = error.everywhere or world is None
-        if everywhere and rank != 0:
-            # Rank 0 says it. A launcher kills the rest of the job at the first bad status: let the line come first.
-            time.sleep(1.0)
-        else:
+        if not everywhere or rank == 0:  # else rank 0 says it
             prefix = f"[{world}] " if world and world.size > 1 and not everywhere else ""
             print(f"{prog}: {prefix}error: {error}", file=sys.stderr, flush=True)
         if everywhere and world is None:
+            # Before MPI there is no way to wait for rank 0, and some launchers kill the others at the first bad status.
+            time.sleep(1.0 if rank else 0)
             sys.exit(USER_ERROR)
         if everywhere and world is not None:
             world.leave(USER_ERROR)
