@@ -18,6 +18,7 @@ A server is for the thread that made it: workers are ranks, and calls of one wor
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
@@ -54,6 +55,18 @@ class SegmentStats:
     wait_s: float = 0.0
     sent_bytes: int = 0
 
+    def count_pull(self, rows: int, remote_rows: int, width: int) -> None:
+        """A pull of ``rows``, ``remote_rows`` of them from other nodes."""
+        self.pulled_rows += rows
+        self.remote_pulled_rows += remote_rows
+        self.pulled_bytes += rows * width * 4
+
+    def count_push(self, rows: int, remote_rows: int, width: int) -> None:
+        """A push of ``rows``, ``remote_rows`` of them to other nodes."""
+        self.pushed_rows += rows
+        self.remote_pushed_rows += remote_rows
+        self.pushed_bytes += rows * width * 4
+
 
 @dataclass
 class NodeStats:
@@ -81,6 +94,13 @@ class ServerStats:
     node: dict[str, NodeStats] = field(default_factory=dict)  # on the first rank of a node, where there are several
 
 
+@dataclass
+class Call:
+    """A call under way; the time in which it is waited for counts in ``stats``, where there are any."""
+
+    stats: SegmentStats | None = field(default=None, kw_only=True)
+
+
 class ParameterServer(ABC):
     """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls).
 
@@ -102,6 +122,8 @@ class ParameterServer(ABC):
         self._sampled = sampled
         self._samples: dict[int, tuple[int, np.ndarray | None]] = {}
         self._next_sample = first_sample
+        self._calls: dict[int, Call] = {}
+        self._next_ticket = 0
 
     def pull(self, keys: Array, out: Array) -> None:
         """Copy the rows of ``keys`` (n,) into ``out`` (n, width). Keys may repeat, in any order."""
@@ -127,16 +149,41 @@ class ParameterServer(ABC):
     def localize_async(self, keys: Array) -> int:
         """Begin a :meth:`localize`; its ticket, :data:`DONE` where it is complete already."""
 
-    @abstractmethod
     def wait(self, ticket: int) -> None:
         """Return when the call of ``ticket`` is complete. A ticket serves once.
 
         :raises ServerError: for a ticket that was never given or was waited for before.
         """
+        self.require_open()
+        if ticket == DONE:
+            return
+        if ticket not in self._calls:
+            raise ServerError(f"ticket: {ticket} was never given or was waited for before")
+        call = self._calls[ticket]
+        start = time.perf_counter()
+        try:
+            self._complete(call)
+        finally:
+            del self._calls[ticket]
+        if call.stats is not None:
+            call.stats.wait_s += time.perf_counter() - start
 
-    @abstractmethod
     def wait_all(self) -> None:
         """Return when every call that this worker has begun is complete."""
+        self.require_open()
+        for ticket in list(self._calls):
+            self.wait(ticket)
+
+    def _ticket(self, call: Call) -> int:
+        """The ticket of a call that has begun."""
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        self._calls[ticket] = call
+        return ticket
+
+    @abstractmethod
+    def _complete(self, call: Call) -> None:
+        """Return when ``call`` is complete."""
 
     @abstractmethod
     def set(self, keys: Array, values: Array) -> None:

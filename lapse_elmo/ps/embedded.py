@@ -32,7 +32,7 @@ import torch
 
 from lapse_elmo import native
 from lapse_elmo.errors import ServerError
-from lapse_elmo.ps.api import DONE, Array, ParameterServer
+from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
 from lapse_elmo.ps.memory import NodeMemory, require_room
@@ -45,7 +45,7 @@ from lapse_elmo.world import World
 
 
 @dataclass
-class _Call:
+class _Call(Call):
     """A call that waits for ``remaining`` rows or answers; pulled rows go to ``out``."""
 
     remaining: int
@@ -72,8 +72,6 @@ class EmbeddedServer(ParameterServer):
         self._technique = technique
         self._slack = staleness // 2 - 1
         self._replicates = technique in ("adaptive", "replication") and world.num_nodes > 1
-        self._calls: dict[int, _Call] = {}
-        self._next_ticket = 0
         self._handled = 0
         self._manager: Manager | None = None
         require_room(world, layout.num_bytes)
@@ -135,14 +133,9 @@ class EmbeddedServer(ParameterServer):
         start = time.perf_counter()
         rows = keys - segment.first_key
         missing = self._rows[segment.name].pull(rows, out.numpy())
-        ticket = DONE
-        if missing.size:
-            ticket = self._ask(Kind.PULL, segment, rows, missing)
-            self._calls[ticket].rows, self._calls[ticket].out = rows, out
+        ticket = self._ask(Kind.PULL, segment, rows, missing, out=out) if missing.size else DONE
         stats = self.stats.segments[segment.name]
-        stats.pulled_rows += keys.size
-        stats.remote_pulled_rows += missing.size
-        stats.pulled_bytes += keys.size * segment.width * 4
+        stats.count_pull(keys.size, missing.size, segment.width)
         stats.pull_s += time.perf_counter() - start
         return ticket
 
@@ -156,9 +149,7 @@ class EmbeddedServer(ParameterServer):
         missing = self._rows[segment.name].push(rows, values)
         ticket = self._ask(Kind.PUSH, segment, rows, missing, values) if missing.size else DONE
         stats = self.stats.segments[segment.name]
-        stats.pushed_rows += keys.size
-        stats.remote_pushed_rows += missing.size
-        stats.pushed_bytes += keys.size * segment.width * 4
+        stats.count_push(keys.size, missing.size, segment.width)
         stats.push_s += time.perf_counter() - start
         return ticket
 
@@ -212,26 +203,12 @@ class EmbeddedServer(ParameterServer):
             self.stats.clock_wait_s += time.perf_counter() - start
         return clock
 
-    def wait(self, ticket: int) -> None:
-        self.require_open()
-        if ticket == DONE:
-            return
-        if ticket not in self._calls:
-            raise ServerError(f"ticket: {ticket} was never given or was waited for before")
-        call = self._calls[ticket]
-        start = time.perf_counter()
+    def _complete(self, call: Call) -> None:
+        assert isinstance(call, _Call)
         if call.remaining:
             self._patience.reset()
         while call.remaining:
             self._receive()
-        del self._calls[ticket]
-        if call.segment is not None:
-            self.stats.segments[call.segment.name].wait_s += time.perf_counter() - start
-
-    def wait_all(self) -> None:
-        self.require_open()
-        for ticket in list(self._calls):
-            self.wait(ticket)
 
     def is_local(self, name: str) -> np.ndarray | None:
         if self._world.num_nodes == 1:
@@ -296,11 +273,11 @@ class EmbeddedServer(ParameterServer):
     # Talking to managers
 
     def _ask(
-        self, kind: Kind, segment: Segment, rows: np.ndarray, missing: np.ndarray, values: np.ndarray | None = None
+        self, kind: Kind, segment: Segment, rows: np.ndarray, missing: np.ndarray, values: np.ndarray | None = None,
+        out: torch.Tensor | None = None,
     ) -> int:
         """Send a call about the rows at ``missing`` to the nodes that have them; its ticket."""
-        ticket = self._new_call(missing.size)
-        self._calls[ticket].segment = segment
+        ticket = self._ticket(_Call(missing.size, segment, rows, out, stats=self.stats.segments[segment.name]))
         asked = rows[missing]
         stamps = np.maximum(self._where[segment.name][asked], self._seen[segment.name][asked])
         nodes = node_of(stamps)
@@ -321,18 +298,12 @@ class EmbeddedServer(ParameterServer):
 
     def _request(self, number: int, kind: Kind, segment: int = 0, **what: Any) -> int:
         """Ask this node's manager for something that is answered by ``number`` in all; the ticket."""
-        ticket = self._new_call(number)
+        ticket = self._ticket(_Call(number))
         self._send_home(Message.of(kind, segment, self._world.rank, ticket, **what))
         return ticket
 
     def _send_home(self, message: Message) -> None:
         self._mailbox.send(self._world.leaders[self._world.node], TO_MANAGER, message)
-
-    def _new_call(self, number: int) -> int:
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        self._calls[ticket] = _Call(number)
-        return ticket
 
     def _receive(self) -> None:
         """Take in one answer, or let a moment pass."""
@@ -341,6 +312,7 @@ class EmbeddedServer(ParameterServer):
             self._patience.wait()
             return
         call = self._calls[message.ticket]
+        assert isinstance(call, _Call)
         if message.kind is Kind.ROWS:
             assert call.out is not None and call.segment is not None and message.values is not None
             assert message.positions is not None and message.stamps is not None and call.rows is not None

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lapse_elmo.errors import ConfigError, ServerError
-from lapse_elmo.ps.api import DONE, Array, ParameterServer, SegmentStats
+from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer, SegmentStats
 from lapse_elmo.ps.layout import Layout, distinct, distinct_and_places
 from lapse_elmo.ps.package_node import PackageNode
 from lapse_elmo.ps.sampling import Sampler
@@ -28,13 +28,12 @@ from lapse_elmo.world import World
 
 
 @dataclass
-class Pending:
-    """A call under way: how to wait for it, what must stay alive until then, what is left to do, whom it waits for."""
+class Pending(Call):
+    """How to wait for a call, what must stay alive until then, and what is left to do."""
 
     wait: Callable[[], None]
     buffers: tuple[Any, ...]
     finish: Callable[[], None] | None = None
-    stats: SegmentStats | None = None
 
 
 class PackageServer(ParameterServer):
@@ -68,8 +67,6 @@ class PackageServer(ParameterServer):
         assert self._node.layout == layout
         self._worker = self._node.worker
         self._announces = technique != "static" and world.size > 1
-        self._pending: dict[int, Pending] = {}
-        self._next_ticket = 0
 
     def pull(self, keys: Array, out: Array) -> None:
         self._pull(keys, out, later=False)
@@ -98,13 +95,11 @@ class PackageServer(ParameterServer):
             asked = asked.copy()  # the caller may overwrite his, the package reads it again when the rows arrive
         timestamp = self._worker.pull(asked, rows, later)
         stats = self.stats.segments[segment.name]
-        stats.pulled_rows += keys.size
-        stats.pulled_bytes += keys.size * segment.width * 4
-        if self._is_remote(timestamp):
-            stats.remote_pulled_rows += keys.size
-        return self._begun(timestamp, later, start, "pull_s", Pending(
-            partial(self._worker.wait, timestamp), (asked, rows), finish, stats
-        ))
+        stats.count_pull(keys.size, keys.size * self._is_remote(timestamp), segment.width)
+        pending = Pending(partial(self._worker.wait, timestamp), (asked, rows), finish)
+        ticket, seconds = self._begun(timestamp, later, start, stats, pending)
+        stats.pull_s += seconds
+        return ticket
 
     def _push(self, keys: Array, deltas: Array, later: bool) -> int:
         keys, deltas, segment = self.checked("deltas", keys, deltas)
@@ -116,54 +111,33 @@ class PackageServer(ParameterServer):
             keys, rows = keys.copy(), rows.copy()
         timestamp = self._worker.push(keys, rows, later)
         stats = self.stats.segments[segment.name]
-        stats.pushed_rows += keys.size
-        stats.pushed_bytes += keys.size * segment.width * 4
-        if self._is_remote(timestamp):
-            stats.remote_pushed_rows += keys.size
-        return self._begun(timestamp, later, start, "push_s", Pending(
-            partial(self._worker.wait, timestamp), (keys, rows), None, stats
-        ))
+        stats.count_push(keys.size, keys.size * self._is_remote(timestamp), segment.width)
+        pending = Pending(partial(self._worker.wait, timestamp), (keys, rows))
+        ticket, seconds = self._begun(timestamp, later, start, stats, pending)
+        stats.push_s += seconds
+        return ticket
 
-    def _begun(self, timestamp: int, later: bool, start: float, clock: str, pending: Pending) -> int:
-        """The ticket of a call that the package has taken; DONE, and its rest done, where it is complete."""
+    def _begun(
+        self, timestamp: int, later: bool, start: float, stats: SegmentStats, pending: Pending
+    ) -> tuple[int, float]:
+        """A call that the package has taken: its ticket (DONE, and its rest done, where it is complete), seconds."""
         complete = not later or timestamp == DONE
         if complete and pending.finish is not None:
             pending.finish()
-        assert pending.stats is not None
         seconds = time.perf_counter() - start
-        setattr(pending.stats, clock, getattr(pending.stats, clock) + seconds)
-        if complete:
-            pending.stats.wait_s += seconds if self._is_remote(timestamp) else 0.0
-            return DONE
-        return self._ticket(pending)
+        if self._is_remote(timestamp):
+            pending.stats = stats
+            stats.wait_s += seconds if complete else 0.0
+        return DONE if complete else self._ticket(pending), seconds
 
     def _is_remote(self, timestamp: int) -> bool:
         return timestamp != DONE and self._world.size > 1
 
-    def _ticket(self, pending: Pending) -> int:
-        ticket = self._next_ticket
-        self._next_ticket += 1
-        self._pending[ticket] = pending
-        return ticket
-
-    def wait(self, ticket: int) -> None:
-        self.require_open()
-        if ticket == DONE:
-            return
-        if ticket not in self._pending:
-            raise ServerError(f"ticket: {ticket} was never given or was waited for before")
-        pending = self._pending.pop(ticket)
-        start = time.perf_counter()
-        pending.wait()
-        if pending.finish is not None:
-            pending.finish()
-        if pending.stats is not None and self._world.size > 1:
-            pending.stats.wait_s += time.perf_counter() - start
-
-    def wait_all(self) -> None:
-        self.require_open()
-        for ticket in list(self._pending):
-            self.wait(ticket)
+    def _complete(self, call: Call) -> None:
+        assert isinstance(call, Pending)
+        call.wait()
+        if call.finish is not None:
+            call.finish()
 
     def set(self, keys: Array, values: Array) -> None:
         keys, values, segment = self.checked("values", keys, values)
