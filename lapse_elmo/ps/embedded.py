@@ -46,12 +46,12 @@ from lapse_elmo.world import World
 
 @dataclass
 class _Call(Call):
-    """A call that waits for ``remaining`` rows or answers; pulled rows go to ``out``."""
+    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled or pushed."""
 
     remaining: int
     segment: Segment | None = None
     rows: np.ndarray | None = None
-    out: torch.Tensor | None = None
+    values: np.ndarray | None = None
 
 
 class EmbeddedServer(ParameterServer):
@@ -131,11 +131,9 @@ class EmbeddedServer(ParameterServer):
         if segment is None:
             return DONE
         start = time.perf_counter()
-        rows = keys - segment.first_key
-        missing = self._rows[segment.name].pull(rows, out.numpy())
-        ticket = self._ask(Kind.PULL, segment, rows, missing, out=out) if missing.size else DONE
+        ticket, missing = self._access(Kind.PULL, segment, keys, out.numpy())
         stats = self.stats.segments[segment.name]
-        stats.count_pull(keys.size, missing.size, segment.width)
+        stats.count_pull(keys.size, missing, segment.width)
         stats.pull_s += time.perf_counter() - start
         return ticket
 
@@ -144,12 +142,9 @@ class EmbeddedServer(ParameterServer):
         if segment is None:
             return DONE
         start = time.perf_counter()
-        rows = keys - segment.first_key
-        values = deltas.numpy()
-        missing = self._rows[segment.name].push(rows, values)
-        ticket = self._ask(Kind.PUSH, segment, rows, missing, values) if missing.size else DONE
+        ticket, missing = self._access(Kind.PUSH, segment, keys, deltas.numpy())
         stats = self.stats.segments[segment.name]
-        stats.count_push(keys.size, missing.size, segment.width)
+        stats.count_push(keys.size, missing, segment.width)
         stats.push_s += time.perf_counter() - start
         return ticket
 
@@ -272,29 +267,43 @@ class EmbeddedServer(ParameterServer):
 
     # Talking to managers
 
-    def _ask(
-        self, kind: Kind, segment: Segment, rows: np.ndarray, missing: np.ndarray, values: np.ndarray | None = None,
-        out: torch.Tensor | None = None,
-    ) -> int:
-        """Send a call about the rows at ``missing`` to the nodes that have them; its ticket."""
-        ticket = self._ticket(_Call(missing.size, segment, rows, out, stats=self.stats.segments[segment.name]))
-        asked = rows[missing]
+    def _access(self, kind: Kind, segment: Segment, keys: np.ndarray, values: np.ndarray) -> tuple[int, int]:
+        """Pull or push what is here and ask other nodes for the rest: (ticket, number of rows that are not here).
+
+        Part by part, so that others work on one while the next is looked up.
+        """
+        rows = keys - segment.first_key
+        here = self._rows[segment.name]
+        access = here.pull if kind is Kind.PULL else here.push
+        call = _Call(0, segment, rows, values, stats=self.stats.segments[segment.name])
+        ticket = DONE
+        parts = pieces(rows.size, segment.width) if self._world.num_nodes > 1 else (slice(0, rows.size),)
+        for part in parts:
+            missing = access(rows[part], values[part])
+            if missing.size:
+                if ticket is DONE:
+                    ticket = self._ticket(call)
+                call.remaining += missing.size
+                self._ask(kind, ticket, call, missing + part.start)
+        return ticket, call.remaining
+
+    def _ask(self, kind: Kind, ticket: int, call: _Call, missing: np.ndarray) -> None:
+        """Send what a call needs of the rows at ``missing`` to the nodes that have them."""
+        segment = call.segment
+        assert segment is not None and call.rows is not None and call.values is not None
+        asked = call.rows[missing]
         stamps = np.maximum(self._where[segment.name][asked], self._seen[segment.name][asked])
-        nodes = node_of(stamps)
-        for node, all_chosen in groups(nodes):
-            for piece in pieces(all_chosen.size, 2 if values is None else segment.width):
-                chosen = all_chosen[piece]
-                places = missing[chosen]
-                message = Message.of(
-                    kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
-                    positions=places if values is None else None, width=0 if values is None else segment.width,
-                    worker=self._world.node, blocks=self._mailbox.blocks,
-                )
-                if values is not None and message.values is not None:
-                    np.take(values, places, 0, message.values, mode="clip")  # (else through a buffer)
-                self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
-                self.stats.segments[segment.name].sent_bytes += message.block.size
-        return ticket
+        for node, chosen in groups(node_of(stamps)):
+            places = missing[chosen]
+            message = Message.of(
+                kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
+                positions=places if kind is Kind.PULL else None, width=segment.width if kind is Kind.PUSH else 0,
+                worker=self._world.node, blocks=self._mailbox.blocks,
+            )
+            if message.values is not None:
+                np.take(call.values, places, 0, message.values, mode="clip")  # (else through a buffer)
+            self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
+            self.stats.segments[segment.name].sent_bytes += message.block.size
 
     def _request(self, number: int, kind: Kind, segment: int = 0, **what: Any) -> int:
         """Ask this node's manager for something that is answered by ``number`` in all; the ticket."""
@@ -314,18 +323,25 @@ class EmbeddedServer(ParameterServer):
         call = self._calls[message.ticket]
         assert isinstance(call, _Call)
         if message.kind is Kind.ROWS:
-            assert call.out is not None and call.segment is not None and message.values is not None
-            assert message.positions is not None and message.stamps is not None and call.rows is not None
-            first, last = int(message.positions[0]), int(message.positions[-1])
-            if last - first == message.positions.size - 1:  # positions ascend
-                call.out[first : last + 1] = torch.from_numpy(message.values)
-            else:
-                call.out.index_copy_(0, torch.from_numpy(message.positions), torch.from_numpy(message.values))
-            learn(self._seen[call.segment.name], call.rows[message.positions], message.stamps)
+            self._take_rows(call, message)
             call.remaining -= message.rows.size
         else:
             call.remaining -= message.extra
         self._handled += 1
+
+    def _take_rows(self, call: _Call, message: Message) -> None:
+        """Receive the rows that ``message`` announces: where they belong if they lie there side by side."""
+        places, stamps = message.positions, message.stamps
+        assert call.segment is not None and call.rows is not None and call.values is not None
+        assert places is not None and stamps is not None
+        first, end = int(places[0]), int(places[-1]) + 1
+        if end - first == places.size:  # positions ascend
+            self._mailbox.receive_values(message.origin, call.values[first:end])
+        else:
+            values = self._mailbox.blocks.rows(places.size, call.segment.width)
+            self._mailbox.receive_values(message.origin, values)
+            torch.from_numpy(call.values).index_copy_(0, torch.from_numpy(places), torch.from_numpy(values))
+        learn(self._seen[call.segment.name], message.rows, stamps)
 
     def _freeze(self, frozen: bool) -> None:
         """Collective: from when all have returned no row moves, or again."""

@@ -98,18 +98,19 @@ class Manager(threading.Thread):
     def _on_pull(self, message: Message) -> None:
         state = self.states[message.segment]
         message = self._what_is_owned(message)
-        assert message.positions is not None
-        for piece in pieces(message.rows.size, state.segment.width):
-            rows = message.rows[piece]
-            reply = Message.of(
-                Kind.ROWS, message.segment, self._rank, message.ticket, rows, positions=message.positions[piece],
-                stamps=state.where[rows], width=state.segment.width, blocks=self.mailbox.blocks,
-            )
-            assert reply.values is not None
-            state.rows.pull(rows, reply.values)
-            state.stats.served_rows += rows.size
-            state.stats.sent_bytes += reply.block.size
-            self.mailbox.send(message.origin, TO_WORKER, reply)
+        rows = message.rows
+        if not rows.size:
+            return
+        reply = Message.of(
+            Kind.ROWS, message.segment, self._rank, message.ticket, rows, positions=message.positions,
+            stamps=state.where[rows],
+        )
+        self.mailbox.send(message.origin, TO_WORKER, reply)
+        values = self.mailbox.blocks.rows(rows.size, state.segment.width)
+        state.rows.pull(rows, values)
+        self.mailbox.send_values(message.origin, values)
+        state.stats.served_rows += rows.size
+        state.stats.sent_bytes += reply.block.size + values.nbytes
 
     def _on_push(self, message: Message) -> None:
         state = self.states[message.segment]

@@ -18,13 +18,13 @@ import numpy as np
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-TO_MANAGER, TO_WORKER = 1, 2  # tags
+TO_MANAGER, TO_WORKER, VALUES = 1, 2, 3  # tags
 
 _HEADER = 10
 _HAS_STAMPS, _HAS_POSITIONS, _HAS_VALUES = 1, 2, 4
 _SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a core
-_ALERT_S = 5e-3  # and how long its sleeps then stay short
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 5e-4
+_SLEEP_SHARE = 1 / 32  # of the time waited so far, that the next sleep lasts
 _PIECE_BYTES = 1 << 20  # of values in a message, so that sender and receiver work at the same time
 _SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, _PIECE_BYTES + (1 << 16), 32  # bytes, bytes, blocks
 _UNUSED = 3  # references to a kept block: the list's, the loop's and the argument's
@@ -34,7 +34,8 @@ class Kind(IntEnum):
     """What a message asks for or answers.
 
     From workers: PULL, PUSH to where a row is believed to be; SET, LOCALIZE, INTENT, FLUSH, FREEZE, STOP to the manager
-    of their own node. To workers: ROWS answers PULL, DONE (rows done in ``extra``) all others but INTENT and STOP.
+    of their own node. To workers: ROWS answers PULL, and the rows follow in a message of their own, for the worker to
+    receive where they belong; DONE (rows done in ``extra``) answers all others but INTENT and STOP.
     Between managers: WANT asks for rows; OWN and REPLICA bring them; OWNER tells a row's home who has it; DELTAS,
     APPLIED, REFRESH, REFRESHED and DROP keep replicas; RELAY is a DONE on its way to the worker.
     """
@@ -145,6 +146,10 @@ class Blocks:
     def __init__(self) -> None:
         self._blocks: list[np.ndarray] = []
 
+    def rows(self, number: int, width: int) -> np.ndarray:
+        """Room for values (number, width) float32."""
+        return self.take(4 * number * width).view(np.float32).reshape(number, width)
+
     def take(self, size: int) -> np.ndarray:
         """A block of ``size`` bytes."""
         if size < _SMALLEST_KEPT or size > _LARGEST_KEPT:
@@ -174,7 +179,6 @@ class Patience:
     def reset(self) -> None:
         """Something happened: the next wait is short again."""
         self._start = time.perf_counter()
-        self._sleep_s = _SHORTEST_SLEEP_S
 
     def wait(self) -> None:
         """Let a moment pass, and others work."""
@@ -182,9 +186,7 @@ class Patience:
         if waited_s < self._spin_s:
             time.sleep(0)  # lets the rank's other thread have Python's lock
             return
-        time.sleep(self._sleep_s)
-        if waited_s > _ALERT_S:
-            self._sleep_s = min(1.5 * self._sleep_s, _LONGEST_SLEEP_S)
+        time.sleep(min(max(_SLEEP_SHARE * waited_s, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S))
 
 
 class Mailbox:
@@ -214,6 +216,15 @@ class Mailbox:
         self.sent += 1
         self.sent_bytes += block.size
 
+    def send_values(self, rank: int, values: np.ndarray) -> None:
+        """Begin to send ``values`` to the worker of ``rank``; they must not be changed any more."""
+        self._outgoing.append((self._comm.Isend([values, self._mpi.FLOAT], rank, VALUES), values))
+        self.sent_bytes += values.nbytes
+
+    def receive_values(self, rank: int, values: np.ndarray) -> None:
+        """Receive into ``values`` the next that ``rank`` sends by :meth:`send_values`."""
+        self._complete(self._comm.Irecv([values, self._mpi.FLOAT], rank, VALUES))
+
     def receive(self) -> Message | None:
         """The next message, or None if none has come. Messages of one sender come in the order of sending."""
         if self._outgoing:
@@ -222,12 +233,14 @@ class Mailbox:
         if found is None:
             return None
         block = self.blocks.take(self._status.Get_count(self._mpi.BYTE))
-        request = found.Irecv([block, self._mpi.BYTE])
+        self._complete(found.Irecv([block, self._mpi.BYTE]))
+        return Message.read(block)
+
+    def _complete(self, request: MPI.Request) -> None:
         self._patience.reset()
         while not request.Test():
             self._patience.wait()
         self._patience.reset()
-        return Message.read(block)
 
     def finish(self) -> None:
         """Return when everything that was sent has left."""

@@ -2,29 +2,49 @@
  *
  * entry[row] says whether the row is on the node, in which slot, and as what. A main copy lies at main[slot * width]; a
  * replica at replica[slot * 2 * width], its value followed by the sum of the deltas that its owner has not been sent.
+ * Whoever changes a row or its entry holds the row's lock, and letting it go counts the entry's version up. A reader
+ * takes no lock: it copies, and copies again if the entry has changed meanwhile. (An atomic operation for each row would
+ * wait until the copy before it has reached the cache.)
  * Every function has a twin in rows.py (LockedRows), with which the tests compare it.
  */
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8 };
-enum { AHEAD = 4, FETCHED = 256, SPINS = 64 }; /* rows fetched ahead, bytes of each; tries before the core is yielded */
+enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8, VERSION = 16 }; /* the version is in the bits from VERSION up */
+enum { AHEAD = 6, FAR_AHEAD = 24, FETCHED = 512 }; /* rows fetched ahead, entries, bytes of a row */
+enum { SPINS = 64 };                               /* tries before the core is yielded */
 
 typedef struct {
     uint32_t flags;
     int32_t slot;
-} entry;
+} __attribute__((aligned(8))) entry;
 
 static uint32_t lock(entry *e) {
     for (int spins = 0;; spins++) {
         uint32_t before = __atomic_fetch_or(&e->flags, LOCKED, __ATOMIC_ACQUIRE);
-        if (!(before & LOCKED)) return before;
+        if (!(before & LOCKED)) {
+            __atomic_thread_fence(__ATOMIC_RELEASE); /* readers see the lock before any change that it guards */
+            return before;
+        }
         if (spins >= SPINS) { sched_yield(); spins = 0; }
     }
 }
 
-static void unlock(entry *e, uint32_t flags) { __atomic_store_n(&e->flags, flags & ~(uint32_t)LOCKED, __ATOMIC_RELEASE); }
+static void unlock(entry *e, uint32_t flags) {
+    __atomic_store_n(&e->flags, (flags & ~(uint32_t)LOCKED) + VERSION, __ATOMIC_RELEASE);
+}
+
+/* Flags of a row that is absent, or of one that has just come. */
+static uint32_t become(uint32_t flags, uint32_t kind) { return (flags & ~(uint32_t)(VERSION - 1)) | kind; }
+
+/* An entry's flags and slot as they were at one moment. */
+static entry look(const entry *e) {
+    uint64_t both = __atomic_load_n((const uint64_t *)e, __ATOMIC_ACQUIRE);
+    entry seen;
+    memcpy(&seen, &both, sizeof seen);
+    return seen;
+}
 
 static int absent_at_a_glance(const entry *e) {
     return !(__atomic_load_n(&e->flags, __ATOMIC_ACQUIRE) & (PRESENT | LOCKED));
@@ -34,13 +54,35 @@ static void add(float *restrict to, const float *restrict from, int64_t width) {
     for (int64_t j = 0; j < width; j++) to[j] += from[j];
 }
 
-static void fetch(const entry *e, const float *main, int64_t width) {
-    const char *row = (const char *)(main + (int64_t)e->slot * width);
-    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch(row + j, 1);
+static float *place(entry e, float *main, float *replica, int64_t width) {
+    return e.flags & REPLICA ? replica + 2 * width * e.slot : main + width * e.slot;
 }
 
-static float *place(const entry *e, uint32_t flags, float *main, float *replica, int64_t width) {
-    return flags & REPLICA ? replica + 2 * width * e->slot : main + width * e->slot;
+/* Have the cache fetch what the rows after number i will need, to read it or to change it. */
+static inline __attribute__((always_inline)) void fetch_ahead(entry *entries, float *main, float *replica, int64_t width,
+                                                              const int64_t *rows, int64_t i, int64_t n, const int change) {
+    if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], change);
+    if (i + AHEAD >= n) return;
+    entry next = look(entries + rows[i + AHEAD]);
+    if (!(next.flags & PRESENT)) return;
+    const char *row = (const char *)place(next, main, replica, width);
+    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch(row + j, change);
+}
+
+/* Copy a row to out; whether it is here. */
+static int copy(entry *e, float *main, float *replica, int64_t width, float *out) {
+    for (int tries = 0; tries < SPINS; tries++) {
+        entry seen = look(e);
+        if (seen.flags & LOCKED) continue;
+        if (!(seen.flags & PRESENT)) return 0;
+        memcpy(out, place(seen, main, replica, width), width * 4);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&e->flags, __ATOMIC_RELAXED) == seen.flags) return 1;
+    }
+    uint32_t flags = lock(e); /* a row that others change all the time */
+    if (flags & PRESENT) memcpy(out, place(*e, main, replica, width), width * 4);
+    unlock(e, flags);
+    return (flags & PRESENT) != 0;
 }
 
 /* Copy rows to out; the positions of those that are not here go to missing, their number is returned. */
@@ -48,13 +90,8 @@ int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, co
                   float *out, int64_t *missing) {
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
-        entry *e = entries + rows[i];
-        if (i + AHEAD < n) fetch(entries + rows[i + AHEAD], main, width);
-        if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
-        uint32_t flags = lock(e);
-        if (flags & PRESENT) memcpy(out + i * width, place(e, flags, main, replica, width), width * 4);
-        else missing[absent++] = i;
-        unlock(e, flags);
+        fetch_ahead(entries, main, replica, width, rows, i, n, 0);
+        if (!copy(entries + rows[i], main, replica, width, out + i * width)) missing[absent++] = i;
     }
     return absent;
 }
@@ -65,11 +102,11 @@ int64_t rows_push(entry *entries, float *main, float *replica, int64_t width, co
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        if (i + AHEAD < n) fetch(entries + rows[i + AHEAD], main, width);
+        fetch_ahead(entries, main, replica, width, rows, i, n, 1);
         if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
         uint32_t flags = lock(e);
         if (flags & PRESENT) {
-            float *row = place(e, flags, main, replica, width);
+            float *row = place(*e, main, replica, width);
             add(row, deltas + i * width, width);
             if (flags & REPLICA) add(row + width, deltas + i * width, width);
             if (mark || flags & REPLICA) flags |= DIRTY;
@@ -85,6 +122,7 @@ int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
+        fetch_ahead(entries, main, main, width, rows, i, n, 1);
         uint32_t flags = lock(e);
         if ((flags & (PRESENT | REPLICA)) == PRESENT) {
             memcpy(main + width * e->slot, values + i * width, width * 4);
@@ -100,13 +138,13 @@ void rows_put(entry *entries, float *main, float *replica, int64_t width, const 
               const int64_t *slots, const float *values, int64_t as_replica) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
+        if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], 1);
         uint32_t flags = lock(e);
         e->slot = (int32_t)slots[i];
-        flags = PRESENT | (as_replica ? REPLICA : 0);
-        float *row = place(e, flags, main, replica, width);
+        float *row = as_replica ? replica + 2 * width * slots[i] : main + width * slots[i];
         memcpy(row, values + i * width, width * 4);
         if (as_replica) memset(row + width, 0, width * 4);
-        unlock(e, flags);
+        unlock(e, become(flags, PRESENT | (as_replica ? REPLICA : 0)));
     }
 }
 
@@ -114,9 +152,10 @@ void rows_put(entry *entries, float *main, float *replica, int64_t width, const 
 void rows_take(entry *entries, float *main, int64_t width, const int64_t *rows, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        lock(e);
+        fetch_ahead(entries, main, main, width, rows, i, n, 0);
+        uint32_t flags = lock(e);
         memcpy(out + i * width, main + width * e->slot, width * 4);
-        unlock(e, 0);
+        unlock(e, become(flags, 0));
     }
 }
 
@@ -139,6 +178,7 @@ int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
+        fetch_ahead(entries, replica, replica, width, rows, i, n, 1);
         if (!(__atomic_load_n(&e->flags, __ATOMIC_RELAXED) & DIRTY)) continue;
         uint32_t flags = lock(e);
         float *delta = replica + 2 * width * e->slot + width;
@@ -154,6 +194,7 @@ int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_
 void rows_refresh(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n, const float *values) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
+        fetch_ahead(entries, replica, replica, width, rows, i, n, 1);
         uint32_t flags = lock(e);
         float *row = replica + 2 * width * e->slot;
         const float *value = values + i * width, *delta = row + width;
@@ -167,6 +208,7 @@ void rows_overwrite(entry *entries, float *replica, int64_t width, const int64_t
                     const float *values) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
+        fetch_ahead(entries, replica, replica, width, rows, i, n, 1);
         uint32_t flags = lock(e);
         float *row = replica + 2 * width * e->slot;
         memcpy(row, values + i * width, width * 4);
@@ -181,7 +223,7 @@ int64_t rows_release(entry *entries, const int64_t *rows, int64_t n, int64_t *re
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
         uint32_t flags = lock(e);
-        if (!(flags & DIRTY)) { flags = 0; released[found++] = i; }
+        if (!(flags & DIRTY)) { flags = become(flags, 0); released[found++] = i; }
         unlock(e, flags);
     }
     return found;
