@@ -6,6 +6,7 @@ starts, after one that is thrown away.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -19,13 +20,27 @@ _REPEATS = 3
 
 
 def start_s(ranks: int, *options: str) -> float:
-    """Seconds of one start."""
+    """Seconds of one start. The run is stopped as soon as its first step is in the metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [f"{sys.prefix}/bin/mpirun", "-n", str(ranks), "bin/train", "--run-dir", folder, "--max-steps", "1"]
+        command = [f"{sys.prefix}/bin/mpirun", "-n", str(ranks), "bin/train", "--run-dir", folder, "--progress", "none"]
         begin = time.time()
-        subprocess.run([*command, "--report-every", "1", *options], cwd=ROOT, check=True, capture_output=True)
-        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return float(next(r["time_s"] for r in records if r["kind"] == "train")) - begin
+        command += ["--report-every", "1", *options]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            while (step_s := _first_step(Path(folder) / "metrics.jsonl")) is None:
+                if run.poll() is not None:
+                    sys.exit(f"{' '.join(command)} ended with status {run.returncode} before its first step")
+                time.sleep(0.1)
+            run.terminate()
+    return step_s - begin
+
+
+def _first_step(metrics: Path) -> float | None:
+    """When the first step was reported, if it was."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in metrics.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and (record := json.loads(line))["kind"] == "train":
+                return float(record["time_s"])
+    return None
 
 
 def main(argv: list[str]) -> None:

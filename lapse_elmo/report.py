@@ -62,6 +62,7 @@ def read_metrics(run_dir: Path) -> Records:
 def draw(records: Records, title: str) -> Figure:
     """Six panels: loss and speed, local share, waiting, traffic, rows by node, and rows by frequency."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure((14, 12), layout="constrained")
     figure.suptitle(title)
@@ -76,6 +77,7 @@ def draw(records: Records, title: str) -> Figure:
     _draw_bands(figure, axes[2, 1], placed)
     for axis in axes.flat:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -35,7 +35,7 @@ _FIXED = {
 # What may change without a word: where things are, how long to train, how fast.
 _FREE = {
     "data": ("shards", "vocab", "heldout"), "model": ("preset", "lstm"),
-    "training": ("epochs", "max_steps", "max_minutes", "patience"),
+    "training": ("epochs", "max_steps", "max_minutes", "evaluate_every", "patience"),
 }
 
 

@@ -35,6 +35,7 @@ from lapse_elmo.world import World
 
 # What a rank says to all at a step, beside the saver's own flags: save, end for good, or save and end for now.
 SAVE, END, SIGNAL = 4, 8, 16
+_SHOWN = 20  # rows of the final table
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class EpochResult:
     """One row of the final table."""
 
     step: int
-    epoch: float  # epochs done so far; a fraction where the run ended within one
+    epoch: float  # epochs done so far; a fraction within one
     num_tokens: int
     tokens_per_s: float
     training_loss: float
@@ -54,7 +55,7 @@ class RunState:
     """What a run knows beside its parameters and its place in the corpus; a checkpoint holds it.
 
     :ivar meter: since the last report. :ivar whole: since the start of the epoch.
-    :ivar evaluation_due: whether an epoch is over whose evaluation a signal kept from happening.
+    :ivar evaluation_due: whether a signal kept an evaluation from happening.
     :ivar trained_s: seconds of training before this process. :ivar served: the server meter's counts.
     """
 
@@ -155,6 +156,7 @@ class Training:
         self.run_dir = Path(config.run.run_dir)
         self.cursor = Cursor(config, world, corpus.train, start.cursor)
         self.state = RunState.of(start.manifest["state"]) if start.manifest else RunState()
+        self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf
         self.log = RunLog(
             self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
@@ -200,11 +202,11 @@ class Training:
                     served = self.server_meter.metrics(state.meter.num_steps)
                     log.report(cursor.step, state.meter, served, self.server_meter.placement())
                     state.meter = Meter()
-                state.evaluation_due = epoch_ended or over
+                state.evaluation_due = epoch_ended or over or comes_round(self.evaluate_every, cursor.step)
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
                 over = over or self.out_of_patience
-                by_steps = every.save_every_steps and cursor.step % every.save_every_steps == 0
-                if epoch_ended or over or signalled or save or by_steps:
+                save = save or comes_round(every.save_every_steps, cursor.step)
+                if perplexity is not None or signalled or save:
                     self.save(perplexity)
                 if over or signalled:
                     break
@@ -244,7 +246,7 @@ class Training:
         }
 
     def evaluate(self) -> float:
-        """Collective: settle the parameters and measure held-out perplexity, at the end of a (begun) epoch."""
+        """Collective: settle the parameters and measure held-out perplexity."""
         state, cursor, log, whole = self.state, self.cursor, self.log, self.state.whole
         tokens_per_s = whole.tokens_per_s
         self.parameters.settle()
@@ -254,7 +256,6 @@ class Training:
                 self.parameters, self.corpus.heldout, self.config.data, self.config.training.batch_size, self.world,
                 self.device.device,
             )
-        epoch = math.ceil(cursor.epochs_done)
         if not math.isfinite(heldout.mean):
             raise TrainingError(
                 f"held-out perplexity is not finite at step {cursor.step}; this model is not saved; lower "
@@ -263,14 +264,15 @@ class Training:
         log.write(
             "epoch", cursor.step,
             {
-                "epoch": epoch, "train/epoch_loss_nats": whole.loss, "train/epoch_tokens": whole.num_tokens,
-                "train/epoch_tokens_per_s": tokens_per_s, "train/cut_sentences": whole.num_cut,
+                "epoch": math.ceil(cursor.epochs_done), "train/epoch_loss_nats": whole.loss,
+                "train/epoch_tokens": whole.num_tokens, "train/epoch_tokens_per_s": tokens_per_s,
+                "train/cut_sentences": whole.num_cut,
                 "heldout/forward_perplexity": heldout.forward, "heldout/backward_perplexity": heldout.backward,
                 "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
             },
         )
         log.say(
-            f"epoch {epoch} ended at step {cursor.step:,}: loss {whole.loss:.3f}, held-out perplexity "
+            f"step {cursor.step:,}, {cursor.epochs_done:.2f} epochs: loss {whole.loss:.3f}, held-out perplexity "
             f"{heldout.mean:.1f} (forward {heldout.forward:.1f}, backward {heldout.backward:.1f})"
         )
         if whole.num_cut:
@@ -282,6 +284,11 @@ class Training:
         if not cursor.within_epoch:
             state.whole = Meter()
         return heldout.mean
+
+
+def comes_round(every: int, step: int) -> bool:
+    """Whether ``step`` is one of every so many; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 def saver_of(run_dir: Path, world: World, start: Start) -> Saver:
@@ -348,7 +355,7 @@ def look_ahead(source: Iterator[Batch], step_once: TrainingStep, lookahead: int)
 
 
 def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
-    """The final table."""
+    """The final table, of the last evaluations."""
     head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
     rows = [
         (
@@ -356,7 +363,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
             *(f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
             *(f"{value:.1f}" for value in (r.heldout.forward, r.heldout.backward, r.heldout.mean, unigram)),
         )
-        for r in results
+        for r in results[-_SHOWN:]
     ]
     best = min(results, key=lambda result: result.heldout.mean) if results else None
     lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
+from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
+from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 from lapse_elmo.streams import flush_to_launcher
 
@@ -241,7 +242,7 @@ class World:
         the machine starts anew. Every rank has mapped them by now, and a mapping needs no name.
         """
         self.barrier()
-        for path in _own_shared_files():
+        for path in own_shared_files():
             with contextlib.suppress(OSError):  # another rank was faster
                 os.unlink(path)
 
@@ -281,13 +282,6 @@ def _below_srun() -> bool:
     return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in LOCAL_SIZE_VARIABLES)
 
 
-def _own_shared_files() -> set[str]:
-    """MPICH's named files in /dev/shm that this process has mapped."""
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
-        paths = {line.split(None, 5)[5].rstrip("\n") for line in file if "/dev/shm/mpich_shm_" in line}
-    return {path for path in paths if not path.endswith("(deleted)")}
-
-
 def solo() -> World:
     """A world of this process alone, without MPI."""
     return World(None)
@@ -300,9 +294,7 @@ def enter() -> World:
         launcher of another MPI family leads to, or where there is no usable MPI library.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which bin/_venv.py blocked
-    if crowded():
-        # Read by MPICH when it is loaded: a rank in a library-internal wait (Init, Finalize) yields its core.
-        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
+    settle_before_loading()
     try:
         import mpi4py
 
@@ -315,10 +307,12 @@ def enter() -> World:
             "and name its family in MPI4PY_MPIABI (mpich or openmpi)"
         ).on_every_rank() from None
     expected = launcher_rank_and_size()[1]
-    library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")[:40]
+    version = MPI.Get_library_version()
+    library = version.split("\n")[0].rstrip("\0 ")[:40]
     # MPICH cannot even be initialised below Open MPI's launcher; other mismatches give each process its own world.
     stranger = "MPICH" in library and "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_RANK" not in os.environ
     if not stranger:
+        settle_before_init(version)
         with _quiet():
             MPI.Init_thread()
     if stranger or (MPI.COMM_WORLD.size == 1 and expected > 1):

@@ -3,5 +3,5 @@
 # What may stand here, for instance:
 #   module load openmpi && export MPI4PY_MPIABI=openmpi    # the site's MPI in place of the installed MPICH
 #   launcher=(srun --mpi=pmix --kill-on-bad-exit=1)        # how to start the ranks, where the choice in launch.sh fails
-#   export MPIR_CVAR_CH4_NETMOD=ofi FI_PROVIDER=tcp        # the network for MPICH
+#   export FI_PROVIDER=verbs                               # the network for MPICH, by libfabric's name
 # shellcheck shell=bash

@@ -24,8 +24,7 @@ while [ "${1#-}" != "$1" ]; do shift; done
 host=$1; shift
 exec ip netns exec "%s-$host" unshare --uts sh -c "hostname $host; $*"
 """
-# MPICH's other way over networks, UCX, is not made for threads that wait.
-ENVIRONMENT = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+ENVIRONMENT = {"FI_PROVIDER": "tcp"}
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,10 @@ class TrainingConfig:
     epochs: int = option(2, metavar="N", help="passes over the training shards")
     max_steps: int = option(0, metavar="N", help="end after this many steps (0: when the epochs are done)")
     max_minutes: float = option(0.0, metavar="N", help="end after this much training time (0: no limit)")
+    evaluate_every: int = option(
+        0, metavar="N",
+        help="measure held-out perplexity, and save, after every N steps too (0: only at the end of epochs)",
+    )
     patience: int = option(
         0, metavar="N", help="end after N evaluations in a row without a better held-out perplexity (0: never)"
     )
@@ -156,7 +160,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size")
-        for name in ("max_steps", "max_minutes", "patience", "lookahead", "seed"):
+        for name in ("max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
             raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")

@@ -252,3 +252,16 @@ def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
     assert len(ours) == 1 and "cannot write" in ours[0], job.output
     assert "Traceback" not in job.stderr and not job.survivors
     assert not checkpoints(tiny_disk / "run")
+
+
+def test_evaluation_within_an_epoch(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of five steps; the evaluation after the fourth is the best, three that are no better end the run."""
+    measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0, 255.0)])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
+    options = ("--epochs", "2", "--batch-size", "41", "--evaluate-every", "2", "--patience", "3")
+    run_dir = train_alone(small, tmp_path / "run", *options)
+    evaluated = records(run_dir, "epoch")
+    assert [(line["step"], line["epoch"]) for line in evaluated] == [(2, 1), (4, 1), (5, 1), (6, 2), (8, 2)]
+    tokens = [line["train/epoch_tokens"] for line in evaluated]
+    assert tokens[0] < tokens[1] < tokens[2] and tokens[3] < tokens[4] < tokens[2]
+    assert (run_dir / "best").resolve().name == "step-00000004"

@@ -1,0 +1,37 @@
+"""What MPICH needs to be told, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from lapse_elmo.cores import crowded
+
+_DEVICE = re.compile(r"^MPICH Device:\s*ch4:(.*)", re.MULTILINE)
+
+
+def settle_before_loading() -> None:
+    """Set what MPICH reads when it is loaded."""
+    if crowded():  # a rank in a wait inside the library (Init, Finalize) yields its core
+        os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
+
+
+def settle_before_init(version: str) -> None:
+    """Set what MPICH reads when it is initialised.
+
+    An MPICH that was built for libfabric and UCX takes UCX unless told otherwise. UCX is not made for threads that wait
+    for messages, as the server's managers do; and the addresses that ranks have in it can be longer than the 1,024
+    bytes that Slurm's pmi2 reads at a time, and then the ranks do not start.
+
+    :param version: what ``MPI_Get_library_version`` says.
+    """
+    device = _DEVICE.search(version)
+    if device and {"ofi", "ucx"} <= set(re.findall(r"\w+", device[1])):
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+
+
+def own_shared_files() -> set[str]:
+    """MPICH's named files in /dev/shm that this process has mapped."""
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
+        paths = {line.split(None, 5)[5].rstrip("\n") for line in file if "/dev/shm/mpich_shm_" in line}
+    return {path for path in paths if not path.endswith("(deleted)")}
