@@ -21,7 +21,7 @@ class Intents:
     def __init__(self, states: Sequence[SegmentState], clocks: np.ndarray) -> None:
         self._states = states
         self._clocks = clocks
-        self._seen = clocks.copy()
+        self._seen = clocks.tobytes()
         self._number = 0  # so that entries of equal clocks are never compared further
         Entry = tuple[int, int, int, np.ndarray, int]
         self._early: list[list[Entry]] = [[] for _ in clocks]  # by start
@@ -41,13 +41,14 @@ class Intents:
 
     def moved(self) -> bool:
         """Whether a clock has advanced since :meth:`advance`."""
-        return not np.array_equal(self._clocks, self._seen)
+        return self._clocks.tobytes() != self._seen
 
     def advance(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, np.ndarray]]]:
         """Look at the clocks: (segment, rows) whose intents have all ended, and those whose time to act has come."""
-        self._seen = self._clocks.copy()
+        clocks = self._clocks.copy()
+        self._seen = clocks.tobytes()
         ended, due = [], []
-        for worker, clock in enumerate(self._seen.tolist()):
+        for worker, clock in enumerate(clocks.tolist()):
             while self._open[worker] and self._open[worker][0][0] <= clock:
                 _, _, segment, rows, _ = heapq.heappop(self._open[worker])
                 counts = self._states[segment].intents

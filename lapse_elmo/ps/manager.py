@@ -75,6 +75,7 @@ class Manager(threading.Thread):
     def run(self) -> None:
         """Serve. An exception here is the rank's: ``threading.excepthook`` ends the job."""
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # short sleeps last as long as they should
+        prepared = False
         while not self._stopping:
             busy = False
             while not self._stopping and (message := self.mailbox.receive()) is not None:
@@ -87,10 +88,11 @@ class Manager(threading.Thread):
                 busy |= self._replication.tick()
             if busy:
                 self._patience.reset()
-                continue
-            for state in self.states:
-                state.prepare()
-            self._patience.wait()
+                prepared = False
+            elif not prepared:
+                prepared = not any(state.prepare() for state in self.states)
+            else:
+                self._patience.wait()
         self.mailbox.finish()
 
     # What workers ask for

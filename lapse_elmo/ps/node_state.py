@@ -42,10 +42,12 @@ class Slots:
         returned = self._free[self._num_free : self._num_free + again]
         return np.concatenate([returned, np.arange(first, self._next)]).astype(np.int64)
 
-    def prepare(self) -> None:
-        """While there is nothing else to do, reserve what will be needed next."""
-        if self._num_free + self._reserved - self._next < self._chunk // 2 and self._reserved < self._capacity:
-            self._reserve_to(self._reserved + 1)
+    def prepare(self) -> bool:
+        """While there is nothing else to do, reserve what will be needed next; whether there was something."""
+        if self._num_free + self._reserved - self._next >= self._chunk // 2 or self._reserved >= self._capacity:
+            return False
+        self._reserve_to(self._reserved + 1)
+        return True
 
     def _reserve_to(self, end: int) -> None:
         if end > self._reserved:
@@ -97,10 +99,9 @@ class SegmentState:
         self.rows.slots[mine] = self._main_slots.take(mine.size)
         self.rows.flags[mine] = PRESENT
 
-    def prepare(self) -> None:
-        """While there is nothing else to do, make room for rows that may come."""
-        self._main_slots.prepare()
-        self._replica_slots.prepare()
+    def prepare(self) -> bool:
+        """While there is nothing else to do, make room for rows that may come; whether some was made."""
+        return self._main_slots.prepare() or self._replica_slots.prepare()
 
     @property
     def borrowed(self) -> np.ndarray:

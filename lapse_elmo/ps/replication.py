@@ -19,7 +19,8 @@ import numpy as np
 from lapse_elmo.ps.messages import Kind, Message
 from lapse_elmo.ps.node_state import SegmentState
 
-_SHORTEST_S, _LONGEST_S = 0.002, 0.05  # between the starts of two rounds: with clocks that advance, and without
+# Seconds between the starts of two rounds: with clocks that advance; without; and where rounds find nothing to do.
+_SHORTEST_S, _LONG_S, _LONGEST_S = 0.002, 0.05, 0.4
 
 Send = Callable[[int, Message], None]  # to a node's manager
 
@@ -43,7 +44,9 @@ class Replication:
         self._awaited = 0
         self._running = False
         self._started_s = 0.0
+        self._pause_s = _LONG_S
         self._snapshot = clocks.copy()
+        self._seen = clocks.tobytes()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
         self._waiting: list[Message] = []
         self._flushing: list[Message] = []
@@ -63,15 +66,17 @@ class Replication:
         if self._running:
             return False
         since = time.perf_counter() - self._started_s
-        moved = not np.array_equal(self._clocks, self._snapshot)
-        if not (self._waiting or since >= _LONGEST_S or (moved and since >= _SHORTEST_S)):
+        moved = self._clocks.tobytes() != self._seen
+        if not (self._waiting or since >= self._pause_s or (moved and since >= _SHORTEST_S)):
             return False
         self._running, self._started_s = True, time.perf_counter()
         self._snapshot = self._clocks.copy()
+        self._seen = self._snapshot.tobytes()
         self._flushing, self._waiting = self._waiting, []
         for state in self._states:
             self._send_deltas(state)
             self._send_values(state)
+        self._pause_s = _LONG_S if moved or self._awaited else min(2 * self._pause_s, _LONGEST_S)
         self._finish_if_answered()
         return True
 
