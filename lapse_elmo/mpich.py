@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import re
 
-from lapse_elmo.cores import crowded
-
 _DEVICE = re.compile(r"^MPICH Device:\s*ch4:(.*)", re.MULTILINE)
 
 
-def settle_before_loading() -> None:
-    """Set what MPICH reads when it is loaded."""
-    if crowded():  # a rank in a wait inside the library (Init, Finalize) yields its core
+def settle_before_loading(crowded: bool) -> None:
+    """Set what MPICH reads when it is loaded; ``crowded``: there are more ranks than cores."""
+    if crowded:  # a rank in a wait inside the library (Init, Finalize) yields its core
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, usable_cores
+from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError
 from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
@@ -294,7 +294,7 @@ def enter() -> World:
         launcher of another MPI family leads to, or where there is no usable MPI library.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which bin/_venv.py blocked
-    settle_before_loading()
+    settle_before_loading(crowded())
     try:
         import mpi4py
 

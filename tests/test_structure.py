@@ -16,7 +16,7 @@ from tests.mpi import ROOT
 
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
-    ["cores", "errors", "native", "signals", "streams", "__init__"],
+    ["cores", "errors", "mpich", "native", "signals", "streams", "__init__"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["devices", "batches", "tables"],
