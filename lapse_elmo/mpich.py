@@ -18,8 +18,9 @@ def settle_before_init(version: str) -> None:
     """Set what MPICH reads when it is initialised.
 
     An MPICH that was built for libfabric and UCX takes UCX unless told otherwise. UCX is not made for threads that wait
-    for messages, as the server's managers do; and the addresses that ranks have in it can be longer than the 1,024
-    bytes that Slurm's pmi2 reads at a time, and then the ranks do not start.
+    for messages, as the server's managers do. And a rank tells its address in it by lines whose length is chance: up to
+    1,009 bytes were seen, and Slurm's pmi2 reads 1,024 at a time and takes the rest of a longer one for a new request.
+    Probably that is why ranks now and then did not start. Lines of libfabric's stay below 300.
 
     :param version: what ``MPI_Get_library_version`` says.
     """
