@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from lapse_elmo import checkpoint
 from lapse_elmo.batches import evaluation_batches
-from lapse_elmo.config.training import DataConfig, ServerConfig, parse_evaluate
+from lapse_elmo.checkpoint import SavedModel
+from lapse_elmo.config.training import DataConfig
+from lapse_elmo.config.using import parse_evaluate
 from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.corpus.vocabulary import END, UNKNOWN, Vocabulary
+from lapse_elmo.corpus.vocabulary import END, UNKNOWN
 from lapse_elmo.devices import choose_device
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model.full_softmax import full_softmax_nll
@@ -126,33 +125,27 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     world = enter()
     if options.output:
         world.agree(lambda: refuse_existing(options.output, options.overwrite))
-    path = world.agree(lambda: checkpoint.find(Path(options.model)))
-    manifest = world.agree(lambda: checkpoint.read_manifest(path))
-    world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
-    config = world.agree(lambda: checkpoint.config_of(manifest, path))
-    config = dataclasses.replace(config, server=ServerConfig())  # whatever kept the rows when they were trained
+    saved = SavedModel.open(options.model, options.vocab, world)
+    data = saved.config.data
     device = choose_device(options.devices, world).device
-    vocabulary = world.together(lambda: Vocabulary.load(options.vocab or checkpoint.vocabulary_path(path, config)))
-    world.agree(lambda: checkpoint.require_vocabulary(manifest, vocabulary, path))
-    folder = options.shards or config.data.heldout or config.data.shards
-    with world.together(lambda: ShardSet.open(folder, options.split, vocabulary)) as shards:
-        parameters = Parameters(config, vocabulary.size, world, device)
-        checkpoint.restore(path, manifest, parameters, world)
+    folder = options.shards or data.heldout or data.shards
+    with world.together(lambda: ShardSet.open(folder, options.split, saved.vocabulary)) as shards:
+        parameters = saved.parameters(world, device)
         start = time.perf_counter()
-        result = evaluate(parameters, shards, config.data, options.batch_size, world, device)
+        result = evaluate(parameters, shards, data, options.batch_size, world, device)
         seconds = time.perf_counter() - start
         parameters.server.close()
     if options.output:
         values = {
-            "model": str(path), "shards": folder, "split": options.split, "num_sentences": shards.num_sentences,
+            "model": str(saved.path), "shards": folder, "split": options.split, "num_sentences": shards.num_sentences,
             "num_targets": result.num_targets, "forward_perplexity": result.forward,
             "backward_perplexity": result.backward, "mean_perplexity": result.mean,
         }
-        data = json.dumps(values, indent=1).encode() + b"\n"
-        world.agree(lambda: write_whole(options.output, data, options.overwrite))
+        text = json.dumps(values, indent=1).encode() + b"\n"
+        world.agree(lambda: write_whole(options.output, text, options.overwrite))
     if world.rank == 0:
         print(
-            f"model        {path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "
+            f"model        {saved.path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "
             f"{result.num_targets:,} targets a direction)\nforward      {result.forward:.2f}\n"
             f"backward     {result.backward:.2f}\nmean         {result.mean:.2f}\n"
             f"speed        {shards.num_tokens / seconds:,.0f} tokens/s"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lapse_elmo.config.training import parse_report
+from lapse_elmo.config.using import parse_report
 from lapse_elmo.errors import ConfigError, OutputError
 from lapse_elmo.metrics.run_log import METRICS
 from lapse_elmo.world import World

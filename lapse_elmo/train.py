@@ -241,7 +241,8 @@ class Training:
         results = self.state.results
         return {
             "vocabulary_sha256": self.corpus.vocabulary.sha256, "num_classes": self.corpus.vocabulary.size,
-            "config": as_tables(self.config), "corpus": self.corpus.names(), "state": self.state.plain(),
+            "num_train_tokens": self.corpus.train.num_tokens, "config": as_tables(self.config),
+            "corpus": self.corpus.names(), "state": self.state.plain(),
             "results": {"heldout_perplexity": results[-1].heldout.mean} if results else {},
         }
 
@@ -372,5 +373,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
         lines += [
             f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
             f"To evaluate it: bin/evaluate {path} [--shards DIR]",
+            f"To export it:   bin/export {path} --output DIR    (for AllenNLP, bilm-tf)",
+            f"To embed text:  bin/embed {path} TEXT... --output FILE.hdf5",
         ]
     return "\n".join(["", *lines])

@@ -170,17 +170,25 @@ class World:
 
     def allgather(self, obj: T) -> list[T]:
         """Every rank's ``obj``, by rank, on every rank."""
+        return self._gathered(obj, everywhere=True)
+
+    def gather(self, obj: T) -> list[T]:
+        """Every rank's ``obj``, by rank, on rank 0; an empty list on the others."""
+        return self._gathered(obj, everywhere=False)
+
+    def _gathered(self, obj: T, *, everywhere: bool) -> list[T]:
         if self.comm is None:
             return [obj]
-        data = pickle.dumps(obj)
-        lengths = np.empty(self.size, np.int64)
-        self.wait(self.comm.Iallgather(np.array([len(data)], np.int64), lengths))
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        buffer = bytearray(int(starts[-1]))
         from mpi4py import MPI
 
-        self.wait(self.comm.Iallgatherv(data, [buffer, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]))
-        return [pickle.loads(buffer[a:b]) for a, b in itertools.pairwise(starts)]
+        data = pickle.dumps(obj)
+        lengths = self.gather_numbers(np.array([len(data)]))[:, 0]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        here = everywhere or self.rank == 0
+        buffer = bytearray(int(starts[-1]) if here else 0)
+        into = [buffer, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]
+        self.wait(self.comm.Iallgatherv(data, into) if everywhere else self.comm.Igatherv(data, into if here else None))
+        return [pickle.loads(buffer[a:b]) for a, b in itertools.pairwise(starts)] if here else []
 
     def gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Every rank's ``numbers`` (k,) as (size, k): one small message, for what is exchanged at each step."""

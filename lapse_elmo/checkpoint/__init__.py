@@ -28,10 +28,11 @@ from lapse_elmo.checkpoint.manifest import (
     require_vocabulary,
     vocabulary_path,
 )
+from lapse_elmo.checkpoint.model import SavedModel
 from lapse_elmo.checkpoint.saver import FAILED, WRITTEN, Saver, save
 
 __all__ = [
-    "BEST", "FAILED", "FOLDER", "MANIFEST", "WRITTEN", "Manifest", "Saver", "candidates", "check_files", "clear",
-    "config_of", "find", "path_of", "read_manifest", "require_vocabulary", "restore", "save", "saved_cursor",
+    "BEST", "FAILED", "FOLDER", "MANIFEST", "WRITTEN", "Manifest", "SavedModel", "Saver", "candidates", "check_files",
+    "clear", "config_of", "find", "path_of", "read_manifest", "require_vocabulary", "restore", "save", "saved_cursor",
     "vocabulary_path",
 ]

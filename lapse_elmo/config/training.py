@@ -1,16 +1,16 @@
-"""The options of ``bin/train`` and ``bin/evaluate``: one documented dataclass a group, checked when it is made.
+"""The options of ``bin/train``: one documented dataclass a group, checked when it is made.
 
 Defaults follow the sources named in the README; where they differ, benchmarks/learning.md has the measurement.
 """
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lapse_elmo.config.checks import fraction, positive, require
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.errors import ConfigError
 
@@ -24,23 +24,6 @@ PRESETS = {
 }
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
-
-
-def _positive(group: object, *names: str) -> None:
-    for name in names:
-        value = getattr(group, name)
-        _require(0 < value < math.inf, name, value, "a number above 0")
-
-
-def _fraction(group: object, *names: str) -> None:
-    for name in names:
-        value = getattr(group, name)
-        _require(0 <= value < 1, name, value, "a number in [0, 1)")
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Corpus: where shards and vocabulary are and how sentences are cut"""
@@ -52,7 +35,7 @@ class DataConfig:
     boundaries: bool = option(True, help="put <S> and </S> around each sentence and predict them")
 
     def __post_init__(self) -> None:
-        _positive(self, "max_length")
+        positive(self, "max_length")
 
 
 @dataclass(frozen=True)
@@ -88,8 +71,8 @@ class ModelConfig:
         for name, value in PRESETS[self.preset or "small"].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
-        _positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
-        _fraction(self, "dropout", "recurrent_dropout")
+        positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
+        fraction(self, "dropout", "recurrent_dropout")
         if self.precision == "bf16" and self.lstm != "fused":
             raise ConfigError("--precision bf16 needs --lstm fused: AllenNLP's LSTM computes in float32")
 
@@ -112,8 +95,8 @@ class SoftmaxConfig:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "num_samples")
-        _require(self.num_tries >= 0, "num_tries", self.num_tries, "0 or more")
+        positive(self, "num_samples")
+        require(self.num_tries >= 0, "num_tries", self.num_tries, "0 or more")
         if self.replacement and self.num_tries:
             raise ConfigError("--num-tries is for sampling without replacement; leave it out or give --no-replacement")
 
@@ -130,9 +113,9 @@ class OptimizerConfig:
     loss_scale: float = option(50.0, metavar="X", help="factor on the mean loss whose gradient is taken")
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "loss_scale", "epsilon")
-        _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
-        _require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
+        positive(self, "learning_rate", "loss_scale", "epsilon")
+        require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
+        require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -159,9 +142,9 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size")
+        positive(self, "epochs", "batch_size")
         for name in ("max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
             raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")
 
@@ -185,8 +168,8 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.staleness >= 2, "staleness", self.staleness, "2 or more")
-        _require(self.nodes >= 0, "nodes", self.nodes, "0 or more")
+        require(self.staleness >= 2, "staleness", self.staleness, "2 or more")
+        require(self.nodes >= 0, "nodes", self.nodes, "0 or more")
         if self.nodes > 1 and self.ps != "embedded":
             raise ConfigError(f"--nodes is for the embedded server; with --ps {self.ps} each rank is a node anyway")
 
@@ -204,8 +187,8 @@ class DeviceConfig:
     threads: int = option(0, metavar="N", help="CPU threads a rank (0: the node's usable cores / its ranks)")
 
     def __post_init__(self) -> None:
-        _require(self.threads >= 0, "threads", self.threads, "0 or more")
-        _require(all(i >= 0 for i in self.device_ids), "device_ids", self.device_ids, "numbers from 0 on")
+        require(self.threads >= 0, "threads", self.threads, "0 or more")
+        require(all(i >= 0 for i in self.device_ids), "device_ids", self.device_ids, "numbers from 0 on")
         if self.device_ids and self.device == "cpu":
             raise ConfigError("--device-ids names GPUs but --device is cpu; give one of the two")
 
@@ -234,11 +217,11 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.profile >= 0, "profile", self.profile, "0 or more")
-        _positive(self, "report_every")
+        require(self.profile >= 0, "profile", self.profile, "0 or more")
+        positive(self, "report_every")
         for name in ("save_every_steps", "save_every_minutes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.resume != "", "resume", "empty", "auto, never, or a run or checkpoint")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.resume != "", "resume", "empty", "auto, never, or a run or checkpoint")
 
 
 @dataclass(frozen=True)
@@ -272,58 +255,6 @@ def parse_train(argv: Sequence[str]) -> Config:
         Config, argv, prog="bin/train",
         description="Train a sparse ELMo on integer shards: mpirun -n RANKS bin/train. The options below can also come "
         "from a TOML file with a table a group.",
-    )
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """All options of an evaluation."""
-
-    model: str = option(positional=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or one of its checkpoints")
-    shards: str = option("", metavar="DIR", help="shards to evaluate on (default: the run's held-out shards)")
-    split: str = option("heldout", choices=("heldout", "train"), help="which shards of the folder")
-    vocab: str = option("", metavar="FILE", help="vocabulary (default: the run's)")
-    output: str = option("", metavar="FILE", help="write the result there too, as JSON")
-    overwrite: bool = option(False, help="replace --output if it exists")
-    batch_size: int = option(64, metavar="B", help="sentences at once and rank")
-    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
-    device_ids: tuple[int, ...] = option((), metavar="ID", help="GPUs to share among a node's ranks (default: all)")
-    threads: int = option(0, metavar="N", help="CPU threads a rank (0: the node's usable cores / its ranks)")
-
-    def __post_init__(self) -> None:
-        _positive(self, "batch_size")
-        _ = self.devices  # which has checks of its own
-
-    @property
-    def devices(self) -> DeviceConfig:
-        return DeviceConfig(device=self.device, device_ids=self.device_ids, threads=self.threads)
-
-
-def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
-    """The options of ``bin/evaluate``."""
-    return parse(
-        EvaluateConfig, argv, prog="bin/evaluate",
-        description="Held-out perplexity of a saved model by full softmax: mpirun -n RANKS bin/evaluate RUN.",
-    )
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """All options of a report."""
-
-    run: str = option(positional=True, metavar="RUN", help="a run's folder")
-    output: str = option("", metavar="FILE", help="picture to write, .png, .svg or .pdf (default: RUN/report.png)")
-
-    def __post_init__(self) -> None:
-        suffix = Path(self.output or "report.png").suffix
-        _require(suffix in (".png", ".svg", ".pdf"), "output", self.output, "a name that ends in .png, .svg or .pdf")
-
-
-def parse_report(argv: Sequence[str]) -> ReportConfig:
-    """The options of ``bin/report``."""
-    return parse(
-        ReportConfig, argv, prog="bin/report",
-        description="Draw what a run learnt and where the parameter server's rows lived, from its metrics.jsonl.",
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
-import tempfile
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +37,47 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
     raise OutputError(f"{path} exists already; give another --output, or --overwrite to replace it")
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes, overwrite: bool = False) -> None:
-    """Write ``data`` to a temporary name beside ``path``, flush it to the disk, rename it.
+@contextlib.contextmanager
+def made_whole(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A hidden name beside ``path``, under which the block makes a file or folder that then gets its own name.
 
-    :raises OutputError: if ``path`` exists and ``overwrite`` is false, or the file cannot be written.
+    What is at ``path`` is all of it or, after an error, what was there before. The block flushes to the disk.
+
+    :raises OutputError: if ``path`` exists and ``overwrite`` is false, and for every OSError of the block.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory; give the name of a file")
-    temporary = None
+    hidden, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        yield hidden
+        if hidden.is_dir() and path.is_dir():
+            path.rename(old)
+        os.replace(hidden, path)
         sync_directory(path.parent)
     except OSError as error:
         raise write_failed(path, error) from None
     finally:
-        if temporary is not None:
-            os.unlink(temporary)
+        for left in (hidden, old):
+            _remove(left)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes, overwrite: bool = False) -> None:
+    """Write a file of ``data`` as :func:`made_whole` makes it."""
+    if Path(path).is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory; give the name of a file")
+    with made_whole(path, overwrite) as hidden, open(hidden, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
@@ -110,9 +127,3 @@ class ErrorKeepingFile(io.FileIO):
         self.check()
         os.fsync(self.fileno())
         self.close()
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask

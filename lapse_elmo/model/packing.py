@@ -76,4 +76,4 @@ class Packing:
     def unpack(self, packed: Tensor, num_sentences: int, num_positions: int) -> Tensor:
         """(N, width) to (B, T, width), zero at padding."""
         padded = packed.new_zeros(num_sentences * num_positions, packed.shape[1])
-        return padded.index_copy(0, self.tokens, packed).view(num_sentences, num_positions, -1)
+        return padded.index_copy(0, self.tokens, packed).view(num_sentences, num_positions, packed.shape[1])

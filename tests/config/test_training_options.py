@@ -1,9 +1,10 @@
-"""The options of bin/train and bin/evaluate."""
+"""The options of bin/train and of the programs that use what it leaves."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,11 @@ from lapse_elmo.config.cli import as_tables, options_of
 from lapse_elmo.config.training import (
     PRESETS,
     Config,
-    EvaluateConfig,
     ModelConfig,
     from_tables,
-    parse_evaluate,
     parse_train,
 )
+from lapse_elmo.config.using import EmbedConfig, EvaluateConfig, ExportConfig, parse_embed, parse_evaluate, parse_export
 from lapse_elmo.errors import ConfigError
 
 # A value other than the default for options whose values are checked against a list or against other options.
@@ -83,16 +83,21 @@ def test_saved_config_of_many_options_reads_back(tmp_path: Path) -> None:
     assert from_tables(json.loads(json.dumps(as_tables(config)))) == config  # as a checkpoint keeps it
 
 
-@pytest.mark.parametrize(("prog", "schema"), [("train", Config), ("evaluate", EvaluateConfig)])
-def test_help_shows_every_option_and_default(capsys: pytest.CaptureFixture[str], prog: str, schema: type) -> None:
+@pytest.mark.parametrize(
+    ("parse", "schema"),
+    [(parse_train, Config), (parse_evaluate, EvaluateConfig), (parse_export, ExportConfig), (parse_embed, EmbedConfig)],
+)
+def test_help_shows_every_option_and_default(
+    capsys: pytest.CaptureFixture[str], parse: Callable[[list[str]], object], schema: type
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        (parse_train if prog == "train" else parse_evaluate)(["--help"])
+        parse(["--help"])
     assert stop.value.code == 0
     lines = capsys.readouterr().out
     assert max(map(len, lines.splitlines())) <= 120
     text = " ".join(lines.split())
     for group, item, _ in options_of(schema):
-        assert ("--" + item.name.replace("_", "-") if item.default is not dataclasses.MISSING else item.name) in text
+        assert (item.metadata["metavar"] if item.metadata["positional"] else "--" + item.name.replace("_", "-")) in text
         assert " ".join(item.metadata["help"].split()) in text
         if group:
             assert f"{group}: " in text
@@ -181,6 +186,37 @@ def test_evaluate() -> None:
     config = parse_evaluate(["runs/a", "--device", "cuda", "--device-ids", "1", "2"])
     assert config.model == "runs/a"
     assert config.devices.device_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ("run", "required: --output"), ("run --output a --device cpu", "unknown option '--device'"),
+        ("--output a", "required: RUN_OR_CHECKPOINT"),
+    ],
+)
+def test_export_refuses(argv: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_export(argv.split())
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ("run --output a", "required: TEXT"), ("run text --output a --batch-size 0", "--batch-size is 0"),
+        ("run text --output a --layers last", "--layers"), ("run text", "required: --output"),
+    ],
+)
+def test_embed_refuses(argv: str, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_embed(argv.split())
+    assert part in str(caught.value)
+
+
+def test_embed() -> None:
+    config = parse_embed(["runs/a", "one.txt", "two.gz", "--output", "vectors.hdf5", "--layers", "top"])
+    assert (config.model, config.texts, config.layers) == ("runs/a", ("one.txt", "two.gz"), "top")
 
 
 def test_configs_cannot_be_changed() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lapse_elmo import evaluate, train
+from lapse_elmo import embed, evaluate, export, train
 from lapse_elmo.config.training import Config
 from lapse_elmo.errors import UserError
 from lapse_elmo.parameters import Parameters
@@ -42,7 +42,10 @@ def train_with_a_poisoned_gradient(argv: list[str], enter: Callable[[], World]) 
         train.Parameters = Parameters  # type: ignore[misc]
 
 
-PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "poisoned": train_with_a_poisoned_gradient}
+PROGRAMS = {
+    "train": train.main, "evaluate": evaluate.main, "export": export.main, "embed": embed.main,
+    "poisoned": train_with_a_poisoned_gradient,
+}
 
 
 def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:

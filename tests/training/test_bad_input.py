@@ -151,6 +151,15 @@ def evaluation_cases(small: Prepared, folder: Path, run_dir: Path) -> dict[str, 
     for case, (argv, error, says) in rows.items():
         options = argv if "--output" in argv else [*argv, "--output", str(output)]
         made[case] = Case("evaluate", [*options, "--device", "cpu", "--threads", "1"], error, says, output)
+    made["nothing to export"] = Case(
+        "export", [str(folder / "damaged"), "--output", str(output)], "CheckpointError", ("dense.h5", "damaged"), output
+    )
+    made["export over a file"] = Case(
+        "export", [str(run_dir), "--output", str(small.vocab), "--overwrite"], "OutputError", ("is a file",)
+    )
+    made["no text to embed"] = Case(
+        "embed", [str(run_dir), str(folder / "nowhere"), "--output", str(output)], "CorpusError", ("nowhere",), output
+    )
     return made
 
 

@@ -1,0 +1,27 @@
+"""Checks of options that name the option as the user writes it."""
+
+from __future__ import annotations
+
+import math
+
+from lapse_elmo.errors import ConfigError
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """:raises ConfigError: unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
+def positive(group: object, *names: str) -> None:
+    """:raises ConfigError: unless the options ``names`` of ``group`` are finite numbers above 0."""
+    for name in names:
+        value = getattr(group, name)
+        require(0 < value < math.inf, name, value, "a number above 0")
+
+
+def fraction(group: object, *names: str) -> None:
+    """:raises ConfigError: unless the options ``names`` of ``group`` are numbers in [0, 1)."""
+    for name in names:
+        value = getattr(group, name)
+        require(0 <= value < 1, name, value, "a number in [0, 1)")
