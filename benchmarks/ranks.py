@@ -1,8 +1,9 @@
 """Whole training steps by ``bin/train``: ``python -m benchmarks.ranks [TRAIN OPTION ...]``.
 
 Words a second, padding and boundaries not counted, on the same cores divided into ranks and threads in several ways;
-with the fused LSTM and with AllenNLP's. Uses the shards and vocabulary of the default place (``make train`` builds
-them) unless options say otherwise. The first steps of each run are thrown away.
+with the fused LSTM, in bfloat16 too where the processor multiplies it, and with AllenNLP's. Uses the shards and
+vocabulary of the default place (``make train`` builds them) unless options say otherwise. The first steps of each run
+are thrown away.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lapse_elmo.model.products import cpu_multiplies_bf16
 from lapse_elmo.world import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,11 +38,16 @@ def words_per_s(ranks: int, threads: int, *options: str) -> tuple[float, float]:
 def main(argv: list[str]) -> None:
     cores = usable_cores()
     ways = sorted({(1, 1), (1, cores), (cores, 1), (max(cores // 2, 1), 2), (2 * cores, 1)})
-    print(f"{cores} cores\nranks  threads  LSTM       words/s  computing")
+    print(f"{cores} cores\nranks  threads  LSTM      precision  words/s  computing")
     for ranks, threads in ways:
-        for lstm in ("fused", "allennlp") if (ranks, threads) in ((1, 1), (cores, 1)) else ("fused",):
-            rate, compute = words_per_s(ranks, threads, "--lstm", lstm, *argv)
-            print(f"{ranks:5}  {threads:7}  {lstm:8}  {rate:8,.0f}  {compute:9.0%}", flush=True)
+        kinds = [("fused", "fp32")]
+        if cpu_multiplies_bf16():
+            kinds.append(("fused", "bf16"))
+        if (ranks, threads) in ((1, 1), (cores, 1)):
+            kinds.append(("allennlp", "fp32"))
+        for lstm, precision in kinds:
+            rate, compute = words_per_s(ranks, threads, "--lstm", lstm, "--precision", precision, *argv)
+            print(f"{ranks:5}  {threads:7}  {lstm:8}  {precision:9}  {rate:7,.0f}  {compute:9.0%}", flush=True)
 
 
 if __name__ == "__main__":

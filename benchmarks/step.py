@@ -29,6 +29,7 @@ from lapse_elmo.model.initial_values import initialize_lstm
 from lapse_elmo.model.lanes import both
 from lapse_elmo.model.lstm import FusedElmoLstm
 from lapse_elmo.model.packing import Packing
+from lapse_elmo.model.products import Products
 from lapse_elmo.model.softmax import sampled_softmax_nll
 
 MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.3, 250  # of a batch that is sorted by length with noise (batches.py)
@@ -96,22 +97,29 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
             theirs(leaf, mask)[-1].sum().backward()
 
     words = int(counts.sum())
-    alone = lstm_products(packing.sizes, width, cells, layers)
+    alone = lstm_products(packing.sizes, width, cells, layers, storage_of(precision))
     name = f"LSTM, {size}, B {len(counts)}, {precision}"
     return Row(name, words, 54.0 * 2 * layers * cells * width * words, ours, alone, peer)
 
 
-def lstm_products(sizes: list[int], width: int, cells: int, layers: int) -> Callable[[], None]:
+def storage_of(precision: str) -> torch.dtype:
+    """What products are stored in; float32 where bfloat16 is only emulated."""
+    return Products.of(precision, torch.empty(0)).weight(torch.empty(0)).dtype
+
+
+def lstm_products(
+    sizes: list[int], width: int, cells: int, layers: int, storage: torch.dtype
+) -> Callable[[], None]:
     """The products of :mod:`lapse_elmo.model.lstm_pass`, on as many threads."""
     num_words, most = sum(sizes), max(sizes)
     parts = []
     for _ in range(2):  # small values: sums must not grow from run to run
         shapes = ((4 * cells, width), (4 * cells, width), (width, cells), (num_words, width), (num_words, 4 * cells))
-        parts.append([1e-3 * torch.randn(*shape) for shape in shapes])
+        parts.append([(1e-3 * torch.randn(*shape)).to(storage) for shape in shapes])
 
     def direction(number: int) -> None:
         input_weight, state_weight, projection, rows, gates = parts[number]
-        hidden, exposed = torch.zeros(most, width), torch.zeros(most, cells)
+        hidden, exposed = (rows.new_zeros(most, size) for size in (width, cells))
         for _ in range(layers):
             torch.mm(rows, input_weight.t(), out=gates)
             for part, size in zip(gates.split(sizes), sizes, strict=True):
@@ -158,13 +166,13 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
         return sampled_softmax_nll(context, weight, bias, target, sample, log_expected, precision=precision)
 
     def products(half: int) -> None:
-        logits, sums = torch.empty(256, num_samples), torch.zeros(num_samples, width)
+        logits, sums = samples.new_empty(256, num_samples), samples.new_zeros(num_samples, width)
         for some in vectors.chunk(2)[half].split(256):
             odds = torch.mm(some, samples.t(), out=logits[: len(some)])
             torch.mm(odds, samples)
             sums.addmm_(odds.t(), some)
 
-    samples, vectors = weight.detach()[:num_samples], context.detach()
+    samples, vectors = (values.detach().to(storage_of(precision)) for values in (weight[:num_samples], context))
     return Row(
         f"softmax, {size}, S {num_samples}, {precision}", num_targets // 2, 6.0 * num_samples * width * num_targets,
         lambda: run(ours), lambda: in_halves(products),
