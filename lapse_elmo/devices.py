@@ -12,7 +12,7 @@ from lapse_elmo import native
 from lapse_elmo.config.training import DeviceConfig, ModelConfig
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model.pointwise import SOURCE
-from lapse_elmo.model.products import cpu_multiplies_bf16
+from lapse_elmo.model.products import PACKED_SOURCE, cpu_multiplies_bf16
 from lapse_elmo.world import World
 
 _FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
@@ -86,8 +86,9 @@ class Uplink:
 def remarks(config: ModelConfig, device: torch.device) -> list[str]:
     """What a log should say about how this machine computes: slower ways that were taken, and why."""
     lines = []
-    if device.type == "cpu" and native.load(SOURCE) is None:
-        lines.append(f"the model's pointwise parts run in torch, which is slower than C: {native.problem(SOURCE)}")
+    for what, source in (("pointwise parts", SOURCE), ("products of few rows", PACKED_SOURCE)):
+        if device.type == "cpu" and native.load(source) is None:
+            lines.append(f"the model's {what} run in torch, which is slower than C: {native.problem(source)}")
     if config.precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
         lines.append(
             "this processor has no bfloat16 products: --precision bf16 rounds the factors and multiplies in float32, "

@@ -11,10 +11,11 @@ import torch
 
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.metrics.run_log import table
+from lapse_elmo.model.products import PACKED_PRODUCT
 
 FOLDER = "profile"
 WARM_UP = 3  # steps at the start of a run that are not profiled: they make buffers and fill caches
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::bmm")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::bmm", PACKED_PRODUCT)
 
 
 class StepProfile:

@@ -154,17 +154,17 @@ class _LayerPass:
         self.cells = self.gates.new_empty(num_tokens, cell_size, dtype=wide_dtype(products.storage))
         self.hidden = self.gates.new_empty(num_tokens, hidden_size)
         exposed = self.gates.new_empty(num_sentences, cell_size)
-        state_weight, projection = products.weight(state_weight).t(), products.weight(projection).t()
+        to_gates, to_hidden = products.factor(state_weight.t()), products.factor(projection.t())
         bias, (cell_clip, projection_clip) = bias.to(self.cells.dtype), self.clips
         kernels = pointwise(self.gates)
         before, before_cells = self.first_hidden, self.first_cells
         steps = zip(sizes, self.gates.split(sizes), self.cells.split(sizes), self.hidden.split(sizes), strict=True)
         for size, gates, cells, hidden in steps:
             if before is not None:
-                products.add_into(gates, before[:size], state_weight)
+                to_gates.add_into(gates, before[:size])
             now = exposed[:size]
             kernels.advance(gates, bias, before_cells, cells, now, cell_clip)
-            products.into(hidden, now, projection)
+            to_hidden.into(hidden, now)
             kernels.limit(hidden, self.mask, projection_clip)
             before, before_cells = hidden, cells
         last = self.packing.last
@@ -189,7 +189,7 @@ class _LayerPass:
         read[num_sentences:, input_size:] = self.hidden.index_select(0, self.packing.previous)
         d_both = products.new(gates.t(), read).to(d_output.dtype)
         d_input_weight, d_state_weight = d_both.split([input_size, hidden_size], 1)
-        d_bias = gates.sum(0, dtype=self.cells.dtype).to(d_output.dtype)
+        d_bias = pointwise(gates).column_sums(gates).to(d_output.dtype)
         d_projection = products.new(d_hidden.t(), exposed).to(d_output.dtype)
         d_inputs = None
         if needs_inputs:
@@ -202,7 +202,7 @@ class _LayerPass:
         :param d_hidden: (N, D) gradient from above. ``exposed``: (N, C), written with what the projection was given.
         """
         products, sizes, num_sentences = self.products, self.packing.sizes, len(self.packing.order)
-        state_weight, projection = (products.weight(self.weights[number]) for number in (1, 3))
+        to_earlier, to_exposed = (products.factor(self.weights[number]) for number in (1, 3))
         cell_clip, projection_clip = self.clips
         kernels = pointwise(self.gates)
         # What a step passes back to the one before it, which has as many sentences or more: zero for the further ones.
@@ -214,8 +214,8 @@ class _LayerPass:
         for number in reversed(range(len(steps))):
             size, gates, cells, hidden, now, shown = steps[number]
             kernels.carry(now, d_later, hidden, self.mask, projection_clip)
-            d_shown = products.into(d_exposed[:size], now, projection)
+            d_shown = to_exposed.into(d_exposed[:size], now)
             earlier = steps[number - 1][2] if number else self.first_cells
             kernels.retreat(gates, earlier, cells, shown, d_shown, d_cells[:size], cell_clip)
             if number:
-                products.into(d_later[:size], gates, state_weight)
+                to_earlier.into(d_later[:size], gates)

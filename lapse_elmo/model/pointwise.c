@@ -137,7 +137,7 @@ void NAME(lstm_retreat)(long n, long C, S *restrict gates, const R *restrict ear
       R d_c = d_m * o * (1 - t * t) + d_now[k];
       d_c = (c < 0 ? -c : c) >= clip ? 0 : d_c;
       gi[k] = PUT(d_c * g * i * (1 - i));
-      gf[k] = PUT(before ? d_c * before[k] * f * (1 - f) : 0);
+      gf[k] = PUT(d_c * (before ? before[k] : 0) * f * (1 - f));
       gg[k] = PUT(d_c * i * (1 - g * g));
       go[k] = PUT(d_m * t * o * (1 - o));
       d_now[k] = d_c * f;
@@ -206,6 +206,21 @@ void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict of
 #pragma omp simd
       for (long k = first; k < end; k++) d_offset[k] += part * GET(x[k]);
     }
+  }
+}
+
+/* sums (m,): of the columns of rows (n, m). */
+void NAME(column_sums)(long n, long m, const S *restrict rows, R *restrict sums) {
+#pragma omp parallel for schedule(static) if (n * m > 65536)
+  for (long first = 0; first < m; first += 256) {
+    long end = first + 256 < m ? first + 256 : m;
+    R part[256] = {0};
+    for (long row = 0; row < n; row++) {
+      const S *x = rows + row * m + first;
+#pragma omp simd
+      for (long k = 0; k < end - first; k++) part[k] += GET(x[k]);
+    }
+    memcpy(sums + first, part, (end - first) * sizeof(R));
   }
 }
 

@@ -23,7 +23,7 @@ _KINDS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b"}
 # Of each function, after two sizes: the number of pointers, and whether a clip follows them.
 _FUNCTIONS = {
     "lstm_advance": (5, True), "lstm_retreat": (6, True), "lstm_limit": (2, True), "lstm_carry": (4, True),
-    "softmax_rows": (7, False), "softmax_totals": (4, False),
+    "column_sums": (2, False), "softmax_rows": (7, False), "softmax_totals": (4, False),
 }
 
 
@@ -65,6 +65,9 @@ class Pointwise(Protocol):
         self, d_hidden: Tensor, d_later: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
         """Add ``d_later`` (at least n, D) to ``d_hidden`` (n, D), and take both back through :meth:`limit`."""
+
+    def column_sums(self, rows: Tensor) -> Tensor:
+        """Sums (m,) wide of the columns of ``rows`` (n, m)."""
 
     def softmax_rows(
         self, logits: Tensor, offset: Tensor, target: Tensor, nll: Tensor, share: Tensor, d_target: Tensor,
@@ -115,6 +118,7 @@ class NativePointwise:
     def __init__(self, functions: dict[str, Callable[..., None]]) -> None:
         self._advance, self._retreat = functions["lstm_advance"], functions["lstm_retreat"]
         self._limit, self._carry = functions["lstm_limit"], functions["lstm_carry"]
+        self._column_sums = functions["column_sums"]
         self._softmax_rows, self._softmax_totals = functions["softmax_rows"], functions["softmax_totals"]
 
     def advance(
@@ -143,6 +147,11 @@ class NativePointwise:
         self._carry(
             *hidden.shape, d_hidden.data_ptr(), d_later.data_ptr(), hidden.data_ptr(), _pointer(mask), clip
         )
+
+    def column_sums(self, rows: Tensor) -> Tensor:
+        sums = rows.new_empty(rows.shape[1], dtype=wide_dtype(rows.dtype))
+        self._column_sums(*rows.shape, rows.data_ptr(), sums.data_ptr())
+        return sums
 
     def softmax_rows(self, logits: Tensor, *rest: Tensor) -> None:
         self._softmax_rows(*logits.shape, logits.data_ptr(), *(tensor.data_ptr() for tensor in rest))
@@ -232,6 +241,9 @@ class TorchPointwise:
         if clip < math.inf:
             bound = clip if mask is None else (mask[:size] * clip).to(hidden.dtype)
             d_hidden.masked_fill_(hidden.abs() >= bound, 0.0)
+
+    def column_sums(self, rows: Tensor) -> Tensor:
+        return rows.sum(0, dtype=wide_dtype(rows.dtype))
 
     def softmax_rows(
         self, logits: Tensor, offset: Tensor, target: Tensor, nll: Tensor, share: Tensor, d_target: Tensor,

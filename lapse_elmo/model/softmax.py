@@ -100,7 +100,7 @@ def sampled_softmax_nll(
     :param target_index: (N,) int64 row of each target, in [0, U).
     :param sample_index: (S,) int64 rows of the samples, in [0, U), repeats allowed; S may be 0.
     :param log_expected: (U,) :func:`log_expected_count` of each row; no gradient.
-    :param chunk: targets at a time; extra memory is about two times chunk * S floats, and four times S * D.
+    :param chunk: targets at a time, at most; extra memory is about two times chunk * S floats, and four times S * D.
     :param precision: of the products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
     :return: a scalar, float64 for a float64 ``context`` and else float32.
     """
@@ -144,7 +144,10 @@ class _Problem:
     ) -> None:
         self.context, self.weight, self.offset = context, weight, offset
         self.target_index, self.sample_index = target_index, sample_index
-        self.products, self.chunk = products, chunk
+        self.products = products
+        # Two halves of as many chunks, all about equally large.
+        num_chunks = 2 * -(-len(context) // (2 * chunk))
+        self.chunk = chunk = -(-len(context) // num_chunks) if num_chunks else chunk
         samples = weight.index_select(0, sample_index)
         self.sample_weight = products.weight(samples)
         self.sample_offset = offset.index_select(0, sample_index)

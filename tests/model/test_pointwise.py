@@ -124,6 +124,16 @@ def test_softmax_totals(compiled: Callable, storage: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_column_sums(compiled: Callable, storage: torch.dtype) -> None:
+    for num_rows, num_columns in ((0, 5), (1, 1), (300, 700)):
+        rows = random(num_rows, num_columns, seed=1, dtype=storage)
+        ours, theirs = (kind.column_sums(rows) for kind in (compiled(storage), TorchPointwise()))
+        assert ours.dtype == theirs.dtype == wide_dtype(storage)
+        torch.testing.assert_close(ours, rows.to(ours.dtype).sum(0), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(theirs, rows.to(ours.dtype).sum(0), rtol=1e-5, atol=1e-4)
+
+
 def test_exponentials_are_exact_to_the_last_places(compiled: Callable) -> None:
     """Through the only doors that there are: the softmax's odds, the gates and the exposed cell."""
     x = torch.cat([torch.linspace(-104.0, 0.0, 400_001), torch.linspace(-1e-3, 0.0, 4_001)])
