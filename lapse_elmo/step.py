@@ -16,6 +16,7 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.devices import Uplink
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.model.bilm import BiLM
+from lapse_elmo.model.optimizers import sum_of_squares
 from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.rng import torch_stream
@@ -264,7 +265,7 @@ def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: to
 
 def _square(before: float, *tensors: Tensor) -> float:
     """``before`` and the sum of all squares."""
-    return sum((float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors), before)
+    return sum(map(sum_of_squares, tensors), before)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

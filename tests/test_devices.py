@@ -47,4 +47,4 @@ def test_slower_ways_are_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(devices.remarks(ModelConfig(precision="bf16"), cpu)) == len(fast) + 1
     assert len(devices.remarks(ModelConfig(), cpu)) == len(fast)
     monkeypatch.setenv(native.SWITCH, "0")
-    assert len(devices.remarks(ModelConfig(), cpu)) == 1
+    assert len(devices.remarks(ModelConfig(), cpu)) == 2

@@ -181,20 +181,17 @@ class _LayerPass:
         self._through_steps(d_hidden, exposed)
         # From here on gates holds the gradients of the gates before activation.
         gates, num_sentences = self.gates, len(self.packing.order)
-        input_size, hidden_size = self.inputs.shape[1], self.hidden.shape[1]
-        read = self.hidden.new_zeros(len(gates), input_size + hidden_size)  # each step's input and earlier state
-        read[:, :input_size] = self.inputs
+        d_input_weight = products.new(gates.t(), self.inputs)
+        # A step has read what the one before it gave, the first one what the batch began with.
+        d_state_weight = products.new(gates[num_sentences:].t(), self.hidden.index_select(0, self.packing.previous))
         if self.first_hidden is not None:
-            read[:num_sentences, input_size:] = self.first_hidden
-        read[num_sentences:, input_size:] = self.hidden.index_select(0, self.packing.previous)
-        d_both = products.new(gates.t(), read).to(d_output.dtype)
-        d_input_weight, d_state_weight = d_both.split([input_size, hidden_size], 1)
+            products.add_into(d_state_weight, gates[:num_sentences].t(), self.first_hidden)
         d_bias = pointwise(gates).column_sums(gates).to(d_output.dtype)
         d_projection = products.new(d_hidden.t(), exposed).to(d_output.dtype)
         d_inputs = None
         if needs_inputs:
             d_inputs = products.new(gates, products.weight(self.weights[0])).to(d_output.dtype)
-        return d_inputs, (d_input_weight, d_state_weight, d_bias, d_projection)
+        return d_inputs, (d_input_weight.to(d_output.dtype), d_state_weight.to(d_output.dtype), d_bias, d_projection)
 
     def _through_steps(self, d_hidden: Tensor, exposed: Tensor) -> None:
         """From the last step to the first: ``d_hidden`` and the gates become gradients before clip and activation.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from lapse_elmo.model.optimizers import DenseOptimizer, adagrad_delta, sgd_delta
+from lapse_elmo.model.optimizers import DenseOptimizer, adagrad_delta, sgd_delta, sum_of_squares
 
 RATE, EPSILON = 0.2, 1e-7
 
@@ -18,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("initial", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dense_equals_torch_exactly(initial: float, dtype: torch.dtype) -> None:
-    ours = [random(40, 7).to(dtype), random(33, seed=1).to(dtype)]
+    ours = [random(40, 7).to(dtype), random(33, seed=1).to(dtype), random(300, 1001, seed=2).to(dtype)]
     theirs = [value.clone().requires_grad_() for value in ours]
     optimizer = DenseOptimizer(ours, RATE, initial, EPSILON)
     expected = torch.optim.Adagrad(theirs, lr=RATE, initial_accumulator_value=initial, eps=EPSILON)
@@ -100,3 +102,10 @@ def test_state_can_be_saved_and_restored() -> None:
     assert torch.equal(whole, resumed)
     with pytest.raises(ValueError, match="expected"):
         DenseOptimizer([random(3)], RATE).load_state_dict(first.state_dict())
+
+
+def test_sum_of_squares() -> None:
+    for shape in ((0,), (1,), (3, 5), (700, 701)):
+        values = random(*shape)
+        assert sum_of_squares(values) == pytest.approx(float(values.double().square().sum()), rel=1e-7)
+    assert math.isnan(sum_of_squares(torch.tensor([1.0, math.nan])))
