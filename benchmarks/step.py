@@ -1,10 +1,10 @@
 """The arithmetic of a training step: ours, its peers, and its matrix products alone. ``python -m benchmarks.step``
 
 Forward and backward pass with all gradients. Each row of the table measures, taking turns so that whatever else the
-machine does hits all alike: ours; the matrix products of the same shapes and nothing else, which no implementation on
-this library can beat; and the peer, AllenNLP's ElmoLstm or a sampled softmax by plain autograd. Rates are medians,
-shares and ratios medians of those of neighbouring runs. Seconds are the process's own CPU time with one thread, and
-wall time with more, which other work on the cores disturbs.
+machine does hits all alike: ours; the matrix products of the same shapes by torch and nothing else, which only other
+products can beat (packed.c does where rows are few); and the peer, AllenNLP's ElmoLstm or a sampled softmax by plain
+autograd. Rates are medians, shares and ratios medians of those of neighbouring runs. Seconds are the process's own CPU
+time with one thread, and wall time with more, which other work on the cores disturbs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import PRESETS, ModelConfig
+from lapse_elmo.cores import usable_cores
 from lapse_elmo.devices import remarks, speed_up_float32
 from lapse_elmo.model import reference
 from lapse_elmo.model.initial_values import initialize_lstm
 from lapse_elmo.model.lanes import both
 from lapse_elmo.model.lstm import FusedElmoLstm
 from lapse_elmo.model.packing import Packing
-from lapse_elmo.model.products import Products
+from lapse_elmo.model.products import PRECISIONS, Products, cpu_multiplies_bf16
 from lapse_elmo.model.softmax import sampled_softmax_nll
 
 MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.3, 250  # of a batch that is sorted by length with noise (batches.py)
@@ -44,8 +45,8 @@ class StepOptions:
     original_batch: int = option(32, help="sentences a batch at the original sizes, of 12 words each")
     num_targets: int = option(1600, help="targets of the softmax, both directions together")
     num_samples: int = option(8192, help="negative samples, S")
-    precisions: tuple[str, ...] = option(("fp32",), help="fp32, bf16")
-    threads: tuple[int, ...] = option((1,), help="torch threads to measure with; more than 1 needs idle cores")
+    precisions: tuple[str, ...] = option(PRECISIONS[: 1 + cpu_multiplies_bf16()], help="fp32, bf16")
+    threads: tuple[int, ...] = option((1, 2)[: usable_cores()], help="torch threads to measure with; 2 need idle cores")
     repeats: int = option(3, help="runs of each variant, after one that is thrown away")
     peers: bool = option(True, help="measure the peers as well")
 
