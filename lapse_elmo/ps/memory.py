@@ -114,12 +114,25 @@ def _folder() -> str:
 
 def _open_together(world: World, size: int) -> int:
     """One new file of ``size`` bytes, opened by each of the node's ranks for itself."""
-    path = ""
-    if world.local_rank == 0:
-        handle, path = tempfile.mkstemp(prefix="lapse-elmo-", dir=_folder())
-        os.ftruncate(handle, max(size, 1))
-        os.close(handle)
-    path = world.node_bcast(path)
+
+    def make() -> str:
+        if world.local_rank:
+            return ""
+        try:
+            handle, path = tempfile.mkstemp(prefix="lapse-elmo-", dir=_folder())
+            try:
+                os.ftruncate(handle, max(size, 1))
+            except OSError:
+                os.unlink(path)
+                raise
+            finally:
+                os.close(handle)
+        except OSError as error:  # of a limit on the size of files too (ulimit -f), for this is one
+            wanted = f"file of {size / 1e9:.2f} GB for shared memory in {_folder()}"
+            raise ConfigError(f"no {wanted}: {error.strerror}") from None
+        return path
+
+    path = world.node_bcast(world.together(make))
     file = os.open(path, os.O_RDWR)
     world.node_barrier()
     if world.local_rank == 0:

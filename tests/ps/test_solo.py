@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -116,6 +119,19 @@ def test_rows_that_do_not_fit_are_refused_before_they_are_touched() -> None:
     with pytest.raises(ConfigError, match=r"take 4000000\.00 GB of shared memory but .* has .* GB free") as caught:
         EmbeddedServer(solo(), Layout.of(("huge", 10**12, 1000)))
     assert caught.value.everywhere
+
+
+def test_a_limit_on_the_size_of_files_is_named() -> None:
+    """Shared memory is a file: a batch system's ``ulimit -f`` stops it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = set(Path("/dev/shm").glob("lapse-elmo-*"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"no file of 0\.\d\d GB for shared memory .* too large$") as caught:
+            EmbeddedServer(solo(), Layout.of(("some", 100_000, 30)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.everywhere and set(Path("/dev/shm").glob("lapse-elmo-*")) == before
 
 
 def test_layout() -> None:
