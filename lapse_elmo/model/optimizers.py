@@ -17,13 +17,13 @@ _PART = 1 << 17  # numbers; some parts of so many lie in a core's cache together
 def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat parts of contiguous tensors of one size, so that several operations pass over the memory once: what comes
     in between stays in the cache. Operations on single elements give the same bits. A GPU takes all at once."""
-    flat = [tensor.reshape(-1) for tensor in tensors]
+    flat = [tensor.view(-1) for tensor in tensors]
     return zip(*(f.split(_PART if f.device.type == "cpu" else max(f.numel(), 1)) for f in flat), strict=True)
 
 
 def sum_of_squares(tensor: Tensor) -> float:
     """Summed in float64."""
-    return sum(float(part.square().sum(dtype=torch.float64)) for (part,) in in_parts(tensor))
+    return sum(float(part.square().sum(dtype=torch.float64)) for (part,) in in_parts(tensor.contiguous()))
 
 
 def adagrad_delta(
@@ -90,7 +90,8 @@ class DenseOptimizer:
         :param scale: for instance the factor of a global-norm clip.
         """
         accumulators: Sequence[Tensor | None] = self.accumulators or [None] * len(self.parameters)
-        for parameter, gradient, accumulator in zip(self.parameters, gradients, accumulators, strict=True):
+        for parameter, given, accumulator in zip(self.parameters, gradients, accumulators, strict=True):
+            gradient = given.contiguous()
             if accumulator is None:
                 for weights, part in in_parts(parameter, gradient):
                     weights.add_(part if scale == 1.0 else part * scale, alpha=-self.learning_rate)

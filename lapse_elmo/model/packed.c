@@ -71,7 +71,7 @@ void NAME(pack)(long K, long N, const S *weight, long row_stride, long column_st
 #pragma omp parallel for schedule(static) if (K * N > (1 << 20))
   for (long first = 0; first < N; first += PANEL) {
     const S *columns = weight + first * column_stride;
-    if (column_stride == 1 && first + PANEL <= N) /* compiled for this alone: nine times as fast */
+    if (column_stride == 1 && first + PANEL <= N) /* compiled for this alone: five times as fast */
       NAME(pack_panel)(K, PANEL, columns, row_stride, 1, packed + first * K);
     else
       NAME(pack_panel)(K, N - first, columns, row_stride, column_stride, packed + first * K);
