@@ -77,7 +77,8 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
                     _build(source, library, compiler, options)
                 return ctypes.CDLL(str(library)), ""
             except (subprocess.SubprocessError, OSError) as error:
-                output = getattr(error, "stderr", None) or str(error)
+                status = getattr(error, "returncode", None)
+                output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
                 reason = reason or f"{compiler} cannot build {source.name}: {output.strip().splitlines()[0]}"
     except OSError as error:
         return None, f"no folder for compiled code: {error}"
