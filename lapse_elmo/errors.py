@@ -7,6 +7,8 @@ keeps its traceback (status 1).
 
 from __future__ import annotations
 
+import sys
+
 
 class UserError(Exception):
     """A mistake, or a state of the machine, that the user can mend.
@@ -50,3 +52,9 @@ class ServerError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, for instance because the loss is not finite."""
+
+
+def say(text: str) -> None:
+    """Lines on stderr, in one write: ``print`` makes two of them, between which a launcher puts other ranks' words."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

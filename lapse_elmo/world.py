@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
-from lapse_elmo.errors import ConfigError, LaunchError, UserError
+from lapse_elmo.errors import ConfigError, LaunchError, UserError, say
 from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 from lapse_elmo.streams import flush_to_launcher
@@ -365,7 +365,7 @@ def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: l
         if world is None or world.size == 1:
             raise
         why = stop.code if isinstance(stop.code, str) else f"sys.exit({stop.code})"
-        print(f"{prog}: [{world}] left the job: {why}", file=sys.stderr, flush=True)
+        say(f"{prog}: [{world}] left the job: {why}")
         world.abort(stop.code if isinstance(stop.code, int) and stop.code else 1)
     except BrokenPipeError:  # who read our output has gone, `| head` for instance: as a program killed by SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -381,7 +381,7 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         everywhere = error.everywhere or world is None
         if not everywhere or rank == 0:  # else rank 0 says it
             prefix = f"[{world}] " if world and world.size > 1 and not everywhere else ""
-            print(f"{prog}: {prefix}error: {error}", file=sys.stderr, flush=True)
+            say(f"{prog}: {prefix}error: {error}")
         if everywhere and world is None:
             # Before MPI there is no way to wait for rank 0, and some launchers kill the others at the first bad status.
             time.sleep(1.0 if rank else 0)
@@ -394,6 +394,6 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
     else:
         prefix = f"[{world}] " if world and world.size > 1 else ""
         text = "".join(traceback.format_exception(error))
-        print("".join(prefix + line for line in text.splitlines(keepends=True)), file=sys.stderr, flush=True)
+        say("\n".join(prefix + line for line in text.splitlines()))
         status = 1
     (world or solo()).abort(status)

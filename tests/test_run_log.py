@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,11 +15,13 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lapse_elmo.config.training import RunConfig
+from lapse_elmo.errors import say
 from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.step import StepResult
@@ -188,3 +191,21 @@ def test_versions() -> None:
     assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert re.match(r"\d+\.\d+", found["torch"])
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two writes of one rank a launcher may put another's."""
+    writes: list[bytes] = []
+
+    class Raw(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            writes.append(bytes(data))
+            return len(data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw()), line_buffering=True))
+        say("one\ntwo")
+    assert writes == [b"one\ntwo\n"]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
 from lapse_elmo.corpus.files import write_failed, write_whole
+from lapse_elmo.errors import say
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step import StepResult
 
@@ -170,9 +171,9 @@ class RunLog:
         if not self.active:
             return
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(f"{line}\n", file=sys.stderr, end="")
         else:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def close(self) -> None:
         if not self.active:

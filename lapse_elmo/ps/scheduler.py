@@ -24,6 +24,8 @@ import signal
 import sys
 import time
 
+from lapse_elmo.errors import say
+
 STARTS, UP, ENDS = b"s", b"u", b"e"
 _END_S = 20.0  # for the scheduler to end once the nodes shut down
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
@@ -93,6 +95,6 @@ def _end(scheduler: int, living: int) -> int:
 
 def _end_job(parent: int, why: str) -> None:
     """Say ``why`` and end rank 0, and with it the job: it cannot do so itself while it is blocked in C++."""
-    print(f"lapse-elmo: error: {why}", file=sys.stderr, flush=True)
+    say(f"lapse-elmo: error: {why}")
     with contextlib.suppress(ProcessLookupError):
         os.kill(parent, signal.SIGTERM)
