@@ -121,6 +121,7 @@ def lstm_products(
     def direction(number: int) -> None:
         input_weight, state_weight, projection, rows, gates = parts[number]
         hidden, exposed = (rows.new_zeros(most, size) for size in (width, cells))
+        all_exposed = rows.new_zeros(num_words, cells)
         for _ in range(layers):
             torch.mm(rows, input_weight.t(), out=gates)
             for part, size in zip(gates.split(sizes), sizes, strict=True):
@@ -129,8 +130,9 @@ def lstm_products(
             for part, size in zip(gates.split(sizes), sizes, strict=True):
                 torch.mm(hidden[:size], projection, out=exposed[:size])
                 torch.mm(part, state_weight, out=hidden[:size])
-            torch.mm(gates.t(), torch.cat([rows, rows], 1))
-            torch.mm(rows.t(), gates[:, :cells])
+            torch.mm(gates.t(), rows)
+            torch.mm(gates[most:].t(), rows[most:])
+            torch.mm(rows.t(), all_exposed)
             torch.mm(gates, input_weight)
 
     return lambda: in_halves(direction)
@@ -168,7 +170,8 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
 
     def products(half: int) -> None:
         logits, sums = samples.new_empty(256, num_samples), samples.new_zeros(num_samples, width)
-        for some in vectors.chunk(2)[half].split(256):
+        mine = vectors.chunk(2)[half]
+        for some in mine.chunk(-(-len(mine) // 256)):
             odds = torch.mm(some, samples.t(), out=logits[: len(some)])
             torch.mm(odds, samples)
             sums.addmm_(odds.t(), some)

@@ -26,6 +26,7 @@ from lapse_elmo import native
 PACKED_SOURCE = Path(__file__).parent / "packed.c"
 PACKED_PRODUCT = "packed product"  # its name in a profile
 PRECISIONS = ("fp32", "bf16")
+_WIDEST_PANEL = 32  # columns that packed.c packs together
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -147,9 +148,6 @@ class PackedFactor:
         with self._recorded:
             self._multiply(len(out), *self._shape, first.data_ptr(), self._packed.data_ptr(), out.data_ptr(), add)
         return out
-
-
-_WIDEST_PANEL = 32  # columns
 
 
 @functools.lru_cache(maxsize=4)
