@@ -24,6 +24,7 @@ later. While rounds keep pace with steps, as they do unless cores are crowded, i
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
 from lapse_elmo.ps.memory import NodeMemory, require_room
-from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
+from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, growing_pieces, pieces
 from lapse_elmo.ps.node_state import SegmentState, where_name
 from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, SOURCE, open_rows, shapes_of
 from lapse_elmo.ps.sampling import Sampler
@@ -201,7 +202,7 @@ class EmbeddedServer(ParameterServer):
     def _complete(self, call: Call) -> None:
         assert isinstance(call, _Call)
         if call.remaining:
-            self._patience.reset()
+            self._patience.reset(spin=call.rows is not None)  # else this node's manager needs the core
         while call.remaining:
             self._receive()
 
@@ -277,8 +278,7 @@ class EmbeddedServer(ParameterServer):
         access = here.pull if kind is Kind.PULL else here.push
         call = _Call(0, segment, rows, values, stats=self.stats.segments[segment.name])
         ticket = DONE
-        parts = pieces(rows.size, segment.width) if self._world.num_nodes > 1 else (slice(0, rows.size),)
-        for part in parts:
+        for part in self._parts(kind, rows.size, segment.width):
             missing = access(rows[part], values[part])
             if missing.size:
                 if ticket is DONE:
@@ -286,6 +286,11 @@ class EmbeddedServer(ParameterServer):
                 call.remaining += missing.size
                 self._ask(kind, ticket, call, missing + part.start)
         return ticket, call.remaining
+
+    def _parts(self, kind: Kind, number: int, width: int) -> Iterable[slice]:
+        if self._world.num_nodes == 1:
+            return (slice(0, number),)
+        return growing_pieces(number, width) if kind is Kind.PULL else pieces(number, width)
 
     def _ask(self, kind: Kind, ticket: int, call: _Call, missing: np.ndarray) -> None:
         """Send what a call needs of the rows at ``missing`` to the nodes that have them."""
@@ -331,17 +336,18 @@ class EmbeddedServer(ParameterServer):
 
     def _take_rows(self, call: _Call, message: Message) -> None:
         """Receive the rows that ``message`` announces: where they belong if they lie there side by side."""
-        places, stamps = message.positions, message.stamps
-        assert call.segment is not None and call.rows is not None and call.values is not None
-        assert places is not None and stamps is not None
+        assert call.segment is not None and call.values is not None and message.positions is not None
+        places, width = message.positions, call.segment.width
         first, end = int(places[0]), int(places[-1]) + 1
-        if end - first == places.size:  # positions ascend
-            self._mailbox.receive_values(message.origin, call.values[first:end])
-        else:
-            values = self._mailbox.blocks.rows(places.size, call.segment.width)
-            self._mailbox.receive_values(message.origin, values)
-            torch.from_numpy(call.values).index_copy_(0, torch.from_numpy(places), torch.from_numpy(values))
-        learn(self._seen[call.segment.name], message.rows, stamps)
+        for piece in pieces(places.size, width):
+            if end - first == places.size:  # positions ascend
+                self._mailbox.receive_values(message.origin, call.values[first + piece.start : first + piece.stop])
+            else:
+                values = self._mailbox.blocks.rows(piece.stop - piece.start, width)
+                self._mailbox.receive_values(message.origin, values)
+                torch.from_numpy(call.values).index_copy_(0, torch.from_numpy(places[piece]), torch.from_numpy(values))
+        if message.stamps is not None:
+            learn(self._seen[call.segment.name], message.rows, message.stamps)
 
     def _freeze(self, frozen: bool) -> None:
         """Collective: from when all have returned no row moves, or again."""

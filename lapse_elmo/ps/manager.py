@@ -16,7 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lapse_elmo.ps.intents import Intents
-from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, pieces
+from lapse_elmo.ps.messages import (
+    FORWARDED,
+    TO_MANAGER,
+    TO_WORKER,
+    Kind,
+    Mailbox,
+    Message,
+    Patience,
+    growing_pieces,
+    pieces,
+)
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.replication import Replication
 from lapse_elmo.ps.whereabouts import epoch_of, home_of, learn, node_of
@@ -105,14 +115,15 @@ class Manager(threading.Thread):
             return
         reply = Message.of(
             Kind.ROWS, message.segment, self._rank, message.ticket, rows, positions=message.positions,
-            stamps=state.where[rows],
+            stamps=state.where[rows] if message.extra == FORWARDED else None,
         )
         self.mailbox.send(message.origin, TO_WORKER, reply)
-        values = self.mailbox.blocks.rows(rows.size, state.segment.width)
-        state.rows.pull(rows, values)
-        self.mailbox.send_values(message.origin, values)
+        for piece in pieces(rows.size, state.segment.width):
+            values = self.mailbox.blocks.rows(piece.stop - piece.start, state.segment.width)
+            state.rows.pull(rows[piece], values)
+            self.mailbox.send_values(message.origin, values)
         state.stats.served_rows += rows.size
-        state.stats.sent_bytes += reply.block.size + values.nbytes
+        state.stats.sent_bytes += reply.block.size + 4 * rows.size * state.segment.width
 
     def _on_push(self, message: Message) -> None:
         state = self.states[message.segment]
@@ -198,10 +209,13 @@ class Manager(threading.Thread):
     def _want(self, state: SegmentState, rows: np.ndarray) -> None:
         """Ask for rows that are not here, unless they were asked for already."""
         rows = rows[~state.wanted[rows]]
-        state.wanted[rows] = True
-        stamps = state.where[rows]
-        for node, chosen in groups(node_of(stamps)):
-            self._send(node, Message.of(Kind.WANT, state.number, self._rank, rows=rows[chosen], stamps=stamps[chosen]))
+        for piece in growing_pieces(rows.size, state.segment.width):
+            some = rows[piece]
+            state.wanted[some] = True
+            stamps = state.where[some]
+            for node, chosen in groups(node_of(stamps)):
+                message = Message.of(Kind.WANT, state.number, self._rank, rows=some[chosen], stamps=stamps[chosen])
+                self._send(node, message)
 
     def _on_want(self, message: Message) -> None:
         """Relocate rows to the node that wants them, or let it have replicas."""
@@ -341,12 +355,13 @@ class Manager(threading.Thread):
             self.mailbox.send(message.origin, TO_WORKER, done)
 
 
-def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     """(node, positions) for each node that occurs in ``nodes`` (n,)."""
     if not nodes.size:
         return []
-    if (nodes == nodes[0]).all():
-        return [(int(nodes[0]), np.arange(nodes.size))]
+    first = int(nodes[0])
+    if (nodes == first).all():
+        return [(first, slice(None))]
     return [(node, np.flatnonzero(nodes == node)) for node in np.unique(nodes).tolist()]
 
 

@@ -6,6 +6,8 @@ place, sent, and read in place. All waiting is done by polling with short sleeps
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TO_MANAGER, TO_WORKER, VALUES = 1, 2, 3  # tags
+FORWARDED = 1  # extra of what came by way of another manager
 
 _HEADER = 10
 _HAS_STAMPS, _HAS_POSITIONS, _HAS_VALUES = 1, 2, 4
@@ -26,6 +29,7 @@ _SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a 
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 4e-3
 _SLEEP_SHARE = 1 / 32  # of the time waited so far, that the next sleep lasts
 _PIECE_BYTES = 1 << 20  # of values in a message, so that sender and receiver work at the same time
+_LARGEST_REQUEST_BYTES = 16 << 20  # of values that one message asks for
 _SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, _PIECE_BYTES + (1 << 16), 32  # bytes, bytes, blocks
 _UNUSED = 3  # references to a kept block: the list's, the loop's and the argument's
 
@@ -34,8 +38,9 @@ class Kind(IntEnum):
     """What a message asks for or answers.
 
     From workers: PULL, PUSH to where a row is believed to be; SET, LOCALIZE, INTENT, FLUSH, FREEZE, STOP to the manager
-    of their own node. To workers: ROWS answers PULL, and the rows follow in a message of their own, for the worker to
-    receive where they belong; DONE (rows done in ``extra``) answers all others but INTENT and STOP.
+    of their own node. To workers: ROWS answers PULL, and the values follow in messages of their own, one for each of
+    their `pieces`, for the worker to receive where they belong; its stamps are what the worker did not know. DONE (rows
+    done in ``extra``) answers all others but INTENT and STOP.
     Between managers: WANT asks for rows; OWN and REPLICA bring them; OWNER tells a row's home who has it; DELTAS,
     APPLIED, REFRESH, REFRESHED and DROP keep replicas; RELAY is a DONE on its way to the worker.
     """
@@ -125,25 +130,29 @@ class Message:
             Kind(kind), segment, origin, ticket, rows, arrays[1], arrays[2], values, worker, start, end, extra, block
         )
 
-    def part(self, chosen: np.ndarray, stamps: np.ndarray | None = None) -> Message:
-        """The same message about the rows at ``chosen`` only, with new ``stamps`` if given."""
+    def part(self, chosen: np.ndarray | slice, stamps: np.ndarray | None = None) -> Message:
+        """The same message about the rows at ``chosen`` only; with new ``stamps``, if given, it counts as forwarded."""
+        extra = self.extra if stamps is None else FORWARDED
         if stamps is None and self.stamps is not None:
             stamps = self.stamps[chosen]
         return Message.of(
             self.kind, self.segment, self.origin, self.ticket, self.rows[chosen], stamps=stamps,
             positions=None if self.positions is None else self.positions[chosen],
             values=None if self.values is None else self.values[chosen],
-            worker=self.worker, start=self.start, end=self.end, extra=self.extra,
+            worker=self.worker, start=self.start, end=self.end, extra=extra,
         )
 
 
 class Blocks:
     """Memory for messages, used again: that of a new block costs more than to fill it. For one thread.
 
-    A block is free again when nothing but this list refers to it.
+    A block is free again when nothing but this list refers to it. The first free one is taken: few stay in the cache.
     """
 
     def __init__(self) -> None:
+        self._map = mmap.mmap(-1, _MOST_KEPT * _LARGEST_KEPT, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # where the machine allows it, MPI then looks up fewer pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._blocks: list[np.ndarray] = []
 
     def rows(self, number: int, width: int) -> np.ndarray:
@@ -157,16 +166,26 @@ class Blocks:
         for block in self._blocks:
             if sys.getrefcount(block) == _UNUSED:
                 return block[:size]
-        block = np.empty(_LARGEST_KEPT, np.uint8)
-        if len(self._blocks) < _MOST_KEPT:
-            self._blocks.append(block)
+        if len(self._blocks) == _MOST_KEPT:
+            return np.empty(size, np.uint8)
+        block = np.frombuffer(self._map, np.uint8, _LARGEST_KEPT, len(self._blocks) * _LARGEST_KEPT)
+        self._blocks.append(block)
         return block[:size]
 
 
 def pieces(number: int, width: int) -> Iterator[slice]:
-    """Slices of ``number`` rows that fit into a message each."""
+    """Slices of ``number`` rows whose values fit into a message each."""
     size = max(_PIECE_BYTES // (4 * width), 1)
     return (slice(start, min(start + size, number)) for start in range(0, number, size))
+
+
+def growing_pieces(number: int, width: int) -> Iterator[slice]:
+    """Slices of ``number`` rows to ask for in a message each: ever more, so that their owner can soon begin."""
+    start, size = 0, max(_PIECE_BYTES // (4 * width), 1)
+    while start < number:
+        yield slice(start, min(start + size, number))
+        start += size
+        size = max(min(2 * size, _LARGEST_REQUEST_BYTES // (4 * width)), 1)
 
 
 class Patience:
@@ -176,9 +195,9 @@ class Patience:
         self._spin_s = _SPIN_S if spin else 0.0
         self.reset()
 
-    def reset(self) -> None:
-        """Something happened: the next wait is short again."""
-        self._start = time.perf_counter()
+    def reset(self, spin: bool = True) -> None:
+        """Something happened: the next wait is short again, or at least (without ``spin``) the shortest sleep."""
+        self._start = time.perf_counter() - (0.0 if spin else self._spin_s)
 
     def wait(self) -> None:
         """Let a moment pass, and others work."""
@@ -218,6 +237,7 @@ class Mailbox:
 
     def send_values(self, rank: int, values: np.ndarray) -> None:
         """Begin to send ``values`` to the worker of ``rank``; they must not be changed any more."""
+        self._let_go()
         self._outgoing.append((self._comm.Isend([values, self._mpi.FLOAT], rank, VALUES), values))
         self.sent_bytes += values.nbytes
 
@@ -227,8 +247,7 @@ class Mailbox:
 
     def receive(self) -> Message | None:
         """The next message, or None if none has come. Messages of one sender come in the order of sending."""
-        if self._outgoing:
-            self._outgoing = [pair for pair in self._outgoing if not pair[0].Test()]
+        self._let_go()
         found = self._comm.Improbe(self._mpi.ANY_SOURCE, self._tag, self._status)
         if found is None:
             return None
@@ -246,5 +265,10 @@ class Mailbox:
         """Return when everything that was sent has left."""
         self._patience.reset()
         while self._outgoing:
-            self._outgoing = [pair for pair in self._outgoing if not pair[0].Test()]
+            self._let_go()
             self._patience.wait()
+
+    def _let_go(self) -> None:
+        """Forget what has left, so that its memory can be used again."""
+        if self._outgoing:
+            self._outgoing = [pair for pair in self._outgoing if not pair[0].Test()]

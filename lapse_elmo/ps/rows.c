@@ -12,8 +12,9 @@
 #include <string.h>
 
 enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8, VERSION = 16 }; /* the version is in the bits from VERSION up */
-enum { AHEAD = 6, FAR_AHEAD = 24, FETCHED = 512 }; /* rows fetched ahead, entries, bytes of a row */
-enum { SPINS = 64 };                               /* tries before the core is yielded */
+enum { AHEAD_BYTES = 6144, FEWEST_AHEAD = 2, MOST_AHEAD = 12, FETCHED = 4096 }; /* rows fetched ahead; bytes of a row */
+enum { FAR_AHEAD = 24 };                                                       /* entries fetched ahead */
+enum { SPINS = 64 };                                                           /* tries before the core is yielded */
 
 typedef struct {
     uint32_t flags;
@@ -58,15 +59,25 @@ static float *place(entry e, float *main, float *replica, int64_t width) {
     return e.flags & REPLICA ? replica + 2 * width * e.slot : main + width * e.slot;
 }
 
+/* How many rows ahead of their use rows are fetched: by bytes, since that is what memory has time for meanwhile. */
+static int64_t ahead_of(int64_t width) {
+    int64_t rows = AHEAD_BYTES / (4 * width);
+    return rows < FEWEST_AHEAD ? FEWEST_AHEAD : rows > MOST_AHEAD ? MOST_AHEAD : rows;
+}
+
+static inline __attribute__((always_inline)) void fetch(const float *row, int64_t width, const int change) {
+    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch((const char *)row + j, change);
+}
+
 /* Have the cache fetch what the rows after number i will need, to read it or to change it. */
 static inline __attribute__((always_inline)) void fetch_ahead(entry *entries, float *main, float *replica, int64_t width,
                                                               const int64_t *rows, int64_t i, int64_t n, const int change) {
     if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], change);
-    if (i + AHEAD >= n) return;
-    entry next = look(entries + rows[i + AHEAD]);
+    const int64_t ahead = ahead_of(width);
+    if (i + ahead >= n) return;
+    entry next = look(entries + rows[i + ahead]);
     if (!(next.flags & PRESENT)) return;
-    const char *row = (const char *)place(next, main, replica, width);
-    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch(row + j, change);
+    fetch(place(next, main, replica, width), width, change);
 }
 
 /* Copy a row to out; whether it is here. */
@@ -136,12 +147,15 @@ int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows
 /* Let absent rows be here from now on, in the given slots, as main copies or as replicas. */
 void rows_put(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
               const int64_t *slots, const float *values, int64_t as_replica) {
+    float *to = as_replica ? replica : main;
+    const int64_t stride = as_replica ? 2 * width : width, ahead = ahead_of(stride);
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
         if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], 1);
+        if (i + ahead < n) fetch(to + stride * slots[i + ahead], stride, 1);
         uint32_t flags = lock(e);
         e->slot = (int32_t)slots[i];
-        float *row = as_replica ? replica + 2 * width * slots[i] : main + width * slots[i];
+        float *row = to + stride * slots[i];
         memcpy(row, values + i * width, width * 4);
         if (as_replica) memset(row + width, 0, width * 4);
         unlock(e, become(flags, PRESENT | (as_replica ? REPLICA : 0)));
