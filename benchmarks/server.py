@@ -5,7 +5,8 @@ Rows a second in calls of 8,192 distinct rows of 1 KiB, each figure beside that 
 On one node the floor is torch's ``index_select`` into a preallocated buffer, respectively an unguarded ``index_add_``,
 on the same memory, all ranks at once. On several nodes each rank has a partner on another one: rows are pulled from,
 pushed to and localized from there, by one rank alone and by all at once. The floor is what the same keys and rows take
-through ``Alltoallv``, where nothing is looked up, copied or added.
+through ``Alltoallv``, where nothing is looked up, copied or added. Between the two stands a bare stream: the copies and
+additions that the server has to make, message by message, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,9 +27,15 @@ from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.world import World, launch
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 WIDTH = 256  # 1 KiB
 LAYOUT = Layout.of(("rows", 200_000, WIDTH))
 NUM_KEYS = 8_192
+_PIECE = 1_024  # rows of a stream's message
+
+Step = Callable[[int, slice, np.ndarray], None]  # number of the call, which of its rows, a block of their values
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Partners:
         there = np.flatnonzero(homes == nodes[self.partner])[world.local_rank :: world.local_size]
         chosen = np.random.default_rng(world.rank).permutation(there)[: calls * NUM_KEYS]
         self.keys = [np.sort(part) for part in chosen.reshape(calls, NUM_KEYS)]
+        self.asked = world.allgather(self.keys)[self.partner]
         self.values = torch.ones(NUM_KEYS, WIDTH)
 
     def bare_pull(self) -> Operation:
@@ -107,6 +116,58 @@ class Partners:
         """Keys and rows go."""
         send = self._exchange((8 + 4 * WIDTH) * NUM_KEYS, self.is_active, self.partner_is_active)
         return Operation(lambda _: send())
+
+    def streams(self, verb: str) -> Operation:
+        """The copies and additions of a ``verb``, and the rows' way from the one to the other."""
+        rows = self.server._rows["rows"]
+        slots = rows.slots.astype(np.int64)
+        values = self.values.numpy()
+
+        def gather(number: int, piece: slice, block: np.ndarray) -> None:
+            rows.pull(self.asked[number][piece], block)
+
+        def copy(_: int, piece: slice, block: np.ndarray) -> None:
+            block[:] = values[piece]
+
+        def nothing(_: int, __: slice, ___: np.ndarray) -> None:
+            """The rows have been received where they belong."""
+
+        def add(number: int, piece: slice, block: np.ndarray) -> None:
+            rows.push(self.asked[number][piece], block)
+
+        def put(number: int, piece: slice, block: np.ndarray) -> None:
+            place = self.asked[number][piece]  # as if these had just come
+            rows.put(place, slots[place], block, as_replica=False)
+
+        if verb == "push":
+            return Operation(self._stream(copy, add, self.is_active, self.partner_is_active))
+        use, into = (nothing, values) if verb == "pull" else (put, None)
+        stream = self._stream(gather, use, self.partner_is_active, self.is_active, into)
+        return Operation(stream, self._bring_home if verb == "localize" else lambda: None)
+
+    def _stream(
+        self, fill: Step, use: Step, sends: bool, receives: bool, into: np.ndarray | None = None
+    ) -> Callable[[int], None]:
+        """Send blocks that ``fill`` fills, and receive blocks (or into ``into``) that ``use`` uses."""
+        blocks, more = np.ones((2, 2, _PIECE, WIDTH), np.float32)
+
+        def run(number: int) -> None:
+            sent: list[MPI.Request] = []
+            for turn, start in enumerate(range(0, NUM_KEYS, _PIECE)):
+                piece = slice(start, start + _PIECE)
+                if sends:
+                    if turn > 1:
+                        sent[turn - 2].Wait()
+                    fill(number, piece, blocks[turn % 2])
+                    sent.append(self.comm.Isend(blocks[turn % 2], self.partner))
+                if receives:
+                    block = more[0] if into is None else into[piece]
+                    self.comm.Recv(block, self.partner)
+                    use(number, piece, block)
+            for request in sent[-2:]:
+                request.Wait()
+
+        return run
 
     def pull(self) -> Operation:
         return self._if_active(lambda number: self.server.pull(self.keys[number], self.values))
@@ -164,6 +225,7 @@ def measure_remote(world: World, options: ServerOptions) -> None:
             operations = {"Alltoallv of a pull": partners.bare_pull()}
             if "push" in verbs:
                 operations["Alltoallv of a push"] = partners.bare_push()
+            operations |= {f"stream of a {verb}": partners.streams(verb) for verb in verbs}
             operations |= {verb: getattr(partners, verb)() for verb in verbs}
             taken = measure(operations, world, options)
             if "localize" in verbs:  # the floor taken beside it, under a name of its own
@@ -173,6 +235,7 @@ def measure_remote(world: World, options: ServerOptions) -> None:
         everyone = world.allgather(figures)
         if world.rank == 0:
             floors = {verb: f"Alltoallv of a {verb}" for verb in ("pull", "push", "localize")}
+            floors |= {f"stream of a {verb}": floor for verb, floor in floors.items()}
             who = "one rank alone" if len(active) == 1 else f"{world.size} ranks at once"
             kind = "native" if server.is_native else "without native code"
             show(f"{world.num_nodes} nodes, {who}, {kind}", [everyone[rank] for rank in active], floors)

@@ -29,7 +29,7 @@ _SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a 
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 2e-5, 4e-3
 _SLEEP_SHARE = 1 / 32  # of the time waited so far, that the next sleep lasts
 _PIECE_BYTES = 1 << 20  # of values in a message, so that sender and receiver work at the same time
-_LARGEST_REQUEST_BYTES = 16 << 20  # of values that one message asks for
+_SMALLEST_REQUEST_BYTES, _LARGEST_REQUEST_BYTES, _GROWTH = 1 << 19, 1 << 24, 4  # of values that one message asks for
 _SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, _PIECE_BYTES + (1 << 16), 32  # bytes, bytes, blocks
 _UNUSED = 3  # references to a kept block: the list's, the loop's and the argument's
 
@@ -181,11 +181,11 @@ def pieces(number: int, width: int) -> Iterator[slice]:
 
 def growing_pieces(number: int, width: int) -> Iterator[slice]:
     """Slices of ``number`` rows to ask for in a message each: ever more, so that their owner can soon begin."""
-    start, size = 0, max(_PIECE_BYTES // (4 * width), 1)
+    start, size = 0, max(_SMALLEST_REQUEST_BYTES // (4 * width), 1)
     while start < number:
         yield slice(start, min(start + size, number))
         start += size
-        size = max(min(2 * size, _LARGEST_REQUEST_BYTES // (4 * width)), 1)
+        size = max(min(_GROWTH * size, _LARGEST_REQUEST_BYTES // (4 * width)), 1)
 
 
 class Patience:
