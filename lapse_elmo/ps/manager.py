@@ -146,9 +146,10 @@ class Manager(threading.Thread):
 
         Another node's worker is not served by a replica: its push would not be where its next pull looks for it.
         """
-        owned = self.states[message.segment].rows.owned(message.rows)
-        if owned.all():
+        rows = self.states[message.segment].rows
+        if rows.all_owned(message.rows):
             return message
+        owned = rows.owned(message.rows)
         self._route(message, np.flatnonzero(~owned))
         return message.part(np.flatnonzero(owned))
 

@@ -107,6 +107,16 @@ int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, co
     return absent;
 }
 
+/* Of how many rows the main copy is here. */
+int64_t rows_owned(const entry *entries, const int64_t *rows, int64_t n) {
+    int64_t owned = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD]);
+        owned += (__atomic_load_n(&entries[rows[i]].flags, __ATOMIC_RELAXED) & (PRESENT | REPLICA)) == PRESENT;
+    }
+    return owned;
+}
+
 /* Add deltas (n, width) to the rows; as rows_pull for those that are not here. mark: whether main copies count as changed. */
 int64_t rows_push(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
                   const float *deltas, int64_t mark, int64_t *missing) {

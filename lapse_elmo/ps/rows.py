@@ -65,6 +65,10 @@ class Rows(ABC):
         """Of which rows (n,) the main copy is here."""
         return self.flags[rows] & (PRESENT | REPLICA) == PRESENT
 
+    def all_owned(self, rows: np.ndarray) -> bool:
+        """Whether the main copies of all ``rows`` are here."""
+        return bool(self.owned(rows).all())
+
     def kinds(self) -> np.ndarray:
         """MAIN or COPY (num_rows,) of the rows that are here, 0 of others."""
         return self.flags & COPY
@@ -129,8 +133,11 @@ class NativeRows(Rows):
     def __init__(self, memory: NodeMemory, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment)
         self._library = library
-        for name in ("pull", "push", "set", "clean", "collect", "release"):
+        for name in ("owned", "pull", "push", "set", "clean", "collect", "release"):
             getattr(library, f"rows_{name}").restype = ctypes.c_int64
+
+    def all_owned(self, rows: np.ndarray) -> bool:
+        return self._call("owned", self.entries, rows, rows.size) == rows.size
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         return self._listing("pull", (self.entries, self.main, self.replica, self.width), rows, out)
