@@ -11,7 +11,7 @@ from torch import Tensor
 from lapse_elmo import native
 from lapse_elmo.config.training import DeviceConfig, ModelConfig
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.model.pointwise import SOURCE
+from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import PACKED_SOURCE, cpu_multiplies_bf16
 from lapse_elmo.world import World
 
@@ -89,6 +89,8 @@ def remarks(config: ModelConfig, device: torch.device) -> list[str]:
     for what, source in (("pointwise parts", SOURCE), ("products of few rows", PACKED_SOURCE)):
         if device.type == "cpu" and native.load(source) is None:
             lines.append(f"the model's {what} run in torch, which is slower than C: {native.problem(source)}")
+    if device.type == "cuda" and (why := triton_problem(device)):
+        lines.append(f"the LSTM's pointwise parts run in torch, which is slower than Triton: {why}")
     if config.precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
         lines.append(
             "this processor has no bfloat16 products: --precision bf16 rounds the factors and multiplies in float32, "

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from lapse_elmo.model.lanes import both
 from lapse_elmo.model.packing import Packing
-from lapse_elmo.model.pointwise import pointwise, wide_dtype
+from lapse_elmo.model.pointwise import pointwise
+from lapse_elmo.model.pointwise_torch import wide_dtype
 from lapse_elmo.model.products import Products
 
 NUM_WEIGHTS = 4

@@ -1,6 +1,6 @@
 /* The row-wise parts of the LSTM and of the softmax, each as one pass over rows that lie in the cache.
  *
- * The twins in torch, which say the same in other words, are in pointwise.py. This file includes itself once for each
+ * The twins in torch, which say the same in other words, are in pointwise_torch.py. This file includes itself for each
  * kind of numbers: S is what is stored (float, double, or bfloat16 as its upper 16 bits), R what is computed with.
  * Comparisons are written so that a NaN passes through them. Names end in _f, _d or _b.
  */

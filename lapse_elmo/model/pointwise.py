@@ -1,6 +1,6 @@
-"""The row-wise parts of the LSTM and of the softmax: compiled C where there is a compiler, and a twin in torch.
+"""The row-wise parts of the LSTM and of the softmax: in C where there is a compiler, in Triton on a GPU, and in torch.
 
-Both kinds do the same on rows of one storage dtype (float32, float64 or bfloat16) with state, bias and sums in the
+All kinds do the same on rows of one storage dtype (float32, float64 or bfloat16) with state, bias and sums in the
 ``wide`` dtype (float32 for bfloat16, else the same). An object serves one thread.
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lapse_elmo import native
+from lapse_elmo.model.pointwise_torch import TorchPointwise, wide_dtype
 
 SOURCE = Path(__file__).parent / "pointwise.c"
 _KINDS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b"}
@@ -27,13 +27,8 @@ _FUNCTIONS = {
 }
 
 
-def wide_dtype(storage: torch.dtype) -> torch.dtype:
-    """What sums and state of rows in ``storage`` are kept in."""
-    return torch.float64 if storage == torch.float64 else torch.float32
-
-
 class Pointwise(Protocol):
-    """What both kinds do. All tensors are contiguous; n rows, of which buffers may have more."""
+    """What all kinds do. All tensors are contiguous; n rows, of which buffers may have more."""
 
     def advance(
         self, gates: Tensor, bias: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, clip: float
@@ -95,7 +90,27 @@ def pointwise(like: Tensor) -> Pointwise:
         library = native.load(SOURCE)
         if library is not None:
             return NativePointwise(_functions(library)[_KINDS[like.dtype]])
+    if like.device.type == "cuda" and not triton_problem(like.device):
+        from lapse_elmo.model.pointwise_triton import TritonPointwise
+
+        return TritonPointwise()
     return TorchPointwise()
+
+
+def triton_problem(device: torch.device) -> str:
+    """Why Triton's kernels are not used on ``device``, as one line; empty where they are."""
+    return _triton_problem(device) if native.enabled() else f"switched off by {native.SWITCH}"
+
+
+@functools.cache
+def _triton_problem(device: torch.device) -> str:
+    try:
+        from lapse_elmo.model import pointwise_triton
+
+        pointwise_triton.check(device)
+    except Exception as error:  # a compiler's or a driver's, of whatever kind
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
 
 
 @functools.lru_cache(maxsize=4)
@@ -162,117 +177,3 @@ class NativePointwise:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-class TorchPointwise:
-    """In torch, on any device; buffers are kept from call to call."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def advance(
-        self, gates: Tensor, bias: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, clip: float
-    ) -> None:
-        size, width = cells.shape
-        active = gates if gates.dtype == cells.dtype else gates.to(cells.dtype)
-        active.add_(bias)
-        active[:, : 2 * width].sigmoid_()
-        active[:, 2 * width : 3 * width].tanh_()
-        active[:, 3 * width :].sigmoid_()
-        i, f, g, o = active.chunk(4, 1)
-        torch.mul(i, g, out=cells)
-        if earlier is not None:
-            cells.addcmul_(f, earlier[:size])
-        if clip < math.inf:
-            cells.clamp_(-clip, clip)
-        if active is gates:
-            torch.tanh(cells, out=exposed).mul_(o)
-        else:
-            exposed.copy_(torch.tanh(cells).mul_(o))
-            gates.copy_(active)
-
-    def retreat(
-        self, gates: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, d_exposed: Tensor,
-        d_cells: Tensor, clip: float,
-    ) -> None:
-        sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-        tanh_backward = torch.ops.aten.tanh_backward.grad_input
-        size = len(cells)
-        active = gates if gates.dtype == cells.dtype else gates.to(cells.dtype)
-        d_m = d_exposed if gates.dtype == cells.dtype else d_exposed.to(cells.dtype)
-        i, f, g, o = active.chunk(4, 1)
-        tanh_cells = torch.tanh(cells, out=self._buffer("tanh", cells)[:size])
-        product = torch.mul(d_m, tanh_cells, out=self._buffer("product", cells)[:size])
-        tanh_backward(d_m.mul_(o), tanh_cells, grad_input=d_m)
-        d_cells.add_(d_m)
-        if clip < math.inf:
-            d_cells.masked_fill_(cells.abs() >= clip, 0.0)
-        if active is gates:
-            torch.mul(o, tanh_cells, out=exposed)
-        else:
-            exposed.copy_(o * tanh_cells)
-        sigmoid_backward(product, o, grad_input=o)
-        d_input_gate, d_candidate = torch.mul(d_cells, g, out=product), torch.mul(d_cells, i, out=tanh_cells)
-        sigmoid_backward(d_input_gate, i, grad_input=i)
-        tanh_backward(d_candidate, g, grad_input=g)
-        if earlier is None:
-            d_cells.mul_(f)
-            f.zero_()
-        else:
-            torch.mul(d_cells, earlier[:size], out=product)
-            d_cells.mul_(f)
-            sigmoid_backward(product, f, grad_input=f)
-        if active is not gates:
-            gates.copy_(active)
-
-    def limit(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
-        if clip < math.inf:
-            hidden.clamp_(-clip, clip)
-        if mask is not None:
-            hidden.mul_(mask[: len(hidden)])
-
-    def carry(
-        self, d_hidden: Tensor, d_later: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
-    ) -> None:
-        size = len(hidden)
-        d_hidden.add_(d_later[:size])
-        if mask is not None:
-            d_hidden.mul_(mask[:size])
-        if clip < math.inf:
-            bound = clip if mask is None else (mask[:size] * clip).to(hidden.dtype)
-            d_hidden.masked_fill_(hidden.abs() >= bound, 0.0)
-
-    def column_sums(self, rows: Tensor) -> Tensor:
-        return rows.sum(0, dtype=wide_dtype(rows.dtype))
-
-    def softmax_rows(
-        self, logits: Tensor, offset: Tensor, target: Tensor, nll: Tensor, share: Tensor, d_target: Tensor,
-        d_offset: Tensor,
-    ) -> None:
-        odds = logits if logits.dtype == offset.dtype else logits.to(offset.dtype)
-        odds.add_(offset)
-        largest = torch.maximum(odds.amax(1), target) if odds.shape[1] else target
-        odds.sub_(largest[:, None]).exp_()
-        own = (target - largest).exp_()
-        total = odds.sum(1).add_(own)
-        torch.sub(total.log().add_(largest), target, out=nll)
-        torch.reciprocal(total, out=share)
-        torch.mul(own, share, out=d_target).sub_(1.0)
-        if odds is not logits:
-            odds = logits.copy_(odds).to(offset.dtype)  # rounded, as the other gradients see them
-        d_offset.addmv_(odds.t(), share)
-
-    def softmax_totals(self, logits: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
-        odds = logits if logits.dtype == bias.dtype else logits.to(bias.dtype)
-        odds.add_(bias)
-        top = torch.maximum(odds.amax(1), largest)
-        some = odds.sub_(top[:, None]).exp_().sum(1)
-        total.mul_((largest - top).to(total.dtype).exp_()).add_(some)
-        largest.copy_(top)
-
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """A scratch tensor of at least ``like``'s rows, which the first and largest step of a pass makes."""
-        kept: Any = self._kept.get(name)
-        if kept is None or len(kept) < len(like) or kept.shape[1:] != like.shape[1:] or kept.dtype != like.dtype:
-            kept = self._kept[name] = torch.empty_like(like)
-        return kept

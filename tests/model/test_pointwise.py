@@ -1,8 +1,14 @@
-"""The compiled row-wise parts against their twins in torch, in every storage dtype; NaN stays NaN."""
+"""The row-wise parts in C and in Triton against their twins in torch, in every storage dtype; NaN stays NaN.
+
+Without a GPU Triton's kernels are interpreted here, and compiled for two GPUs; with one, test_cuda.py runs them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +17,16 @@ import torch
 from torch import Tensor
 
 from lapse_elmo import native
-from lapse_elmo.model.pointwise import SOURCE, NativePointwise, Pointwise, TorchPointwise, pointwise, wide_dtype
+from lapse_elmo.model.pointwise import (
+    SOURCE,
+    NativePointwise,
+    Pointwise,
+    TorchPointwise,
+    pointwise,
+    triton_problem,
+    wide_dtype,
+)
+from tests.mpi import ROOT
 
 STORAGES = [torch.float32, torch.float64, torch.bfloat16]
 # bfloat16 is rounded once by both; near a tie they may differ by a unit in the last of its 8 places.
@@ -36,6 +51,19 @@ def compiled() -> Callable[[torch.dtype], Pointwise]:
     return of
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Callable[[torch.dtype], Pointwise]:
+    """By parameter in C or in Triton."""
+    if request.param == "C":
+        return request.getfixturevalue("compiled")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    request.getfixturevalue("monkeypatch").setenv("TRITON_INTERPRET", "1")  # it is read at Triton's import as well
+    pytest.importorskip("triton")
+    kind = importlib.import_module("lapse_elmo.model.pointwise_triton").TritonPointwise()
+    return lambda _: kind
+
+
 def random(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
@@ -54,10 +82,11 @@ def both(
         torch.testing.assert_close(ours, theirs, **(close or CLOSE[ours.dtype]), equal_nan=True)
 
 
+@pytest.mark.parametrize("kernels", ["C", "Triton"], indirect=True)
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("clip", [0.3, math.inf])
 @pytest.mark.parametrize("first", [False, True])
-def test_lstm_step(compiled: Callable, storage: torch.dtype, clip: float, first: bool) -> None:
+def test_lstm_step(kernels: Callable, storage: torch.dtype, clip: float, first: bool) -> None:
     wide = wide_dtype(storage)
     gates = random(ROWS, 4 * CELLS, seed=1, dtype=storage, scale=4.0)
     bias, earlier = random(4 * CELLS, seed=2, dtype=wide), random(ROWS + 2, CELLS, seed=3, dtype=wide)
@@ -67,7 +96,7 @@ def test_lstm_step(compiled: Callable, storage: torch.dtype, clip: float, first:
     def advance(kind: Pointwise, t: list[Tensor]) -> None:
         kind.advance(t[0], bias, before, t[1], t[2], clip)
 
-    both(advance, compiled(storage), [gates, cells, exposed])
+    both(advance, kernels(storage), [gates, cells, exposed])
     start = [gates, cells, exposed]
     advance(TorchPointwise(), start)
     d_exposed, d_cells = random(ROWS, CELLS, seed=4, dtype=storage), random(ROWS, CELLS, seed=5, dtype=wide)
@@ -76,21 +105,22 @@ def test_lstm_step(compiled: Callable, storage: torch.dtype, clip: float, first:
         shown = t[1] if storage == wide else t[2]
         kind.retreat(t[0], before, t[1], shown, t[3].clone(), t[4], clip)
 
-    both(retreat, compiled(storage), [*start, d_exposed, d_cells])
+    both(retreat, kernels(storage), [*start, d_exposed, d_cells])
 
 
+@pytest.mark.parametrize("kernels", ["C", "Triton"], indirect=True)
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("clip", [0.5, math.inf])
 @pytest.mark.parametrize("masked", [False, True])
-def test_limit_and_carry(compiled: Callable, storage: torch.dtype, clip: float, masked: bool) -> None:
+def test_limit_and_carry(kernels: Callable, storage: torch.dtype, clip: float, masked: bool) -> None:
     wide = wide_dtype(storage)
     hidden = random(ROWS, CELLS, seed=1, dtype=storage)
     drawn = random(ROWS + 3, CELLS, seed=2, dtype=wide)
     mask = (drawn > 0).to(wide).div_(0.7) if masked else None
-    both(lambda kind, t: kind.limit(t[0], mask, clip), compiled(storage), [hidden])
+    both(lambda kind, t: kind.limit(t[0], mask, clip), kernels(storage), [hidden])
     TorchPointwise().limit(hidden, mask, clip)
     upstream, later = random(ROWS, CELLS, seed=3, dtype=storage), random(ROWS + 1, CELLS, seed=4, dtype=storage)
-    both(lambda kind, t: kind.carry(t[0], later, hidden, mask, clip), compiled(storage), [upstream])
+    both(lambda kind, t: kind.carry(t[0], later, hidden, mask, clip), kernels(storage), [upstream])
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -153,28 +183,50 @@ def test_exponentials_are_exact_to_the_last_places(compiled: Callable) -> None:
     assert float(((g - tanh) / tanh.abs().clamp(min=1e-30)).abs().max()) < 4e-7
 
 
+@pytest.mark.parametrize("kernels", ["C", "Triton"], indirect=True)
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_nan_passes_through(compiled: Callable, storage: torch.dtype) -> None:
+def test_nan_passes_through(kernels: Callable, storage: torch.dtype) -> None:
     """A model that has diverged must be seen to: no clip, maximum or mask may hide it."""
-    wide, kernels = wide_dtype(storage), compiled(storage)
+    wide, kind = wide_dtype(storage), kernels(storage)
     nan = torch.full((1, 5), math.nan)
     gates, cells, exposed = torch.zeros(1, 20), torch.empty(1, 5, dtype=wide), torch.empty(1, 5, dtype=storage)
     gates[:, :5] = math.nan
     gates = gates.to(storage)
-    kernels.advance(gates, torch.zeros(20, dtype=wide), None, cells, exposed, 3.0)
+    kind.advance(gates, torch.zeros(20, dtype=wide), None, cells, exposed, 3.0)
     assert cells.isnan().all() and exposed.isnan().all()
     d_cells = torch.zeros(1, 5, dtype=wide)
-    kernels.retreat(gates, None, cells, exposed, torch.ones(1, 5, dtype=storage), d_cells, 3.0)
+    kind.retreat(gates, None, cells, exposed, torch.ones(1, 5, dtype=storage), d_cells, 3.0)
     assert gates[:, :5].isnan().all() and d_cells.isnan().all()
     hidden = nan.to(storage)
-    kernels.limit(hidden, None, 3.0)
+    kind.limit(hidden, None, 3.0)
     assert hidden.isnan().all()
     upstream = torch.ones(1, 5, dtype=storage)
-    kernels.carry(upstream, nan.to(storage), torch.zeros(1, 5, dtype=storage), None, 3.0)
+    kind.carry(upstream, nan.to(storage), torch.zeros(1, 5, dtype=storage), None, 3.0)
     assert upstream.isnan().all()
     outputs = [torch.empty(2, dtype=wide) for _ in range(3)]
     logits = torch.zeros(2, 9, dtype=storage)
     logits[0, 4] = math.nan
     zeros = torch.zeros(9, dtype=wide)
-    kernels.softmax_rows(logits, zeros, torch.tensor([0.0, math.nan], dtype=wide), *outputs, zeros.clone())
+    kind.softmax_rows(logits, zeros, torch.tensor([0.0, math.nan], dtype=wide), *outputs, zeros.clone())
     assert outputs[0].isnan().all()
+
+
+def test_kernels_become_machine_code() -> None:
+    """For Ampere and Hopper; the compiler refuses what the interpreter lets pass."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.model.compile_kernels", "80", "90"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * 4 * 3 * 2
+    assert all(int(line.split()[-1]) > 1000 for line in lines)
+
+
+def test_what_triton_cannot_do_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, a compiler that fails is one line in the log, and nothing else."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    why = triton_problem(torch.device("cuda"))
+    assert why and "\n" not in why
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert native.SWITCH in triton_problem(torch.device("cuda"))
