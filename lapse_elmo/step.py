@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import Config
+from lapse_elmo.dense_mean import DenseMean, open_dense_mean
 from lapse_elmo.devices import Uplink
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.model.bilm import BiLM
@@ -68,6 +69,7 @@ class TrainingStep:
     as far as one of long ones, and towards ending every sentence at once.
 
     :param mean_targets: how many targets a batch has on average.
+    :ivar remark: what a log should say of how dense gradients are summed, if anything.
     :param flag: a number asked for once a step on every rank; ``StepResult.flags`` has those of all ranks, on all.
     """
 
@@ -91,7 +93,15 @@ class TrainingStep:
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
-        self._flat = np.empty(sum(p.numel() for p in self._dense), np.float32)
+        self._mean: DenseMean | None = None
+        self.remark = ""
+        if parameters.dense_table is None:
+            self._mean, self.remark = open_dense_mean(world, device, sum(p.numel() for p in self._dense))
+
+    def close(self) -> None:
+        """Collective: no step follows."""
+        if self._mean is not None:
+            self._mean.close()
 
     def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
         """Send the intent of a batch that will be trained at ``clock``, and have its samples drawn."""
@@ -109,9 +119,9 @@ class TrainingStep:
         timer.next("compute")
         nll, embedding, softmax = self._compute(batch, pulled, step)
         timer.next("agree")
-        reduced = self._start_reduce([_gradient(p) for p in self._dense])
+        dense_mean = self._start_mean([_gradient(p) for p in self._dense])
         square = _square(0.0, embedding, softmax)
-        dense = reduced()
+        dense = dense_mean()
         square = _square(square, *dense)
         mine = np.array(
             [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.flag()], np.float64
@@ -176,25 +186,10 @@ class TrainingStep:
             softmax.num_tries or None, replacement=softmax.replacement,
         )
 
-    def _start_reduce(self, gradients: list[Tensor]) -> Callable[[], list[Tensor]]:
+    def _start_mean(self, gradients: list[Tensor]) -> Callable[[], list[Tensor]]:
         """Begin the mean of the ranks' dense gradients, which the result gives; they stay as they are where the server
         adds them up."""
-        if self.world.size == 1 or self.parameters.dense_table is not None:
-            return lambda: gradients
-        start = 0
-        for gradient in gradients:
-            end = start + gradient.numel()
-            np.copyto(self._flat[start:end], gradient.cpu().numpy().reshape(-1))
-            start = end
-        summed = self.world.start_sum(self._flat)
-
-        def finish() -> list[Tensor]:
-            summed()
-            mean = torch.from_numpy(self._flat).div_(self.world.size).to(self.device)
-            parts = torch.split(mean, [gradient.numel() for gradient in gradients])
-            return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-
-        return finish
+        return self._mean.start(gradients) if self._mean is not None else lambda: gradients
 
     def _clip_factor(self, norm: float) -> float:
         bound = self.config.optimizer.clip_norm

@@ -180,6 +180,8 @@ class Training:
         every, cursor, state, log = self.config.run, self.cursor, self.state, self.log
         targets = mean_targets(self.config, self.world, self.corpus.train)
         step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
+        if step_once.remark:
+            log.say(step_once.remark)
         profile = StepProfile(self.run_dir, every.profile, self.world.rank)
         signalled = False
         with self.saver:
@@ -212,6 +214,7 @@ class Training:
                     break
             self.saver.finish()
         profile.close()
+        step_once.close()
         if signalled:
             log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()

@@ -1,6 +1,6 @@
 """The row-wise parts of an LSTM step on a GPU: one kernel each, where torch's operations would be ten or twenty.
 
-The same in other words as pointwise_torch.py and pointwise.c, with one program for a block of columns of a row. Rows are
+The same in other words as pointwise_torch.py and pointwise.c, a program for each row and block of columns. Rows are
 stored in float32, float64 or bfloat16 and computed with in the dtype of the cells.
 """
 

@@ -10,7 +10,6 @@ Their messages go over TCP, neither authenticated nor encrypted. Ranks of one ho
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import socket
 import subprocess
@@ -25,13 +24,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from lapse_elmo.addresses import own_address
 from lapse_elmo.errors import ConfigError, LaunchError, ServerError
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
 from lapse_elmo.world import World
 
 START_S = 120.0
-_LOOPBACK = "127.0.0.1"
 _MARK = "_lapse_elmo_started"  # on the package's module
 _ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
 _SCHEDULER = "import sys; from lapse_elmo.ps.scheduler import main; main(sys.argv[1:])"
@@ -157,17 +156,10 @@ class PackageNode(ABC):
 
     def _address(self) -> str:
         """An address of this host under which the other ranks reach it."""
-        if self._one_host:
-            return _LOOPBACK
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # sends nothing: which interface leads out
-            return str(probe.getsockname()[0])
-        try:
-            return socket.gethostbyname(socket.gethostname())
-        except OSError:
-            raise LaunchError(
-                "this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI"
-            ) from None
+        address = own_address(self._one_host)
+        if address is None:
+            raise LaunchError("this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI")
+        return address
 
     def _tell(self, letter: bytes) -> None:
         """To the watch; on other ranks than 0 nothing."""

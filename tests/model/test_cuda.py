@@ -10,6 +10,7 @@ from torch import Tensor
 from lapse_elmo.devices import Uplink
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.model.pointwise import triton_problem
 from lapse_elmo.model.softmax import sampled_softmax_nll
 from tests.model.test_precision import LENGTHS, MASK, SIZE, random
 
@@ -43,6 +44,13 @@ def test_equals_the_cpu(dtype: torch.dtype, bound: float) -> None:
     assert there.keys() == here.keys()
     for name, value in here.items():
         assert float((there[name].double() - value).norm() / value.norm()) < bound, name
+
+
+@GPU
+def test_steps_are_kernels() -> None:
+    """What test_equals_the_cpu compares are Triton's kernels, where Triton is installed."""
+    pytest.importorskip("triton")
+    assert not triton_problem(torch.device("cuda", 0))
 
 
 @GPU

@@ -1,0 +1,162 @@
+"""The mean over the ranks of the gradients of the dense parameters: over MPI, or between GPUs over NCCL."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lapse_elmo.addresses import own_address
+from lapse_elmo.world import World
+
+_START_S = 60.0
+
+
+class DenseMean(Protocol):
+    """Means of gradients (collective, on every rank in the same order)."""
+
+    def start(self, gradients: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin the mean of ``gradients``, which stay as they are.
+
+        The result gives the means, of the same shapes and with the same bits on every rank. They lie in memory that the
+        next start uses again.
+        """
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
+def open_dense_mean(world: World, device: torch.device, numbers: int) -> tuple[DenseMean, str]:
+    """The fastest way for gradients of ``numbers`` float32 in all that lie on ``device`` (collective).
+
+    That is NCCL where every rank has a GPU of its own, and else MPI. A log should tell the second part of the result,
+    why several GPUs do not use NCCL, unless it is empty.
+    """
+    over_mpi = MpiMean(world, device, numbers)
+    gpus = world.allgather(_gpu(device))
+    if world.size == 1 or None in gpus or len(set(gpus)) == 1:
+        return over_mpi, ""
+    if len(set(gpus)) < world.size:
+        return over_mpi, "ranks share a GPU: the dense gradients are summed by the host over MPI, not by NCCL"
+    found, why = open_torch_mean(world, device, numbers, "nccl")
+    if found is None:
+        return over_mpi, f"NCCL does not work here: the dense gradients are summed by the host over MPI: {why}"
+    return found, ""
+
+
+def _gpu(device: torch.device) -> str | None:
+    """What tells the GPU from all others."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+class MpiMean:
+    """By the host, which MPI sums over."""
+
+    def __init__(self, world: World, device: torch.device, numbers: int) -> None:
+        self._world, self._device = world, device
+        self._flat = np.empty(numbers if world.size > 1 else 0, np.float32)
+
+    def start(self, gradients: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        if self._world.size == 1:
+            return lambda: list(gradients)
+        start = 0
+        for gradient in gradients:
+            end = start + gradient.numel()
+            np.copyto(self._flat[start:end], gradient.cpu().numpy().reshape(-1))
+            start = end
+        summed = self._world.start_sum(self._flat)
+
+        def finish() -> list[Tensor]:
+            summed()
+            return _shaped(torch.from_numpy(self._flat).div_(self._world.size).to(self._device), gradients)
+
+        return finish
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+def open_torch_mean(
+    world: World, device: torch.device, numbers: int, backend: str, start_s: float = _START_S
+) -> tuple[TorchMean | None, str]:
+    """A :class:`TorchMean` of torch.distributed's ``backend`` that has been tried, or None and why (collective).
+
+    :param start_s: seconds within which the ranks must have found each other.
+    """
+    mean = TorchMean(world, device, numbers)
+    one_host = len(set(world.allgather(world.host))) == 1
+    stores: list[dist.TCPStore] = []
+    address, port = own_address(one_host) or world.host, 0
+    # One after another, each only if all ranks have come so far: a backend waits without a limit for those that fail.
+    steps: list[Callable[[], object]] = [
+        lambda: stores.append(mean.find(address, port, start_s)) if world.rank == 0 else None,
+        lambda: stores.append(mean.find(address, port, start_s)) if world.rank else None,
+        lambda: mean.join(stores[0], backend),
+    ]
+    for step in steps:
+        problem = ""
+        try:
+            step()
+        except (RuntimeError, ValueError) as error:
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problems = [f"[{where}] {text}" for text, where in world.allgather((problem, str(world))) if text]
+        if problems:
+            mean.close()
+            return None, problems[0]
+        address, port = world.bcast((address, stores[0].port if stores else 0))
+    return mean, ""
+
+
+class TorchMean:
+    """Between the ranks' devices, by torch.distributed; see :func:`open_torch_mean`."""
+
+    def __init__(self, world: World, device: torch.device, numbers: int) -> None:
+        self._world = world
+        self._flat = torch.empty(numbers, device=device)
+
+    def find(self, address: str, port: int, start_s: float) -> dist.TCPStore:
+        """The store by which the ranks find each other: rank 0 opens it at a free port."""
+        own = self._world.rank == 0
+        return dist.TCPStore(
+            address, port, self._world.size, own, datetime.timedelta(seconds=start_s), wait_for_workers=False
+        )
+
+    def join(self, store: dist.Store, backend: str) -> None:
+        """Collective: form the group, and try it.
+
+        :raises RuntimeError, ValueError: torch's, or if the sum is wrong.
+        """
+        world, device = self._world, self._flat.device
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size,
+            device_id=device if device.type == "cuda" else None,
+        )
+        trial = torch.full((2,), world.rank + 1.0, device=device)
+        dist.all_reduce(trial)
+        if trial.tolist() != [world.size * (world.size + 1) / 2] * 2:
+            raise RuntimeError(f"its sum of the ranks' numbers is wrong: {trial.tolist()}")
+
+    def start(self, gradients: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._flat)
+        work = dist.all_reduce(self._flat, async_op=True)
+
+        def finish() -> list[Tensor]:
+            assert work is not None
+            work.wait()  # with NCCL the device's stream waits, not the host
+            return _shaped(self._flat.div_(self._world.size), gradients)
+
+        return finish
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _shaped(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
