@@ -35,13 +35,13 @@ from lapse_elmo import native
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.layout import Layout, Segment, distinct
-from lapse_elmo.ps.manager import TECHNIQUES, Manager, groups
+from lapse_elmo.ps.manager import TECHNIQUES, Manager
 from lapse_elmo.ps.memory import NodeMemory, require_room
 from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, growing_pieces, pieces
 from lapse_elmo.ps.node_state import SegmentState, where_name
 from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, SOURCE, open_rows, shapes_of
 from lapse_elmo.ps.sampling import Sampler
-from lapse_elmo.ps.whereabouts import learn, node_of
+from lapse_elmo.ps.whereabouts import groups, learn, node_of
 from lapse_elmo.world import World
 
 

@@ -29,7 +29,7 @@ from lapse_elmo.ps.messages import (
 )
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.replication import Replication
-from lapse_elmo.ps.whereabouts import epoch_of, home_of, learn, node_of
+from lapse_elmo.ps.whereabouts import epoch_of, groups, home_of, learn, node_of
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
 _PR_SET_TIMERSLACK = 29
@@ -354,16 +354,6 @@ class Manager(threading.Thread):
         if number:
             done = Message.of(Kind.DONE, ticket=message.ticket, extra=number)
             self.mailbox.send(message.origin, TO_WORKER, done)
-
-
-def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
-    """(node, positions) for each node that occurs in ``nodes`` (n,)."""
-    if not nodes.size:
-        return []
-    first = int(nodes[0])
-    if (nodes == first).all():
-        return [(first, slice(None))]
-    return [(node, np.flatnonzero(nodes == node)) for node in np.unique(nodes).tolist()]
 
 
 def others(positions: np.ndarray, number: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from lapse_elmo.ps.messages import Kind, Message
 from lapse_elmo.ps.node_state import SegmentState
+from lapse_elmo.ps.whereabouts import groups
 
 # Seconds between the starts of two rounds: with clocks that advance; without; and where rounds find nothing to do.
 _SHORTEST_S, _LONG_S, _LONGEST_S = 0.002, 0.05, 0.4
@@ -98,8 +99,9 @@ class Replication:
         """An owner's new values."""
         state = self._states[message.segment]
         assert message.values is not None
-        held = state.lender[message.rows] == owner
-        rows, values = message.rows[held], message.values[held]
+        rows, values, held = message.rows, message.values, state.lender[message.rows] == owner
+        if not held.all():
+            rows, values = rows[held], values[held]
         flying = self._in_flight.get((message.segment, owner))
         if flying is not None and rows.size:
             places = np.minimum(np.searchsorted(flying[0], rows), flying[0].size - 1)
@@ -123,12 +125,9 @@ class Replication:
             return
         which, deltas = state.rows.collect(state.borrowed)
         rows = state.borrowed[which]
-        owners = state.lender[rows]
-        for owner in np.unique(owners).tolist():
-            chosen = owners == owner
-            self._in_flight[state.number, owner] = rows[chosen], deltas[chosen]
-            message = Message.of(Kind.DELTAS, state.number, self._rank, rows=rows[chosen], values=deltas[chosen])
-            self._send(owner, message)
+        for owner, chosen in groups(state.lender[rows]):
+            some = self._in_flight[state.number, owner] = rows[chosen], deltas[chosen]
+            self._send(owner, Message.of(Kind.DELTAS, state.number, self._rank, rows=some[0], values=some[1]))
             self._awaited += 1
 
     def _send_values(self, state: SegmentState) -> None:
@@ -175,7 +174,7 @@ class Replication:
         rows = np.unique(np.concatenate(self._ended[state.number]))
         rows = rows[(state.intents[rows] == 0) & (state.lender[rows] >= 0)]
         gone, lenders = state.release(rows)
-        for owner in np.unique(lenders).tolist():
-            self._send(owner, Message.of(Kind.DROP, state.number, self._rank, rows=gone[lenders == owner]))
+        for owner, chosen in groups(lenders):
+            self._send(owner, Message.of(Kind.DROP, state.number, self._rank, rows=gone[chosen]))
         left = rows[state.lender[rows] >= 0]
         self._ended[state.number] = [left] if left.size else []

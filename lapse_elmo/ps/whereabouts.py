@@ -35,3 +35,13 @@ def epoch_of(stamps: np.ndarray) -> np.ndarray:
 def learn(known: np.ndarray, rows: np.ndarray, stamps: np.ndarray) -> None:
     """Let ``known`` (num_rows,) at the distinct ``rows`` become ``stamps`` (n,) where these are newer."""
     known[rows] = np.maximum(known[rows], stamps)
+
+
+def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
+    """(node, positions) for each node that occurs in ``nodes`` (n,)."""
+    if not nodes.size:
+        return []
+    first = int(nodes[0])
+    if (nodes == first).all():
+        return [(first, slice(None))]
+    return [(node, np.flatnonzero(nodes == node)) for node in np.unique(nodes).tolist()]
