@@ -115,11 +115,11 @@ class EmbeddedServer(ParameterServer):
         world = self._world
         assert world.comm is not None
         self._comm = world.comm.Dup()
-        patience = Patience(not world.oversubscribed)
-        self._patience = patience
-        self._mailbox = Mailbox(self._comm, TO_WORKER, patience)
+        spin, alert = not world.oversubscribed, self._technique == "relocation"
+        self._patience = Patience(spin, alert)
+        self._mailbox = Mailbox(self._comm, TO_WORKER, self._patience)
         if world.local_rank == 0:
-            patience = Patience(not world.oversubscribed)
+            patience = Patience(spin, alert)
             mailbox = Mailbox(self._comm, TO_MANAGER, patience)
             self._manager = Manager(
                 mailbox, patience, states, self._technique, world.node, world.leaders, self._clocks, self._synced
