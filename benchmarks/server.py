@@ -120,7 +120,6 @@ class Partners:
     def streams(self, verb: str) -> Operation:
         """The copies and additions of a ``verb``, and the rows' way from the one to the other."""
         rows = self.server._rows["rows"]
-        slots = rows.slots.astype(np.int64)
         values = self.values.numpy()
 
         def gather(number: int, piece: slice, block: np.ndarray) -> None:
@@ -137,7 +136,7 @@ class Partners:
 
         def put(number: int, piece: slice, block: np.ndarray) -> None:
             place = self.asked[number][piece]  # as if these had just come
-            rows.put(place, slots[place], block, as_replica=False)
+            rows.put(place, rows.slots[place].astype(np.int64), block, as_replica=False)
 
         if verb == "push":
             return Operation(self._stream(copy, add, self.is_active, self.partner_is_active))

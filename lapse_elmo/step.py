@@ -69,8 +69,8 @@ class TrainingStep:
     as far as one of long ones, and towards ending every sentence at once.
 
     :param mean_targets: how many targets a batch has on average.
-    :ivar remark: what a log should say of how dense gradients are summed, if anything.
     :param flag: a number asked for once a step on every rank; ``StepResult.flags`` has those of all ranks, on all.
+    :ivar remark: what a log should say of how dense gradients are summed, if anything.
     """
 
     def __init__(
