@@ -145,7 +145,7 @@ def _add(target: argparse._ActionsContainer, field: dataclasses.Field, hint: Any
     meta = field.metadata
     kwargs: dict[str, Any] = {"help": meta["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
     if meta["choices"]:
-        kwargs["choices"] = list(meta["choices"])
+        kwargs["choices"] = [choice for choice in meta["choices"] if choice]  # nothing: leave the option away
     required = field.default is dataclasses.MISSING
     if base is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
