@@ -25,6 +25,7 @@ from lapse_elmo.config.cli import option, parse
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.messages import pieces
 from lapse_elmo.world import World, launch
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 WIDTH = 256  # 1 KiB
 LAYOUT = Layout.of(("rows", 200_000, WIDTH))
 NUM_KEYS = 8_192
-_PIECE = 1_024  # rows of a stream's message
+PIECES = list(pieces(NUM_KEYS, WIDTH))  # of a stream, as the server sends them
 
 Step = Callable[[int, slice, np.ndarray], None]  # number of the call, which of its rows, a block of their values
 
@@ -148,12 +149,11 @@ class Partners:
         self, fill: Step, use: Step, sends: bool, receives: bool, into: np.ndarray | None = None
     ) -> Callable[[int], None]:
         """Send blocks that ``fill`` fills, and receive blocks (or into ``into``) that ``use`` uses."""
-        blocks, more = np.ones((2, 2, _PIECE, WIDTH), np.float32)
+        blocks, more = np.ones((2, 2, PIECES[0].stop, WIDTH), np.float32)
 
         def run(number: int) -> None:
             sent: list[MPI.Request] = []
-            for turn, start in enumerate(range(0, NUM_KEYS, _PIECE)):
-                piece = slice(start, start + _PIECE)
+            for turn, piece in enumerate(PIECES):
                 if sends:
                     if turn > 1:
                         sent[turn - 2].Wait()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lapse_elmo.addresses import own_address
+from lapse_elmo.errors import in_one_line
 from lapse_elmo.world import World
 
 _START_S = 60.0
@@ -89,27 +90,27 @@ def open_torch_mean(
     :param start_s: seconds within which the ranks must have found each other.
     """
     mean = TorchMean(world, device, numbers)
-    one_host = len(set(world.allgather(world.host))) == 1
-    stores: list[dist.TCPStore] = []
-    address, port = own_address(one_host) or world.host, 0
+    address, port = own_address(world.allgather(world.host)) or world.host, 0
     # One after another, each only if all ranks have come so far: a backend waits without a limit for those that fail.
-    steps: list[Callable[[], object]] = [
-        lambda: stores.append(mean.find(address, port, start_s)) if world.rank == 0 else None,
-        lambda: stores.append(mean.find(address, port, start_s)) if world.rank else None,
-        lambda: mean.join(stores[0], backend),
-    ]
-    for step in steps:
-        problem = ""
-        try:
-            step()
-        except (RuntimeError, ValueError) as error:
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problems = [f"[{where}] {text}" for text, where in world.allgather((problem, str(world))) if text]
-        if problems:
-            mean.close()
-            return None, problems[0]
-        address, port = world.bcast((address, stores[0].port if stores else 0))
+    why = _attempt(world, lambda: mean.find(address, port, start_s) if world.rank == 0 else None)
+    if not why:
+        address, port = world.bcast((address, mean.port))
+        why = _attempt(world, lambda: mean.find(address, port, start_s) if world.rank else None)
+    why = why or _attempt(world, lambda: mean.join(backend))
+    if why:
+        mean.close()
+        return None, why
     return mean, ""
+
+
+def _attempt(world: World, step: Callable[[], None]) -> str:
+    """Collective: run ``step`` on every rank; the first problem that torch had with it, and where, or nothing."""
+    problem = ""
+    try:
+        step()
+    except (RuntimeError, ValueError) as error:
+        problem = in_one_line(error)
+    return next((f"[{where}] {text}" for text, where in world.allgather((problem, str(world))) if text), "")
 
 
 class TorchMean:
@@ -118,22 +119,28 @@ class TorchMean:
     def __init__(self, world: World, device: torch.device, numbers: int) -> None:
         self._world = world
         self._flat = torch.empty(numbers, device=device)
+        self._store: dist.TCPStore | None = None
 
-    def find(self, address: str, port: int, start_s: float) -> dist.TCPStore:
-        """The store by which the ranks find each other: rank 0 opens it at a free port."""
-        own = self._world.rank == 0
-        return dist.TCPStore(
-            address, port, self._world.size, own, datetime.timedelta(seconds=start_s), wait_for_workers=False
+    @property
+    def port(self) -> int:
+        """Where this rank's store is; 0 without one."""
+        return self._store.port if self._store is not None else 0
+
+    def find(self, address: str, port: int, start_s: float) -> None:
+        """Open (on rank 0, at a free port) or reach the store by which the ranks find each other."""
+        timeout = datetime.timedelta(seconds=start_s)
+        self._store = dist.TCPStore(
+            address, port, self._world.size, self._world.rank == 0, timeout, wait_for_workers=False
         )
 
-    def join(self, store: dist.Store, backend: str) -> None:
+    def join(self, backend: str) -> None:
         """Collective: form the group, and try it.
 
         :raises RuntimeError, ValueError: torch's, or if the sum is wrong.
         """
         world, device = self._world, self._flat.device
         dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size,
+            backend, store=self._store, rank=world.rank, world_size=world.size,
             device_id=device if device.type == "cuda" else None,
         )
         trial = torch.full((2,), world.rank + 1.0, device=device)

@@ -54,6 +54,11 @@ class TrainingError(UserError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
+def in_one_line(error: object) -> str:
+    """The first line of what ``error`` says; of an exception that says nothing, its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def say(text: str) -> None:
     """Lines on stderr, in one write: ``print`` makes two of them, between which a launcher puts other ranks' words."""
     sys.stderr.write(f"{text}\n")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
-from lapse_elmo.errors import ConfigError, LaunchError, UserError, say
+from lapse_elmo.errors import ConfigError, LaunchError, UserError, in_one_line, say
 from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 from lapse_elmo.streams import flush_to_launcher
@@ -309,10 +309,9 @@ def enter() -> World:
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise LaunchError(
-            f"no MPI library can be loaded ({reason}): run 'make setup', which installs one, or load your site's MPI "
-            "and name its family in MPI4PY_MPIABI (mpich or openmpi)"
+            f"no MPI library can be loaded ({in_one_line(error)}): run 'make setup', which installs one, or load your "
+            "site's MPI and name its family in MPI4PY_MPIABI (mpich or openmpi)"
         ).on_every_rank() from None
     expected = launcher_rank_and_size()[1]
     version = MPI.Get_library_version()

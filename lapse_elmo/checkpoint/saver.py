@@ -18,7 +18,7 @@ from lapse_elmo.checkpoint.files import DENSE, Snapshot, rank_file, write_dense_
 from lapse_elmo.checkpoint.folder import clear, mark_best, partial_of, path_of, put
 from lapse_elmo.checkpoint.manifest import FORMAT, MANIFEST, VERSION, Manifest, encode
 from lapse_elmo.cursor import Cursor
-from lapse_elmo.errors import OutputError
+from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.world import World
@@ -177,7 +177,7 @@ class Saver:
         try:
             work()
         except (OSError, RuntimeError) as error:  # HDF5 has both for a disk that refuses
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or in_one_line(error)
             message = f"cannot write checkpoint {final}: {reason}; free some room or choose another --run-dir"
             raise OutputError(message) from None
 

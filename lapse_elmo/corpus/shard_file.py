@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 
 from lapse_elmo.corpus.files import ErrorKeepingFile
-from lapse_elmo.errors import CorpusError
+from lapse_elmo.errors import CorpusError, in_one_line
 
 FORMAT = "lapse-elmo-shard"
 VERSION = 1
@@ -258,7 +258,7 @@ class ShardFile:
     def _damaged(self, reason: object) -> CorpusError:
         if isinstance(reason, OSError) and "signature not found" in str(reason):
             return CorpusError(f"{self.path} is not an HDF5 file; expected a shard made by bin/preprocess shards")
-        text = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        text = in_one_line(reason)
         return CorpusError(f"shard {self.path} is damaged ({text}); copy it again or make the shards again")
 
 

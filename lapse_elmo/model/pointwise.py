@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lapse_elmo import native
+from lapse_elmo.errors import in_one_line
 from lapse_elmo.model.pointwise_torch import TorchPointwise, wide_dtype
 
 SOURCE = Path(__file__).parent / "pointwise.c"
@@ -109,7 +110,7 @@ def _triton_problem(device: torch.device) -> str:
 
         pointwise_triton.check(device)
     except Exception as error:  # a compiler's or a driver's, of whatever kind
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return in_one_line(error)
     return ""
 
 

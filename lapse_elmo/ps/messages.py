@@ -177,17 +177,21 @@ class Blocks:
 
 def pieces(number: int, width: int) -> Iterator[slice]:
     """Slices of ``number`` rows whose values fit into a message each."""
-    size = max(_PIECE_BYTES // (4 * width), 1)
+    size = _rows_in(_PIECE_BYTES, width)
     return (slice(start, min(start + size, number)) for start in range(0, number, size))
 
 
 def growing_pieces(number: int, width: int) -> Iterator[slice]:
     """Slices of ``number`` rows to ask for in a message each: ever more, so that their owner can soon begin."""
-    start, size = 0, max(_SMALLEST_REQUEST_BYTES // (4 * width), 1)
+    start, size = 0, _rows_in(_SMALLEST_REQUEST_BYTES, width)
     while start < number:
         yield slice(start, min(start + size, number))
         start += size
-        size = max(min(_GROWTH * size, _LARGEST_REQUEST_BYTES // (4 * width)), 1)
+        size = min(_GROWTH * size, _rows_in(_LARGEST_REQUEST_BYTES, width))
+
+
+def _rows_in(num_bytes: int, width: int) -> int:
+    return max(num_bytes // (4 * width), 1)
 
 
 class Patience:

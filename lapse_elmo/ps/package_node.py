@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from lapse_elmo.addresses import own_address
-from lapse_elmo.errors import ConfigError, LaunchError, ServerError
+from lapse_elmo.errors import ConfigError, LaunchError, ServerError, in_one_line
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
 from lapse_elmo.world import World
@@ -62,7 +62,7 @@ class PackageNode(ABC):
         if hasattr(self.module, _MARK):
             raise ServerError(f"{self.package} was started in this process before, which it does only once")
         setattr(self.module, _MARK, True)
-        self._one_host = len(set(world.allgather(world.host))) == 1
+        self._hosts = world.allgather(world.host)
         self._scheduler: subprocess.Popen | None = None
         address, port = world.agree(lambda: self._start_scheduler(start_s))
         own = world.together(lambda: _own_address(address, port))
@@ -117,7 +117,7 @@ class PackageNode(ABC):
         except ModuleNotFoundError:
             why = "is not installed"
         except ImportError as error:
-            why = f"cannot be loaded ({str(error).splitlines()[0]})"
+            why = f"cannot be loaded ({in_one_line(error)})"
         else:
             if hasattr(module, "Worker"):
                 return module
@@ -156,7 +156,7 @@ class PackageNode(ABC):
 
     def _address(self) -> str:
         """An address of this host under which the other ranks reach it."""
-        address = own_address(self._one_host)
+        address = own_address(self._hosts)
         if address is None:
             raise LaunchError("this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI")
         return address

@@ -23,7 +23,7 @@ def sources(name: str) -> Iterator[ASTSource]:
     kernel, (pointers, option) = getattr(pointwise_triton, name), KERNELS[name]
     for storage, (wide, dtype) in STORAGES.items():
         for there in (False, True):
-            constants = {"CLIP": 3.0, "CLIPS": there, option: there, "WIDE": dtype, "BLOCK": 1024}
+            constants = {"CLIP": 3.0, "CLIPS": there, option: there, "WIDE": dtype, "BLOCK": pointwise_triton._BLOCK}
             types = iter([f"*{storage if kind == 's' else wide}" for kind in pointers] + ["i32"])
             signature = {n: "constexpr" if n in constants else next(types) for n in kernel.arg_names}
             yield ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from lapse_elmo import native
-from lapse_elmo.model.pointwise import (
-    SOURCE,
-    NativePointwise,
-    Pointwise,
-    TorchPointwise,
-    pointwise,
-    triton_problem,
-    wide_dtype,
-)
+from lapse_elmo.model.pointwise import SOURCE, NativePointwise, Pointwise, pointwise, triton_problem
+from lapse_elmo.model.pointwise_torch import TorchPointwise, wide_dtype
 from tests.mpi import ROOT
 
 STORAGES = [torch.float32, torch.float64, torch.bfloat16]
