@@ -25,7 +25,7 @@ from lapse_elmo.config.cli import option, parse
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.messages import pieces
+from lapse_elmo.ps.wire import pieces
 from lapse_elmo.world import World, launch
 
 if TYPE_CHECKING:

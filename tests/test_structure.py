@@ -37,7 +37,7 @@ FORBIDDEN = {
 }
 # Third-party packages that only these may import.
 OWNERS = {
-    "mpi4py": {"world", "ps.messages"},
+    "mpi4py": {"world", "ps.mpi_transport"},
     "allennlp": {"model"},
     "triton": {"model.pointwise_triton"},
     "h5py": {"corpus", "checkpoint", "export", "embed"},

@@ -25,34 +25,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
-from lapse_elmo import native
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.layout import Layout, Segment, distinct
+from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.manager import TECHNIQUES, Manager
-from lapse_elmo.ps.memory import NodeMemory, require_room
-from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, growing_pieces, pieces
-from lapse_elmo.ps.node_state import SegmentState, where_name
-from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, SOURCE, open_rows, shapes_of
+from lapse_elmo.ps.memory import require_room
+from lapse_elmo.ps.messages import Flush, Freeze, Intent, Localize, Pull, Push, Set, Stop
+from lapse_elmo.ps.node_state import SegmentState, cached_name, stamps_name
+from lapse_elmo.ps.ordering import fence
+from lapse_elmo.ps.platform import MpiPlatform, Platform, Shapes
+from lapse_elmo.ps.requests import Requests, RowsCall
+from lapse_elmo.ps.ring import Ring, shapes
+from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, NativeRows, shapes_of
 from lapse_elmo.ps.sampling import Sampler
-from lapse_elmo.ps.whereabouts import groups, learn, node_of
+from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Backoff
+from lapse_elmo.ps.wire import growing_pieces, new, pieces
 from lapse_elmo.world import World
-
-
-@dataclass
-class _Call(Call):
-    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled or pushed."""
-
-    remaining: int
-    segment: Segment | None = None
-    rows: np.ndarray | None = None
-    values: np.ndarray | None = None
 
 
 class EmbeddedServer(ParameterServer):
@@ -60,12 +52,13 @@ class EmbeddedServer(ParameterServer):
 
     :param technique: see above; of no effect on one node.
     :param staleness: see above, in clocks; at least 2.
+    :param platform: where it runs; by default the machine and the MPI of ``world``.
     :raises ConfigError: if a node's share of the rows does not fit into its shared memory.
     """
 
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
-        technique: str = "adaptive", staleness: int = 4,
+        technique: str = "adaptive", staleness: int = 4, platform: Platform | None = None,
     ) -> None:
         super().__init__(layout, sampled, first_sample)
         assert technique in TECHNIQUES and staleness >= 2
@@ -73,28 +66,36 @@ class EmbeddedServer(ParameterServer):
         self._technique = technique
         self._slack = staleness // 2 - 1
         self._replicates = technique in ("adaptive", "replication") and world.num_nodes > 1
-        self._handled = 0
         self._manager: Manager | None = None
-        require_room(world, layout.num_bytes)
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "clocks": ((world.local_size,), np.int64), "synced": ((world.local_size,), np.int64)
-        }
+        if platform is None:
+            require_room(world, layout.num_bytes)
+        self._platform = platform or MpiPlatform(world)
+        several = world.num_nodes > 1
+        wanted: Shapes = {"clocks": ((world.local_size,), np.int64), "synced": ((world.local_size,), np.int64)}
         for segment in layout.segments:
-            shapes |= shapes_of(segment, world.num_nodes > 1) | {where_name(segment): ((segment.num_rows,), np.int64)}
-        self._memory = NodeMemory(world, shapes)
-        self.is_native = all(world.allgather(native.load(SOURCE) is not None))
-        self._rows = {segment.name: open_rows(self._memory, segment, self.is_native) for segment in layout.segments}
+            wanted |= shapes_of(segment, several)
+            wanted |= {name(segment): ((segment.num_rows,), np.int64) for name in (stamps_name, cached_name)}
+        if several:
+            wanted |= shapes(world.local_size)
+        self._memory = self._platform.memory(wanted)
+        self._rows = {segment.name: self._platform.rows(self._memory, segment) for segment in layout.segments}
         self._number = {segment.name: number for number, segment in enumerate(layout.segments)}
-        self._where = {segment.name: self._memory.arrays[where_name(segment)] for segment in layout.segments}
-        self._seen = {segment.name: np.zeros(segment.num_rows, np.int64) for segment in layout.segments}
-        self._clocks, self._synced = self._memory.arrays["clocks"], self._memory.arrays["synced"]
+        arrays = self._memory.arrays
+        self._stamps = {segment.name: arrays[stamps_name(segment)] for segment in layout.segments}
+        self._cached = {segment.name: arrays[cached_name(segment)] for segment in layout.segments}
+        self._clocks, self._synced, self._fence = arrays["clocks"], arrays["synced"], fence()
         states = self._occupy()
-        if world.num_nodes > 1:
+        if several:
             self._connect(states)
         world.barrier()
 
+    @property
+    def is_native(self) -> bool:
+        """Whether rows are accessed through rows.c, not under locks of the kernel."""
+        return all(isinstance(rows, NativeRows) for rows in self._rows.values())
+
     def _occupy(self) -> list[SegmentState]:
-        """Take this node's share of the rows; what its first rank knows of them."""
+        """Take this node's share of the rows; return what its first rank knows of them."""
         world = self._world
         states: list[SegmentState] = []
 
@@ -104,7 +105,8 @@ class EmbeddedServer(ParameterServer):
                     if not name.endswith((MAIN_ROWS, REPLICA_ROWS)):  # of these, what is used
                         self._memory.reserve(name, 0, len(array))
                 for number, segment in enumerate(self.layout.segments):
-                    state = SegmentState(number, segment, self._memory, world.node, world.num_nodes, self.is_native)
+                    rows = self._platform.rows(self._memory, segment)
+                    state = SegmentState(number, segment, self._memory, rows, world.node, world.num_nodes)
                     state.occupy(world.num_nodes)
                     states.append(state)
 
@@ -113,26 +115,29 @@ class EmbeddedServer(ParameterServer):
 
     def _connect(self, states: list[SegmentState]) -> None:
         world = self._world
-        assert world.comm is not None
-        self._comm = world.comm.Dup()
         spin, alert = not world.oversubscribed, self._technique == "relocation"
-        self._patience = Patience(spin, alert)
-        self._mailbox = Mailbox(self._comm, TO_WORKER, self._patience)
+        arrays = self._memory.arrays
+        rings = [Ring(*ends) for ends in zip(arrays["ring counters"], arrays["rings"], strict=True)]
+        transport = self._platform.transport(TO_WORKER, alert=alert)
+        self._requests = Requests(
+            world, Mailbox(transport), Backoff(transport, spin, alert), rings[world.local_rank], self._calls,
+            *([array[segment.name] for segment in self.layout.segments] for array in (self._stamps, self._cached)),
+        )
         if world.local_rank == 0:
-            patience = Patience(spin, alert)
-            mailbox = Mailbox(self._comm, TO_MANAGER, patience)
+            transport = self._platform.transport(TO_MANAGER, alert=alert)
             self._manager = Manager(
-                mailbox, patience, states, self._technique, world.node, world.leaders, self._clocks, self._synced
+                Mailbox(transport, rings), Backoff(transport, spin, alert), states, self._technique, world.node,
+                world.leaders, self._clocks, self._synced,
             )
             self.stats.node = {state.segment.name: state.stats for state in states}
-            self._manager.start()
+            self._platform.start(self._manager.serve, f"manager of node {world.node}")
 
     def pull_async(self, keys: Array, out: Array) -> int:
         keys, out, segment = self.checked("out", keys, out, writes=True)
         if segment is None:
             return DONE
         start = time.perf_counter()
-        ticket, missing = self._access(Kind.PULL, segment, keys, out.numpy())
+        ticket, missing = self._access(Pull, segment, keys, out.numpy())
         stats = self.stats.segments[segment.name]
         stats.count_pull(keys.size, missing, segment.width)
         stats.pull_s += time.perf_counter() - start
@@ -143,7 +148,7 @@ class EmbeddedServer(ParameterServer):
         if segment is None:
             return DONE
         start = time.perf_counter()
-        ticket, missing = self._access(Kind.PUSH, segment, keys, deltas.numpy())
+        ticket, missing = self._access(Push, segment, keys, deltas.numpy())
         stats = self.stats.segments[segment.name]
         stats.count_push(keys.size, missing, segment.width)
         stats.push_s += time.perf_counter() - start
@@ -159,11 +164,15 @@ class EmbeddedServer(ParameterServer):
         missing = self._rows[segment.name].set(rows, values.numpy())
         if missing.size:
             # By way of this node's manager, see Manager._on_set.
-            stamps = self._where[segment.name][rows[missing]]
-            self.wait(self._request(
-                missing.size, Kind.SET, self._number[segment.name], rows=rows[missing], stamps=stamps,
-                values=values.numpy()[missing], worker=self._world.node,
-            ))
+            ticket = self._ticket(RowsCall(missing.size))
+            for piece in Requests.records(missing.size, 16 + 4 * segment.row_width):
+                some = missing[piece]
+                self._requests.send_home(new(
+                    Set, segment=self._number[segment.name], node=self._world.node, origin=self._world.rank,
+                    ticket=ticket, rows=rows[some], stamps=self._stamps[segment.name][rows[some]],
+                    values=values.numpy()[some],
+                ))
+            self.wait(ticket)
 
     def localize_async(self, keys: Array) -> int:
         keys, segment = self.checked_keys(keys)
@@ -174,8 +183,13 @@ class EmbeddedServer(ParameterServer):
         rows = rows[~self._rows[segment.name].present(rows)]
         if not rows.size:
             return DONE
-        number = self._number[segment.name]
-        return self._request(rows.size, Kind.LOCALIZE, number, rows=rows, worker=self._world.local_rank)
+        ticket = self._ticket(RowsCall(rows.size))
+        for piece in Requests.records(rows.size, 8):
+            self._requests.send_home(new(
+                Localize, segment=self._number[segment.name], worker=self._world.local_rank, origin=self._world.rank,
+                ticket=ticket, rows=rows[piece],
+            ))
+        return ticket
 
     def intent(self, keys: Array, start: int, end: int) -> None:
         keys, segment = self.checked_keys(keys)
@@ -183,28 +197,32 @@ class EmbeddedServer(ParameterServer):
         self.stats.intended_rows += keys.size
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return
-        self._send_home(Message.of(
-            Kind.INTENT, self._number[segment.name], self._world.rank, rows=distinct(keys - segment.first_key),
-            worker=self._world.local_rank, start=start, end=end,
-        ))
+        rows = distinct(keys - segment.first_key)
+        for piece in Requests.records(rows.size, 8):
+            self._requests.send_home(new(
+                Intent, segment=self._number[segment.name], worker=self._world.local_rank, start=start, end=end,
+                rows=rows[piece],
+            ))
 
     def advance_clock(self) -> int:
         clock = super().advance_clock()
+        self._fence()  # whoever sees the clock sees the pushes before it
         self._clocks[self._world.local_rank] = clock
         if self._replicates and clock - self._synced[self._world.local_rank] > self._slack:
             start = time.perf_counter()
-            self._patience.reset()
+            self._requests.backoff.reset()
             while clock - self._synced[self._world.local_rank] > self._slack:
-                self._patience.wait()
+                self._requests.receive()  # which keeps the network going, too
+            self._fence()
             self.stats.clock_wait_s += time.perf_counter() - start
         return clock
 
     def _complete(self, call: Call) -> None:
-        assert isinstance(call, _Call)
+        assert isinstance(call, RowsCall)
         if call.remaining:
-            self._patience.reset(spin=call.rows is not None)  # else this node's manager needs the core
+            self._requests.backoff.reset(spin=call.rows is not None)  # else this node's manager needs the core
         while call.remaining:
-            self._receive()
+            self._requests.receive()
 
     def is_local(self, name: str) -> np.ndarray | None:
         if self._world.num_nodes == 1:
@@ -236,7 +254,7 @@ class EmbeddedServer(ParameterServer):
         if self._replicates:
             for _ in range(2):  # deltas to the owners, then values to the holders
                 if self._manager is not None:
-                    self.wait(self._request(1, Kind.FLUSH))
+                    self._ask_manager(Flush)
                 self._world.barrier()
 
     def barrier(self) -> None:
@@ -252,107 +270,70 @@ class EmbeddedServer(ParameterServer):
             self._freeze(True)
             self._drain()
             if self._manager is not None:
-                self._send_home(Message.of(Kind.STOP))
-                self._manager.join()
+                self._requests.send_home(new(Stop))
+                self._platform.join()
                 for state in self._manager.states:
                     state.close()
-            self._mailbox.finish()
+            self._requests.mailbox.transport.finish()
             self._world.barrier()
-            self._comm.Free()
         self.closed = True
         for rows in self._rows.values():
             rows.close()
-        self._where.clear()
+        self._stamps.clear()
+        self._cached.clear()
+        if self._world.num_nodes > 1:
+            del self._requests
         del self._clocks, self._synced, self._manager
-        self._memory.close()
+        self._platform.close()
+
+    def halt(self) -> None:
+        """Stop this node's manager without a word to others; for a rank that is about to leave MPI after an error."""
+        if self._manager is not None:
+            self._manager.stopping = True
+            self._platform.join()
 
     # Talking to managers
 
-    def _access(self, kind: Kind, segment: Segment, keys: np.ndarray, values: np.ndarray) -> tuple[int, int]:
-        """Pull or push what is here and ask other nodes for the rest: (ticket, number of rows that are not here).
+    def _access(
+        self, kind: type[Pull] | type[Push], segment: Segment, keys: np.ndarray, values: np.ndarray
+    ) -> tuple[int, int]:
+        """Pull or push what is here and ask other nodes for the rest; return (ticket, number of rows not here).
 
         Part by part, so that others work on one while the next is looked up.
         """
         rows = keys - segment.first_key
         here = self._rows[segment.name]
-        access = here.pull if kind is Kind.PULL else here.push
-        call = _Call(0, segment, rows, values, stats=self.stats.segments[segment.name])
-        ticket = DONE
+        access = here.pull if kind is Pull else here.push
+        stats = self.stats.segments[segment.name]
+        call = RowsCall(0, segment, rows, values, stats=stats)
+        ticket, num_missing = DONE, 0
         for part in self._parts(kind, rows.size, segment.width):
             missing = access(rows[part], values[part])
             if missing.size:
                 if ticket is DONE:
                     ticket = self._ticket(call)
                 call.remaining += missing.size
-                self._ask(kind, ticket, call, missing + part.start)
-        return ticket, call.remaining
+                num_missing += missing.size
+                stats.sent_bytes += self._requests.ask(
+                    kind, self._number[segment.name], ticket, call, missing + part.start
+                )
+        return ticket, num_missing
 
-    def _parts(self, kind: Kind, number: int, width: int) -> Iterable[slice]:
+    def _parts(self, kind: type[Pull] | type[Push], number: int, width: int) -> Iterable[slice]:
         if self._world.num_nodes == 1:
             return (slice(0, number),)
-        return growing_pieces(number, width) if kind is Kind.PULL else pieces(number, width)
+        return growing_pieces(number, width) if kind is Pull else pieces(number, width)
 
-    def _ask(self, kind: Kind, ticket: int, call: _Call, missing: np.ndarray) -> None:
-        """Send what a call needs of the rows at ``missing`` to the nodes that have them."""
-        segment = call.segment
-        assert segment is not None and call.rows is not None and call.values is not None
-        asked = call.rows[missing]
-        stamps = np.maximum(self._where[segment.name][asked], self._seen[segment.name][asked])
-        for node, chosen in groups(node_of(stamps)):
-            places = missing[chosen]
-            message = Message.of(
-                kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
-                positions=places if kind is Kind.PULL else None, width=segment.width if kind is Kind.PUSH else 0,
-                worker=self._world.node, blocks=self._mailbox.blocks,
-            )
-            if message.values is not None:
-                np.take(call.values, places, 0, message.values, mode="clip")  # (else through a buffer)
-            self._mailbox.send(self._world.leaders[node], TO_MANAGER, message)
-            self.stats.segments[segment.name].sent_bytes += message.block.size
-
-    def _request(self, number: int, kind: Kind, segment: int = 0, **what: Any) -> int:
-        """Ask this node's manager for something that is answered by ``number`` in all; the ticket."""
-        ticket = self._ticket(_Call(number))
-        self._send_home(Message.of(kind, segment, self._world.rank, ticket, **what))
-        return ticket
-
-    def _send_home(self, message: Message) -> None:
-        self._mailbox.send(self._world.leaders[self._world.node], TO_MANAGER, message)
-
-    def _receive(self) -> None:
-        """Take in one answer, or let a moment pass."""
-        message = self._mailbox.receive()
-        if message is None:
-            self._patience.wait()
-            return
-        call = self._calls[message.ticket]
-        assert isinstance(call, _Call)
-        if message.kind is Kind.ROWS:
-            self._take_rows(call, message)
-            call.remaining -= message.rows.size
-        else:
-            call.remaining -= message.extra
-        self._handled += 1
-
-    def _take_rows(self, call: _Call, message: Message) -> None:
-        """Receive the rows that ``message`` announces: where they belong if they lie there side by side."""
-        assert call.segment is not None and call.values is not None and message.positions is not None
-        places, width = message.positions, call.segment.width
-        first, end = int(places[0]), int(places[-1]) + 1
-        for piece in pieces(places.size, width):
-            if end - first == places.size:  # positions ascend
-                self._mailbox.receive_values(message.origin, call.values[first + piece.start : first + piece.stop])
-            else:
-                values = self._mailbox.blocks.rows(piece.stop - piece.start, width)
-                self._mailbox.receive_values(message.origin, values)
-                torch.from_numpy(call.values).index_copy_(0, torch.from_numpy(places[piece]), torch.from_numpy(values))
-        if message.stamps is not None:
-            learn(self._seen[call.segment.name], message.rows, message.stamps)
+    def _ask_manager(self, kind: type[Flush] | type[Freeze], **fields: int) -> None:
+        """Have this node's manager do something, and wait until it has."""
+        ticket = self._ticket(RowsCall(1))
+        self._requests.send_home(new(kind, origin=self._world.rank, ticket=ticket, **fields))
+        self.wait(ticket)
 
     def _freeze(self, frozen: bool) -> None:
-        """Collective: from when all have returned no row moves, or again."""
+        """Collective: when all have returned, no row moves until the next call with False."""
         if self._manager is not None:
-            self.wait(self._request(1, Kind.FREEZE, extra=int(frozen)))
+            self._ask_manager(Freeze, frozen=int(frozen))
         self._world.barrier()
 
     def _drain(self) -> None:
@@ -363,7 +344,7 @@ class EmbeddedServer(ParameterServer):
         """
         handled_before = -1
         while True:
-            counts = np.array([self._mailbox.sent, self._handled], np.int64)
+            counts = np.array([self._requests.sent, self._requests.handled], np.int64)
             if self._manager is not None:
                 counts += [self._manager.mailbox.sent, self._manager.handled]
             self._world.sum_(counts)

@@ -28,7 +28,7 @@ class Intents:
         self._open: list[list[Entry]] = [[] for _ in clocks]  # by end
 
     def add(self, segment: int, rows: np.ndarray, worker: int, start: int, end: int) -> np.ndarray:
-        """Register an intent for distinct ``rows``; those to act on now."""
+        """Register an intent for distinct ``rows``; return those to act on now."""
         if end <= self._clocks[worker]:
             return rows[:0]
         self._number += 1
@@ -40,11 +40,11 @@ class Intents:
         return rows
 
     def moved(self) -> bool:
-        """Whether a clock has advanced since :meth:`advance`."""
+        """Return whether a clock has advanced since :meth:`advance`."""
         return self._clocks.tobytes() != self._seen
 
     def advance(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, np.ndarray]]]:
-        """Look at the clocks: (segment, rows) whose intents have all ended, and those whose time to act has come."""
+        """Look at the clocks; return (segment, rows) whose intents have all ended, and those to act on now."""
         clocks = self._clocks.copy()
         self._seen = clocks.tobytes()
         ended, due = [], []

@@ -17,8 +17,13 @@ class Segment:
     first_key: int
 
     @property
+    def row_width(self) -> int:
+        """Floats stored per row."""
+        return self.width
+
+    @property
     def num_bytes(self) -> int:
-        return self.num_rows * self.width * 4
+        return self.num_rows * self.row_width * 4
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Keys (n,) int64 of ``rows`` (n,), which count from 0 inside the segment."""

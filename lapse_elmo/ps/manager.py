@@ -1,363 +1,326 @@
-"""The manager of a node: a thread of its first rank that moves rows, keeps replicas and serves other nodes.
+"""The manager of a node moves rows, synchronises replicas and serves other nodes.
 
 It alone changes which rows are on the node. Workers read and change rows that are here by themselves; what is not here
-they ask for at the manager of the node where their node's stamps say it is (:mod:`lapse_elmo.ps.whereabouts`). A
-manager serves what it has, forwards the rest by its own, newer stamp, and parks what it is about to get. Requests that
-arrive while a row moves are thus served by the new owner, in their order, and none is lost.
+they ask for at the manager of the node that the owner stamps name (:mod:`lapse_elmo.ps.directory`). A manager serves
+what it owns, forwards the rest by its own, newer stamps, and parks what it is about to own. So requests that arrive
+while a row moves are served by the new owner, and none is lost.
+
+The manager never waits: :meth:`Manager.step` handles what has arrived. What it sends in answer to one message, which
+may be many megabytes, is a *job* that continues as far as the receiver keeps up; jobs for one receiver run in order.
 """
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from lapse_elmo.ps.directory import learn
 from lapse_elmo.ps.intents import Intents
+from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.messages import (
-    FORWARDED,
-    TO_MANAGER,
-    TO_WORKER,
-    Kind,
-    Mailbox,
+    Deltas,
+    Done,
+    Drop,
+    Flush,
+    Freeze,
+    HolderPush,
+    Intent,
+    Lend,
+    Localize,
     Message,
-    Patience,
-    growing_pieces,
-    pieces,
+    Moved,
+    Own,
+    Pull,
+    Push,
+    Refresh,
+    Rows,
+    Set,
+    SetDone,
+    Stop,
+    Sync,
+    Synced,
+    Want,
 )
+from lapse_elmo.ps.moves import Moves
 from lapse_elmo.ps.node_state import SegmentState
-from lapse_elmo.ps.replication import Replication
-from lapse_elmo.ps.whereabouts import epoch_of, groups, home_of, learn, node_of
+from lapse_elmo.ps.rounds import Rounds
+from lapse_elmo.ps.routing import Router, others
+from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address, Backoff
+from lapse_elmo.ps.wire import new, pieces
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
-_PR_SET_TIMERSLACK = 29
+_AT_ONCE = 64  # messages handled before rounds and jobs have their turn
+_ROOM_BYTES, _ROOM_IN_ALL_BYTES = 1 << 22, 1 << 28  # of what has not left: to one receiver, in all
 
 
-@dataclass
-class _Localize:
-    """A localize under way: the rows that are still to come."""
-
-    request: Message
-    number: int
-    rows: np.ndarray
-
-
-class Manager(threading.Thread):
+class Manager:
     """Serves until it is told to stop.
 
     :param leaders: rank of each node's manager.
-    :param clocks: (workers,) of the node. ``synced``: see :class:`Replication`.
+    :param clocks: (workers,) int64 of the node.
+    :param synced: (workers,) int64; see :class:`~lapse_elmo.ps.rounds.Rounds`.
     """
 
     def __init__(
-        self, mailbox: Mailbox, patience: Patience, states: Sequence[SegmentState], technique: str, node: int,
+        self, mailbox: Mailbox, backoff: Backoff, states: Sequence[SegmentState], technique: str, node: int,
         leaders: Sequence[int], clocks: np.ndarray, synced: np.ndarray,
     ) -> None:
-        super().__init__(name=f"manager of node {node}", daemon=True)
-        self.mailbox = mailbox
-        self.states = states
-        self.handled = 0
-        self._patience = patience
-        self._technique = technique
-        self._node, self._leaders = node, list(leaders)
-        self._node_of_leader = {rank: number for number, rank in enumerate(leaders)}
-        self._rank = self._leaders[node]
-        self._clocks = clocks
+        self.mailbox, self.states, self.node = mailbox, states, node
+        self.handled = 0  # messages, jobs included
+        self.stopping = False
+        self._backoff = backoff
+        self._leaders = list(leaders)
+        self._jobs: dict[Address, deque[Iterator[None]]] = {}
         self._intents = Intents(states, clocks)
-        self._replication = Replication(states, node, self._rank, self._send, clocks, synced, self._reply_done)
-        self._parked: list[Message] = []
-        self._localizing: list[_Localize] = []
-        self._frozen: list[Message] | None = None
-        self._stopping = False
-        self._handlers: dict[Kind, Callable[[Message], None]] = {
-            Kind.PULL: self._on_pull, Kind.PUSH: self._on_push, Kind.SET: self._on_set, Kind.RELAY: self._reply,
-            Kind.LOCALIZE: self._on_localize, Kind.INTENT: self._on_intent, Kind.FLUSH: self._replication.flush,
-            Kind.FREEZE: self._on_freeze, Kind.STOP: self._on_stop, Kind.WANT: self._on_want, Kind.OWN: self._on_own,
-            Kind.REPLICA: self._on_replica, Kind.OWNER: self._on_owner, Kind.DROP: self._on_drop,
-            Kind.DELTAS: lambda m: self._replication.on_deltas(m, self._sender(m)),
-            Kind.APPLIED: lambda m: self._replication.on_applied(m, self._sender(m)),
-            Kind.REFRESH: lambda m: self._replication.on_refresh(m, self._sender(m)),
-            Kind.REFRESHED: lambda _: self._replication.on_refreshed(),
+        transport = mailbox.transport
+        self._rounds = Rounds(states, node, transport, self._send, self._start, clocks, synced)
+        self._router = Router(states, node, self._send)
+        self._moves = Moves(
+            states, node, len(leaders), technique, transport, self._send, self._router, self._rounds, self._intents,
+            clocks, self._done,
+        )
+        self._handlers: dict[type[Message], Callable[[Any], None]] = {
+            Intent: self._on_intent, Localize: self._moves.on_localize, Set: self._on_set, Flush: self._on_flush,
+            Freeze: self._on_freeze, Stop: self._on_stop,
+            Pull: lambda m: self._job(Address(m.origin, TO_WORKER), self._serve_pull(m)),
+            Push: self._on_push, HolderPush: self._on_holder_push, SetDone: self._on_set_done,
+            Want: lambda m: self._job(self._manager_of(m.node), self._moves.serve_want(m)),
+            Own: self._moves.on_own, Lend: self._moves.on_lend, Moved: self._on_moved, Drop: self._on_drop,
+            Deltas: self._on_deltas, Refresh: self._rounds.on_refresh,
+            Sync: lambda m: self._job(self._manager_of(m.node), self._serve_sync(m)),
+            Synced: lambda m: self._rounds.on_synced(m.node),
         }
 
-    def run(self) -> None:
-        """Serve. An exception here is the rank's: ``threading.excepthook`` ends the job."""
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # short sleeps last as long as they should
+    def serve(self) -> None:
+        """Run until stopped, with sleeps where there is nothing to do; returns when everything has left."""
         prepared = False
-        while not self._stopping:
-            busy = False
-            while not self._stopping and (message := self.mailbox.receive()) is not None:
-                self._handlers[message.kind](message)
-                self.handled += 1
-                busy = True
-            if self._frozen is None:  # else nothing new begins
-                if self._intents.moved():
-                    self._look_at_clocks()
-                busy |= self._replication.tick()
-            if busy:
-                self._patience.reset()
+        while not self.stopping:
+            if self.step():
+                self._backoff.reset()
                 prepared = False
             elif not prepared:
                 prepared = not any(state.prepare() for state in self.states)
             else:
-                self._patience.wait()
-        self.mailbox.finish()
+                self._backoff.wait()
+        self.mailbox.flush()
+        self.mailbox.transport.finish()
+
+    def step(self) -> bool:
+        """Handle what has arrived and is due; return whether there was anything."""
+        busy = False
+        for _ in range(_AT_ONCE):
+            message = None if self.stopping else self.mailbox.receive()
+            if message is None:
+                break
+            self._handle(message)
+            self.handled += 1
+            busy = True
+        for message in self._router.unparked():
+            self._handle(message)
+        if not self._moves.frozen:  # else nothing new begins
+            if self._intents.moved():
+                self._look_at_clocks()
+            busy |= self._rounds.begin_if_due()
+            busy |= self._moves.send_wants()
+        busy |= self._run_jobs()
+        self.mailbox.flush()
+        return busy
+
+    def _handle(self, message: Message) -> None:
+        self._handlers[type(message)](message)
+
+    # Jobs
+
+    def _job(self, to: Address, job: Iterator[None]) -> None:
+        """Run what answers a message as far as there is room; it counts as handled when it is complete."""
+        self.handled -= 1
+        self._jobs.setdefault(to, deque()).append(self._counted(job))
+
+    def _counted(self, job: Iterator[None]) -> Iterator[None]:
+        yield from job
+        self.handled += 1
+
+    def _start(self, node: int, job: Iterator[None]) -> None:
+        self._jobs.setdefault(self._manager_of(node), deque()).append(job)
+
+    def _run_jobs(self) -> bool:
+        """Continue all jobs whose receivers have room; return whether anything was done."""
+        busy = False
+        for to in list(self._jobs):
+            waiting = self._jobs[to]
+            while waiting and self._has_room(to):
+                busy = True
+                try:
+                    next(waiting[0])
+                except StopIteration:
+                    waiting.popleft()
+            if not waiting:
+                del self._jobs[to]
+        return busy
+
+    def _has_room(self, to: Address) -> bool:
+        """Whether ``to`` keeps up. A worker may compute for long before it receives what it asked for."""
+        transport = self.mailbox.transport
+        if to.tag == TO_WORKER and transport.outgoing_bytes() >= _ROOM_IN_ALL_BYTES:
+            return False
+        return transport.outgoing_bytes(to) < _ROOM_BYTES
 
     # What workers ask for
 
-    def _on_pull(self, message: Message) -> None:
+    def _serve_pull(self, message: Pull) -> Iterator[None]:
         state = self.states[message.segment]
-        message = self._what_is_owned(message)
-        rows = message.rows
-        if not rows.size:
-            return
-        reply = Message.of(
-            Kind.ROWS, message.segment, self._rank, message.ticket, rows, positions=message.positions,
-            stamps=state.where[rows] if message.extra == FORWARDED else None,
-        )
-        self.mailbox.send(message.origin, TO_WORKER, reply)
-        for piece in pieces(rows.size, state.segment.width):
-            values = self.mailbox.blocks.rows(piece.stop - piece.start, state.segment.width)
-            state.rows.pull(rows[piece], values)
+        for piece in pieces(message.rows.size, message.num_floats):
+            some = self._router.owned_part(message, piece)
+            if not some.rows.size:
+                continue
+            stamps = state.stamps[some.rows] if message.forwarded else some.rows[:0]
+            self.mailbox.send(Address(message.origin, TO_WORKER), new(
+                Rows, segment=message.segment, sender=self._leaders[self.node], ticket=message.ticket, rows=some.rows,
+                stamps=stamps, indices=some.indices,
+            ))
+            block = self.mailbox.transport.take(4 * some.rows.size * message.num_floats)
+            values = block.view(np.float32).reshape(some.rows.size, message.num_floats)
+            state.rows.pull(some.rows, values)
             self.mailbox.send_values(message.origin, values)
-        state.stats.served_rows += rows.size
-        state.stats.sent_bytes += reply.block.size + 4 * rows.size * state.segment.width
+            state.stats.served_rows += some.rows.size
+            state.stats.sent_bytes += values.nbytes + 24 * some.rows.size
+            yield
 
-    def _on_push(self, message: Message) -> None:
+    def _on_push(self, message: Push) -> None:
         state = self.states[message.segment]
-        message = self._what_is_owned(message)
+        message = self._router.owned_part(message)
         if not message.rows.size:
             return
-        assert message.values is not None
-        state.rows.push(message.rows, message.values)
-        state.stats.served_rows += message.rows.size
         # A node that is about to get replicas, or has them by now, must not show its worker values without this push.
-        held = message.rows[state.holders[message.worker, message.rows]]
-        if held.size:
-            self._replication.refresh_now(state, held)
-            self._done_by_way_of(message, message.rows.size)
+        held = state.lending.is_lent(message.rows, message.node)
+        if held.any():
+            back = np.flatnonzero(held)
+            self._send(message.node, new(
+                HolderPush, segment=message.segment, node=message.node, origin=message.origin, ticket=message.ticket,
+                rate=message.rate, rows=message.rows[back], values=message.values[back],
+            ))
+            rest = np.flatnonzero(~held)
+            if not rest.size:
+                return
+            rows, values = message.rows[rest], message.values[rest]
         else:
-            self._done(message, message.rows.size)
+            rows, values = message.rows, message.values
+        self._push(state, rows, values, message.rate)
+        state.stats.served_rows += rows.size
+        self._done(message.origin, message.ticket, rows.size)
 
-    def _what_is_owned(self, message: Message) -> Message:
-        """The part of a worker's call whose main copies are here; the rest goes on.
+    def _on_holder_push(self, message: HolderPush) -> None:
+        """Push to replicas here, or to main copies; what is not here any more goes to its owner after all."""
+        state = self.states[message.segment]
+        missing = self._push(state, message.rows, message.values, message.rate)
+        self._done(message.origin, message.ticket, message.rows.size - missing.size)
+        if missing.size:
+            self._rounds.send_drops()  # else the owner would send it back here
+            rows = message.rows[missing]
+            self._router.route(new(
+                Push, segment=message.segment, node=message.node, origin=message.origin, ticket=message.ticket,
+                rate=message.rate, rows=rows, stamps=state.stamps[rows], values=message.values[missing],
+            ))
 
-        Another node's worker is not served by a replica: its push would not be where its next pull looks for it.
-        """
-        rows = self.states[message.segment].rows
-        if rows.all_owned(message.rows):
-            return message
-        owned = rows.owned(message.rows)
-        self._route(message, np.flatnonzero(~owned))
-        return message.part(np.flatnonzero(owned))
+    def _push(self, state: SegmentState, rows: np.ndarray, values: np.ndarray, rate: float) -> np.ndarray:
+        return state.rows.push(rows, values)
 
-    def _on_set(self, message: Message) -> None:
+    def _on_set(self, message: Set) -> None:
         """The worker's manager gets it first, so that it comes after the deltas that are on their way to the owner."""
-        assert message.values is not None
         state = self.states[message.segment]
         missing = state.rows.set(message.rows, message.values)
         held = missing[state.lender[message.rows[missing]] >= 0]
-        if held.size:
+        if held.size and message.node == self.node:
             state.rows.overwrite(message.rows[held], message.values[held])
         here = others(missing, message.rows.size)
         if here.size:
-            self._replication.refresh_now(state, message.rows[here])
-            self._done_by_way_of(message, here.size)
-        self._route(message, missing)
+            done = new(
+                SetDone, segment=message.segment, origin=message.origin, ticket=message.ticket, rows=message.rows[here]
+            )
+            if message.node == self.node:
+                self._on_set_done(done)
+            else:
+                self._send(message.node, done)
+        self._router.route(message, missing)
 
-    def _on_localize(self, message: Message) -> None:
-        state = self.states[message.segment]
-        rows = message.rows[~state.rows.present(message.rows)]
-        self._localizing.append(_Localize(message, message.rows.size, rows))
-        self._want(state, rows)
-        self._arrived(state)
-
-    def _on_intent(self, message: Message) -> None:
-        if self._technique == "relocation":
-            rows = message.rows
+    def _on_set_done(self, message: SetDone) -> None:
+        """Rows are overwritten at their owners; a replica here may show the old value until a round has ended."""
+        state, number = self.states[message.segment], message.rows.size
+        if (state.lender[message.rows] >= 0).any():
+            self._rounds.after_next(lambda: self._done(message.origin, message.ticket, number))
         else:
-            rows = self._intents.add(message.segment, message.rows, message.worker, message.start, message.end)
-        self._act(message.segment, rows)
+            self._done(message.origin, message.ticket, number)
+
+    def _on_intent(self, message: Intent) -> None:
+        rows = message.rows
+        if self._moves.technique != "relocation":
+            rows = self._intents.add(message.segment, rows, message.worker, message.start, message.end)
+        self._moves.want(self.states[message.segment], rows)
 
     def _look_at_clocks(self) -> None:
         ended, due = self._intents.advance()
         for segment, rows in ended:
-            self._replication.intents_ended(segment, rows)
+            self._rounds.release_later(segment, rows)
         for segment, rows in due:
-            self._act(segment, rows)
+            self._moves.want(self.states[segment], rows)
 
-    def _act(self, segment: int, rows: np.ndarray) -> None:
-        state = self.states[segment]
-        self._want(state, rows[~state.rows.present(rows)])
+    def _on_flush(self, message: Flush) -> None:
+        self._rounds.after_next(lambda: self._done(message.origin, message.ticket, 1))
 
-    def _on_freeze(self, message: Message) -> None:
-        """With ``extra`` 1 no row leaves this node until it is called with 0."""
-        if message.extra:
-            self._frozen = []
-        else:
-            waiting, self._frozen = self._frozen or [], None
-            for request in waiting:
-                self._on_want(request)
-        self._reply_done(message)
+    def _on_freeze(self, message: Freeze) -> None:
+        for waiting in self._moves.freeze() if message.frozen else self._moves.thaw():
+            self._handle(waiting)
+        self._done(message.origin, message.ticket, 1)
 
-    def _on_stop(self, _: Message) -> None:
-        self._stopping = True
+    def _on_stop(self, _: Stop) -> None:
+        self.stopping = True
 
-    # How rows move
+    # What other managers say
 
-    def _want(self, state: SegmentState, rows: np.ndarray) -> None:
-        """Ask for rows that are not here, unless they were asked for already."""
-        rows = rows[~state.wanted[rows]]
-        for piece in growing_pieces(rows.size, state.segment.width):
-            some = rows[piece]
-            state.wanted[some] = True
-            stamps = state.where[some]
-            for node, chosen in groups(node_of(stamps)):
-                message = Message.of(Kind.WANT, state.number, self._rank, rows=some[chosen], stamps=stamps[chosen])
-                self._send(node, message)
+    def _on_moved(self, message: Moved) -> None:
+        learn(self.states[message.segment].stamps, message.rows, message.stamps)
 
-    def _on_want(self, message: Message) -> None:
-        """Relocate rows to the node that wants them, or let it have replicas."""
-        if self._frozen is not None:
-            self._frozen.append(message)
-            return
-        state, receiver = self.states[message.segment], self._sender(message)
-        owned = state.rows.owned(message.rows)
-        rows = message.rows[owned]
-        if self._technique == "adaptive":
-            leave = (state.num_holders[rows] == 0) & (state.intents[rows] == 0)
-        else:
-            leave = np.full(rows.size, self._technique == "relocation")
-        self._relocate(state, rows[leave], receiver)
-        self._replicate(state, rows[~leave], receiver)
-        self._route(message, np.flatnonzero(~owned))
+    def _on_drop(self, message: Drop) -> None:
+        self.states[message.segment].lending.give_up(message.rows, message.node)
 
-    def _relocate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
-        """Give main copies to ``receiver``, and tell their homes."""
-        if not rows.size:
-            return
-        for piece in pieces(rows.size, state.segment.width):
-            some = rows[piece]
-            message = Message.of(
-                Kind.OWN, state.number, self._rank, rows=some, stamps=state.where[some], width=state.segment.width,
-                blocks=self.mailbox.blocks,
-            )
-            assert message.values is not None and message.stamps is not None
-            message.stamps[:] = state.give_main(some, receiver, message.values)
-            self._send(receiver, message)
-        for home, chosen in groups(home_of(rows, len(self._leaders))):
-            if home not in (self._node, receiver):
-                self._send(home, Message.of(
-                    Kind.OWNER, state.number, self._rank, rows=rows[chosen], stamps=state.where[rows[chosen]]
-                ))
-        state.stats.relocated_out_rows += rows.size
-
-    def _replicate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
-        """Let ``receiver`` have replicas."""
-        if rows.size:
-            state.lend(rows, receiver)
-        for piece in pieces(rows.size, state.segment.width):
-            some = rows[piece]
-            message = Message.of(
-                Kind.REPLICA, state.number, self._rank, rows=some, stamps=state.where[some], width=state.segment.width,
-                blocks=self.mailbox.blocks,
-            )
-            assert message.values is not None
-            state.rows.pull(some, message.values)
-            self._send(receiver, message)
-
-    def _on_own(self, message: Message) -> None:
-        assert message.stamps is not None and message.values is not None
+    def _on_deltas(self, message: Deltas) -> None:
         state = self.states[message.segment]
-        state.add_main(message.rows, message.stamps, message.values)
-        state.stats.relocated_in_rows += message.rows.size
-        self._arrived(state)
-        parked, self._parked = self._parked, []
-        for waiting in parked:
-            self._handlers[waiting.kind](waiting)
+        missing = state.rows.add(message.rows, message.values)
+        assert not missing.size, "deltas came for rows that are not here"
+        state.lending.changed_by(message.rows, message.node)
 
-    def _on_replica(self, message: Message) -> None:
-        assert message.stamps is not None and message.values is not None
-        state = self.states[message.segment]
-        state.add_replicas(message.rows, message.stamps, message.values, self._sender(message))
-        state.stats.replicated_rows += message.rows.size
-        for waiting in self._localizing:  # what a worker localized it has for its present clock, as by an intent
-            if waiting.request.segment == state.number:
-                rows = waiting.rows[~state.wanted[waiting.rows]]
-                clock = int(self._clocks[waiting.request.worker])
-                self._intents.add(state.number, rows, waiting.request.worker, clock, clock + 1)
-        self._arrived(state)
-        self._replication.intents_ended(state.number, message.rows[state.intents[message.rows] == 0])
+    def _serve_sync(self, message: Sync) -> Iterator[None]:
+        yield from self._moves.promote(message.node)
+        for state in self.states:
+            lent = state.lending.rows_of(message.node)
+            state.lending.changed(lent[state.rows.clean(lent)])
+            outdated = state.lending.outdated(message.node, bool(message.exact))
+            width = state.segment.row_width
+            for piece in pieces(outdated.size, width):
+                rows = outdated[piece]
+                state.lending.sending(rows, message.node)
+                refresh = new(
+                    Refresh, self.mailbox.transport, segment=state.number, node=self.node, rows=rows, width=width
+                )
+                state.rows.pull(rows, refresh.values)
+                self._send(message.node, refresh)
+                state.stats.synchronised_rows += rows.size
+                yield
+        self._send(message.node, new(Synced, node=self.node))
 
-    def _arrived(self, state: SegmentState) -> None:
-        """Answer the localizes that have all their rows."""
-        unfinished = []
-        for waiting in self._localizing:
-            if waiting.request.segment == state.number:
-                waiting.rows = waiting.rows[state.wanted[waiting.rows]]
-            if waiting.rows.size:
-                unfinished.append(waiting)
-            else:
-                self._done(waiting.request, waiting.number)
-        self._localizing = unfinished
+    # Sending
 
-    def _on_owner(self, message: Message) -> None:
-        assert message.stamps is not None
-        learn(self.states[message.segment].where, message.rows, message.stamps)
-
-    def _on_drop(self, message: Message) -> None:
-        self.states[message.segment].unlend(message.rows, self._sender(message))
-
-    # Messages
-
-    def _route(self, message: Message, positions: np.ndarray) -> None:
-        """Forward what is asked for but not here to where it is, or park it where it is about to arrive here."""
-        if not positions.size:
-            return
-        assert message.stamps is not None
-        state = self.states[message.segment]
-        stamps = state.where[message.rows[positions]]
-        coming = epoch_of(message.stamps[positions]) > epoch_of(stamps)
-        if coming.any():
-            self._parked.append(message.part(positions[coming]))
-            state.stats.parked_rows += int(coming.sum())
-            positions, stamps = positions[~coming], stamps[~coming]
-        for node, chosen in groups(node_of(stamps)):
-            self._send(node, message.part(positions[chosen], stamps[chosen]))
-        state.stats.forwarded_rows += positions.size
-
-    def _sender(self, message: Message) -> int:
-        """The node whose manager ``message`` comes from."""
-        return self._node_of_leader[message.origin]
+    def _manager_of(self, node: int) -> Address:
+        return Address(self._leaders[node], TO_MANAGER)
 
     def _send(self, node: int, message: Message) -> None:
-        stats = self.states[message.segment].stats
-        if message.kind in (Kind.DELTAS, Kind.REFRESH):
-            stats.synchronised_rows += message.rows.size
-        stats.sent_bytes += message.block.size
-        self.mailbox.send(self._leaders[node], TO_MANAGER, message)
+        segment = getattr(message, "segment", 0)
+        self.states[segment].stats.sent_bytes += message.block.size
+        self.mailbox.send(self._manager_of(node), message)
 
-    def _reply(self, message: Message) -> None:
-        self._done(message, message.extra)
-
-    def _reply_done(self, message: Message) -> None:
-        self._done(message, 1)
-
-    def _done_by_way_of(self, message: Message, number: int) -> None:
-        """Answer by way of the worker's manager, which takes the new values for its replicas first."""
-        done = Message.of(Kind.RELAY, origin=message.origin, ticket=message.ticket, extra=number)
-        self._send(message.worker, done)
-
-    def _done(self, message: Message, number: int) -> None:
-        if number:
-            done = Message.of(Kind.DONE, ticket=message.ticket, extra=number)
-            self.mailbox.send(message.origin, TO_WORKER, done)
-
-
-def others(positions: np.ndarray, number: int) -> np.ndarray:
-    """0 .. ``number`` - 1 without ``positions``."""
-    kept = np.ones(number, bool)
-    kept[positions] = False
-    return np.flatnonzero(kept)
+    def _done(self, origin: int, ticket: int, count: int) -> None:
+        if count:
+            self.mailbox.send(Address(origin, TO_WORKER), new(Done, ticket=ticket, count=count))

@@ -183,6 +183,21 @@ void rows_take(entry *entries, float *main, int64_t width, const int64_t *rows, 
     }
 }
 
+/* Replicas become main copies in the given slots: values (n, width) plus the deltas that are still here. */
+void rows_promote(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
+                  const int64_t *slots, const float *values) {
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        uint32_t flags = lock(e);
+        float *row = main + width * slots[i];
+        const float *value = values + i * width, *delta = replica + 2 * width * e->slot + width;
+        if (flags & DIRTY) for (int64_t j = 0; j < width; j++) row[j] = value[j] + delta[j];
+        else memcpy(row, value, width * 4);
+        e->slot = (int32_t)slots[i];
+        unlock(e, become(flags, PRESENT | (flags & DIRTY)));
+    }
+}
+
 /* Positions of the rows that were changed since the last call, which are clean now; their number. */
 int64_t rows_clean(entry *entries, const int64_t *rows, int64_t n, int64_t *changed) {
     int64_t found = 0;
@@ -222,7 +237,8 @@ void rows_refresh(entry *entries, float *replica, int64_t width, const int64_t *
         uint32_t flags = lock(e);
         float *row = replica + 2 * width * e->slot;
         const float *value = values + i * width, *delta = row + width;
-        for (int64_t j = 0; j < width; j++) row[j] = value[j] + delta[j];
+        if (flags & DIRTY) for (int64_t j = 0; j < width; j++) row[j] = value[j] + delta[j];
+        else memcpy(row, value, width * 4); /* bit-equal: -0 + 0 would be 0 */
         unlock(e, flags);
     }
 }

@@ -84,6 +84,10 @@ class Rows(ABC):
         :param mark: whether main copies count as changed by it. Replicas always do.
         """
 
+    def add(self, rows: np.ndarray, deltas: np.ndarray) -> np.ndarray:
+        """Add the deltas of another node's replicas to main copies; return the missing ones."""
+        return self.push(rows, deltas, mark=False)
+
     @abstractmethod
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Overwrite the main copies that are here; the missing ones."""
@@ -95,6 +99,10 @@ class Rows(ABC):
     @abstractmethod
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copy main copies to ``out`` and let them be absent."""
+
+    @abstractmethod
+    def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        """Let replicas become main copies in ``slots``: ``values`` plus their deltas."""
 
     @abstractmethod
     def clean(self, rows: np.ndarray) -> np.ndarray:
@@ -155,6 +163,9 @@ class NativeRows(Rows):
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         self._call("take", self.entries, self.main, self.width, rows, rows.size, out)
+
+    def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        self._call("promote", self.entries, self.main, self.replica, self.width, rows, rows.size, slots, values)
 
     def clean(self, rows: np.ndarray) -> np.ndarray:
         return self._listing("clean", (self.entries,), rows)
@@ -266,6 +277,14 @@ class LockedRows(Rows):
             out[:] = self.main[self.slots[rows]]
             self.flags[rows] = 0
 
+    def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        with self._locked(rows):
+            dirty = self.flags[rows] & DIRTY
+            deltas = np.where(dirty[:, None] != 0, self.replica[self.slots[rows], 1], np.float32(-0.0))
+            self.main[slots] = values + deltas
+            self.slots[rows] = slots
+            self.flags[rows] = PRESENT | dirty
+
     def clean(self, rows: np.ndarray) -> np.ndarray:
         with self._locked(rows):
             changed = np.flatnonzero(self.flags[rows] & DIRTY)
@@ -284,7 +303,8 @@ class LockedRows(Rows):
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
         with self._locked(rows):
             slots = self.slots[rows]
-            self.replica[slots, 0] = values + self.replica[slots, 1]
+            dirty = self.flags[rows] & DIRTY != 0  # adding -0 keeps all bits
+            self.replica[slots, 0] = values + np.where(dirty[:, None], self.replica[slots, 1], np.float32(-0.0))
 
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
         with self._locked(rows):

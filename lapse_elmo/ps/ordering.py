@@ -1,0 +1,38 @@
+"""The ordering of NumPy's accesses to memory that processes share; see ordering.c."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from lapse_elmo import native
+
+SOURCE = Path(__file__).parent / "ordering.c"
+_MEMBARRIER = {"aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}  # system call numbers
+_GLOBAL = 1  # MEMBARRIER_CMD_GLOBAL: all running threads of the machine pass a barrier
+
+
+@lru_cache(maxsize=1)
+def fence() -> Callable[[], object]:
+    """Return a function after whose call this process's earlier accesses are visible before its later ones.
+
+    On x86, stores are seen in their order and loads are done in theirs, so that nothing is needed without a compiler;
+    elsewhere the kernel's ``membarrier`` does it, slowly.
+    """
+    library = native.load(SOURCE)
+    if library is not None:
+        function = library.fence
+        function.restype = None
+        return function
+    number = _MEMBARRIER.get(platform.machine())
+    if number is None:
+        return _nothing
+    system = ctypes.CDLL(None)
+    return lambda: system.syscall(ctypes.c_long(number), ctypes.c_int(_GLOBAL), ctypes.c_uint(0), ctypes.c_int(0))
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,87 @@
+"""What a machine gives the embedded engine: shared memory, a network, and a thread for the node's manager.
+
+The simulator of tests/simulator gives the same things, with every order of events under its control.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from lapse_elmo import native
+from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.ps.mpi_transport import MpiTransport
+from lapse_elmo.ps.node_state import Memory
+from lapse_elmo.ps.rows import SOURCE, Rows, open_rows
+from lapse_elmo.ps.transport import Transport
+from lapse_elmo.world import World
+
+_PR_SET_TIMERSLACK = 29
+Shapes = dict[str, tuple[tuple[int, ...], Any]]
+
+
+class Platform(Protocol):
+    """One rank's view. All calls are collective, but those of ``rows``, ``start`` and ``join``."""
+
+    def memory(self, shapes: Shapes) -> Memory:
+        """Return memory, all zero, that the node's ranks share."""
+
+    def rows(self, memory: Memory, segment: Segment) -> Rows:
+        """Return an access to the rows of ``segment`` for one thread."""
+
+    def transport(self, tag: int, *, alert: bool) -> Transport:
+        """Return this rank's end for blocks with ``tag``. ``alert``: whether waits should be short."""
+
+    def start(self, serve: Callable[[], None], name: str) -> None:
+        """Run ``serve`` at the same time as this rank's worker."""
+
+    def join(self) -> None:
+        """Wait until ``serve`` has returned."""
+
+    def close(self) -> None:
+        """Give back what was taken."""
+
+
+class MpiPlatform:
+    """The platform of a real job."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._memory: NodeMemory | None = None
+        self._thread: threading.Thread | None = None
+        self._comm = world.comm.Dup() if world.comm is not None and world.num_nodes > 1 else None
+        self.is_native = all(world.allgather(native.load(SOURCE) is not None))
+
+    def memory(self, shapes: Shapes) -> Memory:
+        self._memory = NodeMemory(self._world, shapes)
+        return self._memory
+
+    def rows(self, memory: Memory, segment: Segment) -> Rows:
+        assert isinstance(memory, NodeMemory)
+        return open_rows(memory, segment, self.is_native)
+
+    def transport(self, tag: int, *, alert: bool) -> Transport:
+        assert self._comm is not None
+        return MpiTransport(self._comm, tag, spin=not self._world.oversubscribed, alert=alert)
+
+    def start(self, serve: Callable[[], None], name: str) -> None:
+        def run() -> None:
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # short sleeps last as long as they should
+            serve()
+
+        # An exception in it is the rank's: threading.excepthook ends the job.
+        self._thread = threading.Thread(target=run, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        if self._comm is not None:
+            self._comm.Free()
+        if self._memory is not None:
+            self._memory.close()

@@ -1,0 +1,142 @@
+"""What one worker asks of managers, of its own through shared memory and of others over the network; the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lapse_elmo.ps.api import Call
+from lapse_elmo.ps.directory import groups, learn, node_of
+from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.mailbox import Mailbox
+from lapse_elmo.ps.messages import Done, Message, Pull, Push, Rows
+from lapse_elmo.ps.ring import LARGEST_RECORD, Ring
+from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
+from lapse_elmo.ps.wire import new
+from lapse_elmo.world import World
+
+_MOST_REQUESTED_BYTES = 1 << 26  # of values that a worker has asked for or is sending; it waits before it adds to them
+_RECORD_HEADER_BYTES = 256  # more than any message has in addition to its rows
+
+
+@dataclass
+class RowsCall(Call):
+    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled or pushed."""
+
+    remaining: int
+    segment: Segment | None = None
+    rows: np.ndarray | None = None
+    values: np.ndarray | None = None
+
+
+class Requests:
+    """Sends a worker's requests and takes in their answers. Every wait keeps the network going.
+
+    :param calls: the worker's calls under way, by ticket.
+    :param stamps: owner stamps (num_rows,) of each segment by its number, as the node's manager knows them.
+    :param cached: the same, as the node's workers have learned them from answers.
+    """
+
+    def __init__(
+        self, world: World, mailbox: Mailbox, backoff: Backoff, ring: Ring, calls: Mapping[int, Call],
+        stamps: list[np.ndarray], cached: list[np.ndarray],
+    ) -> None:
+        self.world, self.mailbox, self.backoff = world, mailbox, backoff
+        self._ring, self._calls = ring, calls
+        self._stamps, self._cached = stamps, cached
+        self._sent_home = self._requested_bytes = 0
+        self.handled = 0
+
+    @property
+    def sent(self) -> int:
+        """Messages sent so far."""
+        return self.mailbox.sent + self._sent_home
+
+    def ask(self, kind: type[Pull] | type[Push], number: int, ticket: int, call: RowsCall, missing: np.ndarray) -> int:
+        """Ask the nodes that have the rows at ``missing`` to serve ``call``; return the bytes that were sent.
+
+        :param number: of the segment.
+        """
+        assert call.rows is not None and call.values is not None
+        asked = call.rows[missing]
+        stamps = np.maximum(self._stamps[number][asked], self._cached[number][asked])
+        rank, width, sent_bytes = self.world.rank, call.values.shape[1], 0
+        for node, chosen in groups(node_of(stamps)):
+            rows, indices = asked[chosen], missing[chosen]
+            self._wait_for_room()
+            message: Message
+            if kind is Pull:
+                message = new(
+                    Pull, segment=number, origin=rank, ticket=ticket, num_floats=width, forwarded=0, rows=rows,
+                    stamps=stamps[chosen], indices=indices,
+                )
+                self._requested_bytes += 4 * rows.size * width
+            else:
+                message = push = new(
+                    Push, self.mailbox.transport, segment=number, node=self.world.node, origin=rank, ticket=ticket,
+                    rate=1.0, rows=rows, stamps=stamps[chosen], width=width,
+                )
+                np.take(call.values, indices, 0, push.values, mode="clip")  # (else through a buffer)
+            self.mailbox.send(Address(self.world.leaders[node], TO_MANAGER), message)
+            sent_bytes += message.block.size
+        self.mailbox.flush()
+        return sent_bytes
+
+    def _wait_for_room(self) -> None:
+        """Wait until what this worker has asked for or is sending is little enough to add to it."""
+        self.backoff.reset()
+        while max(self._requested_bytes, self.mailbox.transport.outgoing_bytes()) > _MOST_REQUESTED_BYTES:
+            self.receive()
+
+    @staticmethod
+    def records(number: int, row_bytes: int) -> Iterable[slice]:
+        """Return slices of ``number`` rows whose messages of ``row_bytes`` per row fit into the ring."""
+        size = max((LARGEST_RECORD - _RECORD_HEADER_BYTES) // row_bytes, 1)
+        return (slice(start, start + size) for start in range(0, number, size))
+
+    def send_home(self, message: Message) -> None:
+        """Send ``message`` to this node's manager."""
+        if message.block.size > LARGEST_RECORD:  # one very wide row
+            self.mailbox.send(Address(self.world.leaders[self.world.node], TO_MANAGER), message)
+            self.mailbox.flush()
+            return
+        self._sent_home += 1
+        self.backoff.reset(spin=False)
+        while not self._ring.try_write(message.block):
+            self.receive()
+
+    def receive(self) -> None:
+        """Take in one answer, or let a moment pass."""
+        message = self.mailbox.receive()
+        if message is None:
+            self.backoff.wait()
+            return
+        assert isinstance(message, (Rows, Done))
+        call = self._calls[message.ticket]
+        assert isinstance(call, RowsCall)
+        if isinstance(message, Rows):
+            self._take_rows(call, message)
+            call.remaining -= message.rows.size
+        else:
+            call.remaining -= message.count
+        self.backoff.reset()
+        self.handled += 1
+
+    def _take_rows(self, call: RowsCall, message: Rows) -> None:
+        """Receive the values that ``message`` announces: in place if they belong side by side."""
+        assert call.values is not None
+        indices, width = message.indices, call.values.shape[1]
+        first, end = int(indices[0]), int(indices[-1]) + 1
+        if end - first == indices.size:  # indices ascend
+            self.mailbox.transport.receive_values(message.sender, call.values[first:end])
+        else:
+            block = self.mailbox.transport.take(4 * indices.size * width)
+            values = block.view(np.float32).reshape(indices.size, width)
+            self.mailbox.transport.receive_values(message.sender, values)
+            torch.from_numpy(call.values).index_copy_(0, torch.from_numpy(indices), torch.from_numpy(values))
+        self._requested_bytes -= 4 * indices.size * width
+        if message.stamps.size:
+            learn(self._cached[message.segment], message.rows, message.stamps)

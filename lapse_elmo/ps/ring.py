@@ -1,0 +1,74 @@
+"""A queue from one worker to its node's manager, in memory that they share: one writer, one reader, no locks.
+
+A record is a message's block, whose second int64 is its size. Records lie contiguously; one that does not fit between
+the last one and the end of the memory starts at the beginning again, and a size of 0 there tells the reader so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lapse_elmo.ps.ordering import fence
+
+RING_BYTES = 1 << 19  # per worker
+LARGEST_RECORD = RING_BYTES // 4
+_WRITTEN, _READ, _COUNTERS = 0, 8, 16  # indices of int64: in cache lines of their own
+_HEADER_BYTES = 16
+
+
+def shapes(num_workers: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Return what the rings of a node's workers need in its memory."""
+    return {"ring counters": ((num_workers, _COUNTERS), np.int64), "rings": ((num_workers, RING_BYTES), np.uint8)}
+
+
+class Ring:
+    """One end of a ring.
+
+    :param counters: (16,) int64, of which two count the bytes ever written and read.
+    :param data: (capacity,) uint8.
+    """
+
+    def __init__(self, counters: np.ndarray, data: np.ndarray) -> None:
+        self._counters, self._data = counters, data
+        self._capacity = data.size
+        self._fence = fence()
+
+    def try_write(self, block: np.ndarray) -> bool:
+        """Append a message of at most a quarter of the capacity; return False where there is no room yet."""
+        assert block.size <= self._capacity // 4 and block.size % 8 == 0
+        written = int(self._counters[_WRITTEN])
+        at = written % self._capacity
+        skipped = self._capacity - at if at + block.size > self._capacity else 0
+        if written + skipped + block.size - int(self._counters[_READ]) > self._capacity:
+            return False
+        self._fence()  # the reader has copied what lay here before it counted it as read
+        if skipped:
+            if skipped >= _HEADER_BYTES:
+                self._data[at : at + _HEADER_BYTES] = 0
+            at = 0
+        self._data[at : at + block.size] = block
+        self._fence()
+        self._counters[_WRITTEN] = written + skipped + block.size
+        return True
+
+    def read(self) -> np.ndarray | None:
+        """Return a copy of the next message's block, or None."""
+        read = int(self._counters[_READ])
+        if read == int(self._counters[_WRITTEN]):
+            return None
+        self._fence()
+        at = read % self._capacity
+        size = self._size_at(at)
+        if not size:
+            read += self._capacity - at
+            at = 0
+            size = self._size_at(at)
+        block = self._data[at : at + size].copy()
+        self._fence()
+        self._counters[_READ] = read + size
+        return block
+
+    def _size_at(self, at: int) -> int:
+        if at + _HEADER_BYTES > self._capacity:
+            return 0
+        return int(self._data[at + 8 : at + 16].view(np.int64)[0])

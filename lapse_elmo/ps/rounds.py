@@ -1,0 +1,161 @@
+"""Rounds keep replicas up to date: deltas go to the owners, and what has changed there comes back.
+
+A round of a node sends each owner of its replicas the deltas of those that changed, then a `Sync`. The owner adds the
+deltas and answers with the current values of the lent rows that have changed since it last sent them, and `Synced`.
+When all owners have answered, the round ends, and only then does the next one begin.
+
+Why replicas are exact: an owner reads the values of its answer after it has added all deltas that were sent before the
+`Sync`, and a node sends no more deltas to it until the answer has come. So a replica is always the value that was last
+received plus the deltas that have not been sent since, and nothing is counted twice. A replica is dropped at the end of
+a round only if it has no deltas then, so an owner that is told so has all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from lapse_elmo.ps.directory import groups
+from lapse_elmo.ps.messages import Deltas, Drop, Message, Refresh, Sync
+from lapse_elmo.ps.node_state import SegmentState
+from lapse_elmo.ps.ordering import fence
+from lapse_elmo.ps.transport import Transport
+from lapse_elmo.ps.wire import new, pieces
+
+# Seconds between the starts of two rounds: at least; where some but not all workers have advanced their clocks; where
+# no clock advances; and where, in addition, rounds find nothing to do.
+_SHORTEST_S, _SOME_S, _LONG_S, _LONGEST_S = 0.002, 0.01, 0.05, 0.4
+
+SendToNode = Callable[[int, Message], None]
+
+
+class Rounds:
+    """The rounds of one node.
+
+    :param send: sends a message to a node's manager.
+    :param start: given a node and an iterator over its messages' sending, sends them as far as there is room.
+    :param clocks: (workers,) int64 of the node.
+    :param synced: (workers,) int64: the clocks at the start of the newest round that has ended, which the workers read.
+    """
+
+    def __init__(
+        self, states: Sequence[SegmentState], node: int, transport: Transport, send: SendToNode,
+        start: Callable[[int, Iterator[None]], None], clocks: np.ndarray, synced: np.ndarray,
+    ) -> None:
+        self._states, self._node, self._transport, self._send, self._start = states, node, transport, send, start
+        self._clocks, self._synced = clocks, synced
+        self._fence = fence()
+        self._awaited: set[int] = set()
+        self._running = False
+        self._started_s = transport.now() - _LONGEST_S
+        self._pause_s = _LONG_S
+        self._snapshot = clocks.copy()
+        self._ended: list[list[np.ndarray]] = [[] for _ in states]
+        self._drops: list[tuple[int, Drop]] = []
+        self._waiting: list[Callable[[], None]] = []
+        self._flushing: list[Callable[[], None]] = []
+
+    def after_next(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when a whole round that has not begun yet has ended; it leaves replicas equal to the bit."""
+        self._waiting.append(action)
+
+    def release_later(self, segment: int, rows: np.ndarray) -> None:
+        """Replicas of ``rows`` are not needed any more, unless an intent comes before the next round has ended."""
+        if rows.size:
+            self._ended[segment].append(rows)
+
+    def begin_if_due(self) -> bool:
+        """Begin a round if it is time; return whether one was begun."""
+        if self._running or not self._due():
+            return False
+        clocks = self._clocks.copy()
+        self._fence()  # pushes of a clock that is seen here are seen below
+        moved = bool((clocks != self._snapshot).any())
+        self._running, self._started_s, self._snapshot = True, self._transport.now(), clocks
+        self._flushing, self._waiting = self._waiting, []
+        self.send_drops()
+        borrowed = self._borrowed_by_owner()
+        self._awaited = set(borrowed)
+        for owner, rows in borrowed.items():
+            self._start(owner, self._messages(owner, rows, exact=bool(self._flushing)))
+        self._pause_s = _LONG_S if moved or borrowed else min(2 * self._pause_s, _LONGEST_S)
+        if not borrowed:
+            self._finish()
+        return True
+
+    def _due(self) -> bool:
+        since = self._transport.now() - self._started_s
+        if since < _SHORTEST_S:
+            return False
+        if self._waiting or since >= self._pause_s or self._clocks.min() > self._snapshot.min():
+            return True
+        return since >= _SOME_S and bool((self._clocks != self._snapshot).any())
+
+    def _borrowed_by_owner(self) -> dict[int, list[tuple[SegmentState, np.ndarray]]]:
+        result: dict[int, list[tuple[SegmentState, np.ndarray]]] = {}
+        for state in self._states:
+            for owner, chosen in groups(state.lender[state.borrowed]):
+                result.setdefault(owner, []).append((state, state.borrowed[chosen]))
+        return result
+
+    def _messages(
+        self, owner: int, borrowed: list[tuple[SegmentState, np.ndarray]], exact: bool
+    ) -> Iterator[None]:
+        """Send ``owner`` the deltas of ``borrowed`` rows, one message per step, and a `Sync`."""
+        for state, rows in borrowed:
+            width = state.segment.row_width
+            for piece in pieces(rows.size, width):
+                which, deltas = state.rows.collect(rows[piece])
+                if which.size:
+                    changed = rows[piece][which]
+                    self._send(owner, new(
+                        Deltas, self._transport, segment=state.number, node=self._node, rows=changed, values=deltas
+                    ))
+                    state.stats.synchronised_rows += changed.size
+                    yield
+        self._send(owner, new(Sync, node=self._node, exact=int(exact)))
+
+    def on_refresh(self, message: Refresh) -> None:
+        """Take an owner's values for the replicas that are held from it still."""
+        state = self._states[message.segment]
+        held = state.lender[message.rows] == message.node
+        if held.all():
+            state.rows.refresh(message.rows, message.values)
+        else:
+            state.rows.refresh(message.rows[held], message.values[held])
+
+    def on_synced(self, owner: int) -> None:
+        """An owner has answered."""
+        self._awaited.remove(owner)
+        if not self._awaited:
+            self._finish()
+
+    def _finish(self) -> None:
+        for state in self._states:
+            self._release(state)
+        self._fence()
+        self._synced[:] = self._snapshot
+        actions, self._flushing = self._flushing, []
+        for action in actions:
+            action()
+        self._running = False
+
+    def _release(self, state: SegmentState) -> None:
+        """Drop the replicas whose intents have ended; one with new deltas stays for another round."""
+        if not self._ended[state.number]:
+            return
+        rows = np.unique(np.concatenate(self._ended[state.number]))
+        rows = rows[(state.intents[rows] == 0) & (state.lender[rows] >= 0)]
+        gone, lenders = state.release(rows)
+        for owner, chosen in groups(lenders):
+            drop = new(Drop, segment=state.number, node=self._node, rows=gone[chosen])
+            self._drops.append((owner, drop))
+        left = rows[state.lender[rows] >= 0]
+        self._ended[state.number] = [left] if left.size else []
+
+    def send_drops(self) -> None:
+        """Tell owners which replicas are gone: before anything else about these rows is sent to them."""
+        for owner, drop in self._drops:
+            self._send(owner, drop)
+        self._drops.clear()
