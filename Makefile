@@ -3,6 +3,7 @@
 #   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy and shellcheck
 #   make train   a first model on English that is on the machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare the bits
+#   make simulate MINUTES=10   the server under schedules drawn by seeds, and without each of its guards (make mutants)
 #   make clean   remove .venv (data/ and runs/ stay)
 
 PYTHON ?= python3
@@ -10,11 +11,12 @@ RANKS ?= $(shell nproc)
 MPIRUN ?= .venv/bin/mpirun
 TRAIN_OPTIONS ?= --max-minutes 5
 TEST_OPTIONS ?=
+MINUTES ?= 10
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup train test soak lint bench clean dev
+.PHONY: setup train test soak simulate mutants lint bench clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -52,6 +54,12 @@ test: .venv/.installed-dev
 
 soak: .venv/.installed-dev
 	.venv/bin/python -m tests.training.soak $(SEED)
+
+simulate: .venv/.installed-dev
+	.venv/bin/python -m tests.simulator --minutes $(MINUTES)
+
+mutants: .venv/.installed-dev
+	.venv/bin/python -m tests.simulator.mutants
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

@@ -165,7 +165,7 @@ class EmbeddedServer(ParameterServer):
         if missing.size:
             # By way of this node's manager, see Manager._on_set.
             ticket = self._ticket(RowsCall(missing.size))
-            for piece in Requests.records(missing.size, 16 + 4 * segment.row_width):
+            for piece in self._requests.records(missing.size, 16 + 4 * segment.row_width):
                 some = missing[piece]
                 self._requests.send_home(new(
                     Set, segment=self._number[segment.name], node=self._world.node, origin=self._world.rank,
@@ -184,7 +184,7 @@ class EmbeddedServer(ParameterServer):
         if not rows.size:
             return DONE
         ticket = self._ticket(RowsCall(rows.size))
-        for piece in Requests.records(rows.size, 8):
+        for piece in self._requests.records(rows.size, 8):
             self._requests.send_home(new(
                 Localize, segment=self._number[segment.name], worker=self._world.local_rank, origin=self._world.rank,
                 ticket=ticket, rows=rows[piece],
@@ -198,7 +198,7 @@ class EmbeddedServer(ParameterServer):
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return
         rows = distinct(keys - segment.first_key)
-        for piece in Requests.records(rows.size, 8):
+        for piece in self._requests.records(rows.size, 8):
             self._requests.send_home(new(
                 Intent, segment=self._number[segment.name], worker=self._world.local_rank, start=start, end=end,
                 rows=rows[piece],

@@ -271,7 +271,12 @@ class Manager:
         self._rounds.after_next(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_freeze(self, message: Freeze) -> None:
-        for waiting in self._moves.freeze() if message.frozen else self._moves.thaw():
+        if message.frozen:
+            self._moves.freeze()
+            # A round under way still has messages to send, which nobody could count yet.
+            self._rounds.when_idle(lambda: self._done(message.origin, message.ticket, 1))
+            return
+        for waiting in self._moves.thaw():
             self._handle(waiting)
         self._done(message.origin, message.ticket, 1)
 

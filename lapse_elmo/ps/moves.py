@@ -156,10 +156,9 @@ class Moves:
         state.rows.pull(rows, message.values)
         self._send(receiver, message)
 
-    def freeze(self) -> list[Want]:
+    def freeze(self) -> None:
         """From now on no row leaves this node."""
         self._frozen = []
-        return []
 
     def thaw(self) -> list[Want]:
         """Rows may leave again; return the wants that have come meanwhile."""

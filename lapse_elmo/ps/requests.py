@@ -13,7 +13,7 @@ from lapse_elmo.ps.directory import groups, learn, node_of
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.messages import Done, Message, Pull, Push, Rows
-from lapse_elmo.ps.ring import LARGEST_RECORD, Ring
+from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
 from lapse_elmo.ps.wire import new
 from lapse_elmo.world import World
@@ -91,15 +91,14 @@ class Requests:
         while max(self._requested_bytes, self.mailbox.transport.outgoing_bytes()) > _MOST_REQUESTED_BYTES:
             self.receive()
 
-    @staticmethod
-    def records(number: int, row_bytes: int) -> Iterable[slice]:
+    def records(self, number: int, row_bytes: int) -> Iterable[slice]:
         """Return slices of ``number`` rows whose messages of ``row_bytes`` per row fit into the ring."""
-        size = max((LARGEST_RECORD - _RECORD_HEADER_BYTES) // row_bytes, 1)
+        size = max((self._ring.largest_record - _RECORD_HEADER_BYTES) // row_bytes, 1)
         return (slice(start, start + size) for start in range(0, number, size))
 
     def send_home(self, message: Message) -> None:
         """Send ``message`` to this node's manager."""
-        if message.block.size > LARGEST_RECORD:  # one very wide row
+        if message.block.size > self._ring.largest_record:  # one very wide row
             self.mailbox.send(Address(self.world.leaders[self.world.node], TO_MANAGER), message)
             self.mailbox.flush()
             return
@@ -122,6 +121,7 @@ class Requests:
             call.remaining -= message.rows.size
         else:
             call.remaining -= message.count
+        assert call.remaining >= 0, "a call was answered twice"
         self.backoff.reset()
         self.handled += 1
 

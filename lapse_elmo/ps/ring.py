@@ -11,7 +11,6 @@ import numpy as np
 from lapse_elmo.ps.ordering import fence
 
 RING_BYTES = 1 << 19  # per worker
-LARGEST_RECORD = RING_BYTES // 4
 _WRITTEN, _READ, _COUNTERS = 0, 8, 16  # indices of int64: in cache lines of their own
 _HEADER_BYTES = 16
 
@@ -32,10 +31,11 @@ class Ring:
         self._counters, self._data = counters, data
         self._capacity = data.size
         self._fence = fence()
+        self.largest_record = data.size // 4  # bytes
 
     def try_write(self, block: np.ndarray) -> bool:
-        """Append a message of at most a quarter of the capacity; return False where there is no room yet."""
-        assert block.size <= self._capacity // 4 and block.size % 8 == 0
+        """Append a message of at most `largest_record` bytes; return False where there is no room yet."""
+        assert block.size <= self.largest_record and block.size % 8 == 0
         written = int(self._counters[_WRITTEN])
         at = written % self._capacity
         skipped = self._capacity - at if at + block.size > self._capacity else 0

@@ -60,6 +60,13 @@ class Rounds:
         """Call ``action`` when a whole round that has not begun yet has ended; it leaves replicas equal to the bit."""
         self._waiting.append(action)
 
+    def when_idle(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when no round is under way: now, or at the end of the present one."""
+        if self._running:
+            self._flushing.append(action)
+        else:
+            action()
+
     def release_later(self, segment: int, rows: np.ndarray) -> None:
         """Replicas of ``rows`` are not needed any more, unless an intent comes before the next round has ended."""
         if rows.size:
@@ -136,10 +143,10 @@ class Rounds:
             self._release(state)
         self._fence()
         self._synced[:] = self._snapshot
+        self._running = False
         actions, self._flushing = self._flushing, []
         for action in actions:
             action()
-        self._running = False
 
     def _release(self, state: SegmentState) -> None:
         """Drop the replicas whose intents have ended; one with new deltas stays for another round."""

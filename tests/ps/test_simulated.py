@@ -1,0 +1,57 @@
+"""The embedded engine under simulated schedules: any order of messages, delays, stalls and crowded cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lapse_elmo import native
+from lapse_elmo.ps.rows import SOURCE
+from tests.mpi import ROOT
+from tests.simulator.mutants import HARMLESS, MUTANTS
+from tests.simulator.schedule import Schedule, failure, run
+
+pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulator accesses rows through rows.c")
+
+SCHEDULES = int(os.environ.get("SCHEDULES", "20000"))
+# Seeds whose schedules once showed a fault of the engine.
+REGRESSIONS = {
+    356: "a freeze was answered while a round still had a Sync to send",
+}
+
+
+def test_schedules() -> None:
+    """All techniques and sampling schemes; ``SCHEDULES`` in the environment says how many (make simulate: for long)."""
+    words = [sys.executable, "-m", "tests.simulator", "--schedules", str(SCHEDULES), "--first", "1000000"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_faults_of_the_past(seed: int) -> None:
+    assert failure(Schedule.of(seed)) is None
+
+
+def test_a_schedule_is_a_function_of_its_seed() -> None:
+    first, second = (run(Schedule.of(77)) for _ in range(2))
+    assert first == second
+    assert first != run(Schedule.of(78))
+
+
+def test_a_broken_engine_is_noticed() -> None:
+    """One mutant of many (python -m tests.simulator.mutants tries them all), with the line that repeats it."""
+    words = [sys.executable, "-m", "tests.simulator.mutants", "--only", "replicas are not noted", "--schedules", "500"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("caught") and "python -m tests.simulator --seed" in done.stdout
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: json.dumps(mutant.name))
+def test_mutants_fit_the_source(mutant) -> None:  # type: ignore[no-untyped-def]
+    text = (ROOT / "lapse_elmo" / "ps" / mutant.file).read_text(encoding="utf-8")
+    assert mutant.before in text
+    assert set(HARMLESS) <= {other.name for other in MUTANTS}

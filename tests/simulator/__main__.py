@@ -1,0 +1,94 @@
+"""Run simulated schedules of consecutive seeds until one fails, or repeat the schedule of one seed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from tests.simulator.schedule import Schedule, failure, run, shrink
+
+_BATCH = 50
+
+
+def batch(first: int) -> tuple[int, int, int, int | None]:
+    """Run ``_BATCH`` schedules; return (schedules, deliveries, checks, the seed that failed or None)."""
+    deliveries = checks = 0
+    for seed in range(first, first + _BATCH):
+        try:
+            result = run(Schedule.of(seed))
+        except Exception:
+            return seed - first, deliveries, checks, seed
+        deliveries += result.deliveries
+        checks += result.checks
+    return _BATCH, deliveries, checks, None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulator", description=__doc__)
+    parser.add_argument("--schedules", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=0.0, help="run for so long instead")
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, help="repeat this one, with a traceback")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the schedule")
+    parser.add_argument("--no-shrink", action="store_true", help="do not look for a simpler schedule that fails too")
+    options = parser.parse_args()
+    if options.seed is not None:
+        return repeat(options.seed, options.set)
+    return many(options)
+
+
+def repeat(seed: int, changes: list[str]) -> int:
+    """Run one schedule, changed by ``NAME=VALUE`` words."""
+    schedule = Schedule.of(seed)
+    for change in changes:
+        name, value = change.split("=")
+        kind = type(getattr(schedule, name))
+        changed: Any = value == "True" if kind is bool else kind(value)
+        schedule = dataclasses.replace(schedule, **{name: changed})
+    print(schedule)
+    error = failure(schedule)
+    if error is not None:
+        traceback.print_exception(error)
+        return 1
+    print("ends well")
+    return 0
+
+
+def many(options: argparse.Namespace) -> int:
+    """Run schedules of consecutive seeds until one fails."""
+    start = time.monotonic()
+
+    def firsts() -> Iterator[int]:
+        first = options.first
+        while first < options.first + options.schedules if not options.minutes else (
+            time.monotonic() - start < 60 * options.minutes
+        ):
+            yield first
+            first += _BATCH
+
+    schedules = deliveries = checks = 0
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for number, delivered, checked, failed in pool.imap_unordered(batch, firsts()):
+            schedules, deliveries, checks = schedules + number, deliveries + delivered, checks + checked
+            if failed is not None:
+                pool.terminate()
+                smallest = Schedule.of(failed) if options.no_shrink else shrink(Schedule.of(failed))
+                error = failure(smallest) or failure(Schedule.of(failed))
+                what = (str(error).splitlines() or [""])[0]
+                print(f"{type(error).__name__}: {what}: repeat it by python -m tests.simulator {smallest}")
+                return 1
+    seconds = time.monotonic() - start
+    print(f"{schedules} schedules, {deliveries} deliveries, {checks} checks of all nodes: no failure; {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

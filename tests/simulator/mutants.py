@@ -1,0 +1,303 @@
+"""Take each guard of the protocol away in turn, and see whether the simulator notices: ``python -m tests.simulator.mutants``.
+
+A mutant is a copy of the source in which one piece of text is replaced. What survives is either explained in `HARMLESS`
+(the guard is for speed, not for what is promised) or shows that the simulator does not look closely enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mpi import ROOT
+
+_TIME_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One guard that is taken away."""
+
+    name: str
+    file: str  # in lapse_elmo/ps
+    before: str
+    after: str
+
+
+MUTANTS = (
+    Mutant(
+        "push to a lent row stays at the owner", "manager.py",
+        "if held.any():\n            back",
+        "if False:\n            back",
+    ),
+    Mutant(
+        "a round does not mark the owner's own changes", "manager.py",
+        "state.lending.changed(lent[state.rows.clean(lent)])\n            outdated",
+        "outdated",
+    ),
+    Mutant(
+        "set leaves the replica of its node as it is", "manager.py",
+        "if held.size and message.node == self.node:",
+        "if False:",
+    ),
+    Mutant(
+        "set is done before replicas show it", "manager.py",
+        "if (state.lender[message.rows] >= 0).any():",
+        "if False:",
+    ),
+    Mutant(
+        "freeze does not wait for the round under way", "manager.py",
+        "self._rounds.when_idle(lambda: self._done(message.origin, message.ticket, 1))",
+        "self._done(message.origin, message.ticket, 1)",
+    ),
+    Mutant(
+        "deltas are not counted as changes", "manager.py",
+        "state.lending.changed_by(message.rows, message.node)",
+        "pass",
+    ),
+    Mutant(
+        "a request that is forwarded by half counts as served", "routing.py",
+        "self.route(message, np.flatnonzero(~owned) + start)",
+        "pass",
+    ),
+    Mutant(
+        "what is about to arrive is not waited for", "routing.py",
+        "if coming.any():",
+        "if False:",
+    ),
+    Mutant(
+        "parked requests are forgotten", "routing.py",
+        "return list(parked)",
+        "return []",
+    ),
+    Mutant(
+        "parked requests are not looked at when rows arrive", "moves.py",
+        "        self._router.arrived()\n",
+        "",
+    ),
+    Mutant(
+        "forwarded without the newer stamps", "routing.py",
+        "stamps=stamps[chosen], **changes",
+        "**changes",
+    ),
+    Mutant(
+        "rows are asked for twice", "moves.py",
+        "rows[~(state.rows.present(rows) | state.wanted[rows])]",
+        "rows[~state.rows.present(rows)]",
+    ),
+    Mutant(
+        "a want overtakes a drop", "moves.py",
+        "        self._rounds.send_drops()  # an owner",
+        "        # an owner",
+    ),
+    Mutant(
+        "lent rows are relocated", "moves.py",
+        "(state.lending.num_holders[some] == 0) & ",
+        "",
+    ),
+    Mutant(
+        "replicas are not noted", "moves.py",
+        "        state.lending.lend(rows, receiver)\n",
+        "",
+    ),
+    Mutant(
+        "rows that several hold are promoted", "moves.py",
+        "(state.lending.num_holders[rows] == 1) & ",
+        "",
+    ),
+    Mutant(
+        "promoted rows stay lent", "moves.py",
+        "                    state.lending.give_up(unused, holder)\n",
+        "",
+    ),
+    Mutant(
+        "rows leave a frozen node", "moves.py",
+        "            if self._frozen is not None:\n                self._frozen.append",
+        "            if False:\n                self._frozen.append",
+    ),
+    Mutant(
+        "localize is answered before the rows come", "moves.py",
+        "waiting.rows = waiting.rows[state.wanted[waiting.rows]]",
+        "waiting.rows = waiting.rows[:0]",
+    ),
+    Mutant(
+        "localize is answered for one segment only", "moves.py",
+        "            if waiting.rows.size:\n                unfinished",
+        "            if waiting.rows.size and waiting.request.segment == state.number:\n            "
+        "    unfinished",
+    ),
+    Mutant(
+        "a main copy does not replace the replica", "node_state.py",
+        "if held.any():",
+        "if False:",
+    ),
+    Mutant(
+        "a row's epoch stays when it moves", "node_state.py",
+        "epoch_of(self.stamps[rows]) + 1",
+        "epoch_of(self.stamps[rows])",
+    ),
+    Mutant(
+        "what arrives is still wanted", "node_state.py",
+        "self.wanted[rows] = False\n        learn(self.stamps, rows, stamps)\n        self.lender",
+        "learn(self.stamps, rows, stamps)\n        self.lender",
+    ),
+    Mutant(
+        "older stamps overwrite newer ones", "directory.py",
+        "np.maximum(known[rows], stamps)",
+        "stamps",
+    ),
+    Mutant(
+        "a holder's own changes make it current", "lending.py",
+        "current = lent.sent[places] == before[which]",
+        "current = np.ones(places.size, bool)",
+    ),
+    Mutant(
+        "rounding is not noted", "lending.py",
+        "lent.rounded[places[current]] = True",
+        "pass",
+    ),
+    Mutant(
+        "changes have no version", "lending.py",
+        "self._version[rows] = self._now",
+        "pass",
+    ),
+    Mutant(
+        "exact rounds are as others", "lending.py",
+        "if exact:",
+        "if False:",
+    ),
+    Mutant(
+        "two rounds at a time", "rounds.py",
+        "if self._running or not self._due():",
+        "if not self._due():",
+    ),
+    Mutant(
+        "a round's clocks are those of its end", "rounds.py",
+        "self._synced[:] = self._snapshot",
+        "self._synced[:] = self._clocks",
+    ),
+    Mutant(
+        "a round ends with its first answer", "rounds.py",
+        "if not self._awaited:\n            self._finish",
+        "if True:\n            self._finish",
+    ),
+    Mutant(
+        "values of former owners are taken", "rounds.py",
+        "if held.all():",
+        "if True:",
+    ),
+    Mutant(
+        "replicas are dropped without a word", "rounds.py",
+        "self._drops.append((owner, drop))",
+        "pass",
+    ),
+    Mutant(
+        "deltas are not sent", "rounds.py",
+        "if which.size:",
+        "if False:",
+    ),
+    Mutant(
+        "flushes are answered by the round under way", "rounds.py",
+        "        self._waiting.append(action)",
+        "        (self._flushing if self._running else self._waiting).append(action)",
+    ),
+    Mutant(
+        "workers do not wait for rounds", "embedded.py",
+        "while clock - self._synced[self._world.local_rank] > self._slack:",
+        "while False:",
+    ),
+    Mutant(
+        "quiesce is one round", "embedded.py",
+        "for _ in range(2):  # deltas",
+        "for _ in range(1):  # deltas",
+    ),
+    Mutant(
+        "owned rows are looked at while messages fly", "embedded.py",
+        "            self._drain()\n        rows =",
+        "        rows =",
+    ),
+    Mutant(
+        "close does not wait for messages", "embedded.py",
+        "            self._drain()\n            if",
+        "            if",
+    ),
+    Mutant(
+        "a ring is written over", "ring.py",
+        "if written + skipped + block.size - int(self._counters[_READ]) > self._capacity:",
+        "if False:",
+    ),
+    Mutant(
+        "a ring's end is not marked", "ring.py",
+        "if skipped >= _HEADER_BYTES:",
+        "if False:",
+    ),
+    Mutant(
+        "messages to one receiver change places", "mailbox.py",
+        "        for block in blocks:\n            if size",
+        "        for block in reversed(list(blocks)):\n            if size",
+    ),
+    Mutant(
+        "a replica is kept for ever", "moves.py",
+        "self._rounds.release_later(state.number, message.rows",
+        "len((state.number, message.rows",
+    ),
+    Mutant(
+        "drops wait while pushes come back", "manager.py",
+        "            self._rounds.send_drops()  # else",
+        "            # else",
+    ),
+)
+HARMLESS = {
+    "what is about to arrive is not waited for": "the request travels between the former owners until the row arrives",
+    "forwarded without the newer stamps": "the request travels between the former owners until the row arrives",
+    "a replica is kept for ever": "costs traffic alone: the row stays lent until its node announces it again",
+    "drops wait while pushes come back": "the push travels between owner and node until the next round sends the drop",
+}
+
+
+def caught(mutant: Mutant, schedules: int, jobs: int) -> tuple[bool, str]:
+    """Return whether the simulator notices, and what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("lapse_elmo", "tests"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        path = Path(folder, "lapse_elmo", "ps", mutant.file)
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutant.before) < 1:
+            return False, "its text is not in the source"
+        path.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
+        words = [sys.executable, "-m", "tests.simulator", "--no-shrink"]
+        words += ["--schedules", str(schedules), "--jobs", str(jobs)]
+        try:
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=_TIME_S)
+        except subprocess.TimeoutExpired:
+            return True, "no end"
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    return done.returncode != 0, said[-1] if said else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulator.mutants", description=__doc__)
+    parser.add_argument("--schedules", type=int, default=20_000, help="per mutant, at most")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="part of a mutant's name")
+    options = parser.parse_args()
+    bad = 0
+    for mutant in MUTANTS:
+        if options.only not in mutant.name:
+            continue
+        found, said = caught(mutant, options.schedules, options.jobs)
+        fine = found or mutant.name in HARMLESS
+        bad += not fine
+        verdict, why = ("caught", said) if found else ("survives", HARMLESS.get(mutant.name, said))
+        print(f"{verdict:8} {mutant.name}: {why}", flush=True)
+    print(f"{len(MUTANTS)} mutants, {bad} survive without an explanation")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""One schedule: a small job, all of it drawn from a seed, run to its end under all checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from lapse_elmo.ps import ring, wire
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.sampling import SCHEMES
+from tests.simulator.invariants import Invariants
+from tests.simulator.network import Pace, Simulation, Task
+from tests.simulator.platform import Job
+from tests.simulator.workload import Ledger, Worker
+
+TECHNIQUES = ("adaptive", "relocation", "replication", "static")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a seed leads to. Other values than those it draws may be given, to shrink a failure."""
+
+    seed: int
+    technique: str = "adaptive"
+    scheme: str = "preloc"
+    num_nodes: int = 2
+    workers_per_node: int = 1
+    num_rows: int = 12
+    phases: int = 2
+    clocks_per_phase: int = 4
+    calls_per_clock: int = 3
+    staleness: int = 4
+    piece_bytes: int = 1 << 20
+    ring_bytes: int = 1 << 14
+    slow_share: float = 0.1
+    preemption: float = 0.1
+    stall_share: float = 0.01
+    crowded: bool = False
+    poll_s: float = 4e-4
+    outgoing_scale: int = 1
+
+    @classmethod
+    def of(cls, seed: int) -> Schedule:
+        """Return the schedule of ``seed``."""
+        random = Random(seed)
+        nodes = random.choice((2, 2, 2, 3, 3, 4))
+        return cls(
+            seed=seed,
+            technique=random.choice(("adaptive", "adaptive", "relocation", "replication", "static")),
+            scheme=random.choice(SCHEMES),
+            num_nodes=nodes,
+            workers_per_node=random.choice((1, 1, 1, 2) if nodes < 4 else (1,)),
+            num_rows=random.choice((3, 8, 20)),
+            phases=random.choice((1, 1, 1, 2)),
+            clocks_per_phase=random.choice((1, 2, 2, 3, 5)),
+            calls_per_clock=random.choice((1, 2, 3, 6)),
+            staleness=random.choice((2, 3, 4, 4, 8)),
+            piece_bytes=random.choice((1 << 20, 40)),
+            ring_bytes=random.choice((1 << 14, 1 << 11)),
+            slow_share=random.choice((0.0, 0.1, 0.5)),
+            preemption=random.choice((0.0, 0.1, 0.4)),
+            stall_share=random.choice((0.0, 0.01, 0.05)),
+            crowded=random.random() < 0.3,
+            poll_s=random.choice((4e-4, 2e-3, 2e-3)),
+            outgoing_scale=random.choice((1, 1, 1 << 20)),
+        )
+
+    def smaller(self) -> Iterator[Schedule]:
+        """Yield simpler schedules of the same seed, the greatest simplifications first."""
+        simplest: tuple[tuple[str, tuple[object, ...]], ...] = (
+            ("phases", (1,)), ("num_nodes", (2, 3)), ("workers_per_node", (1,)), ("num_rows", (1, 3, 8)),
+            ("clocks_per_phase", (1, 2, 3)), ("calls_per_clock", (1, 2)), ("scheme", ("naive",)),
+            ("outgoing_scale", (1,)), ("piece_bytes", (1 << 20,)), ("ring_bytes", (1 << 14,)), ("crowded", (False,)),
+            ("stall_share", (0.0,)), ("preemption", (0.0,)), ("slow_share", (0.0,)),
+        )
+        for name, values in simplest:
+            present: Any = getattr(self, name)
+            for value in values:
+                simpler: Any = value
+                if simpler != present and (name in ("scheme", "piece_bytes", "ring_bytes") or simpler < present):
+                    yield dataclasses.replace(self, **{name: simpler})
+
+    def __str__(self) -> str:
+        given = Schedule.of(self.seed)
+        words = [f"--seed {self.seed}"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(given, field.name):
+                words.append(f"--set {field.name}={value}")
+        return " ".join(words)
+
+
+@dataclass
+class Result:
+    """What a schedule did."""
+
+    deliveries: int
+    checks: int
+    simulated_s: float
+
+
+def run(schedule: Schedule) -> Result:
+    """Run a schedule; whatever promise is broken raises an AssertionError."""
+    random = Random(f"{schedule.seed} events")
+    pace = Pace(
+        slow_share=schedule.slow_share, preemption=schedule.preemption, stall_share=schedule.stall_share,
+        poll_s=schedule.poll_s, outgoing_scale=schedule.outgoing_scale,
+    )
+    simulation = Simulation(random, pace)
+    job = Job(simulation, schedule.num_nodes, schedule.workers_per_node)
+    layout = Layout.of(
+        ("counts", schedule.num_rows, job.size), ("floats", min(schedule.num_rows, 6), 3), ("owned", 2 * job.size, 1)
+    )
+    ledger = Ledger(layout, job.size, schedule.num_rows)
+    invariants = Invariants(simulation, ledger)
+    simulation.check = invariants.check
+
+    def slowness() -> float:
+        return random.choice((1.0, 1.0, 8.0, 40.0)) if schedule.crowded else 1.0
+
+    with _sizes(schedule):
+        for rank in range(job.size):
+            worker = Worker(schedule, job, rank, ledger, invariants, slowness())
+            simulation.add(Task(f"worker {rank}", worker.run, slowness()))
+        simulation.run()
+    invariants.check_end()
+    return Result(simulation.deliveries, invariants.number, simulation.now)
+
+
+@contextmanager
+def _sizes(schedule: Schedule) -> Iterator[None]:
+    """Make messages and rings so small that a few rows need several."""
+    before = wire.PIECE_BYTES, ring.RING_BYTES
+    wire.PIECE_BYTES, ring.RING_BYTES = schedule.piece_bytes, schedule.ring_bytes
+    try:
+        yield
+    finally:
+        wire.PIECE_BYTES, ring.RING_BYTES = before
+
+
+def shrink(schedule: Schedule, tries: int = 300) -> Schedule:
+    """Return a simpler schedule that fails too."""
+    while True:
+        for smaller in schedule.smaller():
+            tries -= 1
+            if tries < 0:
+                return schedule
+            if failure(smaller):
+                schedule = smaller
+                break
+        else:
+            return schedule
+
+
+def failure(schedule: Schedule) -> BaseException | None:
+    """Return what went wrong in a schedule, or None."""
+    try:
+        run(schedule)
+    except Exception as error:
+        return error
+    return None

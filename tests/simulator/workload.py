@@ -1,0 +1,223 @@
+"""What the workers of a schedule do, and what each of their pulls must show.
+
+Row r of the segment "counts" has a column per worker, into which that worker pushes ones. So a pull shows how many
+pushes of each worker it sees, and the ledger knows between which bounds that may be:
+
+- at least the worker's own pushes that were complete when the pull began, and at most all that had begun when it ended;
+- with one copy per row, at least everybody's pushes that were complete when the pull began (sequential consistency per
+  key), and no fewer than any earlier pull of the same worker saw;
+- with replicas, at least what was pushed ``staleness`` clocks before the slowest worker's.
+
+Rows of "floats" get arbitrary floats: their copies must be equal to the bit after a quiesce. Each row of "owned" is set
+by one worker to ever larger numbers.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lapse_elmo.ps.api import DONE
+from lapse_elmo.ps.embedded import EmbeddedServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.sampling import Distribution, Sampler
+from tests.simulator.platform import Job, SimPlatform, SimWorld
+
+if TYPE_CHECKING:
+    from tests.simulator.invariants import Invariants
+    from tests.simulator.schedule import Schedule
+
+ONE_COPY = ("relocation", "static")
+
+
+class Ledger:
+    """What all workers have pushed: (worker, row) counts, begun and complete, and complete by clock."""
+
+    def __init__(self, layout: Layout, num_workers: int, num_rows: int) -> None:
+        self.layout = layout
+        self.begun = np.zeros((num_workers, num_rows), np.int64)
+        self.complete = np.zeros((num_workers, num_rows), np.int64)
+        self.by_clock: list[list[np.ndarray]] = [[] for _ in range(num_workers)]  # complete at the end of each clock
+        self.pushing = 0  # workers that have begun a push of which not all is applied or sent
+
+    def advance(self, worker: int) -> None:
+        """A clock of ``worker`` ends."""
+        self.by_clock[worker].append(self.complete[worker].copy())
+
+    def visible_by(self, staleness: int) -> np.ndarray:
+        """Return what everybody must see of everybody's pushes (workers, rows)."""
+        clock = min(map(len, self.by_clock)) - staleness
+        if clock < 1:
+            return np.zeros_like(self.complete)
+        return np.stack([counts[clock - 1] for counts in self.by_clock])
+
+
+class Worker:
+    """One worker: a random program."""
+
+    def __init__(
+        self, schedule: Schedule, job: Job, rank: int, ledger: Ledger, invariants: Invariants, slowness: float
+    ) -> None:
+        self.schedule, self.rank, self.ledger, self.invariants = schedule, rank, ledger, invariants
+        self.world = SimWorld(job, rank)
+        self.platform = SimPlatform(self.world, slowness)
+        self.random = Random(f"{schedule.seed} worker {rank}")
+        self.pulls: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.pushes: list[tuple[int, np.ndarray]] = []
+        self.localizes: list[int] = []
+        self.samples: list[tuple[int, int]] = []  # (handle, count)
+        self.seen = np.zeros((job.size, schedule.num_rows), np.int64)
+        self.last_set = 0
+        self.server: EmbeddedServer
+
+    def run(self) -> None:
+        """Open the server, use it for some phases, and close it."""
+        schedule = self.schedule
+        sampler = Sampler(Distribution("log-uniform", schedule.num_rows), schedule.scheme, False, 1, self.rank)
+        self.server = EmbeddedServer(
+            self.world, self.ledger.layout, ("counts", sampler), technique=schedule.technique,  # type: ignore[arg-type]
+            staleness=schedule.staleness, platform=self.platform,
+        )
+        self.invariants.opened(self.server)
+        for phase in range(schedule.phases):
+            for _ in range(schedule.clocks_per_phase):
+                for _ in range(self.random.randint(0, schedule.calls_per_clock)):
+                    self.random.choice((
+                        self.push, self.push, self.pull, self.pull, self.intent, self.intent, self.localize, self.wait,
+                        self.push_floats, self.set, self.sample,
+                    ))()
+                self.ledger.advance(self.rank)
+                self.server.advance_clock()
+            while self.pulls or self.pushes or self.localizes:
+                self.wait()
+            self.server.quiesce()
+            self.after_quiesce(phase)
+        self.server.close()
+
+    def rows(self) -> np.ndarray:
+        """Return some distinct rows of "counts", frequent ones more often."""
+        number = self.random.randint(1, self.schedule.num_rows)
+        rows = [min(int(self.random.expovariate(0.3)), self.schedule.num_rows - 1) for _ in range(number)]
+        return np.array(list(dict.fromkeys(rows)), np.int64)
+
+    def push(self) -> None:
+        """Begin to push ones."""
+        rows = self.rows()
+        deltas = np.zeros((rows.size, self.ledger.begun.shape[0]), np.float32)
+        deltas[:, self.rank] = 1
+        self.ledger.begun[self.rank, rows] += 1
+        self.ledger.pushing += 1
+        ticket = self.server.push_async(rows, deltas)
+        self.ledger.pushing -= 1
+        self._under_way(self.pushes, ticket, rows)
+
+    def pull(self) -> None:
+        """Begin to pull."""
+        rows, ledger = self.rows(), self.ledger
+        out = np.full((rows.size, ledger.begun.shape[0]), np.nan, np.float32)
+        if self.schedule.technique in ONE_COPY:
+            least = np.maximum(ledger.complete, self.seen)[:, rows].copy()
+        else:
+            least = ledger.visible_by(self.schedule.staleness)[:, rows].copy()
+            least[self.rank] = ledger.complete[self.rank, rows]
+        ticket = self.server.pull_async(rows, out)
+        self.pulls.append((ticket, rows, out, least, np.empty(0)))
+        if ticket == DONE:
+            self._end_pull(self.pulls.pop())
+
+    def _under_way(self, calls: list[tuple[int, np.ndarray]], ticket: int, rows: np.ndarray) -> None:
+        if ticket == DONE:
+            self.ledger.complete[self.rank, rows] += 1
+        else:
+            calls.append((ticket, rows))
+
+    def _end_pull(self, pull: tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]) -> None:
+        _, rows, out, least, _ = pull
+        shown = out.T
+        assert (shown >= least).all(), (
+            f"worker {self.rank} sees too few pushes of rows {rows.tolist()}: {shown.tolist()}, not {least.tolist()}"
+        )
+        most = self.ledger.begun[:, rows]
+        assert (shown <= most).all(), (
+            f"worker {self.rank} sees too many pushes of rows {rows.tolist()}: {shown.tolist()}, not {most.tolist()}"
+        )
+        self.seen[:, rows] = np.maximum(self.seen[:, rows], shown)
+
+    def wait(self) -> None:
+        """Wait for one call under way."""
+        calls = [calls for calls in (self.pulls, self.pushes, self.localizes) if calls]
+        if not calls:
+            return
+        chosen = self.random.choice(calls)
+        call = chosen.pop(self.random.randrange(len(chosen)))
+        if isinstance(call, int):
+            self.server.wait(call)
+        else:
+            self.server.wait(call[0])
+            if chosen is self.pulls:
+                self._end_pull(call)  # type: ignore[arg-type]
+            else:
+                self.ledger.complete[self.rank, call[1]] += 1
+
+    def intent(self) -> None:
+        """Announce some rows for some clocks."""
+        start = self.server.clock + self.random.randint(0, 3)
+        segment = self.random.choice(("counts", "counts", "floats"))
+        rows = self.rows() if segment == "counts" else np.arange(self.ledger.layout["floats"].num_rows)
+        self.server.intent(self.ledger.layout[segment].keys(rows), start, start + self.random.randint(1, 4))
+
+    def localize(self) -> None:
+        """Begin to bring some rows here."""
+        ticket = self.server.localize_async(self.rows())
+        if ticket != DONE:
+            self.localizes.append(ticket)
+
+    def push_floats(self) -> None:
+        """Push arbitrary floats."""
+        segment = self.ledger.layout["floats"]
+        rows = np.array(sorted({self.random.randrange(segment.num_rows) for _ in range(3)}), np.int64)
+        deltas = np.array([[self.random.gauss(0, 1) for _ in range(3)] for _ in rows], np.float32)
+        self.server.push(segment.keys(rows), deltas)
+
+    def set(self) -> None:
+        """Set this worker's rows to a larger number, and see it; another worker's rows never fall."""
+        segment = self.ledger.layout["owned"]
+        mine = np.arange(2 * self.rank, 2 * self.rank + 2)
+        if self.random.random() < 0.5:
+            self.server.intent(segment.keys(mine), self.server.clock, self.server.clock + 2)
+        self.last_set += 1
+        keys, out = segment.keys(mine), np.empty((2, 1), np.float32)
+        if self.random.random() < 0.5:
+            self.server.push(keys, np.ones((2, 1), np.float32))  # which the set overwrites
+        self.server.set(keys, np.full((2, 1), self.last_set, np.float32))
+        self.server.pull(keys, out)
+        assert (out == self.last_set).all(), f"worker {self.rank} set {self.last_set} and sees {out.ravel().tolist()}"
+
+    def sample(self) -> None:
+        """Prepare a sample, or pull one that was prepared."""
+        if len(self.samples) < 2:
+            count = self.random.randint(1, self.schedule.num_rows)
+            start = self.server.clock + self.random.randint(0, 2)
+            self.samples.append((self.server.prepare_sample(count, start, start + 2), count))
+        else:
+            handle, count = self.samples.pop(0)
+            keys, out = np.empty(count, np.int64), np.empty((count, self.ledger.begun.shape[0]), np.float32)
+            self.server.pull_sample(handle, keys, out)
+            assert np.unique(keys).size == count
+            assert (self.ledger.begun[:, keys] >= out.T).all()
+
+    def after_quiesce(self, phase: int) -> None:
+        """All pushes are seen by everybody, all copies are equal to the bit, and the owned rows are a partition."""
+        if self.rank == 0:
+            self.invariants.check_copies()
+        keys = np.arange(self.schedule.num_rows)
+        out = np.empty((keys.size, self.ledger.begun.shape[0]), np.float32)
+        self.server.pull(keys, out)
+        np.testing.assert_array_equal(out.T, self.ledger.begun)
+        if (self.schedule.seed + phase) % 3 == 0:
+            mine = self.server.owned_rows("counts")
+            everybody = np.concatenate(self.world.allgather(mine))
+            np.testing.assert_array_equal(np.sort(everybody), keys)
+        self.world.barrier()
