@@ -331,7 +331,7 @@ class EmbeddedServer(ParameterServer):
         self.wait(ticket)
 
     def _freeze(self, frozen: bool) -> None:
-        """Collective: when all have returned, no row moves until the next call with False."""
+        """Collective: once all have returned and all messages are handled, no row moves until a call with False."""
         if self._manager is not None:
             self._ask_manager(Freeze, frozen=int(frozen))
         self._world.barrier()

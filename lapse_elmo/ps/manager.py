@@ -71,6 +71,7 @@ class Manager:
         self.mailbox, self.states, self.node = mailbox, states, node
         self.handled = 0  # messages, jobs included
         self.stopping = False
+        self._frozen = False
         self._backoff = backoff
         self._leaders = list(leaders)
         self._jobs: dict[Address, deque[Iterator[None]]] = {}
@@ -120,7 +121,7 @@ class Manager:
             busy = True
         for message in self._router.unparked():
             self._handle(message)
-        if not self._moves.frozen:  # else nothing new begins
+        if not self._frozen:
             if self._intents.moved():
                 self._look_at_clocks()
             busy |= self._rounds.begin_if_due()
@@ -271,14 +272,10 @@ class Manager:
         self._rounds.after_next(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_freeze(self, message: Freeze) -> None:
-        if message.frozen:
-            self._moves.freeze()
-            # A round under way still has messages to send, which nobody could count yet.
-            self._rounds.when_idle(lambda: self._done(message.origin, message.ticket, 1))
-            return
-        for waiting in self._moves.thaw():
-            self._handle(waiting)
-        self._done(message.origin, message.ticket, 1)
+        """With ``frozen`` begin nothing: when all managers have done so and all messages are handled, no row moves."""
+        self._frozen = bool(message.frozen)
+        # A round under way still has messages to send, which nobody could count yet.
+        self._rounds.when_idle(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_stop(self, _: Stop) -> None:
         self.stopping = True

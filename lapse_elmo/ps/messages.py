@@ -76,7 +76,7 @@ class Flush(Message):
 
 @dataclass(frozen=True)
 class Freeze(Message):
-    """Worker to its manager: with ``frozen`` 1 no row leaves this node until the next `Freeze` with 0."""
+    """Worker to its manager: with ``frozen`` 1 begin no round and want no rows until the next one with 0."""
 
     KIND = 5
     origin: int

@@ -14,7 +14,7 @@ from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.rounds import Rounds, SendToNode
 from lapse_elmo.ps.routing import Router
 from lapse_elmo.ps.transport import Transport
-from lapse_elmo.ps.wire import new, part, pieces
+from lapse_elmo.ps.wire import new, pieces
 
 _MERGE_S = 0.001  # wants wait so long for others, to be sent together
 
@@ -45,7 +45,6 @@ class Moves:
         self._wants: list[list[np.ndarray]] = [[] for _ in states]
         self._wanted_since: float | None = None
         self._localizing: list[_Waiting] = []
-        self._frozen: list[Want] | None = None
 
     # Asking for rows
 
@@ -100,9 +99,6 @@ class Moves:
         """Relocate rows to the node that wants them, or lend it replicas; one message per step."""
         state = self._states[message.segment]
         for piece in pieces(message.rows.size, state.segment.row_width):
-            if self._frozen is not None:
-                self._frozen.append(part(message, slice(piece.start, None)))
-                return
             some = self._router.owned_part(message, piece).rows
             if self.technique == "adaptive":
                 leave = (state.lending.num_holders[some] == 0) & (state.intents[some] == 0)
@@ -122,8 +118,6 @@ class Moves:
             rows = state.lending.rows_of(holder)
             rows = rows[(state.lending.num_holders[rows] == 1) & (state.intents[rows] == 0)]
             for piece in pieces(rows.size, state.segment.row_width):
-                if self._frozen is not None:
-                    return
                 some = rows[piece]
                 unused = some[state.intents[some] == 0]
                 if unused.size:
@@ -155,20 +149,6 @@ class Moves:
         )
         state.rows.pull(rows, message.values)
         self._send(receiver, message)
-
-    def freeze(self) -> None:
-        """From now on no row leaves this node."""
-        self._frozen = []
-
-    def thaw(self) -> list[Want]:
-        """Rows may leave again; return the wants that have come meanwhile."""
-        waiting, self._frozen = self._frozen or [], None
-        return waiting
-
-    @property
-    def frozen(self) -> bool:
-        """Whether no row may leave this node."""
-        return self._frozen is not None
 
     # Receiving rows
 

@@ -1,4 +1,4 @@
-"""Take each guard of the protocol away in turn, and see whether the simulator notices: ``python -m tests.simulator.mutants``.
+"""Take each guard of the protocol away in turn, and see whether the simulator notices.
 
 A mutant is a copy of the source in which one piece of text is replaced. What survives is either explained in `HARMLESS`
 (the guard is for speed, not for what is promised) or shows that the simulator does not look closely enough.
@@ -116,9 +116,9 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "rows leave a frozen node", "moves.py",
-        "            if self._frozen is not None:\n                self._frozen.append",
-        "            if False:\n                self._frozen.append",
+        "a frozen manager begins rounds and wants rows", "manager.py",
+        "if not self._frozen:",
+        "if True:",
     ),
     Mutant(
         "localize is answered before the rows come", "moves.py",
