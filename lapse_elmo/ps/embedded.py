@@ -26,6 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from lapse_elmo.ps.memory import NodeMemory, require_room
 from lapse_elmo.ps.messages import TO_MANAGER, TO_WORKER, Kind, Mailbox, Message, Patience, growing_pieces, pieces
 from lapse_elmo.ps.node_state import SegmentState, where_name
 from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, SOURCE, open_rows, shapes_of
+from lapse_elmo.ps.rules import bits_of
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.ps.whereabouts import groups, learn, node_of
 from lapse_elmo.world import World
@@ -47,12 +49,13 @@ from lapse_elmo.world import World
 
 @dataclass
 class _Call(Call):
-    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled or pushed."""
+    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled, or pushed at ``rate``."""
 
     remaining: int
     segment: Segment | None = None
     rows: np.ndarray | None = None
     values: np.ndarray | None = None
+    rate: float = 0.0
 
 
 class EmbeddedServer(ParameterServer):
@@ -128,29 +131,35 @@ class EmbeddedServer(ParameterServer):
             self._manager.start()
 
     def pull_async(self, keys: Array, out: Array) -> int:
-        keys, out, segment = self.checked("out", keys, out, writes=True)
+        return self._pull(keys, out, whole=False)
+
+    def pull_rows(self, keys: Array, out: Array) -> None:
+        self.wait(self._pull(keys, out, whole=True))
+
+    def _pull(self, keys: Array, out: Array, whole: bool) -> int:
+        keys, out, segment = self.checked("out", keys, out, writes=True, whole=whole)
         if segment is None:
             return DONE
         start = time.perf_counter()
         ticket, missing = self._access(Kind.PULL, segment, keys, out.numpy())
         stats = self.stats.segments[segment.name]
-        stats.count_pull(keys.size, missing, segment.width)
+        stats.count_pull(keys.size, missing, out.shape[1])
         stats.pull_s += time.perf_counter() - start
         return ticket
 
-    def push_async(self, keys: Array, deltas: Array) -> int:
-        keys, deltas, segment = self.checked("deltas", keys, deltas)
+    def push_async(self, keys: Array, values: Array) -> int:
+        keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return DONE
         start = time.perf_counter()
-        ticket, missing = self._access(Kind.PUSH, segment, keys, deltas.numpy())
+        ticket, missing = self._access(Kind.PUSH, segment, keys, values.numpy(), self.rate_of(segment))
         stats = self.stats.segments[segment.name]
         stats.count_push(keys.size, missing, segment.width)
         stats.push_s += time.perf_counter() - start
         return ticket
 
     def set(self, keys: Array, values: Array) -> None:
-        keys, values, segment = self.checked("values", keys, values)
+        keys, values, segment = self.checked("values", keys, values, whole=True)
         if segment is None:
             return
         if distinct(keys).size != keys.size:
@@ -268,17 +277,19 @@ class EmbeddedServer(ParameterServer):
 
     # Talking to managers
 
-    def _access(self, kind: Kind, segment: Segment, keys: np.ndarray, values: np.ndarray) -> tuple[int, int]:
+    def _access(
+        self, kind: Kind, segment: Segment, keys: np.ndarray, values: np.ndarray, rate: float = 0.0
+    ) -> tuple[int, int]:
         """Pull or push what is here and ask other nodes for the rest: (ticket, number of rows that are not here).
 
         Part by part, so that others work on one while the next is looked up.
         """
         rows = keys - segment.first_key
         here = self._rows[segment.name]
-        access = here.pull if kind is Kind.PULL else here.push
-        call = _Call(0, segment, rows, values, stats=self.stats.segments[segment.name])
+        access = here.pull if kind is Kind.PULL else partial(here.push, rate=rate)
+        call = _Call(0, segment, rows, values, rate, stats=self.stats.segments[segment.name])
         ticket = DONE
-        for part in self._parts(kind, rows.size, segment.width):
+        for part in self._parts(kind, rows.size, values.shape[1]):
             missing = access(rows[part], values[part])
             if missing.size:
                 if ticket is DONE:
@@ -303,7 +314,8 @@ class EmbeddedServer(ParameterServer):
             message = Message.of(
                 kind, self._number[segment.name], self._world.rank, ticket, asked[chosen], stamps=stamps[chosen],
                 positions=places if kind is Kind.PULL else None, width=segment.width if kind is Kind.PUSH else 0,
-                worker=self._world.node, blocks=self._mailbox.blocks,
+                worker=self._world.node, start=call.values.shape[1] if kind is Kind.PULL else bits_of(call.rate),
+                blocks=self._mailbox.blocks,
             )
             if message.values is not None:
                 np.take(call.values, places, 0, message.values, mode="clip")  # (else through a buffer)
@@ -337,7 +349,7 @@ class EmbeddedServer(ParameterServer):
     def _take_rows(self, call: _Call, message: Message) -> None:
         """Receive the rows that ``message`` announces: where they belong if they lie there side by side."""
         assert call.segment is not None and call.values is not None and message.positions is not None
-        places, width = message.positions, call.segment.width
+        places, width = message.positions, call.values.shape[1]
         first, end = int(places[0]), int(places[-1]) + 1
         for piece in pieces(places.size, width):
             if end - first == places.size:  # positions ascend

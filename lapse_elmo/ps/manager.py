@@ -29,6 +29,7 @@ from lapse_elmo.ps.messages import (
 )
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.replication import Replication
+from lapse_elmo.ps.rules import rate_of
 from lapse_elmo.ps.whereabouts import epoch_of, groups, home_of, learn, node_of
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
@@ -118,12 +119,13 @@ class Manager(threading.Thread):
             stamps=state.where[rows] if message.extra == FORWARDED else None,
         )
         self.mailbox.send(message.origin, TO_WORKER, reply)
-        for piece in pieces(rows.size, state.segment.width):
-            values = self.mailbox.blocks.rows(piece.stop - piece.start, state.segment.width)
+        width = message.start  # of the rows as the worker wants them, weights alone or whole
+        for piece in pieces(rows.size, width):
+            values = self.mailbox.blocks.rows(piece.stop - piece.start, width)
             state.rows.pull(rows[piece], values)
             self.mailbox.send_values(message.origin, values)
         state.stats.served_rows += rows.size
-        state.stats.sent_bytes += reply.block.size + 4 * rows.size * state.segment.width
+        state.stats.sent_bytes += reply.block.size + 4 * rows.size * width
 
     def _on_push(self, message: Message) -> None:
         state = self.states[message.segment]
@@ -131,7 +133,7 @@ class Manager(threading.Thread):
         if not message.rows.size:
             return
         assert message.values is not None
-        state.rows.push(message.rows, message.values)
+        state.rows.push(message.rows, message.values, rate_of(message.start))
         state.stats.served_rows += message.rows.size
         # A node that is about to get replicas, or has them by now, must not show its worker values without this push.
         held = message.rows[state.holders[message.worker, message.rows]]
@@ -210,7 +212,7 @@ class Manager(threading.Thread):
     def _want(self, state: SegmentState, rows: np.ndarray) -> None:
         """Ask for rows that are not here, unless they were asked for already."""
         rows = rows[~state.wanted[rows]]
-        for piece in growing_pieces(rows.size, state.segment.width):
+        for piece in growing_pieces(rows.size, state.segment.row_width):
             some = rows[piece]
             state.wanted[some] = True
             stamps = state.where[some]
@@ -238,11 +240,11 @@ class Manager(threading.Thread):
         """Give main copies to ``receiver``, and tell their homes."""
         if not rows.size:
             return
-        for piece in pieces(rows.size, state.segment.width):
+        for piece in pieces(rows.size, state.segment.row_width):
             some = rows[piece]
             message = Message.of(
-                Kind.OWN, state.number, self._rank, rows=some, stamps=state.where[some], width=state.segment.width,
-                blocks=self.mailbox.blocks,
+                Kind.OWN, state.number, self._rank, rows=some, stamps=state.where[some],
+                width=state.segment.row_width, blocks=self.mailbox.blocks,
             )
             assert message.values is not None and message.stamps is not None
             message.stamps[:] = state.give_main(some, receiver, message.values)
@@ -258,11 +260,11 @@ class Manager(threading.Thread):
         """Let ``receiver`` have replicas."""
         if rows.size:
             state.lend(rows, receiver)
-        for piece in pieces(rows.size, state.segment.width):
+        for piece in pieces(rows.size, state.segment.row_width):
             some = rows[piece]
             message = Message.of(
-                Kind.REPLICA, state.number, self._rank, rows=some, stamps=state.where[some], width=state.segment.width,
-                blocks=self.mailbox.blocks,
+                Kind.REPLICA, state.number, self._rank, rows=some, stamps=state.where[some],
+                width=state.segment.row_width, blocks=self.mailbox.blocks,
             )
             assert message.values is not None
             state.rows.pull(some, message.values)

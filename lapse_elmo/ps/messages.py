@@ -59,7 +59,8 @@ class Message:
     ``origin`` is the rank that is to be answered and ``ticket`` its name for the call. ``rows`` (n,) int64 of the
     segment number ``segment``; ``stamps`` (n,) int64, see :mod:`lapse_elmo.ps.whereabouts`; ``positions`` (n,) int64
     within the worker's call; ``values`` (n, width) float32. ``worker``: the asking worker's node (PUSH, SET) or its
-    place in the node (LOCALIZE, INTENT); ``start``, ``end``, ``extra``: by kind.
+    place in the node (LOCALIZE, INTENT); ``start`` is how many floats per row are wanted (PULL) or the bits of the
+    learning rate (PUSH); ``start``, ``end``, ``extra`` of others: by kind.
     """
 
     kind: Kind

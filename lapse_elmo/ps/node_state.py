@@ -86,7 +86,7 @@ class SegmentState:
         self.num_holders = np.zeros(total, np.int32)
         self._borrowed: np.ndarray | None = None
         self._lent: np.ndarray | None = None
-        chunk = _CHUNK_BYTES // (4 * segment.width)
+        chunk = _CHUNK_BYTES // (4 * segment.row_width)
         self._main_slots = Slots(lambda a, b: memory.reserve(segment.name + MAIN_ROWS, a, b), chunk, total)
         self._replica_slots = Slots(
             lambda a, b: memory.reserve(segment.name + REPLICA_ROWS, a, b), chunk // 2, total if num_nodes > 1 else 0

@@ -85,7 +85,7 @@ class Replication:
         """A holder's deltas."""
         state = self._states[message.segment]
         assert message.values is not None
-        missing = state.rows.push(message.rows, message.values, mark=False)
+        missing = state.rows.add(message.rows, message.values, mark=False)
         assert not missing.size, "deltas came for rows that are not here"
         state.mark_stale(message.rows, but=holder)
         self._send(holder, Message.of(Kind.APPLIED, message.segment, self._rank))
@@ -142,7 +142,8 @@ class Replication:
             needed = state.take_stale(holder, rows)
             if needed.size:
                 message = Message.of(
-                    Kind.REFRESH, state.number, self._rank, rows=needed, width=state.segment.width, extra=int(answer)
+                    Kind.REFRESH, state.number, self._rank, rows=needed, width=state.segment.row_width,
+                    extra=int(answer),
                 )
                 assert message.values is not None
                 state.rows.pull(needed, message.values)

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from lapse_elmo import native
-from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.layout import Segment, turns
 from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.ps.rules import Rule
 
 PRESENT, REPLICA, DIRTY = 2, 4, 8  # as in rows.c
 MAIN, COPY = PRESENT, PRESENT | REPLICA  # kinds of rows
@@ -38,21 +39,22 @@ def shapes_of(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple[in
     replicas = segment.num_rows if several_nodes else 0
     return {
         f"{segment.name} entries": ((segment.num_rows, 2), np.uint32),
-        segment.name + MAIN_ROWS: ((segment.num_rows, segment.width), np.float32),
-        segment.name + REPLICA_ROWS: ((replicas, 2, segment.width), np.float32),
+        segment.name + MAIN_ROWS: ((segment.num_rows, segment.row_width), np.float32),
+        segment.name + REPLICA_ROWS: ((replicas, 2, segment.row_width), np.float32),
     }
 
 
 class Rows(ABC):
     """Rows of ``segment`` in ``memory``; an object serves one thread.
 
-    ``rows`` are int64 numbers within the segment; ``missing`` and ``changed`` results are positions in ``rows``.
+    ``rows`` are int64 numbers within the segment; ``missing`` and ``changed`` results are positions in ``rows``. Values
+    and deltas are those of whole rows, (n, row_width), where nothing else is said.
     """
 
     def __init__(self, memory: NodeMemory, segment: Segment) -> None:
         arrays = memory.arrays
         entries = arrays[f"{segment.name} entries"]
-        self.width = segment.width
+        self.width, self.row_width, self.rule = segment.width, segment.row_width, segment.rule
         self.entries = entries
         self.flags, self.slots = entries[:, 0], entries[:, 1].view(np.int32)
         self.main, self.replica = arrays[segment.name + MAIN_ROWS], arrays[segment.name + REPLICA_ROWS]
@@ -75,14 +77,29 @@ class Rows(ABC):
 
     @abstractmethod
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy the rows that are here to ``out`` (n, width); the missing ones."""
+        """Copy the rows that are here to ``out``; the missing ones.
 
-    @abstractmethod
-    def push(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
-        """Add ``deltas`` (n, width) to the rows that are here; the missing ones. Repeats are all added.
+        :param out: (n, width) for what is pulled of a row, or (n, row_width) for whole rows.
+        """
+
+    def push(self, rows: np.ndarray, values: np.ndarray, rate: float = 0.0, mark: bool = True) -> np.ndarray:
+        """Add ``values`` (n, width) to the rows that are here; the missing ones. Repeats are all added.
+
+        Where the segment has a rule they are gradients, each of which makes a step at the learning rate ``rate``.
 
         :param mark: whether main copies count as changed by it. Replicas always do.
         """
+        if self.rule is None:
+            return self.add(rows, values, mark)
+        return self._step(self.rule, rows, values, rate, mark)
+
+    @abstractmethod
+    def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
+        """Add ``deltas`` to the rows that are here; the missing ones. See :meth:`push`."""
+
+    @abstractmethod
+    def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
+        """Take a step of ``rule`` with ``gradients`` (n, width)."""
 
     @abstractmethod
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -133,28 +150,34 @@ class NativeRows(Rows):
     def __init__(self, memory: NodeMemory, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment)
         self._library = library
-        for name in ("owned", "pull", "push", "set", "clean", "collect", "release"):
+        for name in ("owned", "pull", "add", "step", "set", "clean", "collect", "release"):
             getattr(library, f"rows_{name}").restype = ctypes.c_int64
 
     def all_owned(self, rows: np.ndarray) -> bool:
         return self._call("owned", self.entries, rows, rows.size) == rows.size
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        return self._listing("pull", (self.entries, self.main, self.replica, self.width), rows, out)
+        assert out.shape[1] <= self.row_width
+        return self._listing("pull", (self.entries, self.main, self.replica, self.row_width, out.shape[1]), rows, out)
 
-    def push(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
-        return self._listing("push", (self.entries, self.main, self.replica, self.width), rows, deltas, int(mark))
+    def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
+        assert deltas.shape[1] == self.row_width
+        return self._listing("add", (self.entries, self.main, self.replica, self.row_width), rows, deltas, int(mark))
+
+    def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
+        assert gradients.shape[1] == self.width
+        before = (self.entries, self.main, self.replica, self.row_width, self.width, rule.code)
+        return self._listing("step", before, rows, gradients, float(rate), float(rule.epsilon), int(mark))
 
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return self._listing("set", (self.entries, self.main, self.width), rows, values)
+        return self._listing("set", (self.entries, self.main, self.row_width), rows, values)
 
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
-        self._call(
-            "put", self.entries, self.main, self.replica, self.width, rows, rows.size, slots, values, int(as_replica)
-        )
+        before = (self.entries, self.main, self.replica, self.row_width)
+        self._call("put", *before, rows, rows.size, slots, values, int(as_replica))
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        self._call("take", self.entries, self.main, self.width, rows, rows.size, out)
+        self._call("take", self.entries, self.main, self.row_width, rows, rows.size, out)
 
     def clean(self, rows: np.ndarray) -> np.ndarray:
         return self._listing("clean", (self.entries,), rows)
@@ -162,34 +185,34 @@ class NativeRows(Rows):
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Only as much room as there are changed rows now; one that changes meanwhile has its turn next time.
         dirty = np.flatnonzero(self.flags[rows] & DIRTY)
-        deltas = np.empty((dirty.size, self.width), np.float32)
-        which = self._listing("collect", (self.entries, self.replica, self.width), rows[dirty], deltas)
+        deltas = np.empty((dirty.size, self.row_width), np.float32)
+        which = self._listing("collect", (self.entries, self.replica, self.row_width), rows[dirty], deltas)
         return dirty[which], deltas[: which.size]
 
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
-        self._call("refresh", self.entries, self.replica, self.width, rows, rows.size, values)
+        self._call("refresh", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
-        self._call("overwrite", self.entries, self.replica, self.width, rows, rows.size, values)
+        self._call("overwrite", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def release(self, rows: np.ndarray) -> np.ndarray:
         return self._listing("release", (self.entries,), rows)
 
     def _listing(
-        self, name: str, before: tuple[np.ndarray | int, ...], rows: np.ndarray, *more: np.ndarray | int
+        self, name: str, before: tuple[np.ndarray | int, ...], rows: np.ndarray, *more: np.ndarray | float
     ) -> np.ndarray:
         listed = np.empty(rows.size, np.int64)
         number = self._call(name, *before, rows, rows.size, *more, listed)
         return listed[:number]
 
-    def _call(self, name: str, *arguments: np.ndarray | int) -> int:
-        passed: list[ctypes.c_void_p | ctypes.c_int64] = []
+    def _call(self, name: str, *arguments: np.ndarray | float) -> int:
+        passed: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
                 assert argument.flags.c_contiguous
                 passed.append(ctypes.c_void_p(argument.ctypes.data))
             else:
-                passed.append(ctypes.c_int64(argument))
+                passed.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
         return getattr(self._library, f"rows_{name}")(*passed)
 
 
@@ -212,28 +235,27 @@ class LockedRows(Rows):
         super().close()
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        missing, result = [], torch.from_numpy(out)
+        missing, result, main = [], torch.from_numpy(out), self._main[:, : out.shape[1]]
         for some, places in self._runs(rows, exclusive=False):
             flags = self.flags[some]
             if np.all(flags & (PRESENT | REPLICA) == PRESENT):
                 slots = torch.from_numpy(self.slots[some])
                 if isinstance(places, slice):
-                    torch.index_select(self._main, 0, slots, out=result[places])
+                    torch.index_select(main, 0, slots, out=result[places])
                 else:
-                    result.index_copy_(0, torch.from_numpy(places), self._main.index_select(0, slots))
+                    result.index_copy_(0, torch.from_numpy(places), main.index_select(0, slots))
                 continue
             positions = _positions(places)
             for view, chosen in self._views(some, flags):
-                out[positions[chosen]] = view[self.slots[some[chosen]]]
+                out[positions[chosen]] = view[self.slots[some[chosen]], : out.shape[1]]
             missing.append(positions[flags & PRESENT == 0])
         return np.sort(np.concatenate(missing)) if missing else rows[:0]
 
-    def push(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
+    def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
         missing, source = [], torch.from_numpy(deltas)
         for some, places in self._runs(rows, exclusive=True):
             flags = self.flags[some]
-            changed = (flags & PRESENT != 0) & (mark or flags & REPLICA != 0)
-            self.flags[some] = flags | np.where(changed, DIRTY, 0).astype(np.uint32)
+            self._mark(some, flags, mark)
             if np.all(flags & (PRESENT | REPLICA) == PRESENT):
                 slots = torch.from_numpy(self.slots[some])
                 part = source[places] if isinstance(places, slice) else source[torch.from_numpy(places)]
@@ -242,6 +264,23 @@ class LockedRows(Rows):
             positions = _positions(places)
             for view, chosen in self._views(some, flags, with_deltas=True):
                 np.add.at(view, self.slots[some[chosen]], deltas[positions[chosen]])
+            missing.append(positions[flags & PRESENT == 0])
+        return np.sort(np.concatenate(missing)) if missing else rows[:0]
+
+    def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
+        missing = []
+        for some, places in self._runs(rows, exclusive=True):
+            flags, positions = self.flags[some], _positions(places)
+            self._mark(some, flags, mark)
+            for view, here in self._views(some, flags):
+                for turn in turns(some[here]):  # the steps of a repeated row, one after another
+                    chosen = here[turn]
+                    slots = self.slots[some[chosen]]
+                    gradient = torch.from_numpy(gradients[positions[chosen]])
+                    change = rule.changes(torch.from_numpy(view[slots]), gradient, rate).numpy()
+                    view[slots] += change
+                    if flags[chosen[0]] & REPLICA:
+                        self.replica[slots, 1] += change
             missing.append(positions[flags & PRESENT == 0])
         return np.sort(np.concatenate(missing)) if missing else rows[:0]
 
@@ -297,6 +336,11 @@ class LockedRows(Rows):
             released = np.flatnonzero(self.flags[rows] & DIRTY == 0)
             self.flags[rows[released]] = 0
         return released
+
+    def _mark(self, rows: np.ndarray, flags: np.ndarray, main_too: bool) -> None:
+        """Count replicas and, with ``main_too``, main copies as changed."""
+        changed = (flags & PRESENT != 0) & (main_too or flags & REPLICA != 0)
+        self.flags[rows] = flags | np.where(changed, DIRTY, 0).astype(np.uint32)
 
     def _views(
         self, rows: np.ndarray, flags: np.ndarray, with_deltas: bool = False

@@ -63,7 +63,7 @@ def _value_refusals() -> dict[str, Refusal]:
     """Of every verb that takes rows."""
     verbs: dict[str, tuple[str, Callable[[Any, Any], object]]] = {
         "pull": ("out", lambda server, rows: server.pull(KEYS, rows)),
-        "push": ("deltas", lambda server, rows: server.push(KEYS, rows)),
+        "push": ("values", lambda server, rows: server.push(KEYS, rows)),
         "set": ("values", lambda server, rows: server.set(KEYS, rows)),
     }
     bad: dict[str, tuple[Any, str]] = {
