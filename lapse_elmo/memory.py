@@ -15,7 +15,7 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
-from lapse_elmo.tables import DENSE_ROW, UpdateRule
+from lapse_elmo.tables import DENSE_ROW, rule_of
 from lapse_elmo.world import World
 
 _LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
@@ -49,21 +49,22 @@ class Estimate:
 def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -> Estimate:
     """What the run will take."""
     model, size = config.model, config.model.projection_size
-    width = UpdateRule(config.optimizer).width(1)
-    row_bytes = 4 * width * (2 * size + 1)
+    rule = rule_of(config.optimizer)
+    row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
+    copies = 2 if config.optimizer.optimizer == "adagrad" else 1  # of dense parameters: with their accumulators
     num_dense = dense_size(size, model.cell_size, model.num_layers)
     in_server = config.training.dense == "ps"
-    rows = num_classes * row_bytes + in_server * 4 * width * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
+    rows = num_classes * row_bytes + in_server * 4 * copies * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
     nodes_here = world.host_size // world.local_size if world.local_size else 1
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES)
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + 2 * positions) + min(num_classes, positions)
-    softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * width * (size + 1)
+    softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * (size + 1)
     return Estimate(
-        rows, shared, 4 * num_dense * (2 + 2 * width), 4 * (lstm + softmax + 8 * positions * size),
-        rows // world.size + (4 * width * num_dense if world.rank == 0 else 0), _resident_bytes(),
+        rows, shared, 4 * num_dense * (2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
+        rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 
 

@@ -15,7 +15,7 @@ from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.rng import torch_stream
-from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, UpdateRule
+from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 from lapse_elmo.world import World
 
 
@@ -42,36 +42,43 @@ class Parameters:
         self.model = build_model(config.model, config.training.seed)
         self.model.to(device)
         dense = list(self.model.parameters())
-        self.rule = UpdateRule(config.optimizer)
+        optimizer, rule = config.optimizer, rule_of(config.optimizer)
         size = config.model.projection_size
         shapes = [
-            ("embedding", num_classes, self.rule.width(size)),
-            ("softmax", num_classes, self.rule.width(size + 1)),  # the bias is a row's last weight
+            ("embedding", num_classes, size, rule),
+            ("softmax", num_classes, size + 1, rule),  # the bias is a row's last weight
         ]
         in_server = config.training.dense == "ps"
         if in_server:
-            shapes.append(("dense", DenseTable.num_rows(dense), self.rule.width(DENSE_ROW)))
+            shapes.append(("dense", DenseTable.num_rows(dense), DENSE_ROW, rule_of(optimizer, per_row=False)))
         layout = Layout.of(*shapes)
         server = config.server
         options: dict[str, Any] = {"technique": server.technique_for(config.training.sync)}
         if server.ps == "embedded":
             options["staleness"] = server.staleness
         self.server = make_server(server.ps, world, layout, ("softmax", self._sampler()), first_sample, **options)
-        self.embedding = RowTable(self.server, layout["embedding"], size, self.rule)
-        self.softmax = RowTable(self.server, layout["softmax"], size + 1, self.rule)
+        initial = optimizer.initial_accumulator
+        self.embedding = RowTable(self.server, layout["embedding"], initial)
+        self.softmax = RowTable(self.server, layout["softmax"], initial)
         self.dense_table: DenseTable | None = None
         if in_server:
-            self.dense_table = DenseTable(RowTable(self.server, layout["dense"], DENSE_ROW, self.rule), dense)
+            self.dense_table = DenseTable(RowTable(self.server, layout["dense"], initial), dense)
         self.dense_optimizer = DenseOptimizer(
-            dense, config.optimizer.learning_rate,
-            config.optimizer.initial_accumulator if self.rule.has_accumulators else None, config.optimizer.epsilon,
+            dense, optimizer.learning_rate, initial if optimizer.optimizer == "adagrad" else None, optimizer.epsilon
         )
+        self.set_learning_rate(optimizer.learning_rate)
 
     @property
     def tables(self) -> list[RowTable]:
         """Everything in the server, in the order of its segments."""
         tables = [self.embedding, self.softmax]
         return [*tables, self.dense_table.table] if self.dense_table else tables
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The learning rate of this rank's steps from now on, of rows and dense parameters alike."""
+        for table in self.tables:
+            self.server.set_rate(table.segment.name, rate)
+        self.dense_optimizer.learning_rate = rate
 
     def initialise(self) -> None:
         """Collective: initial values, which depend on the seed alone and not on the world.

@@ -150,6 +150,9 @@ def find_start(config: Config, corpus: Corpus, world: World) -> Start:
     path, manifest = chosen
     changed = world.agree(lambda: require_same(path, manifest, config, corpus))
     notes += [f"other options than before: {', '.join(changed)}"] if changed else []
+    if any(option.startswith("--row-accumulators") for option in changed):
+        how = "their row's mean" if config.optimizer.row_accumulators == "row" else "copies of their row's"
+        notes.append(f"the checkpoint's accumulators are converted: they become {how}")
     return Start(path, manifest, world.together(lambda: checkpoint.saved_cursor(path, manifest)), tuple(notes))
 
 

@@ -1,6 +1,7 @@
 """The only bridge between the server's rows and torch's tensors: tables of weights, updated through pushes.
 
-A row holds the weights and, side by side, the state of the update rule: ``[weights | accumulators]``.
+A row in the server holds the weights and, after them, the state of the update rule: ``[weights | accumulators]``. Pulls
+give the weights, pushes are gradients, and the server takes the step.
 """
 
 from __future__ import annotations
@@ -13,75 +14,57 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.config.training import OptimizerConfig
-from lapse_elmo.model.optimizers import adagrad_delta, sgd_delta
+from lapse_elmo.errors import CheckpointError
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.rules import Rule
 
 DENSE_ROW = 1024  # weights in a row of the dense table: long enough to move fast, short enough to lock for a short time
 _CHUNK_ROWS = 16384
 
 
-@dataclass(frozen=True)
-class UpdateRule:
-    """How a gradient becomes what is added to a row."""
+def rule_of(config: OptimizerConfig, *, per_row: bool | None = None) -> Rule:
+    """The update rule of rows.
 
-    config: OptimizerConfig
-
-    @property
-    def has_accumulators(self) -> bool:
-        return self.config.optimizer == "adagrad"
-
-    def width(self, size: int) -> int:
-        """Floats of a row with ``size`` weights."""
-        return size * (2 if self.has_accumulators else 1)
-
-    def initial_rows(self, weights: Tensor) -> Tensor:
-        """Rows (n, width) of ``weights`` (n, size) before the first step."""
-        if not self.has_accumulators:
-            return weights
-        return torch.cat([weights, torch.full_like(weights, self.config.initial_accumulator)], 1)
-
-    def deltas(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """What to push (n, width) for ``gradient`` (n, size) at ``rows`` (n, width)."""
-        if not self.has_accumulators:
-            return sgd_delta(gradient, self.config.learning_rate)
-        size = gradient.shape[1]
-        out = torch.empty_like(rows)
-        adagrad_delta(
-            gradient, rows[:, size:], self.config.learning_rate, self.config.epsilon, (out[:, :size], out[:, size:])
-        )
-        return out
+    :param per_row: whether Adagrad has one accumulator per row; None for what ``--row-accumulators`` says.
+    """
+    one = config.row_accumulators == "row" if per_row is None else per_row
+    return Rule("sgd" if config.optimizer == "sgd" else "adagrad", one, config.epsilon)
 
 
 @dataclass(frozen=True)
 class PulledRows:
-    """Distinct rows as they were pulled: ``keys`` (n,), ``rows`` (n, width), and a copy-free view of their weights."""
+    """Distinct rows as they were pulled: ``keys`` (n,) and ``weights`` (n, size)."""
 
     keys: np.ndarray
-    rows: Tensor
     weights: Tensor
 
 
 class RowTable:
-    """``num_rows`` x ``size`` weights that live in one segment of the server."""
+    """``num_rows`` x ``size`` weights that live in one segment of the server, which has an update rule.
 
-    def __init__(self, server: ParameterServer, segment: Segment, size: int, rule: UpdateRule) -> None:
+    The learning rate of its pushes is that of ``server.set_rate``.
+
+    :param initial_accumulator: what Adagrad's accumulators start at.
+    """
+
+    def __init__(self, server: ParameterServer, segment: Segment, initial_accumulator: float) -> None:
         self.server = server
         self.segment = segment
-        self.size = size
-        self.rule = rule
+        self.size = segment.width
+        self.initial_accumulator = initial_accumulator
 
     def pull(self, rows: np.ndarray) -> PulledRows:
-        """The distinct ``rows`` (n,) int64."""
+        """The weights of the distinct ``rows`` (n,) int64."""
         keys = self.segment.keys(rows)
-        values = torch.empty(keys.size, self.segment.width)
-        self.server.pull(keys, values)
-        return PulledRows(keys, values, values[:, : self.size])
+        weights = torch.empty(keys.size, self.size)
+        self.server.pull(keys, weights)
+        return PulledRows(keys, weights)
 
     def push(self, pulled: PulledRows, gradient: Tensor, scale: float) -> None:
         """One step of the update rule with ``scale * gradient`` (n, size)."""
         gradient = gradient.detach().to("cpu")
-        self.server.push(pulled.keys, self.rule.deltas(gradient * scale if scale != 1 else gradient, pulled.rows))
+        self.server.push(pulled.keys, (gradient * scale if scale != 1 else gradient).contiguous())
 
     def intent(self, rows: np.ndarray, start: int, end: int) -> None:
         """Announce that ``rows`` will be used in the clocks [start, end)."""
@@ -95,23 +78,50 @@ class RowTable:
         for number, first in enumerate(range(0, self.segment.num_rows, _CHUNK_ROWS)):
             if number % num_workers == worker:
                 end = min(first + _CHUNK_ROWS, self.segment.num_rows)
-                self.server.set(self.segment.keys(np.arange(first, end)), self.rule.initial_rows(weights(first, end)))
+                self.server.set(self.segment.keys(np.arange(first, end)), self.initial_rows(weights(first, end)))
+
+    def initial_rows(self, weights: Tensor) -> Tensor:
+        """Whole rows (n, row_width) of ``weights`` (n, size) before the first step."""
+        state = weights.new_full((len(weights), self.segment.row_width - self.size), self.initial_accumulator)
+        return torch.cat([weights, state], 1)
 
     def read(self, first: int, end: int) -> Tensor:
-        """Rows [first, end) as they are (n, width), accumulators included."""
-        values = torch.empty(end - first, self.segment.width)
-        self.server.pull(self.segment.keys(np.arange(first, end)), values)
+        """Whole rows [first, end), accumulators included, as (n, row_width)."""
+        values = torch.empty(end - first, self.segment.row_width)
+        self.server.pull_rows(self.segment.keys(np.arange(first, end)), values)
         return values
+
+    def restored(self, values: np.ndarray) -> np.ndarray:
+        """Whole rows (n, row_width) of saved rows (n, any), whose accumulators may be per element or per row.
+
+        Those per element become their mean; that of a row becomes each element's.
+
+        :raises CheckpointError: if they are the rows of another table.
+        """
+        wanted, found = self.segment.row_width - self.size, values.shape[1] - self.size
+        if found == wanted:
+            return values
+        if found == self.size and wanted == 1:
+            return np.concatenate([values[:, : self.size], values[:, self.size :].mean(1, keepdims=True)], 1)
+        if found == 1 and wanted == self.size:
+            return np.concatenate([values[:, : self.size], values[:, self.size :].repeat(self.size, 1)], 1)
+        raise CheckpointError(
+            f"the table {self.segment.name} has rows of {self.segment.row_width} numbers, the checkpoint of "
+            f"{values.shape[1]}: give the --projection-size and --optimizer that it was trained with"
+        )
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """All weights as (first row, (n, size)) in ascending chunks, without ever holding all rows."""
         for first in range(0, self.segment.num_rows, _CHUNK_ROWS):
             end = min(first + _CHUNK_ROWS, self.segment.num_rows)
-            yield first, self.read(first, end)[:, : self.size]
+            yield first, self.pull(np.arange(first, end)).weights
 
 
 class DenseTable:
-    """Dense parameters kept in the server, flattened into rows of ``DENSE_ROW`` weights (zeros fill the last)."""
+    """Dense parameters kept in the server, flattened into rows of ``DENSE_ROW`` weights (zeros fill the last).
+
+    Such a row is a cut through matrices and biases, so its rule should have an accumulator per element.
+    """
 
     def __init__(self, table: RowTable, parameters: Sequence[Tensor]) -> None:
         self.table = table
@@ -126,7 +136,7 @@ class DenseTable:
     def initialise(self) -> None:
         """Set the rows to the parameters' values; for one worker to call."""
         keys = self.table.segment.keys(self._rows)
-        self.table.server.set(keys, self.table.rule.initial_rows(self._flat(self.parameters)))
+        self.table.server.set(keys, self.table.initial_rows(self._flat(self.parameters)))
 
     @torch.no_grad()
     def pull(self) -> None:

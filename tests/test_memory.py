@@ -34,9 +34,10 @@ def test_dense_parameters_are_counted_as_they_are(options: tuple[str, ...]) -> N
 
 
 def test_rows_are_counted_with_their_accumulators(shards: ShardSet) -> None:
-    adagrad = estimate(config_of(), 1000, shards, solo())
+    adagrad = estimate(config_of("--row-accumulators", "element"), 1000, shards, solo())
     assert adagrad.rows == 1000 * 4 * 2 * (16 + 17)
     assert estimate(config_of("--optimizer", "sgd"), 1000, shards, solo()).rows == adagrad.rows / 2
+    assert estimate(config_of("--row-accumulators", "row"), 1000, shards, solo()).rows == 1000 * 4 * (17 + 18)
     assert adagrad.shared >= adagrad.rows and adagrad.copy >= adagrad.rows
     assert estimate(config_of("--dense", "ps"), 1000, shards, solo()).rows > adagrad.rows
 

@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.config.training import OptimizerConfig
+from lapse_elmo.errors import CheckpointError
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.rng import torch_stream
-from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, UpdateRule
+from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 from lapse_elmo.world import solo
 
 ROWS, SIZE = 50, 7
-ADAGRAD, SGD = OptimizerConfig(), OptimizerConfig(optimizer="sgd")
+ADAGRAD, SGD = OptimizerConfig(row_accumulators="element"), OptimizerConfig(optimizer="sgd")
+PER_ROW = OptimizerConfig(row_accumulators="row", initial_accumulator=0.5)
 
 
 def row_table(config: OptimizerConfig, num_rows: int = ROWS, size: int = SIZE) -> RowTable:
     """A table in a server of its own, behind another segment."""
-    rule = UpdateRule(config)
-    layout = Layout.of(("other", 13, 5), ("table", num_rows, rule.width(size)))
-    return RowTable(EmbeddedServer(solo(), layout), layout["table"], size, rule)
+    layout = Layout.of(("other", 13, 5), ("table", num_rows, size, rule_of(config)))
+    server = EmbeddedServer(solo(), layout)
+    server.set_rate("table", config.learning_rate)
+    return RowTable(server, layout["table"], config.initial_accumulator)
 
 
 def gaussian(first: int, end: int) -> Tensor:
@@ -61,6 +64,43 @@ def test_steps_are_those_of_torch_on_sparse_gradients(config: OptimizerConfig) -
     if config.optimizer == "adagrad":
         sums = optimizer.state[reference]["sum"]
         torch.testing.assert_close(table.read(0, ROWS)[:, SIZE:], sums, rtol=1e-6, atol=1e-6)
+
+
+def test_one_accumulator_per_row() -> None:
+    """It grows by the mean square of the row's gradient, and the whole row is divided by its root."""
+    table = row_table(PER_ROW)
+    table.initialise(0, 1, gaussian)
+    before, gradient = table.read(0, ROWS), gaussian(0, 3) * 4
+    assert before.shape == (ROWS, SIZE + 1) and (before[:, SIZE] == 0.5).all()
+    table.push(table.pull(np.arange(3)), gradient, 0.5)
+    sums = 0.5 + (gradient * 0.5).square().mean(1)
+    expected = before[:3, :SIZE] - 0.2 * 0.5 * gradient / (sums.sqrt() + 1e-7)[:, None]
+    torch.testing.assert_close(table.read(0, 3), torch.cat([expected, sums[:, None]], 1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(table.read(3, ROWS), before[3:])
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_the_rate_is_the_servers(later: bool) -> None:
+    table = row_table(SGD)
+    table.initialise(0, 1, gaussian)
+    table.server.set_rate("table", 0.5 if later else 0.25)
+    table.push(table.pull(np.array([2])), torch.ones(1, SIZE), 1.0)
+    torch.testing.assert_close(table.read(2, 3), gaussian(0, ROWS)[2:3] - (0.5 if later else 0.25))
+
+
+def test_saved_rows_of_other_accumulators() -> None:
+    """Per element to per row by the mean, per row to per element by copies; other rows are refused."""
+    element, row = row_table(ADAGRAD), row_table(PER_ROW)
+    saved = np.arange(2 * 2 * SIZE, dtype=np.float32).reshape(2, -1)
+    assert element.restored(saved) is saved
+    one = row.restored(saved)
+    np.testing.assert_array_equal(one[:, :SIZE], saved[:, :SIZE])
+    np.testing.assert_array_equal(one[:, SIZE:], saved[:, [SIZE + SIZE // 2]])  # of consecutive numbers
+    back = element.restored(one)
+    np.testing.assert_array_equal(back[:, :SIZE], saved[:, :SIZE])
+    np.testing.assert_array_equal(back[:, SIZE:], one[:, [SIZE] * SIZE])
+    with pytest.raises(CheckpointError, match=r"table has rows of 8 numbers, the checkpoint of 15: give "):
+        row.restored(np.zeros((2, 15), np.float32))
 
 
 def test_untouched_rows_keep_their_bits() -> None:

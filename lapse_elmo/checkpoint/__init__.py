@@ -3,8 +3,9 @@
 A checkpoint is a folder ``RUN/checkpoints/step-00000123``:
 
 ``rank-00000-of-00002.h5``
-    written by one rank each. For every table ``tables/<name>/values`` (n, width) float32, the rows that this rank saved
-    with their accumulators, and ``tables/<name>/rows`` (n,) int64, their numbers; every row is in exactly one of the
+    written by one rank each. For every table ``tables/<name>/values`` (n, row width) float32, the rows that this rank
+    saved, each ``[weights | accumulators]`` with an accumulator for each weight or one for the row (the config's
+    ``row_accumulators``), and ``tables/<name>/rows`` (n,) int64, their numbers; every row is in exactly one of the
     files. Within an epoch also ``sentences/part`` and ``sentences/left``: this worker's share of the epoch's sentences
     and what is left of it, as bits (numpy.packbits) that count from attribute ``first`` on.
 ``dense.h5``

@@ -17,7 +17,7 @@ from lapse_elmo.corpus.files import ErrorKeepingFile
 from lapse_elmo.cursor import Progress, SavedCursor
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.ps.layout import Segment
+from lapse_elmo.tables import RowTable
 from lapse_elmo.world import World
 
 DENSE = "dense.h5"
@@ -45,10 +45,11 @@ class Snapshot:
             segment = table.segment
             rows = owned[segment.name]
             old = self.tables.get(segment.name)
-            values = old[1] if old and len(old[1]) == rows.size else np.empty((rows.size, segment.width), np.float32)
+            shape = rows.size, segment.row_width
+            values = old[1] if old and len(old[1]) == rows.size else np.empty(shape, np.float32)
             for start in range(0, rows.size, _CHUNK_ROWS):
                 end = start + _CHUNK_ROWS
-                table.server.pull(segment.keys(rows[start:end]), values[start:end])
+                table.server.pull_rows(segment.keys(rows[start:end]), values[start:end])
             self.tables[segment.name] = rows, values
         self.dense = _dense_arrays(parameters) if world.rank == 0 else {}
         self.sentences = sentences
@@ -127,10 +128,10 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
     """Collective: fill tables, model and optimizer from a verified checkpoint, whatever world wrote it."""
 
     def read_rows() -> None:
-        for number, (segment, group, first) in enumerate(_chunks(path, manifest, parameters)):
+        for number, (table, group, first) in enumerate(_chunks(path, manifest, parameters)):
             if number % world.size == world.rank:
-                rows = group["rows"][first : first + _CHUNK_ROWS]
-                parameters.server.set(segment.keys(rows), group["values"][first : first + _CHUNK_ROWS])
+                rows, values = (group[name][first : first + _CHUNK_ROWS] for name in ("rows", "values"))
+                parameters.server.set(table.segment.keys(rows), table.restored(values))
 
     def guarded(read: Callable[[], None]) -> None:
         try:
@@ -160,13 +161,13 @@ def saved_cursor(path: Path, manifest: Manifest) -> SavedCursor:
     return SavedCursor(progress, parts, left)
 
 
-def _chunks(path: Path, manifest: Manifest, parameters: Parameters) -> Iterator[tuple[Segment, h5py.Group, int]]:
+def _chunks(path: Path, manifest: Manifest, parameters: Parameters) -> Iterator[tuple[RowTable, h5py.Group, int]]:
     for rank in range(manifest["world_size"]):
         with h5py.File(path / rank_file(rank, manifest["world_size"]), "r") as file:
             for table in parameters.tables:
                 group = file[f"tables/{table.segment.name}"]
                 for first in range(0, len(group["rows"]), _CHUNK_ROWS):
-                    yield table.segment, group, first
+                    yield table, group, first
 
 
 def _bits(numbers: np.ndarray) -> np.ndarray:

@@ -69,8 +69,11 @@ def check_files(path: Path, manifest: Manifest, part: int = 0, num_parts: int = 
 
 def config_of(manifest: Manifest, path: Path) -> Config:
     """The config that a checkpoint was trained with."""
+    tables = manifest["config"]
+    if isinstance(tables.get("optimizer"), dict):  # the first checkpoints know no other accumulators
+        tables = {**tables, "optimizer": {"row_accumulators": "element", **tables["optimizer"]}}
     try:
-        return from_tables(manifest["config"])
+        return from_tables(tables)
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{path / MANIFEST} has a config that this program does not read: {error}") from None
 

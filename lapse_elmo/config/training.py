@@ -108,6 +108,11 @@ class OptimizerConfig:
     optimizer: str = option("adagrad", choices=("adagrad", "sgd"), help="update rule of rows and dense parameters")
     learning_rate: float = option(0.2, metavar="X", help="learning rate")
     initial_accumulator: float = option(1.0, metavar="X", help="Adagrad's accumulators at the start")
+    row_accumulators: str = option(
+        "element", choices=("element", "row"),
+        help="Adagrad's accumulators of embedding and softmax rows: one for each element, or one for the row, which "
+        "sums the mean squares of its gradients",
+    )
     epsilon: float = option(1e-7, metavar="X", help="added to the root of Adagrad's accumulators")
     clip_norm: float = option(10.0, metavar="X", help="bound on the global gradient norm (0: none)")
     loss_scale: float = option(50.0, metavar="X", help="factor on the mean loss whose gradient is taken")

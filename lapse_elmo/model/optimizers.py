@@ -1,8 +1,4 @@
-"""Adagrad and plain gradient descent as additions, fit for rows of a server and for dense parameters alike.
-
-A server adds what is pushed, so an optimizer here computes what to add (a delta) and leaves the adding to the caller.
-The gradients of a row that occurs several times must be summed first, so that a batch makes one step per row.
-"""
+"""Adagrad and plain gradient descent over dense parameters; those of rows are the server's update rules."""
 
 from __future__ import annotations
 
@@ -24,37 +20,6 @@ def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def sum_of_squares(tensor: Tensor) -> float:
     """Summed in float64."""
     return sum(float(part.square().sum(dtype=torch.float64)) for (part,) in in_parts(tensor.contiguous()))
-
-
-def adagrad_delta(
-    gradient: Tensor,
-    accumulator: Tensor,
-    learning_rate: float,
-    epsilon: float,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What Adagrad adds: ``-learning_rate * g / (sqrt(accumulator + g * g) + epsilon)``, and ``g * g``.
-
-    These are torch.optim.Adagrad's steps; the sums that a server makes of them differ from its in the last bit, since
-    it adds without rounding the product first.
-
-    :param gradient: any shape, repeats of a row summed.
-    :param accumulator: sum of squares before this step, of the same shape; not changed.
-    :param out: (weight delta, accumulator delta) to write to, for instance two halves of the rows to push; then there
-        are no temporaries. They may be strided but must overlap neither each other nor the inputs.
-    :return: (weight delta, accumulator delta).
-    """
-    weight_delta, accumulator_delta = out or (torch.empty_like(gradient), torch.empty_like(gradient))
-    torch.mul(gradient, gradient, out=accumulator_delta)
-    torch.add(accumulator, accumulator_delta, out=weight_delta)
-    denominator = weight_delta.sqrt_().add_(epsilon)
-    torch.addcdiv(gradient.new_zeros(()), gradient, denominator, value=-learning_rate, out=weight_delta)
-    return weight_delta, accumulator_delta
-
-
-def sgd_delta(gradient: Tensor, learning_rate: float, out: Tensor | None = None) -> Tensor:
-    """What plain gradient descent adds, ``-learning_rate * gradient``; ``out`` may be ``gradient`` itself."""
-    return torch.mul(gradient, -learning_rate, out=out)
 
 
 class DenseOptimizer:

@@ -75,7 +75,8 @@ class AdapmServer(PackageServer):
     _node: AdapmNode
     reads_later = False
     emulated = (
-        "localize is an intent for the present clock", "samples are drawn by us; the scheme local as naive"
+        "localize is an intent for the present clock", "samples are drawn by us; the scheme local as naive",
+        "update rules are computed by the workers, which pull and push whole rows",
     )
 
     def __init__(self, *args: Any, **options: Any) -> None:

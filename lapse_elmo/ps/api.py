@@ -1,16 +1,23 @@
 """The parameter server's interface: the verbs of Lapse, NuPS and AdaPM.
 
 Keys are int64, rows float32. A call concerns keys of one segment, whose width is that of the buffer's second dimension.
+A segment may have an update rule (:mod:`lapse_elmo.ps.rules`). Then pushes are gradients, with which the server changes
+the row's weights and state; pulls give the weights alone. Only ``set`` and ``pull_rows`` are about whole rows.
 NumPy arrays and CPU torch tensors both serve; both must be contiguous. A call that is refused raises
 :class:`~lapse_elmo.errors.ServerError`, which names the argument, and changes nothing.
 
 Consistency. A pull sees the worker's own completed pushes; a call is completed when it returns, one of the ``_async``
-form when its ticket was waited for. Additions are atomic per row: no pull sees half a push, and after
-:meth:`ParameterServer.quiesce` the sum of integer-valued pushes is exact. ``localize`` and ``intent`` may change where
-a row is, never what it is. A row with one copy is sequentially consistent per key, also while it moves; how far a
+form when its ticket was waited for. Pushes are atomic per row: no pull sees half of one, and after
+:meth:`ParameterServer.quiesce` the sum of integer-valued additions is exact. ``localize`` and ``intent`` may change
+where a row is, never what it is. A row with one copy is sequentially consistent per key, also while it moves; how far a
 replica may lag behind is the engine's to document.
 
-Ownership of buffers. Keys, deltas and values belong to the caller again as soon as a call returns, in the ``_async``
+A step of an update rule starts from the weights and state that the copy of the row has at that moment, whatever the
+worker has pulled. Steps on a row with one copy thus come one after another, as if one worker had taken them all. A step
+on a replica starts from the replica's state, which may lack what other nodes have pushed within the engine's staleness;
+what it changes of weights and state is added to the owner's copy, so that no step and no square of a gradient is lost.
+
+Ownership of buffers. Keys and values belong to the caller again as soon as a call returns, in the ``_async``
 forms too. Only ``out`` of :meth:`ParameterServer.pull_async` belongs to the server until its ticket was waited for.
 
 A server is for the thread that made it: workers are ranks, and calls of one worker come one after another.
@@ -18,6 +25,7 @@ A server is for the thread that made it: workers are ranks, and calls of one wor
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -122,6 +130,7 @@ class ParameterServer(ABC):
         self._sampled = sampled
         self._samples: dict[int, tuple[int, np.ndarray | None]] = {}
         self._next_sample = first_sample
+        self._rates: dict[str, float] = {}
         self._calls: dict[int, Call] = {}
         self._next_ticket = 0
 
@@ -129,9 +138,27 @@ class ParameterServer(ABC):
         """Copy the rows of ``keys`` (n,) into ``out`` (n, width). Keys may repeat, in any order."""
         self.wait(self.pull_async(keys, out))
 
-    def push(self, keys: Array, deltas: Array) -> None:
-        """Add ``deltas`` (n, width) to the rows of ``keys`` (n,). The deltas of a repeated key are all added."""
-        self.wait(self.push_async(keys, deltas))
+    @abstractmethod
+    def pull_rows(self, keys: Array, out: Array) -> None:
+        """Copy whole rows, with the state of their update rule, into ``out`` (n, row_width)."""
+
+    def push(self, keys: Array, values: Array) -> None:
+        """Add ``values`` (n, width) to the rows of ``keys`` (n,). The values of a repeated key are all added.
+
+        In a segment with an update rule ``values`` are gradients, and each of them makes a step of its own, with the
+        rate of :meth:`set_rate`: the gradients of a repeated key should be summed first.
+        """
+        self.wait(self.push_async(keys, values))
+
+    def set_rate(self, name: str, rate: float) -> None:
+        """Set the learning rate of this worker's pushes to the segment ``name`` from now on."""
+        self.require_open()
+        segment = next((segment for segment in self.layout.segments if segment.name == name), None)
+        if segment is None or segment.rule is None:
+            raise ServerError(f"name: there is no segment {name} with an update rule")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ServerError(f"rate: {rate} is not a finite number of 0 or more")
+        self._rates[name] = float(rate)
 
     def localize(self, keys: Array) -> None:
         """Bring the rows of ``keys`` to this worker's node; another worker's call may take them away again."""
@@ -142,7 +169,7 @@ class ParameterServer(ABC):
         """Begin a :meth:`pull`; its ticket, :data:`DONE` where it is complete already."""
 
     @abstractmethod
-    def push_async(self, keys: Array, deltas: Array) -> int:
+    def push_async(self, keys: Array, values: Array) -> int:
         """Begin a :meth:`push`; its ticket, :data:`DONE` where it is complete already."""
 
     @abstractmethod
@@ -187,7 +214,7 @@ class ParameterServer(ABC):
 
     @abstractmethod
     def set(self, keys: Array, values: Array) -> None:
-        """Overwrite the rows of the distinct ``keys`` (n,) by ``values`` (n, width)."""
+        """Overwrite the rows of the distinct ``keys`` (n,) by ``values`` (n, row_width)."""
 
     @abstractmethod
     def intent(self, keys: Array, start: int, end: int) -> None:
@@ -291,15 +318,17 @@ class ParameterServer(ABC):
         return keys, segment
 
     def checked(
-        self, name: str, keys: Array, values: Array, *, writes: bool = False
+        self, name: str, keys: Array, values: Array, *, writes: bool = False, whole: bool = False
     ) -> tuple[np.ndarray, torch.Tensor, Segment | None]:
         """``keys``, ``values`` as a CPU tensor, and their segment; ServerError unless they fit each other.
 
         :param writes: whether the call writes to ``values``.
+        :param whole: whether ``values`` are whole rows.
         """
         keys, segment = self.checked_keys(keys)
         values = _numpy(name, values, np.float32)
-        expected = (keys.size, segment.width if segment else 0)
+        width = (segment.row_width if whole else segment.width) if segment else 0
+        expected = (keys.size, width)
         if segment is not None and values.shape != expected:
             raise ServerError(f"{name} should have shape {expected}, not {values.shape}")
         if not values.flags.writeable:
@@ -307,6 +336,14 @@ class ParameterServer(ABC):
                 raise ServerError(f"{name} should be writable")
             values = values.copy()  # a tensor cannot be read-only
         return keys, torch.from_numpy(values), segment
+
+    def rate_of(self, segment: Segment) -> float:
+        """The rate of this worker's pushes to ``segment``; 0 for one without a rule, whose pushes are added."""
+        if segment.rule is None:
+            return 0.0
+        if segment.name not in self._rates:
+            raise ServerError(f"the segment {segment.name} has an update rule but no rate yet: call set_rate first")
+        return self._rates[segment.name]
 
     def checked_clocks(self, start: int, end: int) -> None:
         """ServerError unless [start, end) is an interval of clocks."""

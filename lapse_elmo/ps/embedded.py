@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -133,29 +134,35 @@ class EmbeddedServer(ParameterServer):
             self._platform.start(self._manager.serve, f"manager of node {world.node}")
 
     def pull_async(self, keys: Array, out: Array) -> int:
-        keys, out, segment = self.checked("out", keys, out, writes=True)
+        return self._pull(keys, out, whole=False)
+
+    def pull_rows(self, keys: Array, out: Array) -> None:
+        self.wait(self._pull(keys, out, whole=True))
+
+    def _pull(self, keys: Array, out: Array, whole: bool) -> int:
+        keys, out, segment = self.checked("out", keys, out, writes=True, whole=whole)
         if segment is None:
             return DONE
         start = time.perf_counter()
         ticket, missing = self._access(Pull, segment, keys, out.numpy())
         stats = self.stats.segments[segment.name]
-        stats.count_pull(keys.size, missing, segment.width)
+        stats.count_pull(keys.size, missing, out.shape[1])
         stats.pull_s += time.perf_counter() - start
         return ticket
 
-    def push_async(self, keys: Array, deltas: Array) -> int:
-        keys, deltas, segment = self.checked("deltas", keys, deltas)
+    def push_async(self, keys: Array, values: Array) -> int:
+        keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return DONE
         start = time.perf_counter()
-        ticket, missing = self._access(Push, segment, keys, deltas.numpy())
+        ticket, missing = self._access(Push, segment, keys, values.numpy(), self.rate_of(segment))
         stats = self.stats.segments[segment.name]
         stats.count_push(keys.size, missing, segment.width)
         stats.push_s += time.perf_counter() - start
         return ticket
 
     def set(self, keys: Array, values: Array) -> None:
-        keys, values, segment = self.checked("values", keys, values)
+        keys, values, segment = self.checked("values", keys, values, whole=True)
         if segment is None:
             return
         if distinct(keys).size != keys.size:
@@ -295,7 +302,7 @@ class EmbeddedServer(ParameterServer):
     # Talking to managers
 
     def _access(
-        self, kind: type[Pull] | type[Push], segment: Segment, keys: np.ndarray, values: np.ndarray
+        self, kind: type[Pull] | type[Push], segment: Segment, keys: np.ndarray, values: np.ndarray, rate: float = 0.0
     ) -> tuple[int, int]:
         """Pull or push what is here and ask other nodes for the rest; return (ticket, number of rows not here).
 
@@ -303,11 +310,11 @@ class EmbeddedServer(ParameterServer):
         """
         rows = keys - segment.first_key
         here = self._rows[segment.name]
-        access = here.pull if kind is Pull else here.push
+        access = here.pull if kind is Pull else partial(here.push, rate=rate)
         stats = self.stats.segments[segment.name]
-        call = RowsCall(0, segment, rows, values, stats=stats)
+        call = RowsCall(0, segment, rows, values, rate, stats=stats)
         ticket, num_missing = DONE, 0
-        for part in self._parts(kind, rows.size, segment.width):
+        for part in self._parts(kind, rows.size, values.shape[1]):
             missing = access(rows[part], values[part])
             if missing.size:
                 if ticket is DONE:

@@ -46,7 +46,8 @@ class LapseServer(PackageServer):
     node_type = LapseNode
     reads_later = True
     emulated = (
-        "intent is an asynchronous localize", "clocks are ours", "samples are drawn by us; the scheme local as naive"
+        "intent is an asynchronous localize", "clocks are ours", "samples are drawn by us; the scheme local as naive",
+        "update rules are computed by the workers, which pull and push whole rows",
     )
 
     def localize(self, keys: Array) -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lapse_elmo.ps.rules import Rule
+
 
 @dataclass(frozen=True)
 class Segment:
-    """``num_rows`` rows of ``width`` float32 each, whose keys are ``first_key + 0 .. num_rows - 1``."""
+    """``num_rows`` rows, whose keys are ``first_key + 0 .. num_rows - 1``.
+
+    ``width`` float32 per row are pulled and pushed. With a ``rule`` its state is stored after them: ``row_width``
+    float32 per row in all.
+    """
 
     name: str
     num_rows: int
     width: int
     first_key: int
+    rule: Rule | None = None
 
     @property
     def row_width(self) -> int:
         """Floats stored per row."""
-        return self.width
+        return self.width + (self.rule.state_width(self.width) if self.rule else 0)
 
     @property
     def num_bytes(self) -> int:
@@ -37,11 +45,12 @@ class Layout:
     segments: tuple[Segment, ...] = field(default=())
 
     @classmethod
-    def of(cls, *shapes: tuple[str, int, int]) -> Layout:
-        """The layout of segments given as (name, number of rows, width)."""
-        segments, first = [], 0
-        for name, num_rows, width in shapes:
-            segments.append(Segment(name, num_rows, width, first))
+    def of(cls, *shapes: tuple[str, int, int] | tuple[str, int, int, Rule | None]) -> Layout:
+        """The layout of segments given as (name, number of rows, width) or (name, number of rows, width, rule)."""
+        segments: list[Segment] = []
+        first = 0
+        for name, num_rows, width, *rule in shapes:
+            segments.append(Segment(name, num_rows, width, first, *rule))
             first += num_rows
         return cls(tuple(segments))
 
@@ -75,3 +84,14 @@ def distinct_and_places(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None
 def distinct(keys: np.ndarray) -> np.ndarray:
     """Each of ``keys`` (n,) once; in their order where they are distinct already."""
     return distinct_and_places(keys)[0]
+
+
+def turns(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of the first occurrence of each of ``rows`` (n,), of their second ones and so on, ascending."""
+    order = np.argsort(rows, kind="stable")
+    number = np.arange(rows.size)
+    first = np.diff(rows[order], prepend=-1) != 0
+    occurrence = np.empty(rows.size, np.int64)
+    occurrence[order] = number - np.maximum.accumulate(np.where(first, number, 0))
+    for turn in range(int(occurrence.max(initial=-1)) + 1):
+        yield np.flatnonzero(occurrence == turn)

@@ -209,14 +209,14 @@ class Manager:
             rows, values = message.rows[rest], message.values[rest]
         else:
             rows, values = message.rows, message.values
-        self._push(state, rows, values, message.rate)
+        state.rows.push(rows, values, message.rate)
         state.stats.served_rows += rows.size
         self._done(message.origin, message.ticket, rows.size)
 
     def _on_holder_push(self, message: HolderPush) -> None:
         """Push to replicas here, or to main copies; what is not here any more goes to its owner after all."""
         state = self.states[message.segment]
-        missing = self._push(state, message.rows, message.values, message.rate)
+        missing = state.rows.push(message.rows, message.values, message.rate)
         self._done(message.origin, message.ticket, message.rows.size - missing.size)
         if missing.size:
             self._rounds.send_drops()  # else the owner would send it back here
@@ -225,9 +225,6 @@ class Manager:
                 Push, segment=message.segment, node=message.node, origin=message.origin, ticket=message.ticket,
                 rate=message.rate, rows=rows, stamps=state.stamps[rows], values=message.values[missing],
             ))
-
-    def _push(self, state: SegmentState, rows: np.ndarray, values: np.ndarray, rate: float) -> np.ndarray:
-        return state.rows.push(rows, values)
 
     def _on_set(self, message: Set) -> None:
         """The worker's manager gets it first, so that it comes after the deltas that are on their way to the owner."""
@@ -290,7 +287,7 @@ class Manager:
 
     def _on_deltas(self, message: Deltas) -> None:
         state = self.states[message.segment]
-        missing = state.rows.add(message.rows, message.values)
+        missing = state.rows.add(message.rows, message.values, mark=False)
         assert not missing.size, "deltas came for rows that are not here"
         state.lending.changed_by(message.rows, message.node)
 

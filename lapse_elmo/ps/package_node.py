@@ -74,7 +74,7 @@ class PackageNode(ABC):
         self._stdout = _Stdout()
         self._tell(STARTS)
         world.barrier()
-        widths = np.concatenate([np.full(segment.num_rows, segment.width) for segment in layout.segments])
+        widths = np.concatenate([np.full(segment.num_rows, segment.row_width) for segment in layout.segments])
         self.server: Any
         self.worker: Any
         self.server, self.worker = self.start(torch.from_numpy(widths))

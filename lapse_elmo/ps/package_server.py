@@ -5,6 +5,9 @@ another type or a buffer with gaps would crash it or be read as garbage.
 
 Both packages keep Python's lock while they wait for the network: other threads of the rank stand still meanwhile.
 
+The packages know additions of whole rows only. An update rule is therefore computed by the worker: a push pulls whole
+rows, and adds what the rule changes of them. A pull moves whole rows too, and leaves their state out.
+
 Sampling is ours, over ``pull`` and ``intent``: Lapse's bindings have none, and AdaPM's schemes can hang or crash (its
 ``pool`` never uses a pool, and a sample pulled twice aborts the process).
 """
@@ -18,11 +21,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from lapse_elmo.errors import ConfigError, ServerError
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer, SegmentStats
-from lapse_elmo.ps.layout import Layout, distinct, distinct_and_places
+from lapse_elmo.ps.layout import Layout, Segment, distinct, distinct_and_places, turns
 from lapse_elmo.ps.package_node import PackageNode
+from lapse_elmo.ps.rules import Rule
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.world import World
 
@@ -71,51 +76,76 @@ class PackageServer(ParameterServer):
     def pull(self, keys: Array, out: Array) -> None:
         self._pull(keys, out, later=False)
 
-    def push(self, keys: Array, deltas: Array) -> None:
-        self._push(keys, deltas, later=False)
+    def pull_rows(self, keys: Array, out: Array) -> None:
+        self._pull(keys, out, later=False, whole=True)
+
+    def push(self, keys: Array, values: Array) -> None:
+        self._push(keys, values, later=False)
 
     def pull_async(self, keys: Array, out: Array) -> int:
         return self._pull(keys, out, later=True)
 
-    def push_async(self, keys: Array, deltas: Array) -> int:
-        return self._push(keys, deltas, later=True)
+    def push_async(self, keys: Array, values: Array) -> int:
+        return self._push(keys, values, later=True)
 
-    def _pull(self, keys: Array, out: Array, later: bool) -> int:
-        keys, out, segment = self.checked("out", keys, out, writes=True)
+    def _pull(self, keys: Array, out: Array, later: bool, whole: bool = False) -> int:
+        keys, out, segment = self.checked("out", keys, out, writes=True, whole=whole)
         if segment is None:
             return DONE
         start = time.perf_counter()
         # Their replies are matched with the keys by value: two of a key from two nodes would land in one place.
         asked, places = distinct_and_places(keys)
         rows, finish = out.numpy(), None
-        if places is not None:
-            rows = np.empty((asked.size, segment.width), np.float32)
-            finish = partial(np.take, rows, places, 0, out.numpy())
-        elif later:
+        if places is not None or out.shape[1] < segment.row_width:
+            rows = np.empty((asked.size, segment.row_width), np.float32)
+            wanted = rows[:, : out.shape[1]]
+            finish = partial(np.copyto, out.numpy(), wanted)
+            if places is not None:
+                finish = partial(np.take, wanted, places, 0, out.numpy())
+        if later and places is None:
             asked = asked.copy()  # the caller may overwrite his, the package reads it again when the rows arrive
         timestamp = self._worker.pull(asked, rows, later)
         stats = self.stats.segments[segment.name]
-        stats.count_pull(keys.size, keys.size * self._is_remote(timestamp), segment.width)
+        stats.count_pull(keys.size, keys.size * self._is_remote(timestamp), segment.row_width)
         pending = Pending(partial(self._worker.wait, timestamp), (asked, rows), finish)
         ticket, seconds = self._begun(timestamp, later, start, stats, pending)
         stats.pull_s += seconds
         return ticket
 
-    def _push(self, keys: Array, deltas: Array, later: bool) -> int:
-        keys, deltas, segment = self.checked("deltas", keys, deltas)
+    def _push(self, keys: Array, values: Array, later: bool) -> int:
+        keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return DONE
         start = time.perf_counter()
-        rows = deltas.numpy()
-        if later and self.reads_later:
+        rows = values.numpy()
+        if segment.rule is not None:
+            keys, rows = self._changes(segment, segment.rule, keys, values)
+        elif later and self.reads_later:
             keys, rows = keys.copy(), rows.copy()
         timestamp = self._worker.push(keys, rows, later)
         stats = self.stats.segments[segment.name]
-        stats.count_push(keys.size, keys.size * self._is_remote(timestamp), segment.width)
+        stats.count_push(keys.size, keys.size * self._is_remote(timestamp), segment.row_width)
         pending = Pending(partial(self._worker.wait, timestamp), (keys, rows))
         ticket, seconds = self._begun(timestamp, later, start, stats, pending)
         stats.push_s += seconds
         return ticket
+
+    def _changes(
+        self, segment: Segment, rule: Rule, keys: np.ndarray, gradients: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each of ``keys`` (n,) once, and what the steps of ``rule`` change of these rows (m, row_width)."""
+        rate = self.rate_of(segment)
+        asked, places = distinct_and_places(keys)
+        asked = asked.copy()  # not the caller's, who may overwrite his
+        before = torch.empty(asked.size, segment.row_width)
+        self._worker.pull(asked, before.numpy(), False)
+        if places is None:
+            return asked, rule.changes(before, gradients, rate).numpy()
+        after = before.clone()
+        for chosen in turns(places):  # the steps of a repeated key, one after another
+            rows = torch.from_numpy(places[chosen])
+            after[rows] += rule.changes(after[rows], gradients[torch.from_numpy(chosen)], rate)
+        return asked, (after - before).numpy()
 
     def _begun(
         self, timestamp: int, later: bool, start: float, stats: SegmentStats, pending: Pending
@@ -140,7 +170,7 @@ class PackageServer(ParameterServer):
             call.finish()
 
     def set(self, keys: Array, values: Array) -> None:
-        keys, values, segment = self.checked("values", keys, values)
+        keys, values, segment = self.checked("values", keys, values, whole=True)
         if segment is None:
             return
         if distinct(keys).size != keys.size:

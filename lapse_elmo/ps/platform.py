@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from lapse_elmo import native
 from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.locked_rows import open_rows
 from lapse_elmo.ps.memory import NodeMemory
 from lapse_elmo.ps.mpi_transport import MpiTransport
 from lapse_elmo.ps.node_state import Memory
-from lapse_elmo.ps.rows import SOURCE, Rows, open_rows
+from lapse_elmo.ps.rows import SOURCE, Rows
 from lapse_elmo.ps.transport import Transport
 from lapse_elmo.world import World
 

@@ -24,12 +24,13 @@ _RECORD_HEADER_BYTES = 256  # more than any message has in addition to its rows
 
 @dataclass
 class RowsCall(Call):
-    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled or pushed."""
+    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled, or pushed at ``rate``."""
 
     remaining: int
     segment: Segment | None = None
     rows: np.ndarray | None = None
     values: np.ndarray | None = None
+    rate: float = 0.0
 
 
 class Requests:
@@ -77,7 +78,7 @@ class Requests:
             else:
                 message = push = new(
                     Push, self.mailbox.transport, segment=number, node=self.world.node, origin=rank, ticket=ticket,
-                    rate=1.0, rows=rows, stamps=stamps[chosen], width=width,
+                    rate=call.rate, rows=rows, stamps=stamps[chosen], width=width,
                 )
                 np.take(call.values, indices, 0, push.values, mode="clip")  # (else through a buffer)
             self.mailbox.send(Address(self.world.leaders[node], TO_MANAGER), message)

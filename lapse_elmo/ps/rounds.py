@@ -124,13 +124,10 @@ class Rounds:
         self._send(owner, new(Sync, node=self._node, exact=int(exact)))
 
     def on_refresh(self, message: Refresh) -> None:
-        """Take an owner's values for the replicas that are held from it still."""
+        """Take an owner's values for replicas, none of which is dropped while a round is under way."""
         state = self._states[message.segment]
-        held = state.lender[message.rows] == message.node
-        if held.all():
-            state.rows.refresh(message.rows, message.values)
-        else:
-            state.rows.refresh(message.rows[held], message.values[held])
+        assert (state.lender[message.rows] == message.node).all(), "values came for rows that are not held"
+        state.rows.refresh(message.rows, message.values)
 
     def on_synced(self, owner: int) -> None:
         """An owner has answered."""

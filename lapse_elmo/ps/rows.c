@@ -1,5 +1,6 @@
 /* Rows of one segment in memory that a node's processes share, each guarded by a lock of its own.
  *
+ * A row has `width` floats: weights and, where the segment has an update rule, the rule's state after them (rules.py).
  * entry[row] says whether the row is on the node, in which slot, and as what. A main copy lies at main[slot * width]; a
  * replica at replica[slot * 2 * width], its value followed by the sum of the deltas that its owner has not been sent.
  * Whoever changes a row or its entry holds the row's lock, and letting it go counts the entry's version up. A reader
@@ -7,6 +8,7 @@
  * wait until the copy before it has reached the cache.)
  * Every function has a twin in rows.py (LockedRows), with which the tests compare it.
  */
+#include <math.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
@@ -15,6 +17,7 @@ enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8, VERSION = 16 }; /* the v
 enum { AHEAD_BYTES = 6144, FEWEST_AHEAD = 2, MOST_AHEAD = 12, FETCHED = 4096 }; /* rows fetched ahead; bytes of a row */
 enum { FAR_AHEAD = 24 };                                                       /* entries fetched ahead */
 enum { SPINS = 64 };                                                           /* tries before the core is yielded */
+enum { ADAGRAD, ADAGRAD_PER_ROW, SGD };                                        /* rules, as in rules.py */
 
 typedef struct {
     uint32_t flags;
@@ -69,40 +72,48 @@ static inline __attribute__((always_inline)) void fetch(const float *row, int64_
     for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch((const char *)row + j, change);
 }
 
-/* Have the cache fetch what the rows after number i will need, to read it or to change it. */
-static inline __attribute__((always_inline)) void fetch_ahead(entry *entries, float *main, float *replica, int64_t width,
-                                                              const int64_t *rows, int64_t i, int64_t n, const int change) {
+/* Have the cache fetch `used` floats of each of the rows after number i, to read them or to change them. */
+static inline __attribute__((always_inline)) void fetch_part(entry *entries, float *main, float *replica, int64_t width,
+                                                             int64_t used, const int64_t *rows, int64_t i, int64_t n,
+                                                             const int change) {
     if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], change);
-    const int64_t ahead = ahead_of(width);
+    const int64_t ahead = ahead_of(used);
     if (i + ahead >= n) return;
     entry next = look(entries + rows[i + ahead]);
     if (!(next.flags & PRESENT)) return;
-    fetch(place(next, main, replica, width), width, change);
+    fetch(place(next, main, replica, width), used, change);
 }
 
-/* Copy a row to out; whether it is here. */
-static int copy(entry *e, float *main, float *replica, int64_t width, float *out) {
+/* Have the cache fetch what the rows after number i will need. */
+static inline __attribute__((always_inline)) void fetch_ahead(entry *entries, float *main, float *replica, int64_t width,
+                                                              const int64_t *rows, int64_t i, int64_t n, const int change) {
+    fetch_part(entries, main, replica, width, width, rows, i, n, change);
+}
+
+/* Copy the first `used` floats of a row to out; whether it is here. */
+static int copy(entry *e, float *main, float *replica, int64_t width, int64_t used, float *out) {
     for (int tries = 0; tries < SPINS; tries++) {
         entry seen = look(e);
         if (seen.flags & LOCKED) continue;
         if (!(seen.flags & PRESENT)) return 0;
-        memcpy(out, place(seen, main, replica, width), width * 4);
+        memcpy(out, place(seen, main, replica, width), used * 4);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (__atomic_load_n(&e->flags, __ATOMIC_RELAXED) == seen.flags) return 1;
     }
     uint32_t flags = lock(e); /* a row that others change all the time */
-    if (flags & PRESENT) memcpy(out, place(*e, main, replica, width), width * 4);
+    if (flags & PRESENT) memcpy(out, place(*e, main, replica, width), used * 4);
     unlock(e, flags);
     return (flags & PRESENT) != 0;
 }
 
-/* Copy rows to out; the positions of those that are not here go to missing, their number is returned. */
-int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
-                  float *out, int64_t *missing) {
+/* Copy the first `used` floats of rows to out (n, used); the positions of rows that are not here go to missing, their
+ * number is returned. */
+int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, int64_t used, const int64_t *rows,
+                  int64_t n, float *out, int64_t *missing) {
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
-        fetch_ahead(entries, main, replica, width, rows, i, n, 0);
-        if (!copy(entries + rows[i], main, replica, width, out + i * width)) missing[absent++] = i;
+        fetch_part(entries, main, replica, width, used, rows, i, n, 0);
+        if (!copy(entries + rows[i], main, replica, width, used, out + i * used)) missing[absent++] = i;
     }
     return absent;
 }
@@ -118,7 +129,7 @@ int64_t rows_owned(const entry *entries, const int64_t *rows, int64_t n) {
 }
 
 /* Add deltas (n, width) to the rows; as rows_pull for those that are not here. mark: whether main copies count as changed. */
-int64_t rows_push(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
+int64_t rows_add(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
                   const float *deltas, int64_t mark, int64_t *missing) {
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -130,6 +141,80 @@ int64_t rows_push(entry *entries, float *main, float *replica, int64_t width, co
             float *row = place(*e, main, replica, width);
             add(row, deltas + i * width, width);
             if (flags & REPLICA) add(row + width, deltas + i * width, width);
+            if (mark || flags & REPLICA) flags |= DIRTY;
+        } else missing[absent++] = i;
+        unlock(e, flags);
+    }
+    return absent;
+}
+
+/* One step of Adagrad, with an accumulator for each of `size` weights. What the step adds to the row is added to `delta`
+ * too, if there is one. */
+static inline __attribute__((always_inline)) void adagrad(float *restrict weights, float *restrict delta, int64_t size,
+                                                          const float *restrict gradient, float rate, float epsilon,
+                                                          const int has_delta) {
+    float *restrict state = weights + size, *restrict state_delta = delta + size;
+    for (int64_t j = 0; j < size; j++) {
+        float g = gradient[j], square = g * g, sum = state[j] + square;
+        float change = -rate * g / (sqrtf(sum) + epsilon);
+        state[j] = sum;
+        weights[j] += change;
+        if (has_delta) { state_delta[j] += square; delta[j] += change; }
+    }
+}
+
+/* One step of Adagrad with one accumulator for the row, which grows by the mean square of the gradient. */
+static inline __attribute__((always_inline)) void adagrad_per_row(float *restrict weights, float *restrict delta,
+                                                                  int64_t size, const float *restrict gradient,
+                                                                  float rate, float epsilon, const int has_delta) {
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < size; j++) square += gradient[j] * gradient[j];
+    square /= (float)size;
+    float sum = weights[size] + square, factor = -rate / (sqrtf(sum) + epsilon);
+    weights[size] = sum;
+    if (has_delta) delta[size] += square;
+    for (int64_t j = 0; j < size; j++) {
+        float change = factor * gradient[j];
+        weights[j] += change;
+        if (has_delta) delta[j] += change;
+    }
+}
+
+static inline __attribute__((always_inline)) void descend(float *restrict weights, float *restrict delta, int64_t size,
+                                                          const float *restrict gradient, float rate,
+                                                          const int has_delta) {
+    for (int64_t j = 0; j < size; j++) {
+        float change = -rate * gradient[j];
+        weights[j] += change;
+        if (has_delta) delta[j] += change;
+    }
+}
+
+static inline __attribute__((always_inline)) void step(int64_t rule, float *weights, float *delta, int64_t size,
+                                                       const float *gradient, float rate, float epsilon,
+                                                       const int has_delta) {
+    if (rule == ADAGRAD) adagrad(weights, delta, size, gradient, rate, epsilon, has_delta);
+    else if (rule == ADAGRAD_PER_ROW) adagrad_per_row(weights, delta, size, gradient, rate, epsilon, has_delta);
+    else descend(weights, delta, size, gradient, rate, has_delta);
+}
+
+/* Take one step of a rule per row, with gradients (n, size) of its weights; as rows_pull for those that are not here.
+ * A replica's step starts from the replica's state, and what it adds is what the owner will be sent. */
+int64_t rows_step(entry *entries, float *main, float *replica, int64_t width, int64_t size, int64_t rule,
+                  const int64_t *rows, int64_t n, const float *gradients, float rate, float epsilon, int64_t mark,
+                  int64_t *missing) {
+    int64_t absent = 0;
+    for (int64_t i = 0; i < n; i++) {
+        entry *e = entries + rows[i];
+        fetch_ahead(entries, main, replica, width, rows, i, n, 1);
+        if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
+        uint32_t flags = lock(e);
+        if (flags & PRESENT) {
+            float *row = place(*e, main, replica, width);
+            const float *gradient = gradients + i * size;
+            if (flags & REPLICA) step(rule, row, row + width, size, gradient, rate, epsilon, 1);
+            else step(rule, row, row, size, gradient, rate, epsilon, 0);
             if (mark || flags & REPLICA) flags |= DIRTY;
         } else missing[absent++] = i;
         unlock(e, flags);

@@ -1,4 +1,4 @@
-"""Deltas and the dense optimizer against torch.optim, dense and with coalesced sparse gradients."""
+"""The dense optimizer against torch.optim."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lapse_elmo.model.optimizers import DenseOptimizer, adagrad_delta, sgd_delta, sum_of_squares
+from lapse_elmo.model.optimizers import DenseOptimizer, sum_of_squares
 
 RATE, EPSILON = 0.2, 1e-7
 
@@ -34,39 +34,6 @@ def test_dense_equals_torch_exactly(initial: float, dtype: torch.dtype) -> None:
             assert torch.equal(optimizer.accumulators[index], expected.state[value]["sum"])
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_rows_equal_torch_with_sparse_gradients() -> None:
-    table, accumulator = random(20, 6), torch.ones(20, 6)
-    theirs = torch.nn.Parameter(table.clone())
-    expected = torch.optim.Adagrad([theirs], lr=RATE, initial_accumulator_value=1.0, eps=EPSILON)
-    for step in range(6):
-        keys = torch.randint(20, (30,), generator=torch.Generator().manual_seed(step))  # with repeats
-        gradient = random(30, 6, seed=step)
-        theirs.grad = torch.sparse_coo_tensor(keys[None], gradient, (20, 6), check_invariants=True).coalesce()
-        expected.step()
-        rows, place = torch.unique(keys, return_inverse=True)
-        summed = torch.zeros(len(rows), 6).index_add_(0, place, gradient)
-        weight_delta, accumulator_delta = adagrad_delta(summed, accumulator[rows], RATE, EPSILON)
-        table.index_add_(0, rows, weight_delta)
-        accumulator.index_add_(0, rows, accumulator_delta)
-        torch.testing.assert_close(table, theirs.detach(), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(accumulator, expected.state[theirs]["sum"], rtol=1e-6, atol=0.0)
-
-
-def test_rows_and_dense_agree_and_out_is_used() -> None:
-    gradient, accumulator = random(9, 4), random(9, 4, seed=1).abs()
-    expected = adagrad_delta(gradient, accumulator, RATE, EPSILON)
-    push = torch.full((9, 8), 7.0)
-    found = adagrad_delta(gradient, accumulator, RATE, EPSILON, out=(push[:, :4], push[:, 4:]))
-    assert torch.equal(push, torch.cat(expected, 1)) and found[0].data_ptr() == push.data_ptr()
-    dense, before = random(9, 4, seed=2), random(9, 4, seed=2)
-    optimizer = DenseOptimizer([dense], RATE, 0.0, EPSILON)
-    optimizer.accumulators[0].copy_(accumulator)
-    optimizer.step([gradient])
-    torch.testing.assert_close(dense, before + expected[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(optimizer.accumulators[0], accumulator + expected[1], rtol=1e-6, atol=0.0)
-
-
 def test_scale_acts_on_the_gradient() -> None:
     first, second = random(5), random(5)
     gradient = random(5, seed=3)
@@ -84,8 +51,6 @@ def test_gradient_descent_equals_torch() -> None:
     torch.optim.SGD([theirs], lr=RATE).step()
     assert torch.equal(ours, theirs.detach())
     assert optimizer.state_dict() == {"accumulators": []}
-    gradient = random(3)
-    assert sgd_delta(gradient, RATE, out=gradient) is gradient
 
 
 def test_state_can_be_saved_and_restored() -> None:

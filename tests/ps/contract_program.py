@@ -23,6 +23,7 @@ from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.world import World, launch
 from tests import collective
 from tests.ps.checks_of_moves import Moves
+from tests.ps.checks_of_rules import Rules
 from tests.ps.checks_of_tickets import Tickets
 from tests.ps.layout import HOT, LAYOUT, NUM_SAMPLED, WIDTH, every_key, pulled
 from tests.ps.native_engines import EXCEPTIONS, OnOneNode
@@ -37,11 +38,12 @@ ONLY = {  # checks of what not every engine promises: of those that do
     "pushes_are_seen_after_a_barrier": ONE_COPY,
     "reads_never_go_back": ONE_COPY,
     "localized_rows_are_local": {*ENGINES, *NATIVE} - STATIC,
+    "a_push_carries_gradients_alone": {*ENGINES},
     "intended_rows_become_local": {*ENGINES, *NATIVE} - STATIC,
 }
 
 
-class Contract(Moves, Tickets):
+class Contract(Moves, Tickets, Rules):
     """The checks. Each gets a new server whose rows are all 0."""
 
     def __init__(self, world: World, engine: str) -> None:
@@ -62,7 +64,7 @@ class Contract(Moves, Tickets):
         server = self.engine(self.world, LAYOUT, ("sampled", sampler), first_sample)
         if self.world.rank == 0:
             for segment in LAYOUT.segments:
-                server.set(every_key(segment.name), np.zeros((segment.num_rows, segment.width), np.float32))
+                server.set(every_key(segment.name), np.zeros((segment.num_rows, segment.row_width), np.float32))
         server.quiesce()
         return server
 
@@ -78,7 +80,7 @@ class Contract(Moves, Tickets):
 
     def rows_are_as_set(self, server: ParameterServer) -> None:
         """Each rank sets its share, in any order; everybody sees all of it."""
-        for segment in LAYOUT.segments:
+        for segment in LAYOUT.segments[:4]:
             values = np.arange(segment.num_rows * segment.width, dtype=np.float32).reshape(-1, segment.width)
             mine = self._rng().permutation(np.arange(self.world.rank, segment.num_rows, self.world.size))
             server.set(segment.keys(mine), values[mine])
@@ -274,9 +276,13 @@ class Contract(Moves, Tickets):
     def _replicates(self) -> bool:
         return self.name not in ONE_COPY
 
+    @property
+    def _steps_are_in_turn(self) -> bool:
+        return self.name in ENGINES and (self.name in ONE_COPY or self.world.num_nodes == 1)
+
 
 def names(engine: str) -> list[str]:
-    own = [name for part in (Contract, Moves, Tickets) for name in vars(part) if not name.startswith("_")]
+    own = [name for part in (Contract, Moves, Tickets, Rules) for name in vars(part) if not name.startswith("_")]
     own = [name for name in own if name not in ("checks", "close") and engine in ONLY.get(name, {engine})]
     own = [name for name in own if (engine, name) not in EXCEPTIONS]
     return own + [f"refuses {name}" for name in REFUSALS]

@@ -22,7 +22,8 @@ Refusal = tuple[Callable[[Any], object], str]
 
 KEYS = np.array([4, 5])
 ROWS = np.ones((2, 3), np.float32)
-_NUM_KEYS = 1 + 5000 + 16 + 400
+_NUM_KEYS = 1 + 5000 + 16 + 400 + 3 * 40
+RULED = np.array([5417, 5418])  # keys of a segment with an update rule, of width 5
 
 
 def _fresh() -> np.ndarray:
@@ -63,7 +64,7 @@ def _value_refusals() -> dict[str, Refusal]:
     """Of every verb that takes rows."""
     verbs: dict[str, tuple[str, Callable[[Any, Any], object]]] = {
         "pull": ("out", lambda server, rows: server.pull(KEYS, rows)),
-        "push": ("deltas", lambda server, rows: server.push(KEYS, rows)),
+        "push": ("values", lambda server, rows: server.push(KEYS, rows)),
         "set": ("values", lambda server, rows: server.set(KEYS, rows)),
     }
     bad: dict[str, tuple[Any, str]] = {
@@ -82,6 +83,10 @@ def _value_refusals() -> dict[str, Refusal]:
         f"{verb} with {name}": (partial(_on, call, rows), f"^{argument} {pattern}")
         for verb, (argument, call) in verbs.items() for name, (rows, pattern) in bad.items()
     }
+
+
+def _wide(width: int) -> np.ndarray:
+    return np.ones((2, width), np.float32)
 
 
 def _read_only() -> np.ndarray:
@@ -105,6 +110,15 @@ REFUSALS: dict[str, Refusal] = {
     **_key_refusals(),
     **_value_refusals(),
     "pull into read-only memory": (lambda server: server.pull(KEYS, _read_only()), "^out should be writable"),
+    "push without a rate": (lambda server: server.push(RULED, _wide(5)), "^the segment adagrad .* call set_rate"),
+    "push of whole rows": (lambda server: server.push(RULED, _wide(10)), r"^values should have shape \(2, 5\)"),
+    "set of weights alone": (lambda server: server.set(RULED, _wide(5)), r"^values should have shape \(2, 10\)"),
+    "pull of whole rows": (lambda server: server.pull(RULED, _wide(10)), r"^out should have shape \(2, 5\)"),
+    "whole rows of weights": (lambda server: server.pull_rows(RULED, _wide(5)), r"^out should have shape \(2, 10\)"),
+    "rate of no segment": (lambda server: server.set_rate("none", 1.0), "^name: there is no segment none with an upd"),
+    "rate without a rule": (lambda server: server.set_rate("long", 1.0), "^name: there is no segment long with an upd"),
+    "rate below 0": (lambda server: server.set_rate("adagrad", -1.0), "^rate: -1.0 is not a finite number"),
+    "rate not a number": (lambda server: server.set_rate("adagrad", float("nan")), "^rate: nan is not a finite number"),
     "set with a key twice": (lambda server: server.set(np.array([4, 4]), _fresh()), "^keys should be distinct"),
     "intent that ends early": (lambda server: server.intent(KEYS, 3, 3), r"^start, end: \[3, 3\) is not an interval"),
     "intent before the start": (lambda server: server.intent(KEYS, -1, 3), r"^start, end: \[-1, 3\)"),
@@ -139,8 +153,8 @@ def check_refusal(server: ParameterServer, refusal: Refusal) -> None:
     assert _own_stats(server) == stats or refusal in _COUNT, "the statistics count a refused call"
     assert server.clock == clock
     for segment in server.layout.segments:
-        out = np.empty((segment.num_rows, segment.width), np.float32)
-        server.pull(segment.keys(np.arange(segment.num_rows)), out)
+        out = np.empty((segment.num_rows, segment.row_width), np.float32)
+        server.pull_rows(segment.keys(np.arange(segment.num_rows)), out)
         assert not out.any(), "rows changed"
 
 

@@ -117,12 +117,15 @@ class Invariants:
             states = [manager.states[number] for manager in self._managers]
             for row in range(segment.num_rows):
                 bits = set()
-                for state in states:
-                    kind = state.rows.flags[row] & COPY
+                for rows in (state.rows for state in states):
+                    kind = rows.flags[row] & COPY
                     if kind:
-                        source = state.rows.main if kind == MAIN else state.rows.replica[:, 0]
-                        bits.add(source[state.rows.slots[row]].tobytes())
+                        source = rows.main if kind == MAIN else rows.replica[:, 0]
+                        bits.add(source[rows.slots[row]].tobytes())
                 assert len(bits) <= 1, f"copies of row {row} of {segment.name} differ after a quiesce"
+                if segment.rule is not None and bits:
+                    state = np.frombuffer(bits.pop(), np.float32)[segment.width :]
+                    assert (state == self._ledger.squares[row]).all(), f"row {row}: accumulators are not all squares"
 
     def check_end(self) -> None:
         """All calls have been answered, and nothing is on its way."""

@@ -187,11 +187,6 @@ MUTANTS = (
         "if True:\n            self._finish",
     ),
     Mutant(
-        "values of former owners are taken", "rounds.py",
-        "if held.all():",
-        "if True:",
-    ),
-    Mutant(
         "replicas are dropped without a word", "rounds.py",
         "self._drops.append((owner, drop))",
         "pass",

@@ -39,7 +39,7 @@ class SimRows(NativeRows):
         super().__init__(memory, segment, library)
         self._simulation = simulation
 
-    def _call(self, name: str, *arguments: np.ndarray | int) -> int:
+    def _call(self, name: str, *arguments: np.ndarray | float) -> int:
         self._simulation.preempt()
         return super()._call(name, *arguments)
 

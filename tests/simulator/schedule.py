@@ -11,6 +11,7 @@ from typing import Any
 
 from lapse_elmo.ps import ring, wire
 from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.rules import Rule
 from lapse_elmo.ps.sampling import SCHEMES
 from tests.simulator.invariants import Invariants
 from tests.simulator.network import Pace, Simulation, Task
@@ -40,6 +41,7 @@ class Schedule:
     preemption: float = 0.1
     stall_share: float = 0.01
     crowded: bool = False
+    alone: bool = False  # worker 0 alone has rows moved
     poll_s: float = 4e-4
     outgoing_scale: int = 1
 
@@ -56,15 +58,16 @@ class Schedule:
             workers_per_node=random.choice((1, 1, 1, 2) if nodes < 4 else (1,)),
             num_rows=random.choice((3, 8, 20)),
             phases=random.choice((1, 1, 1, 2)),
-            clocks_per_phase=random.choice((1, 2, 2, 3, 5)),
+            clocks_per_phase=random.choice((1, 2, 2, 3, 5, 12)),
             calls_per_clock=random.choice((1, 2, 3, 6)),
-            staleness=random.choice((2, 3, 4, 4, 8)),
+            staleness=random.choice((2, 2, 3, 4)),
             piece_bytes=random.choice((1 << 20, 40)),
             ring_bytes=random.choice((1 << 14, 1 << 11)),
             slow_share=random.choice((0.0, 0.1, 0.5)),
             preemption=random.choice((0.0, 0.1, 0.4)),
             stall_share=random.choice((0.0, 0.01, 0.05)),
             crowded=random.random() < 0.3,
+            alone=random.random() < 0.2,
             poll_s=random.choice((4e-4, 2e-3, 2e-3)),
             outgoing_scale=random.choice((1, 1, 1 << 20)),
         )
@@ -113,7 +116,8 @@ def run(schedule: Schedule) -> Result:
     simulation = Simulation(random, pace)
     job = Job(simulation, schedule.num_nodes, schedule.workers_per_node)
     layout = Layout.of(
-        ("counts", schedule.num_rows, job.size), ("floats", min(schedule.num_rows, 6), 3), ("owned", 2 * job.size, 1)
+        ("counts", schedule.num_rows, job.size), ("steps", min(schedule.num_rows, 6), 3, Rule("adagrad")),
+        ("owned", 2 * job.size, 1),
     )
     ledger = Ledger(layout, job.size, schedule.num_rows)
     invariants = Invariants(simulation, ledger)

@@ -8,8 +8,8 @@ pushes of each worker it sees, and the ledger knows between which bounds that ma
   key), and no fewer than any earlier pull of the same worker saw;
 - with replicas, at least what was pushed ``staleness`` clocks before the slowest worker's.
 
-Rows of "floats" get arbitrary floats: their copies must be equal to the bit after a quiesce. Each row of "owned" is set
-by one worker to ever larger numbers.
+Rows of "steps" have an update rule and get integer gradients: after a quiesce their copies must be equal to the bit,
+and their accumulators the exact sums of squares. Each row of "owned" is set by one worker to ever larger numbers.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Ledger:
         self.begun = np.zeros((num_workers, num_rows), np.int64)
         self.complete = np.zeros((num_workers, num_rows), np.int64)
         self.by_clock: list[list[np.ndarray]] = [[] for _ in range(num_workers)]  # complete at the end of each clock
+        self.squares = np.zeros((layout["steps"].num_rows, 3))
         self.pushing = 0  # workers that have begun a push of which not all is applied or sent
 
     def advance(self, worker: int) -> None:
@@ -81,13 +82,13 @@ class Worker:
             staleness=schedule.staleness, platform=self.platform,
         )
         self.invariants.opened(self.server)
+        calls = [self.push, self.push, self.pull, self.pull, self.wait, self.push_gradients, self.set]
+        if not schedule.alone or self.rank == 0:
+            calls += [self.intent, self.intent, self.localize, self.sample]
         for phase in range(schedule.phases):
             for _ in range(schedule.clocks_per_phase):
                 for _ in range(self.random.randint(0, schedule.calls_per_clock)):
-                    self.random.choice((
-                        self.push, self.push, self.pull, self.pull, self.intent, self.intent, self.localize, self.wait,
-                        self.push_floats, self.set, self.sample,
-                    ))()
+                    self.random.choice(calls)()
                 self.ledger.advance(self.rank)
                 self.server.advance_clock()
             while self.pulls or self.pushes or self.localizes:
@@ -164,28 +165,36 @@ class Worker:
     def intent(self) -> None:
         """Announce some rows for some clocks."""
         start = self.server.clock + self.random.randint(0, 3)
-        segment = self.random.choice(("counts", "counts", "floats"))
-        rows = self.rows() if segment == "counts" else np.arange(self.ledger.layout["floats"].num_rows)
+        segment = self.random.choice(("counts", "counts", "steps"))
+        rows = self.rows() if segment == "counts" else np.arange(self.ledger.layout["steps"].num_rows)
         self.server.intent(self.ledger.layout[segment].keys(rows), start, start + self.random.randint(1, 4))
 
     def localize(self) -> None:
-        """Begin to bring some rows here."""
-        ticket = self.server.localize_async(self.rows())
+        """Begin to bring some rows here; where nobody else moves rows, wait until they are here."""
+        rows = self.rows()
+        if self.schedule.alone and self.schedule.technique != "static":
+            self.server.localize(rows)
+            here = self.server.is_local("counts")
+            assert here is not None and here[rows].all(), f"rows {rows.tolist()} were localized and are not all local"
+            return
+        ticket = self.server.localize_async(rows)
         if ticket != DONE:
             self.localizes.append(ticket)
 
-    def push_floats(self) -> None:
-        """Push arbitrary floats."""
-        segment = self.ledger.layout["floats"]
+    def push_gradients(self) -> None:
+        """Have steps taken."""
+        segment = self.ledger.layout["steps"]
         rows = np.array(sorted({self.random.randrange(segment.num_rows) for _ in range(3)}), np.int64)
-        deltas = np.array([[self.random.gauss(0, 1) for _ in range(3)] for _ in rows], np.float32)
-        self.server.push(segment.keys(rows), deltas)
+        gradients = np.array([[self.random.randint(-3, 3) for _ in range(3)] for _ in rows], np.float32)
+        self.ledger.squares[rows] += gradients * gradients
+        self.server.set_rate("steps", self.random.choice((0.1, 0.5)))
+        self.server.push(segment.keys(rows), gradients)
 
     def set(self) -> None:
         """Set this worker's rows to a larger number, and see it; another worker's rows never fall."""
         segment = self.ledger.layout["owned"]
         mine = np.arange(2 * self.rank, 2 * self.rank + 2)
-        if self.random.random() < 0.5:
+        if self.random.random() < 0.5 and not self.schedule.alone:
             self.server.intent(segment.keys(mine), self.server.clock, self.server.clock + 2)
         self.last_set += 1
         keys, out = segment.keys(mine), np.empty((2, 1), np.float32)

@@ -30,7 +30,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
         parameters.initialise()
         batch = next(batch_stream(config, world, shards).epoch(0))
         row = batch.input_rows[5:6]
-        size = parameters.embedding.segment.width
+        size = parameters.embedding.segment.row_width
         parameters.server.set(parameters.embedding.segment.keys(row), np.full((1, size), np.nan, np.float32))
         step = TrainingStep(config, world, parameters, cpu, mean_targets(config, world, shards), lambda: 0)
 

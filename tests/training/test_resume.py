@@ -15,6 +15,7 @@ import pytest
 
 from lapse_elmo import checkpoint, step
 from lapse_elmo.batches import Batch
+from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import Cursor, SavedCursor
@@ -31,6 +32,7 @@ from tests.training.corpora import (
     prepare,
     random_sentences,
     records,
+    saved_arrays,
     train_alone,
     train_job,
 )
@@ -257,6 +259,35 @@ def test_other_options_are_told(small: Prepared, tmp_path: Path, capfd: pytest.C
     capfd.readouterr()
     train_alone(small, run_dir, "--max-steps", "2", "--learning-rate", "0.1", "--progress", "lines")
     assert "other options than before: --learning-rate 0.2 (now 0.1)\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("old", "new", "how"), [("element", "row", "their row's mean"), ("row", "element", "copies")])
+def test_other_accumulators_are_converted(
+    small: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str], old: str, new: str, how: str
+) -> None:
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1", "--row-accumulators", old)
+    before = saved_arrays(checkpoints(run_dir)[0])["embedding"]
+    capfd.readouterr()
+    options = ["--row-accumulators", new, "--learning-rate", "1e-30", "--progress", "lines"]
+    train_alone(small, run_dir, "--max-steps", "2", *options)
+    assert f"the checkpoint's accumulators are converted: they become {how}" in capfd.readouterr().err
+    after = saved_arrays(checkpoints(run_dir)[0])["embedding"]
+    size = min(before.shape[1], after.shape[1]) - 1
+    assert {before.shape[1], after.shape[1]} == {size + 1, 2 * size}
+    np.testing.assert_array_equal(after[:, :size], before[:, :size])  # at this rate weights stay
+    assert (after[:, size:].mean(1) >= before[:, size:].mean(1) * (1 - 1e-6)).all()
+
+
+def test_a_checkpoint_from_before_accumulators_per_row(small: Prepared, tmp_path: Path) -> None:
+    """Its config does not name the option: the accumulators are one per element, whatever the default is now."""
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1", "--row-accumulators", "element")
+    (path,) = checkpoints(run_dir)
+    manifest = checkpoint.read_manifest(path)
+    del manifest["config"]["optimizer"]["row_accumulators"]
+    (path / "manifest.json").write_bytes(encode(manifest))
+    assert checkpoint.config_of(checkpoint.read_manifest(path), path).optimizer.row_accumulators == "element"
+    train_alone(small, run_dir, "--max-steps", "2", "--row-accumulators", "element")
+    assert len(records(run_dir, "epoch")) == 2
 
 
 def test_from_an_older_checkpoint(small: Prepared, tmp_path: Path) -> None:

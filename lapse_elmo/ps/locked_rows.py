@@ -1,0 +1,210 @@
+"""Rows without a compiler: the twin of rows.c in NumPy and torch, under locks of the kernel."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from lapse_elmo import native
+from lapse_elmo.ps.layout import Segment, turns
+from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.ps.rows import DIRTY, PRESENT, REPLICA, SOURCE, NativeRows, Rows
+from lapse_elmo.ps.rules import Rule
+
+_RUN = 1024
+
+
+def open_rows(memory: NodeMemory, segment: Segment, is_native: bool) -> Rows:
+    """The rows of ``segment``; ``is_native`` must be the same for all who open them."""
+    library = native.load(SOURCE) if is_native else None
+    return NativeRows(memory, segment, library) if library is not None else LockedRows(memory, segment)
+
+
+class LockedRows(Rows):
+    """With NumPy and torch. A call sorts its rows, and each run of ``_RUN`` of them is handled under a lock.
+
+    The lock is one of the byte interval [first key, last key] of the node's file (open-file-description locks of Linux:
+    the kernel finds the overlaps, a waiting rank sleeps, and the locks of a rank that dies are released).
+    """
+
+    def __init__(self, memory: NodeMemory, segment: Segment) -> None:
+        super().__init__(memory, segment)
+        self._file = memory.lock_file()
+        self._first_key = segment.first_key
+        self._main = torch.from_numpy(self.main)
+
+    def close(self) -> None:
+        os.close(self._file)
+        del self._main
+        super().close()
+
+    def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        missing, result, main = [], torch.from_numpy(out), self._main[:, : out.shape[1]]
+        for some, places in self._runs(rows, exclusive=False):
+            flags = self.flags[some]
+            if np.all(flags & (PRESENT | REPLICA) == PRESENT):
+                slots = torch.from_numpy(self.slots[some])
+                if isinstance(places, slice):
+                    torch.index_select(main, 0, slots, out=result[places])
+                else:
+                    result.index_copy_(0, torch.from_numpy(places), main.index_select(0, slots))
+                continue
+            positions = _positions(places)
+            for view, chosen in self._views(some, flags):
+                out[positions[chosen]] = view[self.slots[some[chosen]], : out.shape[1]]
+            missing.append(positions[flags & PRESENT == 0])
+        return np.sort(np.concatenate(missing)) if missing else rows[:0]
+
+    def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
+        missing, source = [], torch.from_numpy(deltas)
+        for some, places in self._runs(rows, exclusive=True):
+            flags = self.flags[some]
+            self._mark(some, flags, mark)
+            if np.all(flags & (PRESENT | REPLICA) == PRESENT):
+                slots = torch.from_numpy(self.slots[some])
+                part = source[places] if isinstance(places, slice) else source[torch.from_numpy(places)]
+                self._main.index_add_(0, slots, part)
+                continue
+            positions = _positions(places)
+            for view, chosen in self._views(some, flags, with_deltas=True):
+                np.add.at(view, self.slots[some[chosen]], deltas[positions[chosen]])
+            missing.append(positions[flags & PRESENT == 0])
+        return np.sort(np.concatenate(missing)) if missing else rows[:0]
+
+    def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
+        missing = []
+        for some, places in self._runs(rows, exclusive=True):
+            flags, positions = self.flags[some], _positions(places)
+            self._mark(some, flags, mark)
+            for view, here in self._views(some, flags):
+                for turn in turns(some[here]):  # the steps of a repeated row, one after another
+                    chosen = here[turn]
+                    slots = self.slots[some[chosen]]
+                    gradient = torch.from_numpy(gradients[positions[chosen]])
+                    change = rule.changes(torch.from_numpy(view[slots]), gradient, rate).numpy()
+                    view[slots] += change
+                    if flags[chosen[0]] & REPLICA:
+                        self.replica[slots, 1] += change
+            missing.append(positions[flags & PRESENT == 0])
+        return np.sort(np.concatenate(missing)) if missing else rows[:0]
+
+    def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        with self._locked(rows):
+            here = self.owned(rows)
+            self.main[self.slots[rows[here]]] = values[here]
+            self.flags[rows[here]] |= DIRTY
+        return np.flatnonzero(~here)
+
+    def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
+        with self._locked(rows):
+            if as_replica:
+                self.replica[slots, 0], self.replica[slots, 1] = values, 0
+            else:
+                self.main[slots] = values
+            self.slots[rows] = slots
+            self.flags[rows] = PRESENT | (REPLICA if as_replica else 0)
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        with self._locked(rows):
+            out[:] = self.main[self.slots[rows]]
+            self.flags[rows] = 0
+
+    def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        with self._locked(rows):
+            dirty = self.flags[rows] & DIRTY
+            deltas = np.where(dirty[:, None] != 0, self.replica[self.slots[rows], 1], np.float32(-0.0))
+            self.main[slots] = values + deltas
+            self.slots[rows] = slots
+            self.flags[rows] = PRESENT | dirty
+
+    def clean(self, rows: np.ndarray) -> np.ndarray:
+        with self._locked(rows):
+            changed = np.flatnonzero(self.flags[rows] & DIRTY)
+            self.flags[rows[changed]] &= ~np.uint32(DIRTY)
+        return changed
+
+    def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with self._locked(rows):
+            changed = np.flatnonzero(self.flags[rows] & DIRTY)
+            slots = self.slots[rows[changed]]
+            deltas = self.replica[slots, 1]
+            self.replica[slots, 1] = 0
+            self.flags[rows[changed]] &= ~np.uint32(DIRTY)
+        return changed, deltas
+
+    def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
+        with self._locked(rows):
+            slots = self.slots[rows]
+            dirty = self.flags[rows] & DIRTY != 0  # adding -0 keeps all bits
+            self.replica[slots, 0] = values + np.where(dirty[:, None], self.replica[slots, 1], np.float32(-0.0))
+
+    def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
+        with self._locked(rows):
+            slots = self.slots[rows]
+            self.replica[slots, 0], self.replica[slots, 1] = values, 0
+            self.flags[rows] &= ~np.uint32(DIRTY)
+
+    def release(self, rows: np.ndarray) -> np.ndarray:
+        with self._locked(rows):
+            released = np.flatnonzero(self.flags[rows] & DIRTY == 0)
+            self.flags[rows[released]] = 0
+        return released
+
+    def _mark(self, rows: np.ndarray, flags: np.ndarray, main_too: bool) -> None:
+        """Count replicas and, with ``main_too``, main copies as changed."""
+        changed = (flags & PRESENT != 0) & (main_too or flags & REPLICA != 0)
+        self.flags[rows] = flags | np.where(changed, DIRTY, 0).astype(np.uint32)
+
+    def _views(
+        self, rows: np.ndarray, flags: np.ndarray, with_deltas: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(array, positions of ``rows`` in it, by slot): main copies, replicas' values and, if wanted, their deltas."""
+        main = np.flatnonzero(flags & (PRESENT | REPLICA) == PRESENT)
+        replicas = np.flatnonzero(flags & (PRESENT | REPLICA) == PRESENT | REPLICA)
+        if main.size:
+            yield self.main, main
+        if replicas.size:
+            yield self.replica[:, 0], replicas
+            if with_deltas:
+                yield self.replica[:, 1], replicas
+
+    def _runs(self, rows: np.ndarray, *, exclusive: bool) -> Iterator[tuple[np.ndarray, slice | np.ndarray]]:
+        """``rows`` in runs of ascending order, each under a lock, with their places in the call's buffer."""
+        order = None if np.all(rows[1:] >= rows[:-1]) else np.argsort(rows, kind="stable")
+        if order is not None:
+            rows = rows[order]
+        for a in range(0, rows.size, _RUN):
+            b = min(a + _RUN, rows.size)
+            with self._interval(int(rows[a]), int(rows[b - 1]) + 1, exclusive):
+                yield rows[a:b], slice(a, b) if order is None else order[a:b]
+
+    @contextmanager
+    def _locked(self, rows: np.ndarray) -> Iterator[None]:
+        if not rows.size:
+            yield
+            return
+        with self._interval(int(rows.min()), int(rows.max()) + 1, exclusive=True):
+            yield
+
+    @contextmanager
+    def _interval(self, first: int, end: int, exclusive: bool) -> Iterator[None]:
+        self._lock(fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK, first, end)
+        try:
+            yield
+        finally:
+            self._lock(fcntl.F_UNLCK, first, end)
+
+    def _lock(self, kind: int, first: int, end: int) -> None:
+        # A ``struct flock`` of 64-bit Linux.
+        flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, self._first_key + first, end - first, 0)
+        fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, flock)
+
+
+def _positions(places: slice | np.ndarray) -> np.ndarray:
+    return np.arange(places.start, places.stop) if isinstance(places, slice) else places

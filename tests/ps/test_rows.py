@@ -1,0 +1,188 @@
+"""Rows in shared memory: every function of rows.c against its twin, and steps of update rules against torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from lapse_elmo import native
+from lapse_elmo.ps.layout import Layout, Segment, turns
+from lapse_elmo.ps.locked_rows import LockedRows
+from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, shapes_of
+from lapse_elmo.ps.rules import Rule
+from lapse_elmo.world import solo
+
+ROWS = 60
+WIDTHS = (1, 2, 7, 16, 129, 1027)
+RULES: dict[str, Rule | None] = {
+    "none": None, "sgd": Rule("sgd"), "adagrad": Rule("adagrad", epsilon=1e-3), "per row": Rule("adagrad", per_row=True)
+}
+MAINS, COPIES, ABSENT = np.arange(0, 25), np.arange(25, 50), np.arange(50, 60)
+RATE = 0.2
+
+
+def equal(two: Iterable[np.ndarray]) -> None:
+    first, second = two
+    np.testing.assert_array_equal(first, second)
+
+
+@dataclass
+class Pair:
+    """The same rows twice: those of MAINS as main copies, of COPIES as replicas; others are absent."""
+
+    segment: Segment
+    both: tuple[Rows, Rows]
+    rng: np.random.Generator
+
+    def some(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """``number`` of ``rows`` in any order, with repeats."""
+        return self.rng.choice(rows, number)
+
+    def values(self, number: int, width: int) -> np.ndarray:
+        return self.rng.normal(size=(number, width)).astype(np.float32)
+
+    def same(self) -> None:
+        """All that the two hold is alike, up to the last bits."""
+        a, b = self.both
+        np.testing.assert_array_equal(a.flags & 15, b.flags & 15)
+        np.testing.assert_array_equal(a.slots, b.slots)
+        np.testing.assert_allclose(a.main, b.main, rtol=2e-6, atol=1e-6)
+        np.testing.assert_allclose(a.replica, b.replica, rtol=2e-6, atol=1e-6)
+
+
+@pytest.fixture(params=[(name, width) for name in RULES for width in WIDTHS], ids=str)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    name, width = request.param
+    library = native.load(SOURCE)
+    assert library is not None, native.problem(SOURCE)
+    segment = Layout.of(("before", 3, 2), ("rows", ROWS, width, RULES[name]))["rows"]
+    memories = [NodeMemory(solo(), shapes_of(segment, True)) for _ in range(2)]
+    pair = Pair(
+        segment, (NativeRows(memories[0], segment, library), LockedRows(memories[1], segment)), np.random.default_rng(1)
+    )
+    values = abs(pair.values(ROWS, segment.row_width))  # Adagrad's accumulators are not negative
+    for rows in pair.both:
+        rows.put(MAINS, MAINS[::-1].copy(), values[MAINS], as_replica=False)
+        rows.put(COPIES, COPIES - COPIES[0], values[COPIES], as_replica=True)
+    yield pair
+    for rows, memory in zip(pair.both, memories, strict=True):
+        rows.close()
+        memory.close()
+
+
+def test_pull(pair: Pair) -> None:
+    for width in (pair.segment.width, pair.segment.row_width):
+        for rows in (pair.some(np.arange(ROWS), 200), np.arange(50), MAINS, pair.some(MAINS, 40), ABSENT):
+            outs = [np.full((rows.size, width), 7, np.float32) for _ in pair.both]
+            missing = [some.pull(rows, out) for some, out in zip(pair.both, outs, strict=True)]
+            np.testing.assert_array_equal(missing[0], np.flatnonzero(rows >= 50))
+            equal(missing)
+            equal(outs)
+            whole = np.empty((rows.size, pair.segment.row_width), np.float32)
+            pair.both[0].pull(rows, whole)
+            here = rows < 50
+            np.testing.assert_array_equal(outs[0][here], whole[here, :width])
+            assert (outs[0][~here] == 7).all()
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_push(pair: Pair, mark: bool) -> None:
+    """In any order, with repeats, to main copies, replicas and rows that are not here."""
+    for rows in (pair.some(np.arange(ROWS), 150), MAINS, pair.some(COPIES, 30), pair.some(ABSENT, 3), np.full(9, 30)):
+        values = pair.values(rows.size, pair.segment.width)
+        missing = [some.push(rows, values, RATE, mark) for some in pair.both]
+        np.testing.assert_array_equal(missing[0], np.flatnonzero(rows >= 50))
+        equal(missing)
+        pair.same()
+    dirty = pair.both[0].flags & 8 != 0
+    assert dirty[MAINS].all() == mark and dirty[MAINS].any() == mark and dirty[30]
+
+
+def test_a_push_is_a_step_of_the_rule(pair: Pair) -> None:
+    """Of torch's own optimizers, repeats one after another; a replica's deltas are what it has changed."""
+    rule, width = pair.segment.rule, pair.segment.width
+    rows = pair.some(np.arange(50), 90)
+    gradients = pair.values(rows.size, width)
+    before = np.empty((50, pair.segment.row_width), np.float32)
+    pair.both[0].pull(np.arange(50), before)
+    expected = torch.from_numpy(before.astype(np.float64))
+    for row, gradient in zip(rows.tolist(), torch.from_numpy(gradients.astype(np.float64)), strict=True):
+        if rule is None:
+            expected[row] += gradient
+        elif rule.kind == "sgd":
+            expected[row] -= RATE * gradient
+        else:
+            square = gradient.square()
+            expected[row, width:] += square.mean() if rule.per_row else square
+            expected[row, :width] -= RATE * gradient / (expected[row, width:].sqrt() + rule.epsilon)
+    for some in pair.both:
+        some.push(rows, gradients, RATE)
+        after = np.empty_like(before)
+        some.pull(np.arange(50), after)
+        np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-5)
+        which, deltas = some.collect(COPIES)
+        np.testing.assert_allclose(deltas, (after - before)[COPIES[which]], rtol=1e-4, atol=1e-5)
+
+
+def test_add(pair: Pair) -> None:
+    """Whole rows, whatever the rule."""
+    rows = pair.some(np.arange(ROWS), 70)
+    deltas = abs(pair.values(rows.size, pair.segment.row_width))
+    missing = [some.add(rows, deltas, mark=False) for some in pair.both]
+    equal(missing)
+    pair.same()
+    assert not (pair.both[0].flags[MAINS] & 8).any()
+
+
+def test_the_way_of_rows(pair: Pair) -> None:
+    """Set, cleaned, collected, refreshed, overwritten, released, taken: all of it of whole rows."""
+    wide = pair.segment.row_width
+    every = pair.rng.permutation(ROWS)
+    values = abs(pair.values(ROWS, wide))
+    equal(some.set(every, values) for some in pair.both)
+    pair.same()
+    equal(some.clean(MAINS) for some in pair.both)
+    rows = pair.some(COPIES, 12)
+    gradients = pair.values(rows.size, pair.segment.width)
+    for some in pair.both:
+        some.push(rows, gradients, RATE)
+    (which, deltas), (others, more) = (some.collect(COPIES) for some in pair.both)
+    np.testing.assert_array_equal(which, others)
+    np.testing.assert_allclose(deltas, more, rtol=2e-6, atol=1e-6)
+    assert deltas.shape == (np.unique(rows).size, wide)
+    for some in pair.both:
+        some.push(rows[:5], gradients[:5], RATE)
+        some.refresh(COPIES, values[COPIES])
+    pair.same()
+    for some in pair.both:
+        some.overwrite(COPIES[:3], values[:3])
+    pair.same()
+    equal(some.release(COPIES) for some in pair.both)
+    outs = [np.empty((MAINS.size, wide), np.float32) for _ in pair.both]
+    for some, out in zip(pair.both, outs, strict=True):
+        some.take(MAINS, out)
+    equal(outs)
+    pair.same()
+    assert not (pair.both[0].kinds() == MAIN).any() and (pair.both[0].kinds() == COPY).any()
+
+
+def test_accumulators_are_exact_sums_of_squares() -> None:
+    """Of integer-valued gradients, in any order."""
+    for per_row in (False, True):
+        rule = Rule("adagrad", per_row)
+        rows = torch.full((2, 5), 1.0)
+        rows = torch.cat([rows, torch.full((2, rule.state_width(5)), 3.0)], 1)
+        for g in (1.0, -2.0, 4.0):
+            rows += rule.changes(rows, torch.full((2, 5), g), 0.5)
+        assert (rows[:, 5:] == 3 + 1 + 4 + 16).all()
+
+
+def test_turns() -> None:
+    rows = np.array([5, 3, 5, 5, 9, 3])
+    assert [turn.tolist() for turn in turns(rows)] == [[0, 1, 4], [2, 5], [3]]
+    assert list(turns(rows[:0])) == []
