@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 _NODE_BITS = 16
-MAX_NODES = 1 << _NODE_BITS
+MAX_NODES = (1 << _NODE_BITS) - 1
+NOBODY = MAX_NODES  # stands for no node where a node is named by 16 bits
 
 
 def home_of(rows: np.ndarray, num_nodes: int) -> np.ndarray:
@@ -26,7 +27,7 @@ def stamp(epochs: np.ndarray, node: int | np.ndarray) -> np.ndarray:
 
 def node_of(stamps: np.ndarray) -> np.ndarray:
     """Return the owners (n,) that ``stamps`` (n,) name."""
-    return stamps & (MAX_NODES - 1)
+    return stamps & ((1 << _NODE_BITS) - 1)
 
 
 def epoch_of(stamps: np.ndarray) -> np.ndarray:

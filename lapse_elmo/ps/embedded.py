@@ -31,6 +31,7 @@ import numpy as np
 
 from lapse_elmo.errors import ServerError
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
+from lapse_elmo.ps.directory import MAX_NODES
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.manager import TECHNIQUES, Manager
@@ -62,7 +63,7 @@ class EmbeddedServer(ParameterServer):
         technique: str = "adaptive", staleness: int = 4, platform: Platform | None = None,
     ) -> None:
         super().__init__(layout, sampled, first_sample)
-        assert technique in TECHNIQUES and staleness >= 2
+        assert technique in TECHNIQUES and staleness >= 2 and world.num_nodes <= MAX_NODES
         self._world = world
         self._technique = technique
         self._slack = staleness // 2 - 1
@@ -347,14 +348,14 @@ class EmbeddedServer(ParameterServer):
         """Collective: return when no message is on its way or being handled.
 
         Messages sent and handled are counted over all ranks; nothing is under way where as many were handled by one
-        count as had been sent by the next.
+        count as had been sent by the next, and no answer is pending.
         """
         handled_before = -1
         while True:
-            counts = np.array([self._requests.sent, self._requests.handled], np.int64)
+            counts = np.array([self._requests.sent, self._requests.handled, 0], np.int64)
             if self._manager is not None:
-                counts += [self._manager.mailbox.sent, self._manager.handled]
+                counts += [self._manager.mailbox.sent, self._manager.handled, self._manager.pending]
             self._world.sum_(counts)
-            if counts[0] == handled_before:
+            if counts[0] == handled_before and not counts[2]:
                 return
             handled_before = int(counts[1])

@@ -32,7 +32,7 @@ class Lending:
     """Replicas elsewhere of the main copies of one segment on one node."""
 
     def __init__(self, num_rows: int) -> None:
-        self.num_holders = np.zeros(num_rows, np.int32)
+        self.num_holders = np.zeros(num_rows, np.uint16)
         self._version = np.zeros(num_rows, np.int64)
         self._now = 0
         self._lent: dict[int, _Lent] = {}

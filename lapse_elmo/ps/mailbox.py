@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from lapse_elmo.ps.messages import Message
+from lapse_elmo.ps.messages import HolderPush, Message, Pull, Push, Set, SetDone
 from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_WORKER, Address, Transport
 from lapse_elmo.ps.wire import read
 
 _MERGED_BYTES = 1 << 16  # messages below this size wait for the next flush, to be sent together
+_URGENT = (Pull, Push, HolderPush, Set, SetDone)  # a worker waits for them
 
 
 class Mailbox:
@@ -28,6 +29,7 @@ class Mailbox:
         self._rings = rings
         self._next_ring = 0
         self._outbox: dict[Address, list[np.ndarray]] = {}
+        self._urgent: set[Address] = set()  # receivers that should not wait
         self._inbox: deque[Message] = deque()
         self.sent = 0  # messages
         self.transmissions = 0
@@ -38,23 +40,23 @@ class Mailbox:
         self.sent += 1
         if message.block.size < _MERGED_BYTES:
             self._outbox.setdefault(to, []).append(message.block)
+            if to.tag == TO_WORKER or isinstance(message, _URGENT):
+                self._urgent.add(to)
             return
-        self._flush_to(to, self._outbox.pop(to, ()))
+        self._flush_to(to)
         self._transmit(to, message.block)
 
     def send_values(self, rank: int, values: np.ndarray) -> None:
         """Send values to the worker of ``rank``, after all messages to it."""
-        to = Address(rank, TO_WORKER)
-        self._flush_to(to, self._outbox.pop(to, ()))
+        self._flush_to(Address(rank, TO_WORKER))
         self.transport.send_values(rank, values)
         self.sent_bytes += values.nbytes
 
-    def flush(self) -> None:
-        """Begin to send what was held back."""
-        if self._outbox:
-            waiting, self._outbox = self._outbox, {}
-            for to, blocks in waiting.items():
-                self._flush_to(to, blocks)
+    def flush(self, urgent_only: bool = False) -> None:
+        """Begin to send what was kept back: all of it, or what a worker waits for and all before it."""
+        for to in list(self._urgent if urgent_only else self._outbox):
+            self._flush_to(to)
+        self._urgent.clear()
 
     def receive(self) -> Message | None:
         """Return the next message, or None. Messages of one sender come in the order of sending."""
@@ -71,11 +73,11 @@ class Mailbox:
         self._inbox.extend(read(block))
         return self._inbox.popleft()
 
-    def _flush_to(self, to: Address, blocks: Iterable[np.ndarray]) -> None:
-        """Send ``blocks`` together, in transmissions of bounded size."""
+    def _flush_to(self, to: Address) -> None:
+        """Send what was kept back for ``to`` together, in transmissions of bounded size."""
         together: list[np.ndarray] = []
         size = 0
-        for block in blocks:
+        for block in self._outbox.pop(to, ()):
             if size + block.size > 4 * _MERGED_BYTES:
                 self._transmit(to, np.concatenate(together))
                 together, size = [], 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lapse_elmo.ps.directory import learn
+from lapse_elmo.ps.directory import NOBODY, learn
 from lapse_elmo.ps.intents import Intents
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.messages import (
@@ -52,6 +52,8 @@ from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address, Backoff
 from lapse_elmo.ps.wire import new, pieces
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
+# How long wants, and messages to other managers, wait for more, so that few are sent: a small share of a step.
+_HOLD_SHARE, _LONGEST_HOLD_S = 1 / 128, 0.02
 _AT_ONCE = 64  # messages handled before rounds and jobs have their turn
 _ROOM_BYTES, _ROOM_IN_ALL_BYTES = 1 << 22, 1 << 28  # of what has not left: to one receiver, in all
 
@@ -69,9 +71,10 @@ class Manager:
         leaders: Sequence[int], clocks: np.ndarray, synced: np.ndarray,
     ) -> None:
         self.mailbox, self.states, self.node = mailbox, states, node
-        self.handled = 0  # messages, jobs included
+        self.handled = 0  # messages
         self.stopping = False
         self._frozen = False
+        self._together_s = mailbox.transport.now()  # when messages were last sent together
         self._backoff = backoff
         self._leaders = list(leaders)
         self._jobs: dict[Address, deque[Iterator[None]]] = {}
@@ -80,15 +83,15 @@ class Manager:
         self._rounds = Rounds(states, node, transport, self._send, self._start, clocks, synced)
         self._router = Router(states, node, self._send)
         self._moves = Moves(
-            states, node, len(leaders), technique, transport, self._send, self._router, self._rounds, self._intents,
-            clocks, self._done,
+            states, node, len(leaders), technique, transport, self._send, self._start, self._router, self._rounds,
+            self._intents, clocks, self._done,
         )
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Intent: self._on_intent, Localize: self._moves.on_localize, Set: self._on_set, Flush: self._on_flush,
             Freeze: self._on_freeze, Stop: self._on_stop,
             Pull: lambda m: self._job(Address(m.origin, TO_WORKER), self._serve_pull(m)),
             Push: self._on_push, HolderPush: self._on_holder_push, SetDone: self._on_set_done,
-            Want: lambda m: self._job(self._manager_of(m.node), self._moves.serve_want(m)),
+            Want: self._moves.on_want,
             Own: self._moves.on_own, Lend: self._moves.on_lend, Moved: self._on_moved, Drop: self._on_drop,
             Deltas: self._on_deltas, Refresh: self._rounds.on_refresh,
             Sync: lambda m: self._job(self._manager_of(m.node), self._serve_sync(m)),
@@ -121,14 +124,26 @@ class Manager:
             busy = True
         for message in self._router.unparked():
             self._handle(message)
+        now = self.mailbox.transport.now()
+        together = now - self._together_s >= min(self._rounds.clock_s * _HOLD_SHARE, _LONGEST_HOLD_S)
         if not self._frozen:
             if self._intents.moved():
                 self._look_at_clocks()
             busy |= self._rounds.begin_if_due()
-            busy |= self._moves.send_wants()
+            busy |= together and self._moves.send_wants()
+        if together:
+            self._together_s = now
+            busy |= self._moves.serve_requests()
         busy |= self._run_jobs()
-        self.mailbox.flush()
+        if together:
+            self._moves.send_moved()
+        self.mailbox.flush(urgent_only=not together)
         return busy
+
+    @property
+    def pending(self) -> int:
+        """Answers that are not complete, of messages that have been handled."""
+        return sum(map(len, self._jobs.values())) + self._moves.num_requests + self._moves.num_moved
 
     def _handle(self, message: Message) -> None:
         self._handlers[type(message)](message)
@@ -136,16 +151,11 @@ class Manager:
     # Jobs
 
     def _job(self, to: Address, job: Iterator[None]) -> None:
-        """Run what answers a message as far as there is room; it counts as handled when it is complete."""
-        self.handled -= 1
-        self._jobs.setdefault(to, deque()).append(self._counted(job))
-
-    def _counted(self, job: Iterator[None]) -> Iterator[None]:
-        yield from job
-        self.handled += 1
+        """Run what answers a message as far as there is room."""
+        self._jobs.setdefault(to, deque()).append(job)
 
     def _start(self, node: int, job: Iterator[None]) -> None:
-        self._jobs.setdefault(self._manager_of(node), deque()).append(job)
+        self._job(self._manager_of(node), job)
 
     def _run_jobs(self) -> bool:
         """Continue all jobs whose receivers have room; return whether anything was done."""
@@ -230,7 +240,7 @@ class Manager:
         """The worker's manager gets it first, so that it comes after the deltas that are on their way to the owner."""
         state = self.states[message.segment]
         missing = state.rows.set(message.rows, message.values)
-        held = missing[state.lender[message.rows[missing]] >= 0]
+        held = missing[state.lender[message.rows[missing]] != NOBODY]
         if held.size and message.node == self.node:
             state.rows.overwrite(message.rows[held], message.values[held])
         here = others(missing, message.rows.size)
@@ -247,7 +257,7 @@ class Manager:
     def _on_set_done(self, message: SetDone) -> None:
         """Rows are overwritten at their owners; a replica here may show the old value until a round has ended."""
         state, number = self.states[message.segment], message.rows.size
-        if (state.lender[message.rows] >= 0).any():
+        if (state.lender[message.rows] != NOBODY).any():
             self._rounds.after_next(lambda: self._done(message.origin, message.ticket, number))
         else:
             self._done(message.origin, message.ticket, number)
@@ -269,10 +279,9 @@ class Manager:
         self._rounds.after_next(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_freeze(self, message: Freeze) -> None:
-        """With ``frozen`` begin nothing: when all managers have done so and all messages are handled, no row moves."""
+        """With ``frozen`` begin nothing: when all managers have done so and nothing is pending, no row moves."""
         self._frozen = bool(message.frozen)
-        # A round under way still has messages to send, which nobody could count yet.
-        self._rounds.when_idle(lambda: self._done(message.origin, message.ticket, 1))
+        self._done(message.origin, message.ticket, 1)
 
     def _on_stop(self, _: Stop) -> None:
         self.stopping = True

@@ -176,13 +176,13 @@ class SetDone(Message):
 
 @dataclass(frozen=True)
 class Want(Message):
-    """Manager of ``node`` to the believed owner of ``rows``, forwarded: move or lend them to ``node``."""
+    """Manager to the believed owner of ``rows``, forwarded: move or lend each of them to its node of ``nodes`` (n,)."""
 
     KIND = 13
     segment: int
-    node: int
     rows: Ints
     stamps: Ints
+    nodes: Ints
 
 
 @dataclass(frozen=True)

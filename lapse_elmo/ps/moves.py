@@ -16,8 +16,6 @@ from lapse_elmo.ps.routing import Router
 from lapse_elmo.ps.transport import Transport
 from lapse_elmo.ps.wire import new, pieces
 
-_MERGE_S = 0.001  # wants wait so long for others, to be sent together
-
 
 @dataclass
 class _Waiting:
@@ -30,20 +28,23 @@ class _Waiting:
 class Moves:
     """Moves rows to and from one node.
 
+    :param send, start: see :class:`~lapse_elmo.ps.rounds.Rounds`.
     :param done: answers (origin, ticket, count) a worker's call.
     """
 
     def __init__(
         self, states: Sequence[SegmentState], node: int, num_nodes: int, technique: str, transport: Transport,
-        send: SendToNode, router: Router, rounds: Rounds, intents: Intents, clocks: np.ndarray,
-        done: Callable[[int, int, int], None],
+        send: SendToNode, start: Callable[[int, Iterator[None]], None], router: Router, rounds: Rounds,
+        intents: Intents, clocks: np.ndarray, done: Callable[[int, int, int], None],
     ) -> None:
         self.technique = technique
         self._states, self._node, self._num_nodes = states, node, num_nodes
-        self._transport, self._send, self._router, self._rounds = transport, send, router, rounds
+        self._transport, self._send, self._start = transport, send, start
+        self._router, self._rounds = router, rounds
         self._intents, self._clocks, self._done = intents, clocks, done
         self._wants: list[list[np.ndarray]] = [[] for _ in states]
-        self._wanted_since: float | None = None
+        self._requests: list[list[Want]] = [[] for _ in states]
+        self._moved: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in states]
         self._localizing: list[_Waiting] = []
 
     # Asking for rows
@@ -54,14 +55,11 @@ class Moves:
         if rows.size:
             state.wanted[rows] = True
             self._wants[state.number].append(rows)
-            if self._wanted_since is None:
-                self._wanted_since = self._transport.now()
 
     def send_wants(self) -> bool:
-        """Ask for what is wanted, unless more may be about to come; return whether anything was sent."""
-        if self._wanted_since is None or self._transport.now() - self._wanted_since < _MERGE_S:
+        """Ask for what is wanted; return whether there was anything."""
+        if not any(self._wants):
             return False
-        self._wanted_since = None
         self._rounds.send_drops()  # an owner must not take a row that is wanted again for one that is held still
         for state, waiting in zip(self._states, self._wants, strict=True):
             if waiting:
@@ -69,8 +67,10 @@ class Moves:
                 waiting.clear()
                 stamps = state.stamps[rows]
                 for node, chosen in groups(node_of(stamps)):
+                    some = rows[chosen]
+                    nodes = np.full(some.size, self._node)
                     self._send(node, new(
-                        Want, segment=state.number, node=self._node, rows=rows[chosen], stamps=stamps[chosen]
+                        Want, segment=state.number, rows=some, stamps=stamps[chosen], nodes=nodes
                     ))
         return True
 
@@ -95,19 +95,66 @@ class Moves:
 
     # Giving rows away
 
-    def serve_want(self, message: Want) -> Iterator[None]:
-        """Relocate rows to the node that wants them, or lend it replicas; one message per step."""
-        state = self._states[message.segment]
-        for piece in pieces(message.rows.size, state.segment.row_width):
-            some = self._router.owned_part(message, piece).rows
-            if self.technique == "adaptive":
-                leave = (state.lending.num_holders[some] == 0) & (state.intents[some] == 0)
-            else:
-                leave = np.full(some.size, self.technique == "relocation")
-            if leave.any():
-                self._relocate(state, some[leave], message.node)
-            if not leave.all():
-                self._lend(state, some[~leave], message.node)
+    def on_want(self, message: Want) -> None:
+        """Serve a want together with those that come at about the same time."""
+        self._requests[message.segment].append(message)
+
+    @property
+    def num_requests(self) -> int:
+        """Wants that have come and are not being served yet."""
+        return sum(map(len, self._requests))
+
+    @property
+    def num_moved(self) -> int:
+        """Relocations of which the homes have not been told."""
+        return sum(map(len, self._moved))
+
+    def serve_requests(self) -> bool:
+        """Begin to serve all wants that have come; return whether there were any."""
+        if not self.num_requests:
+            return False
+        for state, waiting in zip(self._states, self._requests, strict=True):
+            if not waiting:
+                continue
+            rows = np.concatenate([message.rows for message in waiting])
+            stamps = np.concatenate([message.stamps for message in waiting])
+            nodes = np.concatenate([message.nodes for message in waiting])
+            waiting.clear()
+            owned = state.rows.owned(rows)
+            if not owned.all():
+                self._router.route(
+                    new(Want, segment=state.number, rows=rows[~owned], stamps=stamps[~owned], nodes=nodes[~owned])
+                )
+                rows, stamps, nodes = rows[owned], stamps[owned], nodes[owned]
+            leave = self._may_leave(state, rows)
+            if self.technique == "adaptive" and rows.size:  # what several ask for at a time had better stay
+                _, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
+                leave &= counts[inverse] == 1
+            for node, chosen in groups(nodes):
+                request = new(
+                    Want, segment=state.number, rows=rows[chosen], stamps=stamps[chosen], nodes=nodes[chosen]
+                )
+                self._start(node, self._serve(state, request, node, leave[chosen]))
+        return True
+
+    def _may_leave(self, state: SegmentState, rows: np.ndarray) -> np.ndarray:
+        """Return which of ``rows`` may be relocated (n,) bool: under ``adaptive`` those that nobody else uses."""
+        if self.technique == "adaptive":
+            return (state.lending.num_holders[rows] == 0) & (state.intents[rows] == 0)
+        return np.full(rows.size, self.technique == "relocation")
+
+    def _serve(self, state: SegmentState, request: Want, node: int, leave: np.ndarray) -> Iterator[None]:
+        """Relocate rows to the node that wants them, or lend it replicas; one message or two per step."""
+        for piece in pieces(request.rows.size, state.segment.row_width):
+            here = state.rows.owned(request.rows[piece])
+            if not here.all():  # given away since
+                self._router.route(request, np.flatnonzero(~here) + piece.start)
+            rows = request.rows[piece][here]
+            leaving = leave[piece][here] & self._may_leave(state, rows)
+            if leaving.any():
+                self._relocate(state, rows[leaving], node)
+            if not leaving.all():
+                self._lend(state, rows[~leaving], node)
             yield
 
     def promote(self, holder: int) -> Iterator[None]:
@@ -131,12 +178,20 @@ class Moves:
         message = new(Own, self._transport, segment=state.number, rows=rows, stamps=rows.size, width=width)
         message.stamps[:] = state.give_main(rows, receiver, message.values)
         self._send(receiver, message)
-        for home, chosen in groups(home_of(rows, self._num_nodes)):
-            if home not in (self._node, receiver):
-                self._send(home, new(
-                    Moved, segment=state.number, rows=rows[chosen], stamps=message.stamps[chosen]
-                ))
+        self._moved[state.number].append((rows, message.stamps.copy()))
         state.stats.relocated_out_rows += rows.size
+
+    def send_moved(self) -> None:
+        """Tell the homes of relocated rows their new owners."""
+        for state, moved in zip(self._states, self._moved, strict=True):
+            if not moved:
+                continue
+            rows, stamps = (np.concatenate(arrays) for arrays in zip(*moved, strict=True))
+            moved.clear()
+            homes = home_of(rows, self._num_nodes)
+            told = (homes != self._node) & (homes != node_of(stamps))
+            for home, chosen in groups(homes[told]):
+                self._send(home, new(Moved, segment=state.number, rows=rows[told][chosen], stamps=stamps[told][chosen]))
 
     def _lend(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
         """Send ``receiver`` replicas."""

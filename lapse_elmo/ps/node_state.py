@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from lapse_elmo.ps.api import NodeStats
-from lapse_elmo.ps.directory import epoch_of, home_of, learn, stamp
+from lapse_elmo.ps.directory import NOBODY, epoch_of, home_of, learn, stamp
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.lending import Lending
 from lapse_elmo.ps.rows import MAIN_ROWS, PRESENT, REPLICA, REPLICA_ROWS, Rows
@@ -85,7 +85,7 @@ class SegmentState:
     :ivar stamps: (num_rows,) int64 owner stamps, which the node's workers read.
     :ivar intents: (num_rows,) int32, intents of the node's workers that are under way.
     :ivar wanted: (num_rows,) bool, asked for and not here yet.
-    :ivar lender: (num_rows,) int32, the owner of a replica that is here, -1 for other rows.
+    :ivar lender: (num_rows,) uint16, the owner of a replica that is here, `NOBODY` for other rows.
     """
 
     def __init__(self, number: int, segment: Segment, memory: Memory, rows: Rows, node: int, num_nodes: int) -> None:
@@ -96,7 +96,7 @@ class SegmentState:
         total = segment.num_rows
         self.intents = np.zeros(total, np.int32)
         self.wanted = np.zeros(total, bool)
-        self.lender = np.full(total, -1, np.int32)
+        self.lender = np.full(total, NOBODY, np.uint16)
         self.lending = Lending(total)
         self._borrowed: np.ndarray | None = None
         chunk = _CHUNK_BYTES // (4 * segment.row_width)
@@ -120,7 +120,7 @@ class SegmentState:
     def borrowed(self) -> np.ndarray:
         """Rows with a replica here, ascending."""
         if self._borrowed is None:
-            self._borrowed = np.flatnonzero(self.lender >= 0)
+            self._borrowed = np.flatnonzero(self.lender != NOBODY)
         return self._borrowed
 
     def add_main(self, rows: np.ndarray, stamps: np.ndarray, values: np.ndarray) -> None:
@@ -134,7 +134,7 @@ class SegmentState:
             old = self.rows.slots[promoted].copy()
             self.rows.promote(promoted, slots[held], values[held])
             self._replica_slots.give(old)
-            self.lender[promoted] = -1
+            self.lender[promoted] = NOBODY
             self._borrowed = None
             rows, slots, values = rows[~held], slots[~held], values[~held]
         self.rows.put(rows, slots, values, as_replica=False)
@@ -163,7 +163,7 @@ class SegmentState:
         gone = rows[which]
         self._replica_slots.give(slots[which])
         lenders = self.lender[gone]
-        self.lender[gone] = -1
+        self.lender[gone] = NOBODY
         self._borrowed = None
         return gone, lenders
 

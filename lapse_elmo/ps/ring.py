@@ -10,7 +10,7 @@ import numpy as np
 
 from lapse_elmo.ps.ordering import fence
 
-RING_BYTES = 1 << 19  # per worker
+RING_BYTES = 1 << 18  # per worker
 _WRITTEN, _READ, _COUNTERS = 0, 8, 16  # indices of int64: in cache lines of their own
 _HEADER_BYTES = 16
 

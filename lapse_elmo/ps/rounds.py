@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lapse_elmo.ps.directory import groups
+from lapse_elmo.ps.directory import NOBODY, groups
 from lapse_elmo.ps.messages import Deltas, Drop, Message, Refresh, Sync
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.ordering import fence
 from lapse_elmo.ps.transport import Transport
 from lapse_elmo.ps.wire import new, pieces
 
-# Seconds between the starts of two rounds: at least; where some but not all workers have advanced their clocks; where
-# no clock advances; and where, in addition, rounds find nothing to do.
-_SHORTEST_S, _SOME_S, _LONG_S, _LONGEST_S = 0.002, 0.01, 0.05, 0.4
+# Seconds between the starts of two rounds: at least; while no clock advances, at first and at most.
+_SHORTEST_S, _LONG_S, _LONGEST_S = 0.002, 0.05, 1.6
+# Where some but not all workers have advanced their clocks, the others are waited for: for this share of the time that
+# a clock takes, within these bounds in seconds. So the workers of a node lead to one round per step, not one each.
+_STRAGGLER_SHARE, _STRAGGLERS_S = 1 / 16, (0.01, 0.2)
 
 SendToNode = Callable[[int, Message], None]
 
@@ -50,6 +52,8 @@ class Rounds:
         self._running = False
         self._started_s = transport.now() - _LONGEST_S
         self._pause_s = _LONG_S
+        self.clock_s = 0.0  # how long the last clock of the slowest worker took
+        self._advanced_s = transport.now()
         self._snapshot = clocks.copy()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
         self._drops: list[tuple[int, Drop]] = []
@@ -59,13 +63,6 @@ class Rounds:
     def after_next(self, action: Callable[[], None]) -> None:
         """Call ``action`` when a whole round that has not begun yet has ended; it leaves replicas equal to the bit."""
         self._waiting.append(action)
-
-    def when_idle(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when no round is under way: now, or at the end of the present one."""
-        if self._running:
-            self._flushing.append(action)
-        else:
-            action()
 
     def release_later(self, segment: int, rows: np.ndarray) -> None:
         """Replicas of ``rows`` are not needed any more, unless an intent comes before the next round has ended."""
@@ -78,15 +75,17 @@ class Rounds:
             return False
         clocks = self._clocks.copy()
         self._fence()  # pushes of a clock that is seen here are seen below
-        moved = bool((clocks != self._snapshot).any())
-        self._running, self._started_s, self._snapshot = True, self._transport.now(), clocks
+        moved, now = bool((clocks != self._snapshot).any()), self._transport.now()
+        if clocks.min() > self._snapshot.min():
+            self.clock_s, self._advanced_s = now - self._advanced_s, now
+        self._running, self._started_s, self._snapshot = True, now, clocks
         self._flushing, self._waiting = self._waiting, []
         self.send_drops()
         borrowed = self._borrowed_by_owner()
         self._awaited = set(borrowed)
         for owner, rows in borrowed.items():
             self._start(owner, self._messages(owner, rows, exact=bool(self._flushing)))
-        self._pause_s = _LONG_S if moved or borrowed else min(2 * self._pause_s, _LONGEST_S)
+        self._pause_s = max(_LONG_S, 2 * self.clock_s) if moved else min(2 * self._pause_s, _LONGEST_S)
         if not borrowed:
             self._finish()
         return True
@@ -97,7 +96,9 @@ class Rounds:
             return False
         if self._waiting or since >= self._pause_s or self._clocks.min() > self._snapshot.min():
             return True
-        return since >= _SOME_S and bool((self._clocks != self._snapshot).any())
+        shortest_s, longest_s = _STRAGGLERS_S
+        wait_s = min(max(_STRAGGLER_SHARE * self.clock_s, shortest_s), longest_s)
+        return since >= wait_s and bool((self._clocks != self._snapshot).any())
 
     def _borrowed_by_owner(self) -> dict[int, list[tuple[SegmentState, np.ndarray]]]:
         result: dict[int, list[tuple[SegmentState, np.ndarray]]] = {}
@@ -150,12 +151,12 @@ class Rounds:
         if not self._ended[state.number]:
             return
         rows = np.unique(np.concatenate(self._ended[state.number]))
-        rows = rows[(state.intents[rows] == 0) & (state.lender[rows] >= 0)]
+        rows = rows[(state.intents[rows] == 0) & (state.lender[rows] != NOBODY)]
         gone, lenders = state.release(rows)
         for owner, chosen in groups(lenders):
             drop = new(Drop, segment=state.number, node=self._node, rows=gone[chosen])
             self._drops.append((owner, drop))
-        left = rows[state.lender[rows] >= 0]
+        left = rows[state.lender[rows] != NOBODY]
         self._ended[state.number] = [left] if left.size else []
 
     def send_drops(self) -> None:

@@ -60,7 +60,7 @@ class Invariants:
                 stamps[:] = state.stamps
 
     def _flying(self) -> Iterator[Message]:
-        """Yield the messages that have not been handled: on their way, arrived, or parked."""
+        """Yield the messages that have not been handled: kept back, on their way, arrived, or parked."""
         simulation = self._simulation
         for (_, to), blocks in simulation.channels.items():
             if to.tag != 3:
@@ -71,6 +71,9 @@ class Invariants:
                 yield from wire.read(block)
         for manager in self._managers:
             yield from manager.mailbox._inbox
+            for kept in manager.mailbox._outbox.values():
+                for block in kept:
+                    yield from wire.read(block)
             yield from manager._router._parked
 
     @staticmethod
@@ -133,5 +136,6 @@ class Invariants:
         left = [m for blocks in self._simulation.inboxes.values() for block in blocks for m in wire.read(block)]
         assert not left, f"messages were not received when the job ended: {left}"
         for manager in self._managers:
-            assert not manager._jobs and not manager._router._parked and not manager.mailbox._inbox
+            mailbox = manager.mailbox
+            assert not (manager.pending or manager._router._parked or mailbox._outbox or mailbox._inbox)
         assert all(server.closed and not server._calls for server in self._servers)

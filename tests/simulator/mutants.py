@@ -47,13 +47,13 @@ MUTANTS = (
     ),
     Mutant(
         "set is done before replicas show it", "manager.py",
-        "if (state.lender[message.rows] >= 0).any():",
+        "if (state.lender[message.rows] != NOBODY).any():",
         "if False:",
     ),
     Mutant(
-        "freeze does not wait for the round under way", "manager.py",
-        "self._rounds.when_idle(lambda: self._done(message.origin, message.ticket, 1))",
-        "self._done(message.origin, message.ticket, 1)",
+        "pending answers are not counted", "manager.py",
+        "return sum(map(len, self._jobs.values()))",
+        "return 0 * sum(map(len, self._jobs.values()))",
     ),
     Mutant(
         "deltas are not counted as changes", "manager.py",
@@ -97,8 +97,8 @@ MUTANTS = (
     ),
     Mutant(
         "lent rows are relocated", "moves.py",
-        "(state.lending.num_holders[some] == 0) & ",
-        "",
+        "(state.lending.num_holders[rows] == 0) & (state.intents[rows] == 0)\n        return",
+        "(state.intents[rows] == 0)\n        return",
     ),
     Mutant(
         "replicas are not noted", "moves.py",
@@ -233,8 +233,8 @@ MUTANTS = (
     ),
     Mutant(
         "messages to one receiver change places", "mailbox.py",
-        "        for block in blocks:\n            if size",
-        "        for block in reversed(list(blocks)):\n            if size",
+        "for block in self._outbox.pop(to, ()):",
+        "for block in reversed(self._outbox.pop(to, ())):",
     ),
     Mutant(
         "a replica is kept for ever", "moves.py",

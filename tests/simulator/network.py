@@ -18,8 +18,6 @@ import numpy as np
 
 from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, VALUES, Address
 
-LONGEST_S = 60.0  # of simulated time without an end: far longer than any schedule that makes progress
-
 
 class NoProgress(AssertionError):
     """The job did not end."""
@@ -58,6 +56,7 @@ class Simulation:
 
     random: Random
     pace: Pace
+    longest_s: float = 60.0  # of simulated time without an end: far longer than any schedule that makes progress
     now: float = 0.0
     deliveries: int = 0
     check: Callable[[], None] | None = None
@@ -82,7 +81,7 @@ class Simulation:
         """Return when all tasks have ended."""
         while self._heap:
             self.now, _, event = heapq.heappop(self._heap)
-            if self.now > LONGEST_S:
+            if self.now > self.longest_s:
                 raise NoProgress(f"no end: {', '.join(t.name for t in self.tasks if t.let is not None)} still run")
             if isinstance(event, Task):
                 self._resume(event)
