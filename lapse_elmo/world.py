@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
+from lapse_elmo.cores import crowded, usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError, in_one_line, say
+from lapse_elmo.launcher import below_srun, launcher_rank_and_size
 from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 from lapse_elmo.streams import flush_to_launcher
@@ -34,25 +35,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What launchers tell a process about itself, before MPI is initialised: (rank, size) by launcher.
-_LAUNCHER_VARIABLES = (
-    ("PMI_RANK", "PMI_SIZE"),
-    ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
 _SPIN_S = 0.002  # how long a wait spins before it starts to sleep, when every rank has a core of its own
 _LONGEST_SLEEP_S = 0.001
 _ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
 _LAST_S = 0.5
-
-
-def launcher_rank_and_size() -> tuple[int, int]:
-    """Rank and size as the launcher's environment tells them; (0, 1) without a launcher."""
-    for rank, size in _LAUNCHER_VARIABLES:
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
 
 
 class World:
@@ -75,7 +61,7 @@ class World:
         self.host_rank, self.host_size = 0, 1
         self.leaders = [0]
         self.cores = usable_cores()
-        self.waited_s = 0.0
+        self._leaving: list[Callable[[], object]] = []
         if comm is not None:
             from mpi4py import MPI
 
@@ -139,7 +125,6 @@ class World:
             if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
                 time.sleep(sleep_s)
                 sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
-        self.waited_s += time.perf_counter() - start
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
@@ -263,6 +248,35 @@ class World:
             self.comm.Abort(status)
         os._exit(status)
 
+    def require_threads(self, why: str) -> None:
+        """Collective: refuse an MPI library that several threads of a rank cannot call at once.
+
+        For the parameter server of several nodes, whose manager threads send and receive. Everything else calls MPI
+        from the main thread alone (the threads that write checkpoints and compute never do), so any level will do.
+
+        :raises LaunchError: on every rank.
+        """
+        from mpi4py import MPI
+
+        def check() -> None:
+            level = MPI.Query_thread()
+            if level < MPI.THREAD_MULTIPLE:
+                names = ("SINGLE", "FUNNELED", "SERIALIZED")
+                raise LaunchError(
+                    f"{why} needs MPI_THREAD_MULTIPLE, but the MPI library grants MPI_THREAD_{names[level]} only: "
+                    "run on one node, or use an MPI library that was built with full thread support"
+                )
+
+        self.together(check)
+
+    def on_leave(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have :meth:`leave` call ``callback`` before MPI ends, to stop threads that use MPI; the result undoes this.
+
+        Callbacks must not communicate. The last one registered is called first.
+        """
+        self._leaving.append(callback)
+        return lambda: self._leaving.remove(callback)
+
     def leave(self, status: int) -> None:
         """Collective: end the job in order with ``status``, which is not 0.
 
@@ -274,20 +288,30 @@ class World:
         flush_to_launcher()
         if self.size == 1:
             os._exit(status)
-        if self.rank and not _below_srun():
+        if self.rank and not below_srun():
             time.sleep(_ABORT_S)  # rank 0 ends this
-        if _below_srun():
-            from mpi4py import MPI
-
-            MPI.Finalize()
+        if below_srun():
+            self._finalize(status)
             time.sleep(0 if self.rank else _LAST_S)
             os._exit(0 if self.rank else status)
         self.abort(status, quietly=True)
 
+    def _finalize(self, status: int) -> None:
+        """Collective: end MPI, once no rank sends any more; abort with ``status`` if the others do not come here."""
+        from mpi4py import MPI
 
-def _below_srun() -> bool:
-    """Whether srun itself started this rank, not an mpirun (which may have used srun for its own processes)."""
-    return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in LOCAL_SIZE_VARIABLES)
+        assert self.comm is not None
+        stopper = threading.Thread(target=lambda: [stop() for stop in reversed(self._leaving)], daemon=True)
+        stopper.start()
+        stopper.join(_ABORT_S)
+        if stopper.is_alive():  # a thread waits for a rank that has stopped already
+            self.abort(status, quietly=True)
+        arrived, deadline = self.comm.Ibarrier(), time.monotonic() + _ABORT_S
+        while not arrived.Test():
+            if time.monotonic() > deadline:
+                self.abort(status, quietly=True)
+            time.sleep(_LONGEST_SLEEP_S)
+        MPI.Finalize()
 
 
 def solo() -> World:

@@ -17,6 +17,7 @@ from tests.mpi import ROOT
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
     ["addresses", "cores", "errors", "mpich", "native", "signals", "streams", "__init__"],
+    ["launcher"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["dense_mean", "devices", "batches", "tables"],
