@@ -1,8 +1,8 @@
 """The MPI world: ranks, nodes, agreements between ranks, and an end for every job.
 
-The only module besides the MPI engine of the parameter server that imports mpi4py. All waiting is done by polling with
-short sleeps once a wait gets long: MPI libraries spin in blocking calls, which starves the ranks that compute as soon
-as there are more ranks than cores.
+Only this module, ``mpi_start`` and the MPI engine of the parameter server import mpi4py. All waiting is done by polling
+with short sleeps once a wait gets long: MPI libraries spin in blocking calls, which starves the ranks that compute as
+soon as there are more ranks than cores.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from lapse_elmo.cores import crowded, usable_cores
-from lapse_elmo.errors import ConfigError, LaunchError, UserError, in_one_line, say
+from lapse_elmo.cores import usable_cores
+from lapse_elmo.errors import ConfigError, LaunchError, UserError, say
 from lapse_elmo.launcher import below_srun, launcher_rank_and_size
-from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
+from lapse_elmo.mpi_start import start
+from lapse_elmo.mpich import own_shared_files
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 from lapse_elmo.streams import flush_to_launcher
 
@@ -322,45 +322,9 @@ def solo() -> World:
 def enter() -> World:
     """Join the MPI world.
 
-    :raises LaunchError: where the launcher started several processes but MPI sees a world of one, which is what a
-        launcher of another MPI family leads to, or where there is no usable MPI library.
+    :raises LaunchError: where MPI cannot be used or does not fit the launcher (:func:`lapse_elmo.mpi_start.start`).
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which bin/_venv.py blocked
-    settle_before_loading(crowded())
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"no MPI library can be loaded ({in_one_line(error)}): run 'make setup', which installs one, or load your "
-            "site's MPI and name its family in MPI4PY_MPIABI (mpich or openmpi)"
-        ).on_every_rank() from None
-    expected = launcher_rank_and_size()[1]
-    version = MPI.Get_library_version()
-    library = version.split("\n")[0].rstrip("\0 ")[:40]
-    # MPICH cannot even be initialised below Open MPI's launcher; other mismatches give each process its own world.
-    stranger = "MPICH" in library and "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_RANK" not in os.environ
-    if not stranger:
-        settle_before_init(version)
-        with _quiet():
-            MPI.Init_thread()
-    if stranger or (MPI.COMM_WORLD.size == 1 and expected > 1):
-        raise LaunchError(
-            f"the launcher started {expected} processes but does not fit the MPI library, {library}, which sees only "
-            "one: use the library's own mpirun (.venv/bin/mpirun for the one that make setup installs; with Slurm, "
-            "srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
-        ).on_every_rank()
-    return World(MPI.COMM_WORLD)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without mpi4py's warning about a launcher that does not fit, which :func:`enter` tells in one line."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-        yield
+    return World(start())
 
 
 def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: list[str], prog: str) -> None:

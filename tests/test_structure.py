@@ -18,6 +18,7 @@ from tests.mpi import ROOT
 FLOORS = [
     ["addresses", "cores", "errors", "mpich", "native", "signals", "streams", "__init__"],
     ["launcher"],
+    ["mpi_start"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["dense_mean", "devices", "batches", "tables"],
@@ -38,7 +39,7 @@ FORBIDDEN = {
 }
 # Third-party packages that only these may import.
 OWNERS = {
-    "mpi4py": {"world", "ps.mpi_transport"},
+    "mpi4py": {"mpi_start", "world", "ps.mpi_transport"},
     "allennlp": {"model"},
     "triton": {"model.pointwise_triton"},
     "h5py": {"corpus", "checkpoint", "export", "embed"},

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import mpi4py
 import numpy as np
@@ -28,7 +29,7 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
 
     nodes, level, how = int(argv[0]), getattr(MPI, argv[1]), argv[2]
     initialise = MPI.Init_thread
-    MPI.Init_thread = lambda: initialise(level)
+    MPI.Init_thread = partial(initialise, level)
     world = join()
     world.split(nodes)
     for name in LOCAL_SIZE_VARIABLES:  # mpirun's; below srun there are none of them
