@@ -52,14 +52,18 @@ def test_contract(report: dict[str, str], name: str) -> None:
 
 
 # Of a package that is not installed, one case stands for all of them, as one skip.
-NATIVE_CASES = {f"{package}-{ranks}": (package, ranks) for package in NATIVE if installed(package) for ranks in (1, 2, 4)}
-ABSENT = [package for package in NATIVE if not installed(package)]
+PRESENT, ABSENT = ([package for package in NATIVE if installed(package) == wanted] for wanted in (True, False))
+NATIVE_CASES = {f"{package}-{ranks}": (package, ranks) for package in PRESENT for ranks in (1, 2, 4)}
 NATIVE_CHECKS = [
     pytest.param(
         case, name, marks=[pytest.mark.skip(EXCEPTIONS[package, name])] if (package, name) in EXCEPTIONS else [],
     )
     for case, (package, _) in NATIVE_CASES.items()
     for name in [*contract_program.names(package), *(name for other, name in EXCEPTIONS if other == package)]
+]
+NATIVE_CHECKS += [
+    pytest.param(package, "all", marks=pytest.mark.skip(f"the package {package} is not installed"))
+    for package in ABSENT
 ]
 
 
@@ -75,12 +79,6 @@ def native_report(
     return reports[case]
 
 
-@pytest.mark.parametrize("package", ABSENT)
-def test_native_package_is_installed(package: str) -> None:
-    pytest.skip(f"the package {package} is not installed: the contract is not checked with it")
-
-
-@pytest.mark.skipif(not NATIVE_CHECKS, reason="no native package is installed")
 @pytest.mark.parametrize(("native_report", "name"), NATIVE_CHECKS, indirect=["native_report"])
 def test_contract_of_native_packages(native_report: dict[str, str], name: str) -> None:
     collective.expect(native_report, name)
