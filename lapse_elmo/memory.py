@@ -19,7 +19,7 @@ from lapse_elmo.tables import DENSE_ROW, rule_of
 from lapse_elmo.world import World
 
 _LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
-_ROW_INDEX_BYTES = 24  # what the server keeps beside each row on every node
+_ROW_INDEX_BYTES = 45  # what every node knows of each row of a table, wherever the row is
 _CHUNK_TARGETS = 256  # of the softmax, whose logits are never all in memory
 _CGROUPS = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60
@@ -29,7 +29,8 @@ _NO_LIMIT = 1 << 60
 class Estimate:
     """Bytes of one rank, and of the memory that a machine's ranks share.
 
-    ``rows`` all rows with their accumulators; ``shared`` this machine's share of them; ``dense`` parameters,
+    ``rows`` all rows with their accumulators; ``shared`` this machine's share of them, the replicas of other nodes'
+    rows and what its nodes know of where rows are; ``dense`` parameters,
     accumulators, gradients; ``activations`` of a long batch with the rows it pulls; ``copy`` that a checkpoint is
     written from; ``libraries`` what the process has taken before.
     """
@@ -56,9 +57,10 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
     in_server = config.training.dense == "ps"
     rows = num_classes * row_bytes + in_server * 4 * copies * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
     nodes_here = world.host_size // world.local_size if world.local_size else 1
-    shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES)
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
+    replicas = _replica_bytes(config, num_classes, positions, world)
+    shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + replicas)
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + 2 * positions) + min(num_classes, positions)
     softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * (size + 1)
@@ -66,6 +68,26 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
         rows, shared, 4 * num_dense * (2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
+
+
+def _replica_bytes(config: Config, num_classes: int, positions: int, world: World) -> int:
+    """Of the replicas that a node holds at once: of rows of other nodes that its workers have announced.
+
+    A replica is two rows, its values and what it has yet to send. Intents of ``lookahead`` + 1 steps overlap.
+
+    :param positions: of a long batch; each has one input word and up to two targets.
+    """
+    if config.server.ps != "embedded" or world.num_nodes == 1:
+        return 0
+    if config.server.technique_for(config.training.sync) not in ("adaptive", "replication"):
+        return 0
+    steps, workers = config.training.lookahead + 1, world.local_size
+    elsewhere = num_classes - num_classes // world.num_nodes
+    drawers = workers if config.softmax.share_samples == "none" else 1
+    words = min(elsewhere, steps * workers * positions)
+    classes = min(elsewhere, steps * (drawers * config.softmax.num_samples + workers * 2 * positions))
+    size, width = config.model.projection_size, 4 * UpdateRule(config.optimizer).width(1)
+    return 2 * width * (words * size + classes * (size + 1))
 
 
 def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:

@@ -114,8 +114,11 @@ class Parameters:
         self.server.barrier()
 
     def _sampler(self) -> Sampler:
-        softmax = self.config.softmax
+        softmax, world = self.config.softmax, self.world
         distribution = Distribution(softmax.distribution, self.num_classes)
+        # To a package each rank is a node: ranks of a machine that drew alike would take the rows from each other.
+        node = world.node if self.config.server.ps == "embedded" else world.rank
         return Sampler(
-            distribution, softmax.sampling_scheme, softmax.replacement, self.config.training.seed, self.world.rank
+            distribution, softmax.sampling_scheme, softmax.replacement, self.config.training.seed, world.rank, node,
+            softmax.share_samples,
         )

@@ -8,6 +8,7 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, remarks
 from lapse_elmo.metrics.run_log import table
+from lapse_elmo.ps.engines import server_remarks
 from lapse_elmo.run_folder import Corpus, Start
 from lapse_elmo.world import World
 
@@ -35,13 +36,26 @@ def plan_lines(
     if start.path is not None:
         how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
         lines.append(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
-    lines += remarks(config.model, device.device)
+    lines += remarks_of_all(world, [*remarks(config.model, device.device), *server_remarks(config.server.ps)])
     if config.softmax.num_samples >= corpus.vocabulary.size:
         lines.append(
             f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "
             "training uses the full softmax"
         )
     return lines
+
+
+def remarks_of_all(world: World, remarks: list[str]) -> list[str]:
+    """Collective: the remarks of every rank, each distinct one once, with the ranks it is about unless all make it."""
+    makers: dict[str, list[str]] = {}
+    for theirs, where in world.allgather((remarks, str(world))):
+        for remark in theirs:
+            makers.setdefault(remark, []).append(where)
+    size = world.size
+    return [
+        remark if len(ranks) == size else f"{remark} ({len(ranks)} of {size} ranks, the first is {ranks[0]})"
+        for remark, ranks in makers.items()
+    ]
 
 
 def show_plan(

@@ -38,7 +38,7 @@ class StepResult:
     """What a step did, over all ranks: sums of nll (nats), targets, tokens; the gradient norm before clipping.
 
     ``flags`` are what each rank had to say to all at this step. ``seconds`` are this rank's, by phase: pull, compute,
-    agree (waiting for other ranks), push.
+    agree (waiting for other ranks), push. ``compute_s`` (ranks,) are the compute seconds of every rank.
     """
 
     nll: float
@@ -48,6 +48,7 @@ class StepResult:
     gradient_norm: float
     flags: tuple[int, ...]
     seconds: dict[str, float]
+    compute_s: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,11 @@ class TrainingStep:
         dense = dense_mean()
         square = _square(square, *dense)
         mine = np.array(
-            [nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.flag()], np.float64
+            [
+                *(nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.flag()),
+                timer.seconds["compute"],
+            ],
+            np.float64,
         )
         ranks = self.world.gather_numbers(mine)
         # The mean over the ranks, so that all of them take the same factor, and the same way here.
@@ -139,6 +144,7 @@ class TrainingStep:
         return StepResult(
             nll=float(total[0]), num_targets=int(total[1]), num_tokens=int(total[2]), num_cut=int(total[3]),
             gradient_norm=norm, flags=tuple(ranks[:, 5].astype(int).tolist()), seconds=timer.seconds,
+            compute_s=ranks[:, 6],
         )
 
     def _pull(self, announced: AnnouncedBatch) -> _Pulled:

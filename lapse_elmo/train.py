@@ -159,7 +159,8 @@ class Training:
         self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf
         self.log = RunLog(
-            self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step
+            self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step,
+            world.allgather(world.host),
         )
         self.server_meter = ServerMeter(parameters.server, world)
         self.server_meter.go_on(self.state.served)
@@ -187,7 +188,8 @@ class Training:
         with self.saver:
             if state.evaluation_due:
                 self.save(self.evaluate())
-            over = cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience
+            # Clocks differ between ranks; they must agree, or some would train while others leave.
+            over = any(self.world.allgather(cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience))
             made = read_ahead(iter(()) if over else cursor.batches())
             source = look_ahead(made, step_once, self.config.training.lookahead)
             for announced in source:

@@ -1,8 +1,8 @@
 """The MPI world: ranks, nodes, agreements between ranks, and an end for every job.
 
-The only module besides the MPI engine of the parameter server that imports mpi4py. All waiting is done by polling with
-short sleeps once a wait gets long: MPI libraries spin in blocking calls, which starves the ranks that compute as soon
-as there are more ranks than cores.
+Only this module, ``mpi_start`` and the MPI engine of the parameter server import mpi4py. All waiting is done by polling
+with short sleeps once a wait gets long: MPI libraries spin in blocking calls, which starves the ranks that compute as
+soon as there are more ranks than cores.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from lapse_elmo.cores import LOCAL_SIZE_VARIABLES, crowded, usable_cores
-from lapse_elmo.errors import ConfigError, LaunchError, UserError, in_one_line, say
-from lapse_elmo.mpich import own_shared_files, settle_before_init, settle_before_loading
+from lapse_elmo.cores import usable_cores
+from lapse_elmo.errors import ConfigError, LaunchError, UserError, say
+from lapse_elmo.launcher import below_srun, launcher_rank_and_size
+from lapse_elmo.mpi_start import start
+from lapse_elmo.mpich import own_shared_files
 from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
 from lapse_elmo.streams import flush_to_launcher
 
@@ -34,25 +35,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What launchers tell a process about itself, before MPI is initialised: (rank, size) by launcher.
-_LAUNCHER_VARIABLES = (
-    ("PMI_RANK", "PMI_SIZE"),
-    ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-)
 _SPIN_S = 0.002  # how long a wait spins before it starts to sleep, when every rank has a core of its own
 _LONGEST_SLEEP_S = 0.001
 _ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
 _LAST_S = 0.5
-
-
-def launcher_rank_and_size() -> tuple[int, int]:
-    """Rank and size as the launcher's environment tells them; (0, 1) without a launcher."""
-    for rank, size in _LAUNCHER_VARIABLES:
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
 
 
 class World:
@@ -75,7 +61,7 @@ class World:
         self.host_rank, self.host_size = 0, 1
         self.leaders = [0]
         self.cores = usable_cores()
-        self.waited_s = 0.0
+        self._leaving: list[Callable[[], object]] = []
         if comm is not None:
             from mpi4py import MPI
 
@@ -139,7 +125,6 @@ class World:
             if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
                 time.sleep(sleep_s)
                 sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
-        self.waited_s += time.perf_counter() - start
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
@@ -263,6 +248,35 @@ class World:
             self.comm.Abort(status)
         os._exit(status)
 
+    def require_threads(self, why: str) -> None:
+        """Collective: refuse an MPI library that several threads of a rank cannot call at once.
+
+        For the parameter server of several nodes, whose manager threads send and receive. Everything else calls MPI
+        from the main thread alone (the threads that write checkpoints and compute never do), so any level will do.
+
+        :raises LaunchError: on every rank.
+        """
+        from mpi4py import MPI
+
+        def check() -> None:
+            level = MPI.Query_thread()
+            if level < MPI.THREAD_MULTIPLE:
+                names = ("SINGLE", "FUNNELED", "SERIALIZED")
+                raise LaunchError(
+                    f"{why} needs MPI_THREAD_MULTIPLE, but the MPI library grants MPI_THREAD_{names[level]} only: "
+                    "run on one node, or use an MPI library that was built with full thread support"
+                )
+
+        self.together(check)
+
+    def on_leave(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have :meth:`leave` call ``callback`` before MPI ends, to stop threads that use MPI; the result undoes this.
+
+        Callbacks must not communicate. The last one registered is called first.
+        """
+        self._leaving.append(callback)
+        return lambda: self._leaving.remove(callback)
+
     def leave(self, status: int) -> None:
         """Collective: end the job in order with ``status``, which is not 0.
 
@@ -274,20 +288,30 @@ class World:
         flush_to_launcher()
         if self.size == 1:
             os._exit(status)
-        if self.rank and not _below_srun():
+        if self.rank and not below_srun():
             time.sleep(_ABORT_S)  # rank 0 ends this
-        if _below_srun():
-            from mpi4py import MPI
-
-            MPI.Finalize()
+        if below_srun():
+            self._finalize(status)
             time.sleep(0 if self.rank else _LAST_S)
             os._exit(0 if self.rank else status)
         self.abort(status, quietly=True)
 
+    def _finalize(self, status: int) -> None:
+        """Collective: end MPI, once no rank sends any more; abort with ``status`` if the others do not come here."""
+        from mpi4py import MPI
 
-def _below_srun() -> bool:
-    """Whether srun itself started this rank, not an mpirun (which may have used srun for its own processes)."""
-    return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in LOCAL_SIZE_VARIABLES)
+        assert self.comm is not None
+        stopper = threading.Thread(target=lambda: [stop() for stop in reversed(self._leaving)], daemon=True)
+        stopper.start()
+        stopper.join(_ABORT_S)
+        if stopper.is_alive():  # a thread waits for a rank that has stopped already
+            self.abort(status, quietly=True)
+        arrived, deadline = self.comm.Ibarrier(), time.monotonic() + _ABORT_S
+        while not arrived.Test():
+            if time.monotonic() > deadline:
+                self.abort(status, quietly=True)
+            time.sleep(_LONGEST_SLEEP_S)
+        MPI.Finalize()
 
 
 def solo() -> World:
@@ -298,45 +322,9 @@ def solo() -> World:
 def enter() -> World:
     """Join the MPI world.
 
-    :raises LaunchError: where the launcher started several processes but MPI sees a world of one, which is what a
-        launcher of another MPI family leads to, or where there is no usable MPI library.
+    :raises LaunchError: where MPI cannot be used or does not fit the launcher (:func:`lapse_elmo.mpi_start.start`).
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which bin/_venv.py blocked
-    settle_before_loading(crowded())
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"no MPI library can be loaded ({in_one_line(error)}): run 'make setup', which installs one, or load your "
-            "site's MPI and name its family in MPI4PY_MPIABI (mpich or openmpi)"
-        ).on_every_rank() from None
-    expected = launcher_rank_and_size()[1]
-    version = MPI.Get_library_version()
-    library = version.split("\n")[0].rstrip("\0 ")[:40]
-    # MPICH cannot even be initialised below Open MPI's launcher; other mismatches give each process its own world.
-    stranger = "MPICH" in library and "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_RANK" not in os.environ
-    if not stranger:
-        settle_before_init(version)
-        with _quiet():
-            MPI.Init_thread()
-    if stranger or (MPI.COMM_WORLD.size == 1 and expected > 1):
-        raise LaunchError(
-            f"the launcher started {expected} processes but does not fit the MPI library, {library}, which sees only "
-            "one: use the library's own mpirun (.venv/bin/mpirun for the one that make setup installs; with Slurm, "
-            "srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
-        ).on_every_rank()
-    return World(MPI.COMM_WORLD)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without mpi4py's warning about a launcher that does not fit, which :func:`enter` tells in one line."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
-        yield
+    return World(start())
 
 
 def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: list[str], prog: str) -> None:

@@ -12,7 +12,7 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.memory import check_memory, dense_size, estimate
 from lapse_elmo.parameters import build_model
-from lapse_elmo.world import solo
+from lapse_elmo.world import World, solo
 from tests.training.conftest import small  # noqa: F401 (a fixture)
 from tests.training.corpora import TINY, Prepared
 
@@ -40,6 +40,30 @@ def test_rows_are_counted_with_their_accumulators(shards: ShardSet) -> None:
     assert estimate(config_of("--row-accumulators", "row"), 1000, shards, solo()).rows == 1000 * 4 * (17 + 18)
     assert adagrad.shared >= adagrad.rows and adagrad.copy >= adagrad.rows
     assert estimate(config_of("--dense", "ps"), 1000, shards, solo()).rows > adagrad.rows
+
+
+class TwoNodes(World):
+    """Seen from one of two machines with 4 ranks each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.local_size, self.host_size, self.leaders = 8, 4, 4, [0, 4]
+
+
+def test_replicas_are_counted_where_there_are_any(shards: ShardSet) -> None:
+    def shared(*options: str) -> int:
+        return estimate(config_of("--num-samples", "100", *options), 100_000, shards, TwoNodes()).shared
+
+    static, row_bytes = shared("--technique", "static"), 2 * 4 * 2 * 17
+    assert static == shared("--technique", "relocation")
+    # Of the sampled rows of two steps a node has one replica, or one for each of its four workers.
+    assert shared("--share-samples", "none") - shared() == 2 * 3 * 100 * row_bytes
+    assert shared("--lookahead", "3") - static == 2 * (shared() - static) > 0
+    # No more than all rows of the other node.
+    most = 50_000 * 2 * 4 * 2 * (16 + 17)
+    assert shared("--lookahead", "1000000") - static == most
+    one = estimate(config_of(), 100_000, shards, solo())
+    assert one.shared == one.rows + 2 * 100_000 * 45
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,7 +31,7 @@ from tests.mpi import MPIRUN, ROOT, mpirun
 
 RESULT = StepResult(
     nll=200.0, num_targets=100, num_tokens=50, num_cut=1, gradient_norm=3.0, flags=(0,),
-    seconds={"pull": 0.5, "compute": 1.0},
+    seconds={"pull": 0.5, "compute": 1.0}, compute_s=np.array([1.0, 1.0, 2.5]),
 )
 IS_TERMINAL = "from lapse_elmo.metrics.terminal import stderr_is_terminal; print(stderr_is_terminal(), flush=True)"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -94,6 +96,22 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
     assert train["train/tokens_per_s"] > 0
     assert abs(train["time_s"] - time.time()) < 600
     assert (epoch["kind"], epoch["heldout/mean_perplexity"]) == ("epoch", 12.5)
+
+
+@pytest.mark.parametrize(("seconds", "named"), [([1.0, 1.0, 2.5], True), ([1.0, 1.0, 1.2], False)])
+def test_the_slowest_rank_is_named(
+    seconds: list[float], named: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, RunConfig(progress="lines"), 4, True, hosts=["a", "a", "b"])
+    meter = Meter()
+    for factor in (1, 3):
+        meter.add(dataclasses.replace(RESULT, compute_s=factor * np.array(seconds)))
+    log.report(2, meter, {}, {})
+    log.close()
+    (train,) = (json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+    assert (train["ranks/slowest"], train["ranks/slowest_host"]) == (2, "b")
+    assert (train["ranks/slowest_compute_s"], train["ranks/median_compute_s"]) == (2 * seconds[2], 2.0)
+    assert ("slowest rank 2 on b: 5.000 s/step, median 2.000" in capsys.readouterr().err) == named
 
 
 def test_every_line_is_standard_json(tmp_path: Path) -> None:

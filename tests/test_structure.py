@@ -17,6 +17,8 @@ from tests.mpi import ROOT
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
     ["addresses", "cores", "errors", "mpich", "native", "signals", "streams", "__init__"],
+    ["launcher"],
+    ["mpi_start"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["dense_mean", "devices", "batches", "tables"],
@@ -37,7 +39,7 @@ FORBIDDEN = {
 }
 # Third-party packages that only these may import.
 OWNERS = {
-    "mpi4py": {"world", "ps.mpi_transport"},
+    "mpi4py": {"mpi_start", "world", "ps.mpi_transport"},
     "allennlp": {"model"},
     "triton": {"model.pointwise_triton"},
     "h5py": {"corpus", "checkpoint", "export", "embed"},

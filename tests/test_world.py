@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.world import launch, launcher_rank_and_size, solo
+from lapse_elmo.launcher import launcher_rank_and_size
+from lapse_elmo.world import launch, solo
 from tests import collective, world_program
 from tests.mpi import ROOT, mpirun
 

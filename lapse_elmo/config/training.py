@@ -90,6 +90,11 @@ class SoftmaxConfig:
         "preloc", choices=("naive", "preloc", "pool", "local"),
         help="when the server draws them, and how often it uses a draw (lapse_elmo/ps/sampling.py)",
     )
+    share_samples: str = option(
+        "node", choices=("node", "job", "none"),
+        help="which ranks draw the same samples in a step: those of a node (it then touches the rows of one sample "
+        "instead of one per rank), all, or none",
+    )
     num_tries: float = option(
         0.0, metavar="N", help="draws behind the samples' expected counts, without replacement (0: computed)"
     )

@@ -7,10 +7,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
@@ -21,12 +23,16 @@ from lapse_elmo.step import StepResult
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
+_STRAGGLER = 1.5  # times the median rank's compute seconds from which the progress lines name the slowest
 _SUMS = ("nll", "num_targets", "num_tokens", "num_cut", "num_steps", "norm")
 
 
 @dataclass
 class Meter:
-    """Sums over the steps since the last report."""
+    """Sums over the steps since the last report.
+
+    :ivar compute_s: seconds of computing by rank (ranks,), of the steps in this process alone.
+    """
 
     nll: float = 0.0
     num_targets: int = 0
@@ -36,6 +42,8 @@ class Meter:
     norm: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
+    compute_s: np.ndarray | None = None
+    num_timed: int = 0
 
     def add(self, result: StepResult) -> None:
         self.nll += result.nll
@@ -46,6 +54,8 @@ class Meter:
         self.norm += result.gradient_norm
         for name, seconds in result.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.compute_s = result.compute_s if self.compute_s is None else self.compute_s + result.compute_s
+        self.num_timed += 1
 
     def state(self) -> dict[str, Any]:
         """Plain values to go on from, in a later process too."""
@@ -68,8 +78,15 @@ class Meter:
     def tokens_per_s(self) -> float:
         return self.num_tokens / max(time.perf_counter() - self.start, 1e-9)
 
+    def slowest(self) -> tuple[int, float, float] | None:
+        """The rank that computed longest, its seconds per step, and those of the median rank; None before a step."""
+        if self.compute_s is None:
+            return None
+        rank = int(self.compute_s.argmax())
+        return rank, float(self.compute_s[rank]) / self.num_timed, float(np.median(self.compute_s)) / self.num_timed
+
     def metrics(self) -> dict[str, float]:
-        """By name, with units; times are rank 0's, a step."""
+        """By name, with units; times are rank 0's, per step."""
         steps = max(self.num_steps, 1)
         return {
             "train/loss_nats": self.loss,
@@ -85,6 +102,7 @@ class RunLog:
     :param active: true on the one rank that writes.
     :param max_s: seconds after which training ends however many steps are left.
     :param first_step: the step that a run which goes on is at; the record of later ones is taken back.
+    :param hosts: the host of each rank.
     :ivar epoch: the number to show, from 1 on.
     """
 
@@ -96,6 +114,7 @@ class RunLog:
         active: bool,
         max_s: float = math.inf,
         first_step: int = 0,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.active = active
         self.epoch = 1
@@ -104,6 +123,7 @@ class RunLog:
         self._lines = False
         self._num_steps = num_steps
         self._first_step = first_step
+        self._hosts = hosts
         self._max_s = max_s
         self._whole = Meter()
         if not active:
@@ -138,7 +158,7 @@ class RunLog:
         """Metrics of the last ``report_every`` steps, the server's among them, and where its rows are."""
         if not self.active:
             return
-        self.write("train", step, meter.metrics() | server)
+        self.write("train", step, meter.metrics() | server | self._slowest(meter))
         if placement:
             self.write("placement", step, placement)
         if self._lines:
@@ -147,8 +167,27 @@ class RunLog:
             left = min(elapsed / done * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
             self.say(
                 f"epoch {self.epoch}  step {step:,}/{self._num_steps:,}  "
-                f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}"
+                f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}{self._straggler(meter)}"
             )
+
+    def _slowest(self, meter: Meter) -> dict[str, Any]:
+        """Which of several ranks computed longest, where it is, and by how much it exceeds the median rank."""
+        slowest = meter.slowest()
+        if slowest is None or len(self._hosts) < 2:
+            return {}
+        rank, slowest_s, median_s = slowest
+        return {
+            "ranks/slowest": rank, "ranks/slowest_host": self._hosts[rank], "ranks/slowest_compute_s": slowest_s,
+            "ranks/median_compute_s": median_s,
+        }
+
+    def _straggler(self, meter: Meter) -> str:
+        """Words on a rank that all others wait for."""
+        slowest = meter.slowest()
+        if slowest is None or len(self._hosts) < 2 or slowest[1] < _STRAGGLER * slowest[2]:
+            return ""
+        rank, slowest_s, median_s = slowest
+        return f"  slowest rank {rank} on {self._hosts[rank]}: {slowest_s:.3f} s/step, median {median_s:.3f}"
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for each number."""

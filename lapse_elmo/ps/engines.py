@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from lapse_elmo import native
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.world import World
+
+
+def server_remarks(name: str) -> list[str]:
+    """What a log should say about how the server ``name`` works on this rank: a slower way that is taken, and why."""
+    if name != "embedded":
+        return []
+    from lapse_elmo.ps.rows import SOURCE
+
+    if native.load(SOURCE) is not None:
+        return []
+    return [
+        "the server's rows are pulled and pushed in torch under locks of the kernel, on all ranks, which is slower "
+        f"than C: {native.problem(SOURCE)}"
+    ]
 
 
 def make_server(

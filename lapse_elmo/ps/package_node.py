@@ -10,6 +10,7 @@ Their messages go over TCP, neither authenticated nor encrypted. Ranks of one ho
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import socket
 import subprocess
@@ -34,6 +35,20 @@ START_S = 120.0
 _MARK = "_lapse_elmo_started"  # on the package's module
 _ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
 _SCHEDULER = "import sys; from lapse_elmo.ps.scheduler import main; main(sys.argv[1:])"
+# Reads what faulthandler writes when a process dies of a signal, and says it in one line.
+_TELLER = """
+import sys
+package, where = sys.argv[1:]
+text = sys.stdin.read()
+mark = "Fatal Python error: "
+if text.startswith(mark):
+    cause = text.splitlines()[0].removeprefix(mark)
+    sys.stderr.write(
+        f"lapse-elmo: error: [{where}] the package {package} died at its start ({cause}): a fault of the package, "
+        "often of timing; start the job again, or leave --ps away for the embedded server\\n"
+    )
+"""
+_FIRST_KEYS = 4  # of each segment and for each node, pulled to try the package
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 
 
@@ -73,16 +88,28 @@ class PackageNode(ABC):
             os.environ.setdefault("DMLC_NODE_HOST", own)
         self._stdout = _Stdout()
         self._tell(STARTS)
+        teller = _Teller(self.package, str(world))
         world.barrier()
         widths = np.concatenate([np.full(segment.num_rows, segment.row_width) for segment in layout.segments])
         self.server: Any
         self.worker: Any
         self.server, self.worker = self.start(torch.from_numpy(widths))
         world.barrier()
+        # Some nodes come up but never answer: the time limit covers a first operation on all of them as well.
+        self._pull_from_every_node()
+        world.barrier()
         self._tell(UP)
+        teller.close()
         # Their threads must not outlive the interpreter; an error that all ranks raise leads there as well.
         atexit.register(self.close)
         self.closed = False
+
+    def _pull_from_every_node(self) -> None:
+        """Pull rows spread over each segment, so that every node is asked for some."""
+        for segment in self.layout.segments:
+            number = min(segment.num_rows, _FIRST_KEYS * self.world.size)
+            rows = np.unique(np.linspace(0, segment.num_rows - 1, number).astype(np.int64))
+            self.worker.pull(segment.keys(rows), np.empty((rows.size, segment.width), np.float32), False)
 
     @abstractmethod
     def load(self) -> ModuleType:
@@ -167,6 +194,28 @@ class PackageNode(ABC):
             assert self._scheduler.stdin is not None
             self._scheduler.stdin.write(letter)
             self._scheduler.stdin.flush()
+
+
+class _Teller:
+    """A process that says in one line of which signal this one dies, until :meth:`close`.
+
+    C++ that crashes leaves no chance to say anything in Python. Of a SIGKILL, which launchers send to the ranks of a
+    job that has failed elsewhere, nothing is said.
+    """
+
+    def __init__(self, package: str, where: str) -> None:
+        self._process = subprocess.Popen([sys.executable, "-I", "-c", _TELLER, package, where], stdin=subprocess.PIPE)
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
+        self._before = faulthandler.is_enabled()
+        faulthandler.enable(self._stdin.fileno(), all_threads=False)
+
+    def close(self) -> None:
+        faulthandler.disable()
+        if self._before:
+            faulthandler.enable()
+        self._stdin.close()
+        self._process.wait()
 
 
 class _Stdout:

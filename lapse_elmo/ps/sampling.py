@@ -12,6 +12,22 @@ scheme      what happens                                                  distri
 ``local``   drawn when pulled, from the rows that are on the node         conditional on being local: exact where the
                                                                           whole segment is
 ==========  ============================================================  ==========================================
+
+Who draws alike is a second choice (``sharing``). The distribution of one sample does not depend on it; the samples of
+one step do:
+
+========  =========================================================================================================
+sharing   the samples with one number
+========  =========================================================================================================
+``node``  equal for all workers of a node, so that a node of R workers touches the rows of one sample per step
+          instead of up to R times as many; independent between nodes
+``job``   equal for all workers
+``none``  independent for all workers
+========  =========================================================================================================
+
+The scheme ``local`` draws by the rows that are on the node at the moment of the draw, which may differ between two
+workers of a node while rows move. Without replacement, such a row alone makes their samples differ; with replacement,
+any of their rows may then differ. Under ``job``, nodes own different rows and therefore draw differently.
 """
 
 from __future__ import annotations
@@ -25,6 +41,7 @@ from lapse_elmo.rng import stream
 
 SCHEMES = ("naive", "preloc", "pool", "local")
 DISTRIBUTIONS = ("log-uniform", "uniform")
+SHARING = ("node", "job", "none")
 POOL_REUSE = 2
 
 
@@ -86,13 +103,24 @@ def _expected_tries(distribution: Distribution, count: int) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The samples of one worker, each a function of its number: a resumed run draws what it would have drawn."""
+    """The samples of one worker, each a function of its number: a resumed run draws what it would have drawn.
+
+    :param node: of the worker; it matters for ``sharing`` "node" alone.
+    :param sharing: which workers draw the same samples, one of ``SHARING``.
+    """
 
     distribution: Distribution
     scheme: str
     replacement: bool
     seed: int
     worker: int
+    node: int = 0
+    sharing: str = "none"
+
+    def _stream(self, purpose: str, number: int) -> np.random.Generator:
+        """The random stream of sample or pool ``number``, the same for all workers that share it."""
+        drawer = {"node": (self.node,), "job": (), "none": (self.worker,)}[self.sharing]
+        return stream(self.seed, purpose, *drawer, number)
 
     def draw(self, number: int, count: int, is_local: np.ndarray | None = None) -> np.ndarray:
         """Rows (count,) int64 of the worker's sample ``number``.
@@ -101,11 +129,11 @@ class Sampler:
             they are fewer than ``count`` distinct ones, all of them are taken and the rest is drawn from elsewhere.
         """
         if self.scheme == "local" and is_local is not None and not is_local.all():
-            return self._draw_local(stream(self.seed, "sample", self.worker, number), count, is_local)
+            return self._draw_local(self._stream("sample", number), count, is_local)
         if self.scheme != "pool":
-            return self._draw(stream(self.seed, "sample", self.worker, number), count)
-        pool = self._draw(stream(self.seed, "sample pool", self.worker, number // POOL_REUSE), count)
-        return stream(self.seed, "sample order", self.worker, number).permutation(pool)
+            return self._draw(self._stream("sample", number), count)
+        pool = self._draw(self._stream("sample pool", number // POOL_REUSE), count)
+        return self._stream("sample order", number).permutation(pool)
 
     def _draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         if self.replacement:
@@ -121,11 +149,14 @@ class Sampler:
             bounds = np.cumsum(probabilities[here])
             places = np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")
             return here[np.minimum(places, here.size - 1)]
-        local = _race(rng, here, probabilities, min(count, here.size))
+        # One time for each row of the segment, local or not: a row that comes or goes leaves the others' times as
+        # they are, so workers that see different rows on their node still draw nearly alike.
+        times = rng.standard_exponential(is_local.size) / probabilities
+        local = here[_first(times[here], min(count, here.size))]
         if local.size == count:
             return local
         away = np.flatnonzero(~is_local)
-        return np.concatenate([local, _race(rng, away, probabilities, count - local.size)])
+        return np.concatenate([local, away[_first(times[away], count - local.size)]])
 
 
 def _race(rng: np.random.Generator, rows: np.ndarray, probabilities: np.ndarray, count: int) -> np.ndarray:
@@ -133,8 +164,12 @@ def _race(rng: np.random.Generator, rows: np.ndarray, probabilities: np.ndarray,
 
     O(number of rows), however rare the last of them are.
     """
+    return rows[_first(rng.standard_exponential(rows.size) / probabilities[rows], count)]
+
+
+def _first(times: np.ndarray, count: int) -> np.ndarray:
+    """Places (count,) of the ``count`` smallest of ``times``, ascending by time."""
     if not count:
-        return rows[:0]
-    times = rng.standard_exponential(rows.size) / probabilities[rows]
+        return np.empty(0, np.int64)
     nearest = np.argpartition(times, count - 1)[:count]
-    return rows[nearest[np.argsort(times[nearest])]]
+    return nearest[np.argsort(times[nearest])]

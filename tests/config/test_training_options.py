@@ -24,8 +24,8 @@ from lapse_elmo.errors import ConfigError
 # A value other than the default for options whose values are checked against a list or against other options.
 OTHER = {
     "preset": "original", "context": "mix", "lstm": "allennlp", "precision": "bf16", "lstm_init": "orthogonal",
-    "distribution": "uniform",
-    "sampling_scheme": "pool", "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
+    "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job",
+    "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
     "ps": "lapse", "technique": "static",
 }
 ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync")  # contradict others

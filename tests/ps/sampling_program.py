@@ -14,7 +14,7 @@ import numpy as np
 
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.sampling import POOL_REUSE, SCHEMES, Distribution, Sampler
+from lapse_elmo.ps.sampling import POOL_REUSE, SCHEMES, SHARING, Distribution, Sampler
 from lapse_elmo.world import World, launch
 from tests import collective
 from tests.ps.test_sampling import chi_square_is_plausible
@@ -26,32 +26,39 @@ SEGMENT = LAYOUT["sampled"]
 
 
 class Laws:
-    """Checks on all ranks together: counts are summed over the ranks of which the same law is expected."""
+    """Checks on all ranks together: counts are summed over the ranks that draw independently of each other."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     def checks(self) -> dict[str, Callable[[], None]]:
         own = [name for name in vars(Laws) if not name.startswith("_") and name not in ("checks", "law_of")]
-        laws = {f"{scheme}, {'with' if again else 'without'} replacement": partial(self.law_of, scheme, again)
-                for scheme in SCHEMES for again in (True, False)}
+        laws = {
+            f"{scheme}, {'with' if again else 'without'} replacement, sharing {sharing}":
+            partial(self.law_of, scheme, again, sharing)
+            for scheme in SCHEMES for again in (True, False) for sharing in SHARING
+        }
         return {**laws, **{name: getattr(self, name) for name in own}}
 
-    def law_of(self, scheme: str, replacement: bool) -> None:
+    def law_of(self, scheme: str, replacement: bool, sharing: str) -> None:
         """One sample of each pool follows the distribution, whole or in its first row; ``local`` where all is local."""
-        server = self._open(scheme, replacement, "replication")
+        server = self._open(scheme, replacement, "replication", sharing)
         if scheme == "local":
             server.localize(SEGMENT.keys(np.arange(ROWS)))
         draws = self._draws(server, 400 * POOL_REUSE)[::POOL_REUSE]
         server.close()
+        # Of ranks that draw alike, one counts.
+        leaders = {"none": range(self.world.size), "node": self.world.leaders, "job": [0]}[sharing]
+        if self.world.rank not in leaders:
+            draws = draws[:0]
         if replacement:
             self._follows(draws.ravel(), LAW.probabilities)
         elif scheme == "pool":  # shuffled: each row is as often in it as in the draws of the other schemes
             reference = Sampler(LAW, "naive", False, seed=17, worker=0)
             often = np.concatenate([reference.draw(number, COUNT) for number in range(2000)])
             expected = np.bincount(often, minlength=ROWS) / 2000
-            inclusion = self._counts(draws.ravel()) / (400 * self.world.size)
-            error = np.sqrt(expected * (1 - expected) * (1 / 2000 + 1 / (400 * self.world.size)))
+            inclusion = self._counts(draws.ravel()) / (400 * len(leaders))
+            error = np.sqrt(expected * (1 - expected) * (1 / 2000 + 1 / (400 * len(leaders))))
             assert (np.abs(inclusion - expected) <= 4.5 * error + 1e-3).all()
         else:
             self._follows(draws[:, 0], LAW.probabilities)
@@ -64,11 +71,19 @@ class Laws:
         assert (draws == draws[:, :1]).all()
         assert len({pool[0].tobytes() for pool in draws}) > 10
 
-    def ranks_draw_their_own(self) -> None:
-        server = self._open("preloc", False, "adaptive")
-        everyone = self.world.allgather(self._draws(server, 1).tobytes())
-        server.close()
-        assert len(set(everyone)) == self.world.size
+    def who_draws_alike(self) -> None:
+        """All ranks, those of a node or none, by every scheme (``local`` where rows stay at their homes)."""
+        for sharing in SHARING:
+            for scheme in SCHEMES:
+                server = self._open(scheme, False, "static" if scheme == "local" else "adaptive", sharing)
+                everyone = self.world.allgather((self.world.node, self._draws(server, 6).tobytes()))
+                server.close()
+                if sharing == "none":
+                    assert len({draws for _, draws in everyone}) == self.world.size
+                else:
+                    groups = self.world.num_nodes if sharing == "node" or scheme == "local" else 1
+                    assert len({draws for _, draws in everyone}) == groups
+                    assert len(set(everyone)) == self.world.num_nodes, "a node's ranks draw differently"
 
     def local_where_rows_are_at_their_homes(self) -> None:
         """A node draws from its own rows, each in proportion to its probability, and from no other."""
@@ -120,8 +135,9 @@ class Laws:
         self._follows(draws.ravel() if replacement else draws[:, 0], law / law.sum(), together=False)
         assert replacement or all(np.unique(rows).size == COUNT for rows in draws)
 
-    def _open(self, scheme: str, replacement: bool, technique: str) -> EmbeddedServer:
-        sampler = Sampler(LAW, scheme, replacement, seed=5, worker=self.world.rank)
+    def _open(self, scheme: str, replacement: bool, technique: str, sharing: str = "node") -> EmbeddedServer:
+        world = self.world
+        sampler = Sampler(LAW, scheme, replacement, seed=5, worker=world.rank, node=world.node, sharing=sharing)
         return EmbeddedServer(self.world, LAYOUT, ("sampled", sampler), technique=technique)
 
     def _draws(self, server: EmbeddedServer, number: int, count: int = COUNT) -> np.ndarray:

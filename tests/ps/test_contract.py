@@ -51,13 +51,19 @@ def test_contract(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
 
 
-NATIVE_CASES = {f"{package}-{ranks}": (package, ranks) for package in NATIVE for ranks in (1, 2, 4)}
+# Of a package that is not installed, one case stands for all of them, as one skip.
+PRESENT, ABSENT = ([package for package in NATIVE if installed(package) == wanted] for wanted in (True, False))
+NATIVE_CASES = {f"{package}-{ranks}": (package, ranks) for package in PRESENT for ranks in (1, 2, 4)}
 NATIVE_CHECKS = [
     pytest.param(
         case, name, marks=[pytest.mark.skip(EXCEPTIONS[package, name])] if (package, name) in EXCEPTIONS else [],
     )
     for case, (package, _) in NATIVE_CASES.items()
     for name in [*contract_program.names(package), *(name for other, name in EXCEPTIONS if other == package)]
+]
+NATIVE_CHECKS += [
+    pytest.param(package, "all", marks=pytest.mark.skip(f"the package {package} is not installed"))
+    for package in ABSENT
 ]
 
 
@@ -67,8 +73,6 @@ def native_report(
 ) -> dict[str, str]:
     case = request.param
     package, ranks = NATIVE_CASES[case]
-    if not installed(package):
-        pytest.skip(f"the package {package} is not installed")
     if case not in reports:
         program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
         reports[case] = collective.report_of(program, [package, str(ranks)], ranks, folder, timeout=180)

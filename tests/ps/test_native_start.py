@@ -29,11 +29,13 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("package", ["stand-in", "lapse", "adapm"])
+@pytest.mark.parametrize(
+    ("package", "end"),
+    [(package, end) for package in ("stand-in", "lapse", "adapm") if package == "stand-in" or installed(package)
+     for end in ENDS],
+)
 def test_ends(package: str, end: str) -> None:
-    if package != "stand-in" and not installed(package):
-        pytest.skip(f"the package {package} is not installed")
+    """Of an absent package nothing is run here; test_contract.py has its skip."""
     result = job("lapse", end, fake("")) if package == "stand-in" else job(package, end)
     expected = ENDS[end]
     assert result.returncode == expected if expected is not None else result.returncode != 0, result.output
@@ -48,9 +50,20 @@ def test_what_can_be_known_before_the_start_is_an_error_of_the_user(fault: str) 
     assert not result.survivors
 
 
-def test_nodes_that_do_not_come_up_in_time_end_the_job() -> None:
-    result = job("lapse", "closed", fake("never up"), start_s=10)
+@pytest.mark.parametrize("fault", ["never up", "never answers"])
+def test_nodes_that_do_not_come_up_or_answer_in_time_end_the_job(fault: str) -> None:
+    result = job("lapse", "closed", fake(fault), start_s=10)
     assert result.returncode != 0
+    assert "not all nodes of the parameter server came up" in result.stderr, result.output
+    assert not result.survivors
+
+
+def test_a_package_that_crashes_at_its_start_is_named() -> None:
+    result = job("lapse", "closed", fake("crashes"))
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("lapse-elmo: error: ")]
+    assert len(lines) == 1 and "[rank 1/2 " in lines[0], result.output
+    assert "the package lapse died at its start (Segmentation fault)" in lines[0]
     assert not result.survivors
 
 

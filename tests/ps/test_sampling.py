@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lapse_elmo.ps.sampling import DISTRIBUTIONS, POOL_REUSE, SCHEMES, Distribution, Sampler
+from lapse_elmo.ps.sampling import DISTRIBUTIONS, POOL_REUSE, SCHEMES, SHARING, Distribution, Sampler
 from lapse_elmo.ps.sampling import _expected_tries as expected_tries
 
 DEVIATIONS = 4.5  # of a standard normal: a right sampler passes with probability 1 - 7e-6
@@ -23,8 +23,11 @@ def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
     return normal < DEVIATIONS
 
 
-def sampler(scheme: str = "naive", replacement: bool = False, worker: int = 0, seed: int = 1) -> Sampler:
-    return Sampler(Distribution("log-uniform", 50), scheme, replacement, seed, worker)
+def sampler(
+    scheme: str = "naive", replacement: bool = False, worker: int = 0, seed: int = 1, node: int = 0,
+    sharing: str = "none",
+) -> Sampler:
+    return Sampler(Distribution("log-uniform", 50), scheme, replacement, seed, worker, node, sharing)
 
 
 def inclusion(draws: list[np.ndarray], num_rows: int) -> np.ndarray:
@@ -123,9 +126,38 @@ def test_a_sample_is_a_function_of_seed_worker_and_number(scheme: str, replaceme
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("replacement", [False, True])
-def test_every_scheme_keeps_the_law_of_one_sample(scheme: str, replacement: bool) -> None:
+@pytest.mark.parametrize("sharing", SHARING)
+def test_who_draws_alike(scheme: str, replacement: bool, sharing: str) -> None:
+    """Workers 0 and 1 are on node 0, worker 2 on node 1; ``local`` with the same rows local to both nodes."""
+    is_local = np.arange(50) % 3 > 0 if scheme == "local" else None
+    numbers = range(2 * POOL_REUSE)
+    first, second, away = (
+        [sampler(scheme, replacement, worker, 1, node, sharing).draw(n, 20, is_local).tobytes() for n in numbers]
+        for worker, node in ((0, 0), (1, 0), (2, 1))
+    )
+    assert len(set(first)) == len(numbers)
+    assert (first == second) == (sharing != "none")
+    assert (first == away) == (sharing == "job")
+    assert first == second or not set(first) & set(second)
+    assert first == away or not set(first) & set(away)
+
+
+def test_workers_that_see_different_local_rows_draw_nearly_alike() -> None:
+    """A row that arrives between two draws changes that row alone."""
+    is_local = np.arange(50) % 2 > 0
+    now = is_local.copy()
+    now[0] = True
+    before, after = (set(sampler("local", sharing="node").draw(3, 10, rows).tolist()) for rows in (is_local, now))
+    assert after - before == {0}
+    assert len(before - after) == 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_every_scheme_keeps_the_law_of_one_sample(scheme: str, replacement: bool, sharing: str) -> None:
     """Where the whole segment is local, ``local`` too. Only samples of different pools are independent."""
-    drawn = [sampler(scheme, replacement).draw(number * POOL_REUSE, 5) for number in range(3000)]
+    drawn = [sampler(scheme, replacement, 1, 1, 1, sharing).draw(number * POOL_REUSE, 5) for number in range(3000)]
     if replacement:
         assert chi_square_is_plausible(inclusion(drawn, 50), Distribution("log-uniform", 50).probabilities * 15_000)
     else:

@@ -92,6 +92,15 @@ def test_two_nodes_train(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("limited")
+def test_an_error_on_all_ranks_has_its_status(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> None:
+    """The loss is soon not finite: every rank leaves MPI while its node's manager could still be calling it."""
+    words = [*options(corpus, tmp_path / "run"), "--learning-rate", "1e38", "--clip-norm", "0"]
+    job = cluster.wait(cluster.submit("--nodes=2", "--ntasks-per-node=2", TRAIN, *words), LONG_S)
+    assert (job.state, job.status) == ("FAILED", 2), job.output
+    assert job.output.count("is not finite at step") == 1 and "Traceback" not in job.output, job.output
+
+
+@pytest.mark.usefixtures("limited")
 def test_killed_rank_fails_the_job_and_it_can_go_on(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> None:
     job = Endless(cluster, corpus, tmp_path, *TWO_NODES)
     job.until(lambda: list(job.run_dir.glob("checkpoints/step-*")))

@@ -42,9 +42,25 @@ def train_with_a_poisoned_gradient(argv: list[str], enter: Callable[[], World]) 
         train.Parameters = Parameters  # type: ignore[misc]
 
 
+def train_with_unequal_clocks(argv: list[str], enter: Callable[[], World]) -> None:
+    """A resumed run whose minute of training is over by the clock of the last rank alone."""
+    world, restored = enter(), train.RunState.of
+
+    def shifted(plain: dict[str, Any]) -> train.RunState:
+        state = restored({**plain, "trained_s": 30.0})
+        state.start -= 40.0 * (world.rank == world.size - 1)
+        return state
+
+    train.RunState.of = shifted  # type: ignore[method-assign]
+    try:
+        train.main(argv, enter)
+    finally:
+        train.RunState.of = restored  # type: ignore[method-assign]
+
+
 PROGRAMS = {
     "train": train.main, "evaluate": evaluate.main, "export": export.main, "embed": embed.main,
-    "poisoned": train_with_a_poisoned_gradient,
+    "poisoned": train_with_a_poisoned_gradient, "unequal clocks": train_with_unequal_clocks,
 }
 
 

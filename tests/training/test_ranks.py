@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lapse_elmo.native import SWITCH
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, checkpoints, records, saved_arrays, train_alone
@@ -113,3 +115,24 @@ def test_both_lstms_train_alike(small: Prepared, tmp_path: Path) -> None:
     )
     assert len(fused) == 10 and min(fused) < fused[0] - 0.3
     assert fused == pytest.approx(allennlp, rel=1e-4)
+
+
+def test_a_rank_without_native_code_and_the_slowest_rank_are_named(small: Prepared, tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        f"if os.environ['PMI_RANK'] == '1': os.environ[{SWITCH!r}] = '0'\n"
+        "from lapse_elmo import train\nfrom lapse_elmo.world import launch\n"
+        "launch(train.main, sys.argv[1:], prog='bin/train')\n"
+    )
+    run_dir = tmp_path / "run"
+    job = mpi.mpirun(
+        2, ["-c", code, *small.options, *OPTIONS, "--max-steps", "3", "--run-dir", str(run_dir)], timeout=90
+    )
+    assert job.returncode == 0, job.output
+    remarks = [line for line in job.stderr.splitlines() if "slower than C" in line]
+    assert len(remarks) == 3, job.output
+    assert all("(1 of 2 ranks, the first is rank 1/2 " in line for line in remarks), job.output
+    assert len([line for line in remarks if line.startswith("the server's rows ")]) == 1
+    (train,) = records(run_dir, "train")
+    assert train["ranks/slowest"] in (0, 1) and train["ranks/slowest_host"] == socket.gethostname()
+    assert train["ranks/slowest_compute_s"] >= train["ranks/median_compute_s"] > 0

@@ -24,6 +24,7 @@ from lapse_elmo.run_folder import Hold
 from lapse_elmo.signals import RESUMABLE
 from lapse_elmo.world import World, solo
 from tests import mpi
+from tests.training.conftest import Drive
 from tests.training.corpora import (
     TINY,
     Prepared,
@@ -344,3 +345,13 @@ def test_solo_world_needs_no_saved_cursor(small: Prepared) -> None:
     with ShardSet.open(small.shards) as shards:
         cursor = Cursor(parse_train([*small.options, *TINY]), solo(), shards)
     assert cursor.sentences() is None and cursor.exact and not cursor.finished
+
+
+def test_ranks_whose_clocks_differ_agree_that_the_minutes_are_over(
+    small: Prepared, drive: Drive, tmp_path: Path
+) -> None:
+    argv = [*small.options, *TINY, "--batch-size", "8", "--run-dir", str(tmp_path / "run")]
+    longer = [*argv, "--max-steps", "9", "--max-minutes", "1"]
+    first, resumed = drive(2, [("train", [*argv, "--max-steps", "3"]), ("unequal clocks", longer)], timeout=60)
+    assert [result["error"] for result in (*first, *resumed)] == [None] * 4
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000003"]

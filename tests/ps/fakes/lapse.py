@@ -6,6 +6,7 @@ For tests of how a job starts and ends: its folder is put on the path of the pro
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 
@@ -34,6 +35,8 @@ def scheduler(num_keys: int, num_threads: int) -> None:
 def setup(num_keys: int, num_threads: int) -> None:
     if FAULT == "never up":
         time.sleep(600)
+    if FAULT == "crashes" and os.environ["PMI_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 class Server:
@@ -49,6 +52,11 @@ if FAULT != "another package":
     class Worker:
         def __init__(self, app: int, customer: int, server: Server) -> None:
             pass
+
+        def pull(self, keys: object, rows: object, later: bool) -> int:
+            if FAULT == "never answers":
+                time.sleep(600)
+            return -1
 
 
 def say(word: bytes) -> None:

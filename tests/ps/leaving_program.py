@@ -1,0 +1,54 @@
+"""A job with an error on all ranks while managers are at work: ``leaving_program.py NODES LEVEL [together|apart]``.
+
+Srun's variables are emulated. LEVEL is the MPI thread level that is asked for in place of MPI_THREAD_MULTIPLE.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import mpi4py
+import numpy as np
+
+from lapse_elmo.cores import LOCAL_SIZE_VARIABLES
+from lapse_elmo.errors import TrainingError
+from lapse_elmo.ps.embedded import EmbeddedServer
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.world import World, launch
+
+ROWS, WIDTH, CLOCKS = 4000, 64, 10
+
+
+def main(argv: list[str], join: Callable[[], World]) -> None:
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    nodes, level, how = int(argv[0]), getattr(MPI, argv[1]), argv[2]
+    initialise = MPI.Init_thread
+    MPI.Init_thread = partial(initialise, level)
+    world = join()
+    world.split(nodes)
+    for name in LOCAL_SIZE_VARIABLES:  # mpirun's; below srun there are none of them
+        os.environ.pop(name, None)
+    os.environ["SLURM_PROCID"] = str(world.rank)
+    server = EmbeddedServer(world, Layout.of(("rows", ROWS, WIDTH)), technique="adaptive")
+    out, rng = np.empty((500, WIDTH), np.float32), np.random.default_rng(world.rank)
+    for clock in range(CLOCKS):
+        keys = np.unique(rng.integers(0, ROWS, 500))
+        server.intent(keys, clock, clock + 3)
+        server.pull(keys, out[: keys.size])
+        server.push(keys, out[: keys.size])
+        server.advance_clock()
+    server.intent(np.arange(ROWS), CLOCKS, CLOCKS + 10)  # rows are on their way when the error comes
+    world.barrier()
+    if how == "apart":
+        time.sleep(world.rank)
+    raise TrainingError("no more").on_every_rank()
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:], prog="leaving_program.py")
