@@ -117,7 +117,6 @@ class EmbeddedServer(ParameterServer):
 
     def _connect(self, states: list[SegmentState]) -> None:
         world = self._world
-        world.require_threads("a parameter server of several nodes")
         spin, alert = not world.oversubscribed, self._technique == "relocation"
         arrays = self._memory.arrays
         rings = [Ring(*ends) for ends in zip(arrays["ring counters"], arrays["rings"], strict=True)]
@@ -133,8 +132,7 @@ class EmbeddedServer(ParameterServer):
                 world.leaders, self._clocks, self._synced,
             )
             self.stats.node = {state.segment.name: state.stats for state in states}
-            self._platform.start(self._manager.serve, f"manager of node {world.node}")
-        self._forget_halt = world.on_leave(self.halt)
+            self._platform.start(self._manager.serve, f"manager of node {world.node}", self.halt)
 
     def pull_async(self, keys: Array, out: Array) -> int:
         return self._pull(keys, out, whole=False)
@@ -286,7 +284,6 @@ class EmbeddedServer(ParameterServer):
                     state.close()
             self._requests.mailbox.transport.finish()
             self._world.barrier()
-            self._forget_halt()
         self.closed = True
         for rows in self._rows.values():
             rows.close()
@@ -300,7 +297,7 @@ class EmbeddedServer(ParameterServer):
     def halt(self) -> None:
         """Stop this node's manager without a word to others; for a rank that is about to leave MPI after an error."""
         if self._manager is not None:
-            self._manager.stopping = True
+            self._manager.halt()
             self._platform.join()
 
     # Talking to managers

@@ -72,7 +72,7 @@ class Manager:
     ) -> None:
         self.mailbox, self.states, self.node = mailbox, states, node
         self.handled = 0  # messages
-        self.stopping = False
+        self.stopping = self._halted = False
         self._frozen = False
         self._together_s = mailbox.transport.now()  # when messages were last sent together
         self._backoff = backoff
@@ -99,7 +99,7 @@ class Manager:
         }
 
     def serve(self) -> None:
-        """Run until stopped, with sleeps where there is nothing to do; returns when everything has left."""
+        """Run until stopped, with sleeps where there is nothing to do; return when everything has left."""
         prepared = False
         while not self.stopping:
             if self.step():
@@ -109,8 +109,13 @@ class Manager:
                 prepared = not any(state.prepare() for state in self.states)
             else:
                 self._backoff.wait()
-        self.mailbox.flush()
-        self.mailbox.transport.finish()
+        if not self._halted:
+            self.mailbox.flush()
+            self.mailbox.transport.finish()
+
+    def halt(self) -> None:
+        """Have :meth:`serve` return soon, whatever is on its way: nobody may receive any more."""
+        self._halted = self.stopping = True
 
     def step(self) -> bool:
         """Handle what has arrived and is due; return whether there was anything."""

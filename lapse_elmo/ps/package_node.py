@@ -109,7 +109,7 @@ class PackageNode(ABC):
         for segment in self.layout.segments:
             number = min(segment.num_rows, _FIRST_KEYS * self.world.size)
             rows = np.unique(np.linspace(0, segment.num_rows - 1, number).astype(np.int64))
-            self.worker.pull(segment.keys(rows), np.empty((rows.size, segment.width), np.float32), False)
+            self.worker.pull(segment.keys(rows), np.empty((rows.size, segment.row_width), np.float32), False)
 
     @abstractmethod
     def load(self) -> ModuleType:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lapse_elmo import native
 from lapse_elmo.ps.layout import Segment
@@ -19,6 +19,9 @@ from lapse_elmo.ps.node_state import Memory
 from lapse_elmo.ps.rows import SOURCE, Rows
 from lapse_elmo.ps.transport import Transport
 from lapse_elmo.world import World
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 _PR_SET_TIMERSLACK = 29
 Shapes = dict[str, tuple[tuple[int, ...], Any]]
@@ -36,8 +39,8 @@ class Platform(Protocol):
     def transport(self, tag: int, *, alert: bool) -> Transport:
         """Return this rank's end for blocks with ``tag``. ``alert``: whether waits should be short."""
 
-    def start(self, serve: Callable[[], None], name: str) -> None:
-        """Run ``serve`` at the same time as this rank's worker."""
+    def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:
+        """Run ``serve`` next to this rank's worker; call ``halt`` if the rank leaves the job before `join`."""
 
     def join(self) -> None:
         """Wait until ``serve`` has returned."""
@@ -53,7 +56,10 @@ class MpiPlatform:
         self._world = world
         self._memory: NodeMemory | None = None
         self._thread: threading.Thread | None = None
-        self._comm = world.comm.Dup() if world.comm is not None and world.num_nodes > 1 else None
+        self._comm: MPI.Comm | None = None
+        if world.comm is not None and world.num_nodes > 1:
+            world.require_threads("a parameter server of several nodes")
+            self._comm = world.comm.Dup()
         self.is_native = all(world.allgather(native.load(SOURCE) is not None))
 
     def memory(self, shapes: Shapes) -> Memory:
@@ -68,7 +74,7 @@ class MpiPlatform:
         assert self._comm is not None
         return MpiTransport(self._comm, tag, spin=not self._world.oversubscribed, alert=alert)
 
-    def start(self, serve: Callable[[], None], name: str) -> None:
+    def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:
         def run() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # short sleeps last as long as they should
             serve()
@@ -76,10 +82,13 @@ class MpiPlatform:
         # An exception in it is the rank's: threading.excepthook ends the job.
         self._thread = threading.Thread(target=run, name=name, daemon=True)
         self._thread.start()
+        self._forget_halt = self._world.on_leave(halt)
 
     def join(self) -> None:
         if self._thread is not None:
             self._thread.join()
+            self._forget_halt()
+            self._thread = None
 
     def close(self) -> None:
         if self._comm is not None:

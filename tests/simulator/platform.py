@@ -133,7 +133,7 @@ class SimPlatform:
     def transport(self, tag: int, *, alert: bool) -> SimTransport:
         return SimTransport(self._job.simulation, self._world.rank, tag)
 
-    def start(self, serve: Callable[[], None], name: str) -> None:
+    def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:
         self._manager = Task(name, serve, self._slowness)
         self._job.simulation.add(self._manager)
 
