@@ -19,6 +19,11 @@ class _Lent:
     rows: np.ndarray  # (n,) int64
     sent: np.ndarray  # (n,) int64: version that the replica has
     rounded: np.ndarray  # (n,) bool: whether it may differ in rounding
+    ending: np.ndarray  # (n,) bool: whether the holder will drop it after the round under way
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Return all arrays, in the order of the fields."""
+        return self.rows, self.sent, self.rounded, self.ending
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (indices of those of ``rows`` that are lent, which of ``rows`` they are)."""
@@ -40,7 +45,7 @@ class Lending:
     @property
     def num_bytes(self) -> int:
         """Memory of the bookkeeping."""
-        return self.num_holders.nbytes + self._version.nbytes + 17 * sum(lent.rows.size for lent in self._lent.values())
+        return self.num_holders.nbytes + self._version.nbytes + 18 * sum(lent.rows.size for lent in self._lent.values())
 
     def rows_of(self, holder: int) -> np.ndarray:
         """Return the rows lent to ``holder``, ascending."""
@@ -58,14 +63,12 @@ class Lending:
     def lend(self, rows: np.ndarray, holder: int) -> None:
         """``holder`` is about to be sent current values of the distinct ``rows``, none of which it holds."""
         lent = self._lent.get(holder)
-        new = _Lent(rows, self._version[rows], np.zeros(rows.size, bool))
+        new = _Lent(rows, self._version[rows], *np.zeros((2, rows.size), bool))
         if lent is not None:
             assert not lent.find(rows)[0].size, "rows are lent twice to a node"
-            new = _Lent(*(np.concatenate(pair) for pair in (
-                (lent.rows, new.rows), (lent.sent, new.sent), (lent.rounded, new.rounded)
-            )))
+            new = _Lent(*(np.concatenate(pair) for pair in zip(lent.arrays(), new.arrays(), strict=True)))
         order = np.argsort(new.rows, kind="stable")
-        self._lent[holder] = _Lent(new.rows[order], new.sent[order], new.rounded[order])
+        self._lent[holder] = _Lent(*(array[order] for array in new.arrays()))
         self.num_holders[rows] += 1
 
     def give_up(self, rows: np.ndarray, holder: int) -> None:
@@ -76,7 +79,7 @@ class Lending:
         kept = np.ones(lent.rows.size, bool)
         kept[places] = False
         if kept.any():
-            self._lent[holder] = _Lent(lent.rows[kept], lent.sent[kept], lent.rounded[kept])
+            self._lent[holder] = _Lent(*(array[kept] for array in lent.arrays()))
         else:
             del self._lent[holder]
         self.num_holders[rows] -= 1
@@ -98,14 +101,28 @@ class Lending:
             lent.sent[places[current]] = self._now
             lent.rounded[places[current]] = True
 
+    def end(self, rows: np.ndarray, holder: int) -> None:
+        """``holder`` will drop ``rows`` after the round under way."""
+        lent = self._lent[holder]
+        lent.ending[lent.find(rows)[0]] = True
+
+    def sole(self, holder: int) -> np.ndarray:
+        """Return the rows that ``holder`` alone holds, and will not drop."""
+        lent = self._lent.get(holder)
+        if lent is None:
+            return np.empty(0, np.int64)
+        return lent.rows[(self.num_holders[lent.rows] == 1) & ~lent.ending]
+
     def outdated(self, holder: int, exact: bool) -> np.ndarray:
-        """Return the rows that ``holder`` should be sent."""
+        """Return the rows that ``holder`` should be sent in the round under way, which needs no others."""
         lent = self._lent.get(holder)
         if lent is None:
             return np.empty(0, np.int64)
         old = self._version[lent.rows] > lent.sent
         if exact:
             old |= lent.rounded
+        old &= ~lent.ending
+        lent.ending[:] = False
         return lent.rows[old]
 
     def sending(self, rows: np.ndarray, holder: int) -> None:

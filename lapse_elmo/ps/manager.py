@@ -24,6 +24,7 @@ from lapse_elmo.ps.messages import (
     Deltas,
     Done,
     Drop,
+    Ending,
     Flush,
     Freeze,
     HolderPush,
@@ -93,7 +94,7 @@ class Manager:
             Push: self._on_push, HolderPush: self._on_holder_push, SetDone: self._on_set_done,
             Want: self._moves.on_want,
             Own: self._moves.on_own, Lend: self._moves.on_lend, Moved: self._on_moved, Drop: self._on_drop,
-            Deltas: self._on_deltas, Refresh: self._rounds.on_refresh,
+            Deltas: self._on_deltas, Ending: self._on_ending, Refresh: self._rounds.on_refresh,
             Sync: lambda m: self._job(self._manager_of(m.node), self._serve_sync(m)),
             Synced: lambda m: self._rounds.on_synced(m.node),
         }
@@ -304,6 +305,9 @@ class Manager:
         missing = state.rows.add(message.rows, message.values, mark=False)
         assert not missing.size, "deltas came for rows that are not here"
         state.lending.changed_by(message.rows, message.node)
+
+    def _on_ending(self, message: Ending) -> None:
+        self.states[message.segment].lending.end(message.rows, message.node)
 
     def _serve_sync(self, message: Sync) -> Iterator[None]:
         yield from self._moves.promote(message.node)

@@ -240,6 +240,16 @@ class Deltas(Message):
 
 
 @dataclass(frozen=True)
+class Ending(Message):
+    """Holder ``node`` to the owner: it will drop its replicas of ``rows`` after this round and needs no values."""
+
+    KIND = 22
+    segment: int
+    node: int
+    rows: Ints
+
+
+@dataclass(frozen=True)
 class Sync(Message):
     """Holder ``node`` to an owner, after its `Deltas`: send what has changed of the rows that are lent to it.
 
@@ -272,5 +282,5 @@ class Synced(Message):
 
 KINDS: tuple[type[Message], ...] = (
     Intent, Localize, Set, Flush, Freeze, Stop, Pull, Push, HolderPush, Rows, Done, SetDone, Want, Own, Lend, Moved,
-    Drop, Deltas, Sync, Refresh, Synced,
+    Drop, Deltas, Ending, Sync, Refresh, Synced,
 )

@@ -162,8 +162,8 @@ class Moves:
         if self.technique != "adaptive":
             return
         for state in self._states:
-            rows = state.lending.rows_of(holder)
-            rows = rows[(state.lending.num_holders[rows] == 1) & (state.intents[rows] == 0)]
+            rows = state.lending.sole(holder)
+            rows = rows[state.intents[rows] == 0]
             for piece in pieces(rows.size, state.segment.row_width):
                 some = rows[piece]
                 unused = some[state.intents[some] == 0]

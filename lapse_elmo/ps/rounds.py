@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from lapse_elmo.ps.directory import NOBODY, groups
-from lapse_elmo.ps.messages import Deltas, Drop, Message, Refresh, Sync
+from lapse_elmo.ps.messages import Deltas, Drop, Ending, Message, Refresh, Sync
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.ordering import fence
 from lapse_elmo.ps.transport import Transport
@@ -56,6 +56,8 @@ class Rounds:
         self._advanced_s = transport.now()
         self._snapshot = clocks.copy()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
+        self._ending: list[list[np.ndarray]] = [[] for _ in states]  # rows of which no values were asked for
+        self._kept: list[np.ndarray] = [np.empty(0, np.int64) for _ in states]  # of these, what was not released
         self._drops: list[tuple[int, Drop]] = []
         self._waiting: list[Callable[[], None]] = []
         self._flushing: list[Callable[[], None]] = []
@@ -113,6 +115,7 @@ class Rounds:
         """Send ``owner`` the deltas of ``borrowed`` rows, one message per step, and a `Sync`."""
         for state, rows in borrowed:
             width = state.segment.row_width
+            ending = rows[:0] if exact else np.setdiff1d(rows[state.intents[rows] == 0], self._kept[state.number], True)
             for piece in pieces(rows.size, width):
                 which, deltas = state.rows.collect(rows[piece])
                 if which.size:
@@ -122,6 +125,9 @@ class Rounds:
                     ))
                     state.stats.synchronised_rows += changed.size
                     yield
+            if ending.size:
+                self._ending[state.number].append(ending)
+                self._send(owner, new(Ending, segment=state.number, node=self._node, rows=ending))
         self._send(owner, new(Sync, node=self._node, exact=int(exact)))
 
     def on_refresh(self, message: Refresh) -> None:
@@ -139,8 +145,11 @@ class Rounds:
     def _finish(self) -> None:
         for state in self._states:
             self._release(state)
-        self._fence()
-        self._synced[:] = self._snapshot
+        if any(kept.size for kept in self._kept):
+            self._waiting.append(lambda: None)  # they have not been refreshed: the next round, due now, does it
+        else:
+            self._fence()
+            self._synced[:] = self._snapshot
         self._running = False
         actions, self._flushing = self._flushing, []
         for action in actions:
@@ -148,9 +157,11 @@ class Rounds:
 
     def _release(self, state: SegmentState) -> None:
         """Drop the replicas whose intents have ended; one with new deltas stays for another round."""
-        if not self._ended[state.number]:
+        ended = self._ended[state.number] + self._ending[state.number]
+        if not ended:
+            self._kept[state.number] = self._kept[state.number][:0]
             return
-        rows = np.unique(np.concatenate(self._ended[state.number]))
+        rows = np.unique(np.concatenate(ended))
         rows = rows[(state.intents[rows] == 0) & (state.lender[rows] != NOBODY)]
         gone, lenders = state.release(rows)
         for owner, chosen in groups(lenders):
@@ -158,6 +169,9 @@ class Rounds:
             self._drops.append((owner, drop))
         left = rows[state.lender[rows] != NOBODY]
         self._ended[state.number] = [left] if left.size else []
+        ending = [rows[state.lender[rows] != NOBODY] for rows in self._ending[state.number]]
+        self._kept[state.number] = np.concatenate([left[:0], *ending])
+        self._ending[state.number].clear()
 
     def send_drops(self) -> None:
         """Tell owners which replicas are gone: before anything else about these rows is sent to them."""

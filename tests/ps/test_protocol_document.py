@@ -11,7 +11,7 @@ from tests.mpi import ROOT
 
 def test_the_table_of_messages_is_that_of_the_code() -> None:
     text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-    table = {name: arrays for name, arrays in re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([^|]*) \|", text, re.MULTILINE)}
+    table = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([^|]*) \|", text, re.MULTILINE))
     assert set(table) == {kind.__name__ for kind in KINDS}
     for kind in KINDS:
         arrays = [field.name for field in dataclasses.fields(kind) if field.type in ("Ints", "Values")]

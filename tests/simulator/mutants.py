@@ -107,8 +107,8 @@ MUTANTS = (
     ),
     Mutant(
         "rows that several hold are promoted", "moves.py",
-        "(state.lending.num_holders[rows] == 1) & ",
-        "",
+        "rows = state.lending.sole(holder)",
+        "rows = state.lending.rows_of(holder)",
     ),
     Mutant(
         "promoted rows stay lent", "moves.py",
@@ -190,6 +190,16 @@ MUTANTS = (
         "replicas are dropped without a word", "rounds.py",
         "self._drops.append((owner, drop))",
         "pass",
+    ),
+    Mutant(
+        "a round counts although replicas were not refreshed", "rounds.py",
+        "if any(kept.size for kept in self._kept):",
+        "if False:",
+    ),
+    Mutant(
+        "what stays once may end again and again", "rounds.py",
+        "np.setdiff1d(rows[state.intents[rows] == 0], self._kept[state.number], True)",
+        "rows[state.intents[rows] == 0]",
     ),
     Mutant(
         "deltas are not sent", "rounds.py",

@@ -103,8 +103,10 @@ class CountingPlatform(SimPlatform):
 class _Worker:
     """The steps of one worker."""
 
-    def __init__(self, workload: Workload, job: Job, rank: int, counts: Counter[str]) -> None:
-        self.workload, self.job, self.rank, self.counts = workload, job, rank, counts
+    def __init__(
+        self, workload: Workload, job: Job, rank: int, counts: Counter[str], warm_up: Counter[str]
+    ) -> None:
+        self.workload, self.job, self.rank, self.counts, self.warm_up = workload, job, rank, counts, warm_up
         self.world = SimWorld(job, rank)
         self.platform = CountingPlatform(self.world, workload, counts)
         self.distribution = Distribution("log-uniform", workload.num_classes)
@@ -119,11 +121,9 @@ class _Worker:
         batches = [self.batch(step) for step in range(2)]
         for step in range(workload.steps):
             if step == workload.warm_up:
+                before = [(stats.pulled_rows, stats.remote_pulled_rows) for stats in server.stats.segments.values()]
                 if self.rank == 0:
-                    self.counts.clear()
-                for stats in server.stats.segments.values():
-                    self.counts["pulled"] -= stats.pulled_rows
-                    self.counts["remote"] -= stats.remote_pulled_rows
+                    self.warm_up.update(self.counts)
             if step == 0:
                 self.announce(server, batches[0], 0)
             self.announce(server, batches[1], step + 1)
@@ -136,14 +136,14 @@ class _Worker:
                 server.push(layout[name].keys(rows), pulled[name])
             server.advance_clock()
             batches = [batches[1], self.batch(step + 2)]
-        self.finish(server)
+        self.finish(server, before)
 
-    def finish(self, server: EmbeddedServer) -> None:
-        """Note what the rank's server has counted."""
+    def finish(self, server: EmbeddedServer, before: list[tuple[int, int]]) -> None:
+        """Note what the rank's server has counted since the warm-up."""
         self.world.barrier()
-        for stats in server.stats.segments.values():
-            self.counts["pulled"] += stats.pulled_rows
-            self.counts["remote"] += stats.remote_pulled_rows
+        for stats, (pulled, remote) in zip(server.stats.segments.values(), before, strict=True):
+            self.counts["pulled"] += stats.pulled_rows - pulled
+            self.counts["remote"] += stats.remote_pulled_rows - remote
         if server._manager is not None:
             arrays = server._memory.arrays.items()
             size = sum(array.nbytes for name, array in arrays if not name.endswith((MAIN_ROWS, REPLICA_ROWS)))
@@ -186,12 +186,14 @@ def count(workload: Workload) -> Counts:
     simulation = Simulation(Random(0), Pace(latency_s=5e-5, slow_share=0.0, preemption=0.0, poll_s=1e-3), longest_s=1e6)
     job = Job(simulation, workload.num_nodes, workload.workers_per_node)
     counts: Counter[str] = Counter()
+    warm_up: Counter[str] = Counter()  # what was counted until its end
     for rank in range(job.size):
-        simulation.add(Task(f"worker {rank}", _Worker(workload, job, rank, counts).run))
+        simulation.add(Task(f"worker {rank}", _Worker(workload, job, rank, counts, warm_up).run))
     simulation.run()
+    counts.subtract(warm_up)
     share = 1 / (workload.num_nodes * (workload.steps - workload.warm_up))
     tokens = workload.num_tokens * workload.workers_per_node
-    worker = _Worker(workload, job, 0, counts)
+    worker = _Worker(workload, job, 0, counts, warm_up)
     return Counts(
         transmissions=counts["transmissions"] * share,
         messages=counts["messages"] * share,
