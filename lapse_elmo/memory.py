@@ -86,8 +86,9 @@ def _replica_bytes(config: Config, num_classes: int, positions: int, world: Worl
     drawers = workers if config.softmax.share_samples == "none" else 1
     words = min(elsewhere, steps * workers * positions)
     classes = min(elsewhere, steps * (drawers * config.softmax.num_samples + workers * 2 * positions))
-    size, width = config.model.projection_size, 4 * UpdateRule(config.optimizer).width(1)
-    return 2 * width * (words * size + classes * (size + 1))
+    size, rule = config.model.projection_size, rule_of(config.optimizer)
+    word, target = (width + rule.state_width(width) for width in (size, size + 1))
+    return 2 * 4 * (words * word + classes * target)  # a replica has its deltas after it
 
 
 def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:
