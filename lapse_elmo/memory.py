@@ -87,8 +87,8 @@ def _replica_bytes(config: Config, num_classes: int, positions: int, world: Worl
     words = min(elsewhere, steps * workers * positions)
     classes = min(elsewhere, steps * (drawers * config.softmax.num_samples + workers * 2 * positions))
     size, rule = config.model.projection_size, rule_of(config.optimizer)
-    word, class_ = (4 * (width + rule.state_width(width)) for width in (size, size + 1))
-    return 2 * (words * word + classes * class_)
+    word, target = (width + rule.state_width(width) for width in (size, size + 1))
+    return 2 * 4 * (words * word + classes * target)  # a replica has its deltas after it
 
 
 def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:

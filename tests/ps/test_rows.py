@@ -162,13 +162,18 @@ def test_the_way_of_rows(pair: Pair) -> None:
     for some in pair.both:
         some.overwrite(COPIES[:3], values[:3])
     pair.same()
-    equal(some.release(COPIES) for some in pair.both)
+    for some in pair.both:
+        some.promote(COPIES[-4:], np.arange(50, 54), values[:4])
+    pair.same()
+    equal(some.release(COPIES[:-4]) for some in pair.both)
     outs = [np.empty((MAINS.size, wide), np.float32) for _ in pair.both]
     for some, out in zip(pair.both, outs, strict=True):
         some.take(MAINS, out)
     equal(outs)
     pair.same()
-    assert not (pair.both[0].kinds() == MAIN).any() and (pair.both[0].kinds() == COPY).any()
+    kinds = pair.both[0].kinds()
+    np.testing.assert_array_equal(np.flatnonzero(kinds == MAIN), COPIES[-4:])  # what was promoted
+    assert (kinds == COPY).any()
 
 
 def test_accumulators_are_exact_sums_of_squares() -> None:
