@@ -176,12 +176,12 @@ class TrainingConfig:
     )
     batch_size: int = option(32, metavar="B", help="sentences per step and rank, at most")
     first_batch: int = option(
-        32, metavar="N",
+        8, metavar="N",
         help="sentences of the first step, of all ranks together, which share them equally (0: --batch-size per rank "
         "at every step)",
     )
     growth_tokens: int = option(
-        300_000, metavar="N",
+        75_000, metavar="N",
         help="tokens in which the global batch grows by --first-batch, up to --batch-size per rank (0: it stays)",
     )
     accumulate: int = option(
