@@ -27,12 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learning import steps_until
 from lapse_elmo.config.cli import option, parse
-from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.cores import usable_cores
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import batch_streams
-from lapse_elmo.world import solo
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = 12  # of a run, in addition to those at the ends of epochs
@@ -79,24 +77,13 @@ def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def steps_for(study: Study, num_ranks: int, shards: ShardSet) -> tuple[int, int]:
-    """(steps until the largest budget is trained, epochs that takes)."""
-    config: Config = parse_train([*shlex.split(study.options), "--accumulate", str(num_ranks)])
-    (stream, *_) = batch_streams(config, solo(), shards)
-    wanted = max(study.tokens) / (shards.num_tokens / shards.num_sentences)
-    epoch, steps = 0, 0
-    while stream.trained_before(epoch, stream.steps_of(epoch)) < wanted - 0.5:
-        steps, epoch = steps + stream.steps_of(epoch), epoch + 1
-    here = next(n for n in range(stream.steps_of(epoch) + 1) if stream.trained_before(epoch, n) >= wanted - 0.5)
-    return steps + here, epoch + 1
-
-
 def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
     """Train, unless that is done; the run's folder."""
     run_dir = Path(study.output) / f"ranks-{num_ranks}-seed-{seed}"
     done = run_dir / "done"
     if not done.exists():
-        steps, epochs = steps_for(study, num_ranks, shards)
+        sentences = max(study.tokens) * shards.num_sentences / shards.num_tokens
+        steps, epochs = steps_until(sentences, num_ranks, shlex.split(study.options), shards)
         every = str(max(steps // EVALUATIONS, 1))
         more = ("--seed", str(seed), "--epochs", str(epochs), "--max-steps", str(steps), "--evaluate-every", every)
         processes = processes_for(study, num_ranks)
