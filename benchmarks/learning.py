@@ -9,12 +9,14 @@ benchmarks/learning.md holds the figures and those of the peers on the same text
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from lapse_elmo.corpus.shards import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = 1_490_000  # what bilm-tf was given for the anchor
@@ -36,8 +38,9 @@ def main(argv: list[str]) -> None:
         vocab, shards, run_dir = (f"{folder}/{name}" for name in ("vocab.txt", "shards", "run"))
         run("bin/preprocess", "vocab", train, "--output", vocab)
         run("bin/preprocess", "shards", train, "--heldout", heldout, "--vocab", vocab, "--output", shards)
-        size = options[options.index("--batch-size") + 1] if "--batch-size" in options else "32"
-        steps = math.ceil(IDS / (ids_of_epoch(shards) / steps_of_epoch(shards, ranks, int(size))))
+        with ShardSet.open(shards, "train") as train_set:
+            ids_per_sentence = train_set.num_tokens / train_set.num_sentences + 2
+            steps, _ = steps_until(IDS / ids_per_sentence, ranks, options, train_set)
         run(
             *(f"{sys.prefix}/bin/mpirun", "-n", str(ranks), "bin/train", "--shards", shards, "--vocab", vocab),
             *("--run-dir", run_dir, "--epochs", "1000", "--max-steps", str(steps), *options),
@@ -48,20 +51,18 @@ def main(argv: list[str]) -> None:
                 print(f"{record['epoch']:3}  {record['heldout/mean_perplexity']:.1f}")
 
 
-def ids_of_epoch(shards: str) -> int:
-    """Tokens and boundary ids of an epoch."""
-    from lapse_elmo.corpus.shards import ShardSet
+def steps_until(sentences: float, num_ranks: int, options: Sequence[str], shards: ShardSet) -> tuple[int, int]:
+    """(steps until all ranks together have trained so many sentences, epochs of that), with bin/train's ``options``."""
+    from lapse_elmo.config.training import parse_train
+    from lapse_elmo.cursor import batch_streams
+    from lapse_elmo.world import solo
 
-    with ShardSet.open(shards, "train") as train:
-        return train.num_tokens + 2 * train.num_sentences
-
-
-def steps_of_epoch(shards: str, ranks: int, batch_size: int) -> int:
-    """Steps that every rank takes in an epoch."""
-    from lapse_elmo.corpus.shards import ShardSet
-
-    with ShardSet.open(shards, "train") as train:
-        return math.ceil(math.ceil(train.num_sentences / ranks) / batch_size)
+    (stream, *_) = batch_streams(parse_train([*options, "--accumulate", str(num_ranks)]), solo(), shards)
+    epoch, steps = 0, 0
+    while stream.trained_before(epoch, stream.steps_of(epoch)) < sentences - 0.5:
+        steps, epoch = steps + stream.steps_of(epoch), epoch + 1
+    here = next(n for n in range(stream.steps_of(epoch) + 1) if stream.trained_before(epoch, n) >= sentences - 0.5)
+    return steps + here, epoch + 1
 
 
 if __name__ == "__main__":

@@ -120,5 +120,5 @@ class Parameters:
         node = world.node if self.config.server.ps == "embedded" else world.rank
         return Sampler(
             distribution, softmax.sampling_scheme, softmax.replacement, self.config.training.seed, world.rank, node,
-            softmax.share_samples,
+            softmax.share_samples, self.config.training.accumulate,
         )

@@ -17,7 +17,7 @@ def plan_lines(
     config: Config, world: World, corpus: Corpus, device: Device, cursor: Cursor, start: Start
 ) -> list[str]:
     """Collective: the table of ranks, and what is about to be trained."""
-    stream, part = cursor.stream, cursor.stream.part
+    part = cursor.part
     numbers = corpus.train.shards_of(part.first, part.end)
     files = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
     row = (
@@ -29,8 +29,8 @@ def plan_lines(
     lines.append(
         f"{corpus.train.num_sentences:,} training sentences ({corpus.train.num_tokens:,} tokens, "
         f"{corpus.train.num_unknown / max(corpus.train.num_tokens, 1):.1%} unknown), {corpus.heldout.num_sentences:,} "
-        f"held-out, {corpus.vocabulary.size:,} classes; {stream.steps_per_epoch:,} steps an epoch, "
-        f"{cursor.num_steps:,} in all"
+        f"held-out, {corpus.vocabulary.size:,} classes; {cursor.steps_of(cursor.epoch):,} steps in this "
+        f"epoch, {cursor.num_steps:,} in all"
     )
     lines += start.notes
     if start.path is not None:

@@ -60,13 +60,13 @@ def read_metrics(run_dir: Path) -> Records:
 
 
 def draw(records: Records, title: str) -> Figure:
-    """Six panels: loss and speed, local share, waiting, traffic, rows by node, and rows by frequency."""
+    """Eight panels: what was learnt, local share, waiting, traffic, rows by node and by frequency, batch, rate."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure((14, 12), layout="constrained")
+    figure = Figure((14, 16), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(3, 2)
+    axes = figure.subplots(4, 2)
     train = [record for record in records if record["kind"] == "train"]
     placed = [record for record in records if record["kind"] == "placement"]
     _draw_loss(axes[0, 0], train, [record for record in records if record["kind"] == "epoch"])
@@ -75,6 +75,8 @@ def draw(records: Records, title: str) -> Figure:
     _draw_traffic(axes[1, 1], train)
     _draw_owners(axes[2, 0], placed)
     _draw_bands(figure, axes[2, 1], placed)
+    _draw_batch(axes[3, 0], train)
+    _draw_rate(axes[3, 1], train)
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -102,6 +104,26 @@ def _draw_loss(axis: Axes, train: Records, epochs: Records) -> None:
     speed.set_ylabel("tokens/s (grey)")
     speed.set_ylim(bottom=0)
     axis.set_title("What was learnt, and how fast")
+
+
+def _draw_batch(axis: Axes, train: Records) -> None:
+    axis.plot(*_series(train, "train/global_batch_tokens"), color="black", label="global batch")
+    axis.plot(*_series(train, "train/noise_scale_tokens"), ".", color="tab:red", label="gradient noise scale")
+    axis.set_yscale("log")
+    axis.set_ylabel("tokens")
+    axis.legend(loc="lower right")
+    axis.set_title("The batch of all ranks, and the batch that the gradient noise would bear")
+
+
+def _draw_rate(axis: Axes, train: Records) -> None:
+    axis.plot(*_series(train, "train/learning_rate"), color="black", label="learning rate")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("learning rate")
+    norms = axis.twinx()
+    norms.plot(*_series(train, "train/gradient_norm"), color="0.7")
+    norms.set_yscale("log")
+    norms.set_ylabel("gradient norm before clipping (grey)")
+    axis.set_title("How far a step goes")
 
 
 def _draw_local_share(axis: Axes, train: Records) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,17 +38,33 @@ class StepResult:
     """What a step did, over all ranks: sums of nll (nats), targets, tokens; the gradient norm before clipping.
 
     ``flags`` are what each rank had to say to all at this step. ``seconds`` are this rank's, by phase: pull, compute,
-    agree (waiting for other ranks), push. ``compute_s`` (ranks,) are the compute seconds of every rank.
+    agree (waiting for other ranks), push. ``compute_s`` (ranks,) are the compute seconds of every rank. ``signal`` and
+    ``noise`` are parts of the gradient noise scale (:func:`noise_of`), 0 where the step cannot tell.
     """
 
     nll: float
     num_targets: int
     num_tokens: int
     num_cut: int
+    num_sentences: int
     gradient_norm: float
+    learning_rate: float
+    signal: float
+    noise: float
     flags: tuple[int, ...]
     seconds: dict[str, float]
     compute_s: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a part of the step has computed: its rows as pulled, and their gradients."""
+
+    batch: Batch
+    pulled: _Pulled
+    nll: float
+    embedding: Tensor
+    softmax: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,14 +79,19 @@ class _Pulled:
 
 
 class TrainingStep:
-    """Trains one batch a call, on every rank at the same time (collective).
+    """Trains a batch of each of the rank's parts per call, on every rank at the same time (collective).
 
-    The loss whose gradient is taken is nll / ``mean_targets``, so each target weighs the same, as with bilm-tf, whose
-    batches are equally large. With nll / targets of the batch, one of very short sentences would move the parameters
-    as far as one of long ones, and towards ending every sentence at once.
+    The loss whose gradient is taken is nll / targets of an average batch of the same number of sentences, so each
+    target weighs the same, as with bilm-tf, whose batches are equally large. With nll / targets of the batch, one of
+    very short sentences would move the parameters as far as one of long ones, and towards ending every sentence at
+    once.
 
-    :param mean_targets: how many targets a batch has on average.
+    With K parts (``--accumulate``) a rank does what K ranks would: all parts are computed with the same parameters,
+    the dense gradients are averaged over all parts of all ranks, and the rows' gradients are pushed part by part.
+
+    :param sentence_targets: how many targets, of both directions, a sentence has on average.
     :param flag: a number asked for once a step on every rank; ``StepResult.flags`` has those of all ranks, on all.
+    :ivar tells_noise: whether there are several gradients of the same parameters to tell the noise from.
     :ivar remark: what a log should say of how dense gradients are summed, if anything.
     """
 
@@ -80,7 +101,7 @@ class TrainingStep:
         world: World,
         parameters: Parameters,
         device: torch.device,
-        mean_targets: float,
+        sentence_targets: float,
         flag: Callable[[], int],
     ) -> None:
         self.config = config
@@ -89,13 +110,14 @@ class TrainingStep:
         self.model: BiLM = parameters.model
         self.device = device
         self.uplink = Uplink(device)
-        self.loss_factor = config.optimizer.loss_scale / mean_targets
+        self.sentence_factor = config.optimizer.loss_scale / sentence_targets
         self.flag = flag
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
         self._mean: DenseMean | None = None
         self.remark = ""
+        self.tells_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
         if parameters.dense_table is None:
             self._mean, self.remark = open_dense_mean(world, device, sum(p.numel() for p in self._dense))
 
@@ -113,39 +135,68 @@ class TrainingStep:
             return AnnouncedBatch(batch, None)
         return AnnouncedBatch(batch, server.prepare_sample(self.config.softmax.num_samples, clock, clock + 1))
 
-    def __call__(self, announced: AnnouncedBatch, step: int) -> StepResult:
-        batch = announced.batch
+    def __call__(self, announced: Sequence[AnnouncedBatch], step: int, rate: float) -> StepResult:
+        """Train the step's batches, one of each part, at the learning rate ``rate``.
+
+        :raises TrainingError: on every rank, before anything is pushed, if a gradient is not finite.
+        """
         timer = _Timer("pull")
-        pulled = self._pull(announced)
-        timer.next("compute")
-        nll, embedding, softmax = self._compute(batch, pulled, step)
+        parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
-        dense_mean = self._start_mean([_gradient(p) for p in self._dense])
-        square = _square(0.0, embedding, softmax)
+        dense_mean = self._start_mean(gradients)
+        if self.tells_noise and len(parts) == 1:
+            square = _square(0.0, *gradients)  # while the ranks' gradients are being summed
+        sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts)
         dense = dense_mean()
-        square = _square(square, *dense)
+        dense_square = _square(0.0, *dense)
         mine = np.array(
             [
-                *(nll, batch.num_targets, batch.num_tokens, batch.num_cut, square, self.flag()),
+                *(sum(part.nll for part in parts), *_counts(parts), sparse + dense_square, square, self.flag()),
                 timer.seconds["compute"],
             ],
             np.float64,
         )
         ranks = self.world.gather_numbers(mine)
         # The mean over the ranks, so that all of them take the same factor, and the same way here.
-        norm = math.sqrt(float(ranks[:, 4].mean()))
+        norm = math.sqrt(float(ranks[:, 5].mean()))
         if not (math.isfinite(norm) and np.isfinite(ranks).all()):
-            self._refuse(batch, step, nll, (embedding, softmax))
+            self._refuse(parts, step, gradients)
         timer.next("push")
-        self._push(pulled, embedding, softmax, dense, self._clip_factor(norm))
+        self._push(parts, dense, self._clip_factor(norm), rate)
         self.parameters.server.advance_clock()
         timer.end()
         total = ranks.sum(0)
+        signal, noise = 0.0, 0.0
+        if self.tells_noise:
+            num_parts = self.world.size * len(parts)
+            signal, noise = noise_of(float(total[6]) / self.world.size, dense_square, num_parts, float(total[2]))
         return StepResult(
             nll=float(total[0]), num_targets=int(total[1]), num_tokens=int(total[2]), num_cut=int(total[3]),
-            gradient_norm=norm, flags=tuple(ranks[:, 5].astype(int).tolist()), seconds=timer.seconds,
-            compute_s=ranks[:, 6],
+            num_sentences=int(total[4]), gradient_norm=norm, learning_rate=rate, signal=signal, noise=noise,
+            flags=tuple(ranks[:, 7].astype(int).tolist()), seconds=timer.seconds, compute_s=ranks[:, 8],
         )
+
+    def _parts(
+        self, announced: Sequence[AnnouncedBatch], step: int, timer: _Timer
+    ) -> tuple[list[_Part], list[Tensor], float]:
+        """Compute every part: the parts, the mean of their dense gradients, the mean of these' squared norms."""
+        parts: list[_Part] = []
+        sums: list[Tensor] = []
+        square = 0.0
+        for number, of_part in enumerate(announced):
+            if number:
+                timer.next("pull")
+            pulled = self._pull(of_part)
+            timer.next("compute")
+            worker = self.world.rank * len(announced) + number
+            parts.append(_Part(of_part.batch, pulled, *self._compute(of_part.batch, pulled, worker, step)))
+            gradients = [_gradient(p) for p in self._dense]
+            if len(announced) == 1:
+                return parts, gradients, 0.0
+            square += _square(0.0, *gradients)
+            # The next part's backward pass makes new ones: these are free to hold the sums.
+            sums = [total.add_(one) for total, one in zip(sums, gradients, strict=True)] if number else gradients
+        return parts, [total.div_(len(announced)) for total in sums], square / len(announced)
 
     def _pull(self, announced: AnnouncedBatch) -> _Pulled:
         batch, softmax = announced.batch, self.parameters.softmax
@@ -162,7 +213,7 @@ class TrainingStep:
         targets, samples = index[: batch.num_targets], index[batch.num_targets :]
         return _Pulled(embedding, softmax.pull(rows), rows, targets, samples)
 
-    def _compute(self, batch: Batch, pulled: _Pulled, step: int) -> tuple[float, Tensor, Tensor]:
+    def _compute(self, batch: Batch, pulled: _Pulled, worker: int, step: int) -> tuple[float, Tensor, Tensor]:
         """(nll, gradient of the embedding rows, of the softmax rows); dense gradients are left in ``.grad``."""
         for parameter in self._dense:
             parameter.grad = None
@@ -171,7 +222,7 @@ class TrainingStep:
             return 0.0, *(torch.zeros(w.shape, device=self.device) for w in weights)  # type: ignore[return-value]
         # On a GPU the softmax rows cross while the LSTM computes.
         take_embedding, take_softmax = (self.uplink.send(w) for w in weights)
-        dropout = torch_stream(self.config.training.seed, "dropout", self.world.rank, step)
+        dropout = torch_stream(self.config.training.seed, "dropout", worker, step)
         embedding = take_embedding().requires_grad_()
         context = predicting_vectors(self.model, embedding, batch, dropout)
         softmax = take_softmax().requires_grad_()
@@ -179,7 +230,7 @@ class TrainingStep:
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
             self._log_expected(pulled.softmax_rows), precision=self.config.model.precision,
         )
-        (nll * self.loss_factor).backward()
+        (nll * self._loss_factor(batch)).backward()
         return float(nll.detach()), _gradient(embedding), _gradient(softmax)
 
     def _log_expected(self, rows: np.ndarray) -> Tensor | None:
@@ -201,14 +252,15 @@ class TrainingStep:
         bound = self.config.optimizer.clip_norm
         return bound / norm if bound and norm > bound else 1.0
 
-    def _push(
-        self, pulled: _Pulled, embedding: Tensor, softmax: Tensor, dense: list[Tensor], scale: float
-    ) -> None:
+    def _push(self, parts: Sequence[_Part], dense: list[Tensor], scale: float, rate: float) -> None:
         parameters = self.parameters
+        parameters.set_learning_rate(rate)
 
         def push_rows() -> None:
-            parameters.embedding.push(pulled.embedding, embedding, scale)
-            parameters.softmax.push(pulled.softmax, softmax, scale)
+            for part in parts:
+                of_rows = scale * self._row_factor(part.batch)
+                parameters.embedding.push(part.pulled.embedding, part.embedding, of_rows)
+                parameters.softmax.push(part.pulled.softmax, part.softmax, of_rows)
 
         if self.config.training.sync:
             # All have pulled (the gradients were summed since), and now push one after another.
@@ -219,24 +271,37 @@ class TrainingStep:
         else:
             push_rows()
         if parameters.dense_table is not None:
-            parameters.dense_table.push(dense, scale)
+            # The ranks' steps add up in the server: with gradients of 1 / R they go as far as one on the mean.
+            parameters.dense_table.push(dense, scale / self.world.size)
         else:
             parameters.dense_optimizer.step(dense, scale)
 
-    def _refuse(self, batch: Batch, step: int, nll: float, sparse: tuple[Tensor, Tensor]) -> None:
-        """Collective: end the run before anything is pushed, naming rank, step and sentences."""
+    def _row_factor(self, batch: Batch) -> float:
+        """What makes of the rows' gradients of the mean loss those of the summed loss, times --row-scale."""
+        optimizer = self.config.optimizer
+        factor = optimizer.row_scale if optimizer.optimizer == "adagrad" else 0.0  # plain descent has no such measure
+        return factor / self._loss_factor(batch) if factor else 1.0
+
+    def _loss_factor(self, batch: Batch) -> float:
+        return self.sentence_factor / batch.size
+
+    def _refuse(self, parts: Sequence[_Part], step: int, gradients: Sequence[Tensor]) -> None:
+        """Collective: end the run before anything is pushed, naming rank, step and sentences.
+
+        :param gradients: this rank's dense ones, not the ranks' sum, which does not say whose was not finite.
+        """
 
         def check() -> None:
-            # The dense gradients as they were before the ranks' were summed: a sum does not say whose was not finite.
-            mine = _square(0.0, *sparse, *(_gradient(p) for p in self._dense))
-            if not (math.isfinite(nll) and math.isfinite(mine)):
-                what = "gradient norm" if math.isfinite(nll) else "loss"
-                shown = ", ".join(map(str, np.sort(batch.sentences)[:8]))
-                shown += ", ..." if batch.sentences.size > 8 else ""
-                raise TrainingError(
-                    f"the {what} is not finite at step {step} (sentences {shown}); nothing was pushed; lower "
-                    "--learning-rate, --loss-scale or --clip-norm"
-                )
+            dense = _square(0.0, *gradients)
+            for part in parts:
+                if not (math.isfinite(part.nll) and math.isfinite(_square(dense, part.embedding, part.softmax))):
+                    what = "gradient norm" if math.isfinite(part.nll) else "loss"
+                    shown = ", ".join(map(str, np.sort(part.batch.sentences)[:8]))
+                    shown += ", ..." if part.batch.sentences.size > 8 else ""
+                    raise TrainingError(
+                        f"the {what} is not finite at step {step} (sentences {shown}); nothing was pushed; lower "
+                        "--learning-rate, --loss-scale or --clip-norm"
+                    )
 
         self.world.together(check)
         raise TrainingError(
@@ -264,6 +329,27 @@ def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: to
     )
 
 
+def noise_of(mean_square: float, square: float, num_parts: int, num_tokens: float) -> tuple[float, float]:
+    """(signal, noise) of a step: unbiased estimates of the true gradient's squared norm, and of the squared deviation
+    from it of the gradient of a single token.
+
+    Their ratio is the gradient noise scale in tokens (McCandlish et al. 2018, arXiv:1812.06162, appendix A): the batch
+    at which half of an averaged gradient's squared norm is noise. Each is noisy, and the signal may be below 0: sum
+    both over many steps before dividing.
+
+    :param mean_square: mean over the parts of the squared norm of a part's gradient. :param square: squared norm of the
+        mean of these gradients. :param num_parts: 2 or more. :param num_tokens: of all parts.
+    """
+    signal = (num_parts * square - mean_square) / (num_parts - 1)
+    return signal, (mean_square - square) * num_tokens / (num_parts - 1)
+
+
+def _counts(parts: Sequence[_Part]) -> np.ndarray:
+    """Targets, tokens, cut sentences and sentences of the parts."""
+    batches = [part.batch for part in parts]
+    return np.array([[b.num_targets, b.num_tokens, b.num_cut, b.sentences.size] for b in batches]).sum(0)
+
+
 def _square(before: float, *tensors: Tensor) -> float:
     """``before`` and the sum of all squares."""
     return sum(map(sum_of_squares, tensors), before)
@@ -286,7 +372,7 @@ class _Timer:
 
     def end(self) -> None:
         self._range.__exit__(None, None, None)
-        self.seconds[self._phase] = time.perf_counter() - self._start
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
 
     def _begin(self, phase: str) -> None:
         self._phase, self._start = phase, time.perf_counter()

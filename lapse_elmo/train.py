@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lapse_elmo import checkpoint
 from lapse_elmo.batches import Batch, read_ahead
@@ -20,81 +17,24 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, choose_device
+from lapse_elmo.divergence import MARGIN_NATS, advice
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
-from lapse_elmo.evaluate import Perplexity, evaluate, unigram_perplexity
+from lapse_elmo.evaluate import evaluate, unigram_perplexity
 from lapse_elmo.memory import check_memory
 from lapse_elmo.metrics.profile import StepProfile
-from lapse_elmo.metrics.run_log import Meter, RunLog, table
+from lapse_elmo.metrics.run_log import Meter, RunLog
 from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import Corpus, Hold, Start, find_start, name_run, prepare
+from lapse_elmo.run_state import EpochResult, RunState, summary
+from lapse_elmo.schedule import Schedule
 from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
-from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
+from lapse_elmo.step import AnnouncedBatch, TrainingStep
 from lapse_elmo.world import World
 
-# What a rank says to all at a step, beside the saver's own flags: save, end for good, or save and end for now.
+# What a rank says to all at a step, in addition to the saver's own flags: save, end for good, or save and end for now.
 SAVE, END, SIGNAL = 4, 8, 16
-_SHOWN = 20  # rows of the final table
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One row of the final table."""
-
-    step: int
-    epoch: float  # epochs done so far; a fraction within one
-    num_tokens: int
-    tokens_per_s: float
-    training_loss: float
-    heldout: Perplexity
-
-
-@dataclass
-class RunState:
-    """What a run knows beside its parameters and its place in the corpus; a checkpoint holds it.
-
-    :ivar meter: since the last report. :ivar whole: since the start of the epoch.
-    :ivar evaluation_due: whether a signal kept an evaluation from happening.
-    :ivar trained_s: seconds of training before this process. :ivar served: the server meter's counts.
-    """
-
-    meter: Meter = field(default_factory=Meter)
-    whole: Meter = field(default_factory=Meter)
-    results: list[EpochResult] = field(default_factory=list)
-    evaluation_due: bool = False
-    trained_s: float = 0.0
-    served: list[float] = field(default_factory=list)
-    start: float = field(default_factory=time.monotonic)
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training in all."""
-        return self.trained_s + time.monotonic() - self.start
-
-    def add(self, result: StepResult) -> None:
-        self.meter.add(result)
-        self.whole.add(result)
-
-    def out_of_patience(self, patience: int) -> bool:
-        """Whether ``patience`` evaluations in a row, the last ones, were no better than one before."""
-        measured = [result.heldout.mean for result in self.results]
-        return 0 < patience < len(measured) and min(measured[-patience:]) >= min(measured[:-patience])
-
-    def plain(self) -> dict[str, Any]:
-        return {
-            "meter": self.meter.state(), "whole": self.whole.state(),
-            "results": [dataclasses.asdict(result) for result in self.results],
-            "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s, "served": self.served,
-        }
-
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> RunState:
-        results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
-        return cls(
-            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],
-            plain["served"],
-        )
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> int:
@@ -123,7 +63,8 @@ def train(
 ) -> int:
     """Collective: make the parameters, new or as they were saved, and train; the exit status."""
     run_dir = Path(config.run.run_dir)
-    parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=start.step)
+    first_sample = start.step * config.training.accumulate
+    parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=first_sample)
     world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
     if start.path is None:
         parameters.initialise()
@@ -132,10 +73,9 @@ def train(
     training = Training(config, world, corpus, parameters, device, start, stop)
     training.announce(memory)
     status = training.run()
-    if status == COMPLETE:
-        unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
-        if world.rank == 0:
-            print(summary(training.state.results, unigram, run_dir))
+    if status == COMPLETE and world.rank == 0:
+        unigram = math.exp(training.state.watch.bound - MARGIN_NATS)
+        print(summary(training.state.results, unigram, run_dir))
     parameters.server.close()
     return status
 
@@ -156,6 +96,11 @@ class Training:
         self.run_dir = Path(config.run.run_dir)
         self.cursor = Cursor(config, world, corpus.train, start.cursor)
         self.state = RunState.of(start.manifest["state"]) if start.manifest else RunState()
+        if math.isinf(self.state.watch.bound):
+            unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
+            self.state.watch.bound = math.log(unigram) + MARGIN_NATS
+        self.sentence_tokens = min(corpus.train.num_tokens / corpus.train.num_sentences, config.data.max_length)
+        self.schedule = Schedule(config.optimizer, self.cursor.run_sentences() * self.sentence_tokens)
         self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf
         self.log = RunLog(
@@ -179,7 +124,7 @@ class Training:
     def run(self) -> int:
         """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""
         every, cursor, state, log = self.config.run, self.cursor, self.state, self.log
-        targets = mean_targets(self.config, self.world, self.corpus.train)
+        targets = sentence_targets(self.config, self.corpus.train)
         step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
         if step_once.remark:
             log.say(step_once.remark)
@@ -195,21 +140,25 @@ class Training:
             for announced in source:
                 log.epoch = cursor.epoch + 1
                 with profile.of_step():
-                    result = step_once(announced, cursor.step + 1)
-                epoch_ended = cursor.trained(announced.batch)
+                    result = step_once(announced, cursor.step + 1, self.rate())
+                epoch_ended = cursor.trained([part.batch for part in announced])
                 state.add(result)
+                self.refuse_divergence(state.watch.seen())
                 log.step(cursor.step, state.meter)
                 self.saver.look(result.flags)
                 signalled, over, save = (any(flag & name for flag in result.flags) for name in (SIGNAL, END, SAVE))
                 over = over or cursor.finished
                 if cursor.step % every.report_every == 0 or over:
                     served = self.server_meter.metrics(state.meter.num_steps)
-                    log.report(cursor.step, state.meter, served, self.server_meter.placement())
+                    log.report(
+                        cursor.step, state.meter, {**served, "train/trained_tokens": self.trained_tokens},
+                        self.server_meter.placement(),
+                    )
                     state.meter = Meter()
                 state.evaluation_due = epoch_ended or over or comes_round(self.evaluate_every, cursor.step)
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
                 over = over or self.out_of_patience
-                save = save or comes_round(every.save_every_steps, cursor.step)
+                save = (save or comes_round(every.save_every_steps, cursor.step)) and not state.watch.suspicious
                 if perplexity is not None or signalled or save:
                     self.save(perplexity)
                 if over or signalled:
@@ -221,6 +170,29 @@ class Training:
             log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()
         return RESUMABLE if signalled else COMPLETE
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all ranks, in all epochs: sentences times their mean length, by which batch and rate go."""
+        return round(self.cursor.trained_sentences * self.sentence_tokens)
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        cursor, length = self.cursor, self.sentence_tokens
+        return self.schedule.rate(cursor.trained_sentences * length, cursor.step_sentences * length)
+
+    def refuse_divergence(self, seen: str) -> None:
+        """:raises TrainingError: on every rank, if something was ``seen`` that shows that the training diverges."""
+        if not seen:
+            return
+        self.saver.finish()
+        best = self.saver.best  # the newest one may have the step in it that did the harm
+        kept = "no evaluated checkpoint is saved yet"
+        if best is not None:
+            kept = f"the best checkpoint is {best[1]} (resume it by --resume with --overwrite)"
+        raise TrainingError(
+            f"training diverges at step {self.cursor.step:,}: {seen}; {kept}; {advice(self.rate())}"
+        ).on_every_rank()
 
     def flag(self) -> int:
         """What this rank has to say to all at a step."""
@@ -267,11 +239,13 @@ class Training:
                 f"held-out perplexity is not finite at step {cursor.step}; this model is not saved; lower "
                 "--learning-rate, --loss-scale or --clip-norm"
             ).on_every_rank()
+        self.refuse_divergence(state.watch.seen_heldout(math.log(heldout.mean)))
         log.write(
             "epoch", cursor.step,
             {
                 "epoch": math.ceil(cursor.epochs_done), "train/epoch_loss_nats": whole.loss,
                 "train/epoch_tokens": whole.num_tokens, "train/epoch_tokens_per_s": tokens_per_s,
+                "train/trained_tokens": self.trained_tokens,
                 "train/cut_sentences": whole.num_cut,
                 "heldout/forward_perplexity": heldout.forward, "heldout/backward_perplexity": heldout.backward,
                 "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
@@ -332,9 +306,11 @@ def open_corpus(config: Config, world: World) -> Corpus:
     vocabulary = world.together(lambda: Vocabulary.load(data.vocab))
     train_set = world.together(lambda: ShardSet.open(data.shards, "train", vocabulary))
     heldout = world.together(lambda: ShardSet.open(data.heldout or data.shards, "heldout", vocabulary))
-    if train_set.num_sentences < world.size:
+    if train_set.num_sentences < world.size * config.training.accumulate:
+        parts = f" with {config.training.accumulate} parts each" if config.training.accumulate > 1 else ""
         raise ConfigError(
-            f"{train_set.num_sentences} training sentences cannot be shared by {world.size} ranks: start fewer ranks"
+            f"{train_set.num_sentences} training sentences cannot be shared by {world.size} ranks{parts}: start fewer "
+            f"ranks{' or lower --accumulate' if parts else ''}"
         ).on_every_rank()
     if not data.boundaries and (data.max_length == 1 or heldout.num_tokens == heldout.num_sentences):
         raise ConfigError(
@@ -343,42 +319,19 @@ def open_corpus(config: Config, world: World) -> Corpus:
     return Corpus(vocabulary, train_set, heldout)
 
 
-def mean_targets(config: Config, world: World, shards: ShardSet) -> float:
-    """How many targets, of both directions, a rank's batch has on average."""
+def sentence_targets(config: Config, shards: ShardSet) -> float:
+    """How many targets, of both directions, a sentence has on average."""
     length = min(shards.num_tokens / shards.num_sentences, config.data.max_length)
-    sentences = min(config.training.batch_size, shards.num_sentences / world.size)
-    return max(2 * sentences * (length + (1 if config.data.boundaries else -1)), 1.0)
+    return max(2 * (length + (1 if config.data.boundaries else -1)), 1.0)
 
 
-def look_ahead(source: Iterator[Batch], step_once: TrainingStep, lookahead: int) -> Iterator[AnnouncedBatch]:
-    """The batches of ``source``, each announced ``lookahead`` clocks before it is handed out."""
-    announced: deque[AnnouncedBatch] = deque()
-    for clock, batch in enumerate(source):
-        announced.append(step_once.announce(batch, clock))
+def look_ahead(
+    source: Iterator[tuple[Batch, ...]], step_once: TrainingStep, lookahead: int
+) -> Iterator[list[AnnouncedBatch]]:
+    """The steps' batches of ``source``, announced ``lookahead`` clocks before they are handed out."""
+    announced: deque[list[AnnouncedBatch]] = deque()
+    for clock, batches in enumerate(source):
+        announced.append([step_once.announce(batch, clock) for batch in batches])
         if len(announced) > lookahead:
             yield announced.popleft()
     yield from announced
-
-
-def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
-    """The final table, of the last evaluations."""
-    head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
-    rows = [
-        (
-            *(f"{r.epoch:.2f}".removesuffix(".00"), f"{r.num_tokens:,}"),
-            *(f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
-            *(f"{value:.1f}" for value in (r.heldout.forward, r.heldout.backward, r.heldout.mean, unigram)),
-        )
-        for r in results[-_SHOWN:]
-    ]
-    best = min(results, key=lambda result: result.heldout.mean) if results else None
-    lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]
-    if best is not None:
-        path = run_dir / checkpoint.BEST
-        lines += [
-            f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
-            f"To evaluate it: bin/evaluate {path} [--shards DIR]",
-            f"To export it:   bin/export {path} --output DIR    (for AllenNLP, bilm-tf)",
-            f"To embed text:  bin/embed {path} TEXT... --output FILE.hdf5",
-        ]
-    return "\n".join(["", *lines])

@@ -16,6 +16,7 @@ from lapse_elmo.batches import BLOCK, POOL_BATCHES, Batch, BatchStream, WorkerPa
 from lapse_elmo.batches import evaluation_batches as evaluation
 from lapse_elmo.corpus.shards import Header, ShardSet, ShardWriter, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.growth import BatchGrowth
 
 BEGIN, END = 1, 2
 WORDS = [f"w{i}" for i in range(40)]
@@ -37,10 +38,12 @@ class FakeShards:
 
 
 def stream_of(
-    lengths: np.ndarray, worker: int = 0, num_workers: int = 1, batch_size: int = 4, seed: int = 1
+    lengths: np.ndarray, worker: int = 0, num_workers: int = 1, batch_size: int = 4, seed: int = 1,
+    growth: BatchGrowth | None = None,
 ) -> BatchStream:
     shards: ShardSet = FakeShards(lengths)  # type: ignore[assignment]
-    return BatchStream(shards, worker, num_workers, batch_size, seed, 400, boundaries=True)
+    growth = growth or BatchGrowth(batch_size, num_workers)
+    return BatchStream(shards, worker, num_workers, growth, seed, 400, boundaries=True)
 
 
 def of_sentences(sentences: list[list[int]], max_length: int, boundaries: bool) -> Batch:
@@ -111,31 +114,76 @@ def test_parts_cover_all_sentences_once(num_sentences: int, num_workers: int) ->
     assert max(sizes) - min(sizes) <= 1
 
 
-@given(st.integers(1, 700), st.integers(1, 7), st.integers(1, 9), st.integers(0, 3))
-def test_epoch_holds_every_sentence_once(num_sentences: int, num_workers: int, batch_size: int, epoch: int) -> None:
+@st.composite
+def growths(draw: st.DrawFn, num_workers: int) -> BatchGrowth:
+    """Any law of the batch's size: fixed, or growing from one or many sentences, slowly or at once."""
+    first, per_tokens = draw(st.sampled_from([(0, 0.0), (1, 10.0), (5, 60.0), (40, 1.0), (3, 0.0), (9, 1000.0)]))
+    return BatchGrowth(draw(st.integers(1, 9)), num_workers, first, per_tokens, 6.0)
+
+
+@given(st.integers(1, 700), st.integers(1, 7), st.integers(0, 3), st.data())
+def test_epoch_holds_every_sentence_once(
+    num_sentences: int, num_workers: int, epoch: int, data: st.DataObject
+) -> None:
+    """Whatever the batches' growth; all workers take the same number of steps."""
     assume(num_workers <= num_sentences)
+    growth = data.draw(growths(num_workers))
     lengths = np.random.default_rng(num_sentences).integers(1, 12, num_sentences)
-    streams = [stream_of(lengths, worker, num_workers, batch_size) for worker in range(num_workers)]
+    streams = [stream_of(lengths, worker, num_workers, growth=growth) for worker in range(num_workers)]
     seen = []
     for stream in streams:
         batches = list(stream.epoch(epoch))
-        assert len(batches) == stream.steps_per_epoch == streams[0].steps_per_epoch
+        assert len(batches) == stream.steps_of(epoch) == streams[0].steps_of(epoch)
         for batch in batches:
-            assert batch.sentences.size <= batch_size
+            assert batch.sentences.size <= batch.size <= growth.limit
             np.testing.assert_array_equal(batch.ids[:, 1] if batch.ids.size else [], batch.sentences + 3)
             np.testing.assert_array_equal(batch.mask.sum(1), lengths[batch.sentences] + 2)
         seen += [batch.sentences for batch in batches]
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(num_sentences))
 
 
-@given(st.integers(1, 900), st.integers(1, 3), st.integers(1, 5), st.data())
-def test_starting_later_skips(num_sentences: int, num_workers: int, batch_size: int, data: st.DataObject) -> None:
-    """As a resumed run does, across pools too."""
+@given(st.integers(1, 1500), st.integers(1, 4), st.integers(0, 2), st.data())
+def test_sizes_are_what_a_loop_gives(num_sentences: int, num_workers: int, epoch: int, data: st.DataObject) -> None:
+    """A step's size follows from the sentences that were trained before its pool, on every worker alike."""
+    assume(num_workers <= num_sentences)
+    growth = data.draw(growths(num_workers))
+    stream = stream_of(np.full(num_sentences, 5), num_workers - 1, num_workers, growth=growth)
+    longest = -(-num_sentences // num_workers)
+    sizes: list[int] = []
+    taken = 0
+    while taken < longest:
+        grown = (epoch * num_sentences + taken * num_workers) * 6.0 / growth.per_tokens if growth.per_tokens else 0.0
+        size = max(round(growth.first * (1 + grown) / num_workers), 1) if growth.first else growth.limit
+        size = min(size, growth.limit, longest)
+        for _ in range(POOL_BATCHES):
+            if taken < longest:
+                before = epoch * num_sentences + min(taken * num_workers, num_sentences)
+                assert stream.trained_before(epoch, len(sizes)) == before
+                sizes.append(size)
+                taken += size
+    assert [batch.size for batch in stream.epoch(epoch)] == sizes
+    assert stream.trained_before(epoch, len(sizes)) == (epoch + 1) * num_sentences
+
+
+def test_the_global_batch_does_not_depend_on_the_number_of_workers() -> None:
+    for num_workers in (1, 4, 16):
+        growth = BatchGrowth(1000, num_workers, 32, 300_000.0, 25.0)
+        sizes = [growth.sentences(trained) * num_workers for trained in (0, 12_000, 36_000)]
+        assert sizes == [32, 64, 128]
+    assert BatchGrowth(32, 64, 32, 3e5, 25.0).sentences(0) == 1, "not below a sentence per worker"
+    assert BatchGrowth(32, 2, 32, 3e5, 25.0).sentences(10**9) == 32, "not above the limit"
+
+
+@given(st.integers(1, 900), st.integers(1, 3), st.data())
+def test_starting_later_skips(num_sentences: int, num_workers: int, data: st.DataObject) -> None:
+    """As a resumed run does, across pools too; what lies behind it are the sentences of the batches skipped."""
     assume(num_workers <= num_sentences)
     lengths = np.random.default_rng(7).integers(1, 12, num_sentences)
-    stream = stream_of(lengths, num_workers - 1, num_workers, batch_size)
-    first = data.draw(st.integers(0, stream.steps_per_epoch))
+    stream = stream_of(lengths, num_workers - 1, num_workers, growth=data.draw(growths(num_workers)))
+    first = data.draw(st.integers(0, stream.steps_of(2)))
     assert orders(stream, 2, first) == orders(stream, 2)[first:]
+    behind = sorted(number for batch in orders(stream, 2)[:first] for number in batch)
+    assert stream.sentences_before(2, first).tolist() == behind
 
 
 def orders(stream: BatchStream, epoch: int, first_step: int = 0) -> list[list[int]]:
@@ -218,7 +266,8 @@ def test_batches_of_real_shards(tmp_path: Path, num_shards: int, num_workers: in
     with ShardSet.open(tmp_path) as shards:
         seen = []
         for worker in range(num_workers):
-            for batch in BatchStream(shards, worker, num_workers, 4, 1, 100, boundaries=False).epoch(0):
+            growth = BatchGrowth(4, num_workers)
+            for batch in BatchStream(shards, worker, num_workers, growth, 1, 100, boundaries=False).epoch(0):
                 seen += [tuple(row[mask].tolist()) for row, mask in zip(batch.ids, batch.mask, strict=True)]
     assert sorted(seen) == sorted(texts)
 

@@ -18,7 +18,9 @@ def records(num_nodes: int) -> list[dict]:
     """Metrics of two reports, as a run of ``num_nodes`` nodes writes them."""
     lines: list[dict] = []
     for step in (10, 20):
-        train = {"kind": "train", "step": step, "train/loss_nats": 6.0 - step / 10, "train/tokens_per_s": 100.0}
+        train: dict = {"kind": "train", "step": step, "train/loss_nats": 6.0 - step / 10, "train/tokens_per_s": 100.0}
+        train |= {"train/learning_rate": 0.2, "train/gradient_norm": 3.0, "train/global_batch_tokens": 80.0 * step}
+        train |= {"train/noise_scale_tokens": None if step == 10 else 900.0}
         train |= {f"step/{name}_s": 0.1 for name in ("pull", "compute", "agree", "push")}
         for name in ("embedding", "softmax"):
             train[f"server/{name}_local_share"] = 0.9 + step / 1000
@@ -48,7 +50,10 @@ def test_a_picture_is_drawn(num_nodes: int, suffix: str, tmp_path: Path) -> None
 
 def test_panels_show_the_metrics() -> None:
     figure = report.draw(records(2), "run")
-    loss, share, _, _, owners, bands = figure.axes[:6]
+    loss, share, _, _, owners, bands, batch, rate = figure.axes[:8]
+    np.testing.assert_array_equal(batch.lines[0].get_xydata(), [[10, 800], [20, 1600]])
+    np.testing.assert_array_equal(batch.lines[1].get_xydata(), [[20, 900]])  # a noise scale may be unknown
+    np.testing.assert_array_equal(rate.lines[0].get_ydata(), [0.2, 0.2])
     np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[10, 5.0], [20, 4.0]])
     np.testing.assert_allclose(np.array(share.lines[1].get_ydata()), [91.0, 92.0])
     # Two segments of alike bands: main copies 6 and 3 of each, replicas 2 and 2 or 3.

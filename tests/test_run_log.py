@@ -30,8 +30,8 @@ from lapse_elmo.step import StepResult
 from tests.mpi import MPIRUN, ROOT, mpirun
 
 RESULT = StepResult(
-    nll=200.0, num_targets=100, num_tokens=50, num_cut=1, gradient_norm=3.0, flags=(0,),
-    seconds={"pull": 0.5, "compute": 1.0}, compute_s=np.array([1.0, 1.0, 2.5]),
+    nll=200.0, num_targets=100, num_tokens=50, num_cut=1, num_sentences=4, gradient_norm=3.0, learning_rate=0.2,
+    signal=2.0, noise=300.0, flags=(0,), seconds={"pull": 0.5, "compute": 1.0}, compute_s=np.array([1.0, 1.0, 2.5]),
 )
 IS_TERMINAL = "from lapse_elmo.metrics.terminal import stderr_is_terminal; print(stderr_is_terminal(), flush=True)"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -94,6 +94,9 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
     assert train["step/pull_s"] == 0.5
     assert train["step/compute_s"] == 1.0
     assert train["train/tokens_per_s"] > 0
+    assert train["train/learning_rate"] == pytest.approx(0.2)
+    assert (train["train/global_batch_sentences"], train["train/global_batch_tokens"]) == (4, 50)
+    assert train["train/noise_scale_tokens"] == 150
     assert abs(train["time_s"] - time.time()) < 600
     assert (epoch["kind"], epoch["heldout/mean_perplexity"]) == ("epoch", 12.5)
 
@@ -127,7 +130,7 @@ def test_every_line_is_standard_json(tmp_path: Path) -> None:
 def test_metrics_have_units(tmp_path: Path) -> None:
     run_log(tmp_path)
     names = json.loads((tmp_path / METRICS).read_text().splitlines()[0]).keys() - {"kind", "step"}
-    unit = re.compile(r"(_s|_per_s|_nats|_bytes|_perplexity|_norm)$")
+    unit = re.compile(r"(_s|_per_s|_nats|_bytes|_perplexity|_norm|_rate|_tokens|_sentences)$")
     assert all(unit.search(name) for name in names), names
 
 

@@ -121,9 +121,41 @@ class OptimizerConfig:
     epsilon: float = option(1e-7, metavar="X", help="added to the root of Adagrad's accumulators")
     clip_norm: float = option(10.0, metavar="X", help="bound on the global gradient norm (0: none)")
     loss_scale: float = option(50.0, metavar="X", help="factor on the mean loss whose gradient is taken")
+    row_scale: float = option(
+        2.0, metavar="X",
+        help="factor on the summed loss whose gradient Adagrad's rows take, whatever the batch: a rare word's step "
+        "does not shrink as batches grow (0: that of the mean loss, times --loss-scale, as dense parameters)",
+    )
+    warmup_tokens: int = option(
+        0, metavar="N", help="tokens over which the learning rate rises from 0, linearly (0: it starts at full height)"
+    )
+    schedule: str = option(
+        "constant", choices=("constant", "linear", "cosine", "inverse-sqrt"),
+        help="what the learning rate does after the warm-up: stay, fall to --final-rate in a line or half a cosine, or "
+        "fall as 1 / sqrt(1 + tokens / --decay-tokens)",
+    )
+    decay_tokens: int = option(
+        0, metavar="N",
+        help="tokens after the warm-up over which it falls (0: the rest of the run, for linear and cosine; the tokens "
+        "of the warm-up, for inverse-sqrt)",
+    )
+    final_rate: float = option(
+        0.0, metavar="X", help="share of the learning rate that linear and cosine end at, and inverse-sqrt never leaves"
+    )
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "loss_scale", "epsilon")
+        for name in ("warmup_tokens", "decay_tokens"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.row_scale >= 0, "row_scale", self.row_scale, "0 or more")
+        require(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "a share from 0 to 1")
+        if self.schedule == "constant" and (self.decay_tokens or self.final_rate):
+            raise ConfigError(
+                "--decay-tokens and --final-rate are of a falling learning rate: give --schedule linear, cosine or "
+                "inverse-sqrt with them"
+            )
+        if self.schedule == "inverse-sqrt" and not (self.decay_tokens or self.warmup_tokens):
+            raise ConfigError("--schedule inverse-sqrt needs the tokens that it falls over: --decay-tokens N")
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
         require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
 
@@ -142,7 +174,21 @@ class TrainingConfig:
     patience: int = option(
         0, metavar="N", help="end after N evaluations in a row without a better held-out perplexity (0: never)"
     )
-    batch_size: int = option(32, metavar="B", help="sentences a step and rank")
+    batch_size: int = option(32, metavar="B", help="sentences per step and rank, at most")
+    first_batch: int = option(
+        8, metavar="N",
+        help="sentences of the first step, of all ranks together, which share them equally (0: --batch-size per rank "
+        "at every step)",
+    )
+    growth_tokens: int = option(
+        75_000, metavar="N",
+        help="tokens in which the global batch grows by --first-batch, up to --batch-size per rank (0: it stays)",
+    )
+    accumulate: int = option(
+        1, metavar="K",
+        help="parts that a rank computes in turn before each update, as K ranks would: few ranks train with the batch "
+        "of many",
+    )
     lookahead: int = option(1, metavar="N", help="clocks by which a batch's intent and samples go ahead of its step")
     seed: int = option(1, metavar="N", help="seed of every random stream")
     sync: bool = option(False, help="order the ranks' pushes, so that equal seeds and ranks give equal bits")
@@ -152,11 +198,16 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        positive(self, "epochs", "batch_size")
-        for name in ("max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed"):
+        positive(self, "epochs", "batch_size", "accumulate")
+        for name in (
+            "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch",
+            "growth_tokens",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
             raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")
+        if self.accumulate > 1 and self.dense == "ps":
+            raise ConfigError("--accumulate sums dense gradients before an update; it needs --dense allreduce")
 
 
 @dataclass(frozen=True)

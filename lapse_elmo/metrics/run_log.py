@@ -24,7 +24,10 @@ from lapse_elmo.step import StepResult
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 _STRAGGLER = 1.5  # times the median rank's compute seconds from which the progress lines name the slowest
-_SUMS = ("nll", "num_targets", "num_tokens", "num_cut", "num_steps", "norm")
+_SUMS = (
+    "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "signal",
+    "noise",
+)
 
 
 @dataclass
@@ -38,8 +41,12 @@ class Meter:
     num_targets: int = 0
     num_tokens: int = 0
     num_cut: int = 0
+    num_sentences: int = 0
     num_steps: int = 0
     norm: float = 0.0
+    learning_rate: float = 0.0
+    signal: float = 0.0
+    noise: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
     compute_s: np.ndarray | None = None
@@ -50,8 +57,12 @@ class Meter:
         self.num_targets += result.num_targets
         self.num_tokens += result.num_tokens
         self.num_cut += result.num_cut
+        self.num_sentences += result.num_sentences
         self.num_steps += 1
         self.norm += result.gradient_norm
+        self.learning_rate += result.learning_rate
+        self.signal += result.signal
+        self.noise += result.noise
         for name, seconds in result.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.compute_s = result.compute_s if self.compute_s is None else self.compute_s + result.compute_s
@@ -65,7 +76,7 @@ class Meter:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Meter:
         """The meter whose :meth:`state` this is."""
-        meter = cls(**{name: state[name] for name in _SUMS}, seconds=dict(state["seconds"]))
+        meter = cls(**{name: state.get(name, 0) for name in _SUMS}, seconds=dict(state["seconds"]))
         meter.start -= state["elapsed_s"]
         return meter
 
@@ -85,6 +96,11 @@ class Meter:
         rank = int(self.compute_s.argmax())
         return rank, float(self.compute_s[rank]) / self.num_timed, float(np.median(self.compute_s)) / self.num_timed
 
+    @property
+    def noise_scale_tokens(self) -> float:
+        """The batch, in tokens, at which half of the mean gradient's squared norm is noise; NaN where it is unknown."""
+        return self.noise / self.signal if self.signal > 0 and self.noise > 0 else math.nan
+
     def metrics(self) -> dict[str, float]:
         """By name, with units; times are rank 0's, per step."""
         steps = max(self.num_steps, 1)
@@ -92,6 +108,10 @@ class Meter:
             "train/loss_nats": self.loss,
             "train/gradient_norm": self.norm / steps,
             "train/tokens_per_s": self.tokens_per_s,
+            "train/learning_rate": self.learning_rate / steps,
+            "train/global_batch_sentences": self.num_sentences / steps,
+            "train/global_batch_tokens": self.num_tokens / steps,
+            "train/noise_scale_tokens": self.noise_scale_tokens,
             **{f"step/{name}_s": seconds / steps for name, seconds in self.seconds.items()},
         }
 

@@ -107,6 +107,7 @@ class Sampler:
 
     :param node: of the worker; it matters for ``sharing`` "node" alone.
     :param sharing: which workers draw the same samples, one of ``SHARING``.
+    :ivar parts: a worker that does the work of so many draws the samples of workers ``worker * parts``, ... in turn.
     """
 
     distribution: Distribution
@@ -116,10 +117,11 @@ class Sampler:
     worker: int
     node: int = 0
     sharing: str = "none"
+    parts: int = 1
 
-    def _stream(self, purpose: str, number: int) -> np.random.Generator:
+    def _stream(self, purpose: str, worker: int, number: int) -> np.random.Generator:
         """The random stream of sample or pool ``number``, the same for all workers that share it."""
-        drawer = {"node": (self.node,), "job": (), "none": (self.worker,)}[self.sharing]
+        drawer = {"node": (self.node,), "job": (), "none": (worker,)}[self.sharing]
         return stream(self.seed, purpose, *drawer, number)
 
     def draw(self, number: int, count: int, is_local: np.ndarray | None = None) -> np.ndarray:
@@ -128,12 +130,14 @@ class Sampler:
         :param is_local: for the scheme ``local``, (num_rows,) bool: which rows are on the node; None means all. Where
             they are fewer than ``count`` distinct ones, all of them are taken and the rest is drawn from elsewhere.
         """
+        number, part = divmod(number, self.parts)
+        worker = self.worker * self.parts + part
         if self.scheme == "local" and is_local is not None and not is_local.all():
-            return self._draw_local(self._stream("sample", number), count, is_local)
+            return self._draw_local(self._stream("sample", worker, number), count, is_local)
         if self.scheme != "pool":
-            return self._draw(self._stream("sample", number), count)
-        pool = self._draw(self._stream("sample pool", number // POOL_REUSE), count)
-        return self._stream("sample order", number).permutation(pool)
+            return self._draw(self._stream("sample", worker, number), count)
+        pool = self._draw(self._stream("sample pool", worker, number // POOL_REUSE), count)
+        return self._stream("sample order", worker, number).permutation(pool)
 
     def _draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         if self.replacement:

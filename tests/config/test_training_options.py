@@ -24,11 +24,13 @@ from lapse_elmo.errors import ConfigError
 # A value other than the default for options whose values are checked against a list or against other options.
 OTHER = {
     "preset": "original", "context": "mix", "lstm": "allennlp", "precision": "bf16", "lstm_init": "orthogonal",
-    "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job",
+    "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job", "row_accumulators": "row",
     "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
-    "ps": "lapse", "technique": "static",
+    "ps": "lapse", "technique": "static", "schedule": "linear",
 }
 ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync")  # contradict others
+# What an option needs in addition to be taken: another option of its group.
+NEEDS = {"decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"}}
 
 
 def other_value(name: str, value: object) -> object:
@@ -62,10 +64,11 @@ OPTIONS = [pytest.param(group, item.name, id=item.name) for group, item, _ in op
 def test_every_option_arrives_from_command_line_and_file(tmp_path: Path, group: str, name: str) -> None:
     value = other_value(name, changed(Config(), group, name))
     assert value != changed(Config(), group, name)
-    by_flag = parse_train(flags(name, value))
+    needed = NEEDS.get(name, {})
+    by_flag = parse_train([*flags(name, value), *(word for item in needed.items() for word in flags(*item))])
     assert changed(by_flag, group, name) == value
     path = tmp_path / "config.toml"
-    path.write_text(tomli_w.dumps({group: {name: list(value) if isinstance(value, tuple) else value}}))
+    path.write_text(tomli_w.dumps({group: {name: list(value) if isinstance(value, tuple) else value, **needed}}))
     assert parse_train(["--config", str(path)]) == by_flag
     path.write_text(tomli_w.dumps(as_tables(by_flag)))
     assert parse_train(["--config", str(path)]) == by_flag
@@ -249,3 +252,13 @@ def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str
 def test_impossible_server_options_are_refused(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_train(argv)
+
+
+def test_a_falling_rate_needs_a_schedule() -> None:
+    for option in ("--decay-tokens", "--final-rate"):
+        with pytest.raises(ConfigError, match="give --schedule linear, cosine or inverse-sqrt"):
+            parse_train([option, "1"])
+    with pytest.raises(ConfigError, match=r"--schedule inverse-sqrt needs .*--decay-tokens N"):
+        parse_train(["--schedule", "inverse-sqrt"])
+    with pytest.raises(ConfigError, match=r"--final-rate is 2\.0, expected a share from 0 to 1"):
+        parse_train(["--schedule", "linear", "--final-rate", "2"])

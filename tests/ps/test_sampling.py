@@ -182,3 +182,14 @@ def test_schemes_but_the_pool_draw_alike() -> None:
     naive, preloc, local = (sampler(scheme).draw(4, 20) for scheme in ("naive", "preloc", "local"))
     np.testing.assert_array_equal(naive, preloc)
     np.testing.assert_array_equal(naive, local)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sharing", SHARING)
+def test_a_worker_of_many_parts_draws_what_they_would(scheme: str, sharing: str) -> None:
+    distribution = Distribution("log-uniform", 100)
+    few = Sampler(distribution, scheme, False, 7, 1, 2, sharing, parts=3)
+    for number in range(6):
+        worker = 3 + number % 3
+        own = Sampler(distribution, scheme, False, 7, worker, 2, sharing)
+        np.testing.assert_array_equal(few.draw(number, 20), own.draw(number // 3, 20))

@@ -18,7 +18,10 @@ from preprocess.shards import make_shards
 from preprocess.vocab import make_vocabulary
 from tests import mpi
 
-TINY = ("--projection-size", "16", "--cell-size", "32", "--threads", "1", "--progress", "none", "--device", "cpu")
+TINY = (  # batches of the size asked for, from the first step on
+    *("--projection-size", "16", "--cell-size", "32", "--threads", "1", "--progress", "none", "--device", "cpu"),
+    *("--first-batch", "0"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     run_dir = Path(options[options.index("--run-dir") + 1])
     once = TrainingStep.__call__
 
-    def faulty(self: TrainingStep, announced: AnnouncedBatch, number: int) -> StepResult:
+    def faulty(self: TrainingStep, announced: Sequence[AnnouncedBatch], number: int, rate: float) -> StepResult:
         if self.world.rank == int(rank) and checkpoint.candidates(run_dir):
             if kind in IN_SAVE:
                 files._write_at = IN_SAVE[kind]
@@ -60,7 +60,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
                     parameter.register_hook(lambda gradient: gradient * math.nan)
             else:
                 AT_STEP[kind]()
-        return once(self, announced, number)
+        return once(self, announced, number, rate)
 
     TrainingStep.__call__ = faulty  # type: ignore[method-assign, assignment]
     return train.main(options, enter)

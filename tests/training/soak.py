@@ -23,7 +23,8 @@ from tests.training.corpora import Prepared, assert_same_run, prepare, random_se
 RANKS, KILLS, STEPS_PER_KILL, LIMIT_S = 4, 20, 6, 1800
 OPTIONS = (
     "--sync", "--epochs", "3", "--batch-size", "4", "--report-every", "1", "--save-every-steps", "3",
-    "--projection-size", "64", "--num-samples", "256", "--evaluate-every", "5",
+    "--projection-size", "64", "--num-samples", "256", "--evaluate-every", "5", "--first-batch", "8", "--growth-tokens",
+    "3000", "--warmup-tokens", "2000", "--schedule", "cosine",
 )
 
 

@@ -11,11 +11,11 @@ import torch
 
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import batch_stream
+from lapse_elmo.cursor import batch_streams
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import TrainingStep
-from lapse_elmo.train import mean_targets
+from lapse_elmo.train import sentence_targets
 from lapse_elmo.world import solo
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, train_alone
@@ -28,11 +28,11 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
     with ShardSet.open(small.shards) as shards:
         parameters = Parameters(config, shards.vocabulary_size, world, cpu)
         parameters.initialise()
-        batch = next(batch_stream(config, world, shards).epoch(0))
+        batch = next(batch_streams(config, world, shards)[0].epoch(0))
         row = batch.input_rows[5:6]
         size = parameters.embedding.segment.row_width
         parameters.server.set(parameters.embedding.segment.keys(row), np.full((1, size), np.nan, np.float32))
-        step = TrainingStep(config, world, parameters, cpu, mean_targets(config, world, shards), lambda: 0)
+        step = TrainingStep(config, world, parameters, cpu, sentence_targets(config, shards), lambda: 0)
 
         def state() -> list[torch.Tensor]:
             tables = [table.read(0, table.segment.num_rows) for table in parameters.tables]
@@ -42,7 +42,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
         parameters.settle()
         before = state()
         with pytest.raises(TrainingError, match=r"loss is not finite at step 7 \(sentences \d+, .*nothing was pushed"):
-            step(step.announce(batch, 0), 7)
+            step([step.announce(batch, 0)], 7, 0.2)
         for old, new in zip(before, state(), strict=True):
             assert torch.equal(old, new) or (old.isnan().any() and torch.equal(old.nan_to_num(), new.nan_to_num()))
         assert parameters.server.clock == 0

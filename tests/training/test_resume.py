@@ -16,13 +16,12 @@ import pytest
 from lapse_elmo import checkpoint, step
 from lapse_elmo.batches import Batch
 from lapse_elmo.checkpoint.manifest import encode
-from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import Cursor, SavedCursor
+from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.run_folder import Hold
 from lapse_elmo.signals import RESUMABLE
-from lapse_elmo.world import World, solo
+from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import (
@@ -122,6 +121,10 @@ def test_a_complete_run_has_nothing_left_to_do(small: Prepared, undisturbed: Pat
     assert_same_run(undisturbed, run_dir)
 
 
+def sentences_of(batches: Sequence[Batch]) -> list[int]:
+    return [number for batch in batches for number in batch.sentences.tolist()]
+
+
 class Recorded:
     """Notes the sentences of every batch that is trained in this process."""
 
@@ -129,9 +132,9 @@ class Recorded:
         self.sentences: list[int] = []
         trained = Cursor.trained
 
-        def note(cursor: Cursor, batch: Batch) -> bool:
-            self.sentences += batch.sentences.tolist()
-            return trained(cursor, batch)
+        def note(cursor: Cursor, batches: Sequence[Batch]) -> bool:
+            self.sentences += sentences_of(batches)
+            return trained(cursor, batches)
 
         monkeypatch.setattr(Cursor, "trained", note)
 
@@ -155,59 +158,33 @@ def test_another_number_of_ranks_trains_what_is_left(
     assert epoch["step"] == 5 + -(-len(recorded.sentences) // 8)
 
 
-class Ranks(World):
-    """One of several ranks that are played one after another, all of whom would say the same."""
+def test_a_growing_run_that_a_signal_stopped_resumes_to_the_bit(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ramp, schedule and parts under way; the learning rate and the batch are told alike."""
+    options = (
+        *OPTIONS, "--first-batch", "4", "--growth-tokens", "200", "--accumulate", "2", "--warmup-tokens", "300",
+        "--schedule", "cosine",
+    )
+    whole = train_alone(small, tmp_path / "whole", *options)
+    told = records(whole, "train")
+    rates = [line["train/learning_rate"] for line in told]
+    assert rates[0] < max(rates) > 10 * rates[-1], "warm-up, then nearly zero"
+    assert told[0]["train/global_batch_sentences"] < told[-1]["train/global_batch_sentences"]
+    once = step.TrainingStep.__call__
 
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__()
-        self.rank, self.size = rank, size
+    def interrupted(
+        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rate: float
+    ) -> step.StepResult:
+        if number == 17:
+            signal.raise_signal(signal.SIGUSR1)
+        return once(self, announced, number, rate)
 
-    def allgather(self, obj: object) -> list:
-        return [obj] * self.size
-
-
-def play(config_options: Sequence[str], sizes: Sequence[tuple[int, int]], shards: ShardSet) -> list[list[int]]:
-    """Sentences trained by each of several worlds, given as (size, steps), that go on from each other in an epoch."""
-    config = parse_train(config_options)
-    saved: SavedCursor | None = None
-    trained: list[list[int]] = []
-    for size, steps in sizes:
-        cursors = [Cursor(config, Ranks(rank, size), shards, saved) for rank in range(size)]
-        trained.append([])
-        for cursor in cursors:
-            for batch, _ in zip(cursor.batches(), range(steps), strict=False):
-                cursor.trained(batch)
-                trained[-1] += batch.sentences.tolist()
-        both = [pair for cursor in cursors if (pair := cursor.sentences()) is not None]
-        saved = SavedCursor(cursors[0].progress, [part for part, _ in both], [left for _, left in both])
-    return trained
-
-
-TO_THE_END = 10**6
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        [(2, 70), (2, 3), (3, 20), (3, 0), (1, 5), (5, TO_THE_END)], [(1, 3), (4, 1), (4, 66), (2, TO_THE_END)],
-        [(3, 125), (16, TO_THE_END)],
-    ],
-)
-def test_each_sentence_once_through_many_changes(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
-    corpus = prepare(tmp_path, random_sentences(4, 1501, 20, (1, 9)), ["w00 w01"])
-    with ShardSet.open(corpus.shards) as shards:
-        trained = play([*corpus.options, *TINY, "--batch-size", "4", "--epochs", "1"], sizes, shards)
-    assert sorted(number for world in trained for number in world) == list(range(1501))
-
-
-def test_the_same_ranks_take_the_same_batches(tmp_path: Path) -> None:
-    corpus = prepare(tmp_path, random_sentences(4, 1501, 20, (1, 9)), ["w00 w01"])
-    options = [*corpus.options, *TINY, "--batch-size", "4", "--epochs", "1"]
-    with ShardSet.open(corpus.shards) as shards:
-        (whole,) = play(options, [(2, 100)], shards)
-        first, second, third = play(options, [(2, 64), (2, 1), (2, 35)], shards)
-    halves = [first[:256] + second[:4] + third[:140], first[256:] + second[4:] + third[140:]]
-    assert whole == halves[0] + halves[1]
+    monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
+    run_dir = train_alone(small, tmp_path / "run", *options)
+    monkeypatch.undo()
+    train_alone(small, run_dir, *options)
+    assert_same_run(whole, run_dir)
 
 
 def test_damaged_checkpoints_are_skipped(
@@ -311,10 +288,12 @@ def test_an_evaluation_that_a_signal_put_off(
     whole = train_alone(small, tmp_path / "whole", *OPTIONS)
     once = step.TrainingStep.__call__
 
-    def interrupted(self: step.TrainingStep, announced: step.AnnouncedBatch, number: int) -> step.StepResult:
+    def interrupted(
+        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rate: float
+    ) -> step.StepResult:
         if number == 26:
             signal.raise_signal(signal.SIGUSR1)
-        return once(self, announced, number)
+        return once(self, announced, number, rate)
 
     monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     run_dir = train_alone(small, tmp_path / "run", *OPTIONS)
@@ -339,12 +318,6 @@ def test_minutes_count_over_all_parts(small: Prepared, tmp_path: Path) -> None:
     steps = [line["step"] for line in records(run_dir)]
     train_alone(small, run_dir, *options)
     assert [line["step"] for line in records(run_dir)] == steps
-
-
-def test_solo_world_needs_no_saved_cursor(small: Prepared) -> None:
-    with ShardSet.open(small.shards) as shards:
-        cursor = Cursor(parse_train([*small.options, *TINY]), solo(), shards)
-    assert cursor.sentences() is None and cursor.exact and not cursor.finished
 
 
 def test_ranks_whose_clocks_differ_agree_that_the_minutes_are_over(

@@ -1,0 +1,189 @@
+"""What is learnt per token, by the number of ranks: ``python -m benchmarks.ranks_learning TRAIN HELDOUT --output DIR``.
+
+TRAIN and HELDOUT are text files. Vocabulary (threshold 3) and shards are made of them, then ``small`` sizes are
+trained with the defaults of ``bin/train`` (or ``--options``) by each number of ranks and from each seed, up to the
+largest of ``--tokens``, and the held-out perplexity at each budget is told: interpolated in the logarithm of the tokens
+between the two evaluations around it. Numbers of ranks above ``--most-ranks`` are computed by ``--processes`` processes
+that take the parts of many in turn (``--accumulate``), which is the same arithmetic. ``--check N ...`` shows that: it
+trains a few steps with N real ranks and with the parts of N, and prints how far their losses are apart.
+
+DIR gets a folder for each run, ``results.json``, ``table.md`` and ``curves.png``. Runs that are there already are not
+repeated, so the study may be stopped and resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning import steps_until
+from lapse_elmo.config.cli import option, parse
+from lapse_elmo.cores import usable_cores
+from lapse_elmo.corpus.shards import ShardSet
+
+ROOT = Path(__file__).resolve().parent.parent
+EVALUATIONS = 12  # of a run, in addition to those at the ends of epochs
+CHECK_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which runs, on which text."""
+
+    train: str = option(metavar="TRAIN", positional=True, help="training text, a sentence per line")
+    heldout: str = option(metavar="HELDOUT", positional=True, help="held-out text")
+    output: str = option(metavar="DIR", help="folder for runs, table and pictures")
+    ranks: tuple[int, ...] = option((1, 2, 4, 8, 16, 64, 256), metavar="R", help="numbers of ranks")
+    most_ranks: int = option(16, metavar="R", help="real ranks up to this number; more are computed in turn")
+    tokens: tuple[float, ...] = option((3e5, 9e5), metavar="N", help="budgets to tell the perplexity at")
+    seeds: tuple[int, ...] = option((1, 2, 3), metavar="N", help="seeds; the table has the medians")
+    processes: int = option(usable_cores(), metavar="P", help="processes that take the parts of many in turn")
+    options: str = option("", metavar="'OPTION ...'", help="options of bin/train for every run")
+    check: tuple[int, ...] = option((), metavar="R", help="compare real ranks with parts for these numbers, and end")
+
+
+def command(study: Study, num_ranks: int, num_processes: int, run_dir: Path, *more: str) -> list[str]:
+    """A run of ``num_ranks`` ranks, or of the processes that take their parts in turn."""
+    folder = Path(study.output)
+    return [
+        f"{sys.prefix}/bin/mpirun", "-n", str(num_processes), "bin/train", "--shards", str(folder / "shards"),
+        "--vocab", str(folder / "vocab.txt"), "--run-dir", str(run_dir), "--overwrite", "--progress", "none",
+        "--threads", "1", "--save-every-minutes", "0", "--accumulate", str(num_ranks // num_processes),
+        *shlex.split(study.options), *more,
+    ]
+
+
+def processes_for(study: Study, num_ranks: int) -> int:
+    """All ranks, or the most processes up to ``--processes`` that share them evenly."""
+    if num_ranks <= study.most_ranks:
+        return num_ranks
+    return max(p for p in range(1, study.processes + 1) if num_ranks % p == 0)
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind of a run's metrics."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
+    """Train, unless that is done; the run's folder."""
+    run_dir = Path(study.output) / f"ranks-{num_ranks}-seed-{seed}"
+    done = run_dir / "done"
+    if not done.exists():
+        sentences = max(study.tokens) * shards.num_sentences / shards.num_tokens
+        steps, epochs = steps_until(sentences, num_ranks, shlex.split(study.options), shards)
+        every = str(max(steps // EVALUATIONS, 1))
+        more = ("--seed", str(seed), "--epochs", str(epochs), "--max-steps", str(steps), "--evaluate-every", every)
+        processes = processes_for(study, num_ranks)
+        subprocess.run(
+            command(study, num_ranks, processes, run_dir, *more), cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        )
+        done.touch()
+    return run_dir
+
+
+def curve(run_dir: Path) -> list[tuple[float, float]]:
+    """(tokens, held-out perplexity) of every evaluation."""
+    return [(e["train/trained_tokens"], e["heldout/mean_perplexity"]) for e in records(run_dir, "epoch")]
+
+
+def at(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Perplexity at a budget, between the evaluations around it; NaN where there are none."""
+    for (before, first), (after, second) in itertools.pairwise(points):
+        if before <= tokens <= 1.001 * after and after > before:
+            share = min(math.log(tokens / before) / math.log(after / before), 1.0)
+            return math.exp((1 - share) * math.log(first) + share * math.log(second))
+    return next((value for count, value in points if abs(count - tokens) < 1e-3 * tokens), math.nan)
+
+
+def tell(study: Study, curves: dict[int, list[list[tuple[float, float]]]]) -> None:
+    """Write results, the table of medians, and the picture."""
+    folder = Path(study.output)
+    (folder / "results.json").write_text(json.dumps(curves, indent=1))
+    head = "| ranks |" + "".join(f" {tokens / 1e6:g} M tokens | to the first |" for tokens in study.tokens)
+    lines = [head, "|---" * (1 + 2 * len(study.tokens)) + "|"]
+    first: list[float] = []
+    for num_ranks, seeds in curves.items():
+        values = [statistics.median(at(points, tokens) for points in seeds) for tokens in study.tokens]
+        first = first or values
+        cells = "".join(f" {value:.1f} | {value / base - 1:+.1%} |" for value, base in zip(values, first, strict=True))
+        lines.append(f"| {num_ranks} |{cells}")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+    draw(folder / "curves.png", curves)
+
+
+def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None:
+    """Perplexity by tokens, a colour for each number of ranks, a line for each seed."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 6), layout="constrained")
+    axis = figure.subplots()
+    for place, (num_ranks, seeds) in enumerate(curves.items()):
+        for number, points in enumerate(seeds):
+            axis.plot(
+                [tokens / 1e6 for tokens, _ in points], [value for _, value in points], ".-",
+                color=colormaps["viridis"](place / max(len(curves) - 1, 1)), alpha=0.8,
+                label=f"{num_ranks} rank{'s' * (num_ranks > 1)}" if number == 0 else None,
+            )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("million tokens")
+    axis.set_ylabel("held-out perplexity")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def check(study: Study, num_ranks: int) -> None:
+    """Compare the losses of real ranks with those of as many parts, step by step."""
+    folder = Path(study.output)
+    losses = []
+    for processes in (num_ranks, max(p for p in range(1, study.processes + 1) if num_ranks % p == 0)):
+        run_dir = folder / f"check-{num_ranks}-by-{processes}"
+        more = ("--sync", "--report-every", "1", "--max-steps", str(CHECK_STEPS))
+        subprocess.run(
+            command(study, num_ranks, processes, run_dir, *more), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
+        losses.append([line["train/loss_nats"] for line in records(run_dir, "train")])
+    apart = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
+    print(f"{num_ranks} ranks and {num_ranks} parts, {CHECK_STEPS} steps: losses differ by {apart:.1e} at most")
+
+
+def main(argv: list[str]) -> None:
+    study = parse(Study, argv, prog="benchmarks.ranks_learning", description="Learning by the number of ranks.")
+    folder = Path(study.output).resolve()
+    study = dataclasses.replace(study, output=str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "shards").exists():
+        texts = [str(Path(text).resolve()) for text in (study.train, study.heldout)]
+        vocab, shards_dir = str((folder / "vocab.txt").resolve()), str((folder / "shards").resolve())
+        make = ("bin/preprocess", "shards", texts[0], "--heldout", texts[1], "--vocab", vocab, "--output", shards_dir)
+        subprocess.run(("bin/preprocess", "vocab", texts[0], "--output", vocab), cwd=ROOT, check=True)
+        subprocess.run(make, cwd=ROOT, check=True)
+    for num_ranks in study.check:
+        check(study, num_ranks)
+    if study.check:
+        return
+    curves: dict[int, list[list[tuple[float, float]]]] = {}
+    with ShardSet.open(folder / "shards", "train") as shards:
+        for num_ranks in study.ranks:
+            curves[num_ranks] = [curve(run(study, num_ranks, seed, shards)) for seed in study.seeds]
+            tell(study, curves)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

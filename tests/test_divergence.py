@@ -1,0 +1,53 @@
+"""When a run counts as diverged, and that no healthy one does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lapse_elmo.divergence import ABSURD_NATS, MARGIN_NATS, NORM_GROWTH, PATIENCE_STEPS, Watch
+
+UNIGRAM = math.log(484.6)
+BOUND = UNIGRAM + MARGIN_NATS
+
+
+def watch(*steps: tuple[float, float]) -> Watch:
+    made = Watch(BOUND)
+    for loss, norm in steps:
+        made.add(loss, norm)
+    return made
+
+
+def test_a_loss_far_above_the_unigram_for_long() -> None:
+    bad = (BOUND + 0.1, 5.0)
+    assert not watch(*[bad] * (PATIENCE_STEPS - 1)).seen()
+    seen = watch(*[bad] * PATIENCE_STEPS).seen()
+    assert "training loss of the last 30 steps was above 8.18 nats" in seen
+    once_better = [*[bad] * (PATIENCE_STEPS - 1), (UNIGRAM, 5.0), *[bad] * (PATIENCE_STEPS - 1)]
+    assert not watch(*once_better).seen()
+
+
+def test_a_bad_step_is_suspicious() -> None:
+    assert not watch((UNIGRAM, 5.0)).suspicious
+    assert watch((UNIGRAM, 5.0), (BOUND + 1, 5.0)).suspicious
+
+
+def test_exploding_norms() -> None:
+    good = [(UNIGRAM, 4.0)] * PATIENCE_STEPS
+    assert not watch(*good, *[(UNIGRAM, 0.1 * NORM_GROWTH)] * 100).seen()
+    seen = watch(*good, *[(UNIGRAM, 100 * NORM_GROWTH)] * (PATIENCE_STEPS + 1)).seen()
+    assert "gradient norm has stayed above 10,000 times its lowest" in seen
+
+
+def test_held_out() -> None:
+    """An untrained model may be bad; one that is worse than any untrained model is not excused by few steps."""
+    young, old = watch((UNIGRAM, 5.0)), watch(*[(UNIGRAM, 5.0)] * PATIENCE_STEPS)
+    assert not old.seen_heldout(BOUND) and not young.seen_heldout(BOUND + ABSURD_NATS)
+    assert "held-out perplexity is 6.03e+03, where word frequencies alone give 484.6" in old.seen_heldout(8.704)
+    assert "6e+21" in young.seen_heldout(math.log(6e21))
+
+
+@pytest.mark.parametrize("loss", [math.inf, 1e9])
+def test_no_overflow(loss: float) -> None:
+    assert "held-out" in watch().seen_heldout(loss)

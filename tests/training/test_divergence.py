@@ -1,0 +1,38 @@
+"""A run that diverges ends with one line and no table; what was good is kept, and a resumed run may do better."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lapse_elmo.errors import TrainingError
+from tests.training.corpora import Prepared, checkpoints, records, train_alone, train_job
+
+
+def test_a_diverging_job_says_so_in_one_line(small: Prepared, tmp_path: Path) -> None:
+    """All ranks alike: the line comes once, and the status is not 0."""
+    with train_job(2, small, tmp_path / "run", "--learning-rate", "30", "--epochs", "6", "--batch-size", "4") as job:
+        ended = job.wait(90)
+    assert ended.returncode == 2, ended.output
+    lines = [line for line in ended.output.splitlines() if "diverges" in line]
+    assert len(lines) == 1
+    assert re.search(
+        r"training diverges at step \d+: .*(unigram's|word frequencies).*; no evaluated checkpoint is saved yet; lower "
+        r"--learning-rate \(now 30\)", lines[0],
+    )
+    assert "unigram  " not in ended.output and not checkpoints(tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_kept(small: Prepared, tmp_path: Path) -> None:
+    """Models that are going bad do not push it out, however often the run saves, and it leads on to a good end."""
+    run_dir = train_alone(small, tmp_path / "run", "--epochs", "1", "--batch-size", "4")
+    (good,) = checkpoints(run_dir)
+    options = ("--epochs", "20", "--batch-size", "4", "--save-every-steps", "1")
+    with pytest.raises(TrainingError, match=f"the best checkpoint is .*{good.name} ") as caught:
+        train_alone(small, run_dir, *options, "--learning-rate", "30")
+    assert caught.value.everywhere and "(now 30)" in str(caught.value)
+    assert good in checkpoints(run_dir) and len(checkpoints(run_dir)) <= 3
+    train_alone(small, run_dir, "--epochs", "2", "--batch-size", "4", "--resume", str(good), "--overwrite")
+    assert records(run_dir, "epoch")[-1]["heldout/mean_perplexity"] < 43
