@@ -102,10 +102,10 @@ def losses(run_dir: Path) -> list[float]:
 def test_golden_losses(small: Prepared, tmp_path: Path) -> None:
     """Recorded with torch 2.13 on x86-64; other builds round differently, by less than the tolerance in six steps."""
     run_dir = train_alone(small, tmp_path / "run", "--max-steps", "6", "--report-every", "3", "--num-samples", "20")
-    assert losses(run_dir) == pytest.approx([2.8507879864728007, 2.8574722183829393], rel=2e-4)
+    assert losses(run_dir) == pytest.approx([2.8446229383680555, 2.956885707350729], rel=2e-4)
     epoch = records(run_dir, "epoch")[-1]
-    assert epoch["heldout/forward_perplexity"] == pytest.approx(23.898181794666165, rel=5e-4)
-    assert epoch["heldout/backward_perplexity"] == pytest.approx(21.7410181381962, rel=5e-4)
+    assert epoch["heldout/forward_perplexity"] == pytest.approx(22.988285223898192, rel=5e-4)
+    assert epoch["heldout/backward_perplexity"] == pytest.approx(24.57192498709551, rel=5e-4)
 
 
 def test_both_lstms_train_alike(small: Prepared, tmp_path: Path) -> None:
