@@ -16,9 +16,9 @@ Consistency. Rows with one copy (all of them under ``relocation`` and ``static``
 also while they move, for calls that are waited for. Replicas are eventually consistent, with a bound: a worker waits in
 :meth:`advance_clock` where its node's last complete round of synchronisation began more than ``staleness / 2 - 1``
 clocks ago. So a push is at the row's owner after at most ``staleness / 2`` further clocks of the pushing worker, and at
-all holders after as many of the owner's workers: where clocks advance together, everybody sees it ``staleness`` clocks
+each holder after as many of the holder's workers: where clocks advance together, everybody sees it ``staleness`` clocks
 later. While rounds keep pace with steps, as they do unless cores are crowded, it takes one or two clocks.
-:meth:`quiesce` makes all replicas equal at once.
+:meth:`quiesce` makes all copies equal to the bit. docs/protocol.md describes the messages.
 """
 
 from __future__ import annotations
