@@ -1,6 +1,6 @@
 """Count what a training step costs the server at many nodes, with the real code on a simulated network.
 
-``python -m benchmarks.scale [--nodes 4 16 64] [--workers 32] [--classes 793471]``. Bytes are those of rows of `original`.
+``python -m benchmarks.scale [--nodes 4 16 64] [--workers 32]``. Bytes are those of rows of `original`.
 A row of the table takes about a minute at 16 nodes, and some ten minutes and 12 GB of memory at 64.
 """
 
