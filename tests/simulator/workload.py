@@ -6,7 +6,7 @@ pushes of each worker it sees, and the ledger knows between which bounds that ma
 - at least the worker's own pushes that were complete when the pull began, and at most all that had begun when it ended;
 - with one copy per row, at least everybody's pushes that were complete when the pull began (sequential consistency per
   key), and no fewer than any earlier pull of the same worker saw;
-- with replicas, at least what was pushed ``staleness`` clocks before the slowest worker's.
+- with replicas, at least what had reached the owners when the worker's last complete round began, by its clock.
 
 Rows of "steps" have an update rule and get integer gradients: after a quiesce their copies must be equal to the bit,
 and their accumulators the exact sums of squares. Each row of "owned" is set by one worker to ever larger numbers.
@@ -40,19 +40,19 @@ class Ledger:
         self.begun = np.zeros((num_workers, num_rows), np.int64)
         self.complete = np.zeros((num_workers, num_rows), np.int64)
         self.by_clock: list[list[np.ndarray]] = [[] for _ in range(num_workers)]  # complete at the end of each clock
+        self.at_owners = np.zeros((num_workers, num_rows), np.int64)  # what clocks say must have reached the owners
         self.squares = np.zeros((layout["steps"].num_rows, 3))
         self.pushing = 0  # workers that have begun a push of which not all is applied or sent
 
-    def advance(self, worker: int) -> None:
-        """A clock of ``worker`` ends."""
+    def ending(self, worker: int) -> None:
+        """A clock of ``worker`` is about to end."""
         self.by_clock[worker].append(self.complete[worker].copy())
 
-    def visible_by(self, staleness: int) -> np.ndarray:
-        """Return what everybody must see of everybody's pushes (workers, rows)."""
-        clock = min(map(len, self.by_clock)) - staleness
-        if clock < 1:
-            return np.zeros_like(self.complete)
-        return np.stack([counts[clock - 1] for counts in self.by_clock])
+    def ended(self, worker: int, slack: int) -> None:
+        """A clock of ``worker`` has ended: a round that began at most ``slack`` clocks ago has ended."""
+        clock = len(self.by_clock[worker]) - slack
+        if clock > 0:
+            self.at_owners[worker] = self.by_clock[worker][clock - 1]
 
 
 class Worker:
@@ -70,6 +70,8 @@ class Worker:
         self.localizes: list[int] = []
         self.samples: list[tuple[int, int]] = []  # (handle, count)
         self.seen = np.zeros((job.size, schedule.num_rows), np.int64)
+        self.slack = schedule.staleness // 2 - 1
+        self.reached: list[np.ndarray] = []  # what had reached the owners when each clock ended here
         self.last_set = 0
         self.server: EmbeddedServer
 
@@ -89,8 +91,10 @@ class Worker:
             for _ in range(schedule.clocks_per_phase):
                 for _ in range(self.random.randint(0, schedule.calls_per_clock)):
                     self.random.choice(calls)()
-                self.ledger.advance(self.rank)
+                self.reached.append(self.ledger.at_owners.copy())
+                self.ledger.ending(self.rank)
                 self.server.advance_clock()
+                self.ledger.ended(self.rank, self.slack)
             while self.pulls or self.pushes or self.localizes:
                 self.wait()
             self.server.quiesce()
@@ -121,7 +125,9 @@ class Worker:
         if self.schedule.technique in ONE_COPY:
             least = np.maximum(ledger.complete, self.seen)[:, rows].copy()
         else:
-            least = ledger.visible_by(self.schedule.staleness)[:, rows].copy()
+            clock = len(self.reached) - self.slack
+            reached = self.reached[clock - 1] if clock > 0 else np.zeros_like(ledger.begun)
+            least = reached[:, rows].copy()
             least[self.rank] = ledger.complete[self.rank, rows]
         ticket = self.server.pull_async(rows, out)
         self.pulls.append((ticket, rows, out, least, np.empty(0)))
