@@ -39,6 +39,8 @@ def initialise(parameters: Parameters, config: Config, vocabulary: Vocabulary, w
     :raises CorpusError: if the file of --init-embedding is not word vectors of the run's size.
     """
     given = config.initial
+    if given.init_accumulators == "kept" and not given.init_from:
+        raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from too").on_every_rank()
     if given.init_from:
         stored = open_together(given.init_from, "", world)
         world.together(lambda: _require_same_sizes(stored, config))

@@ -67,10 +67,10 @@ def train(
     run_dir = Path(config.run.run_dir)
     first_sample = start.step * config.training.accumulate
     parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=first_sample)
-    world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
     if start.path is None:
         memory = (*initialise(parameters, config, corpus.vocabulary, world), *memory)
-    else:
+    world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
+    if start.path is not None:
         checkpoint.restore(start.path, start.manifest, parameters, world)
     training = Training(config, world, corpus, parameters, device, start, stop)
     training.announce(memory)
@@ -162,7 +162,8 @@ class Training:
                 state.evaluation_due = epoch_ended or over or comes_round(self.evaluate_every, cursor.step)
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
                 over = over or self.out_of_patience
-                save = (save or milestone or comes_round(every.save_every_steps, cursor.step)) and not state.watch.suspicious
+                save = save or milestone or comes_round(every.save_every_steps, cursor.step)
+                save = save and not state.watch.suspicious
                 if perplexity is not None or signalled or save:
                     self.save(perplexity)
                 if over or signalled:

@@ -28,5 +28,3 @@ class InitialConfig:
     def __post_init__(self) -> None:
         if self.init_from and self.init_embedding:
             raise ConfigError("--init-from and --init-embedding both say what the word vectors start as; drop one")
-        if self.init_accumulators == "kept" and not self.init_from:
-            raise ConfigError("--init-accumulators kept needs the model that has them: give --init-from too")

@@ -26,6 +26,11 @@ from lapse_elmo.trained.stored import StoredModel, Table
 
 MODELING = "modeling_lapse_elmo.py"
 CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
+MODULES, POOLING = "modules.json", "1_Pooling"  # of sentence-transformers: the mean of the words' vectors
+_SENTENCE_TRANSFORMERS = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": POOLING, "type": "sentence_transformers.models.Pooling"},
+]
 _NEVER = -1e4  # the bias of the padding's class: its probability is 0 in float32
 
 Tensor = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
@@ -33,7 +38,7 @@ Tensor = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
 
 def refuse(folder: Path, overwrite: bool) -> None:
     """:raises OutputError: if ``folder`` may not be replaced."""
-    refuse_foreign(folder, overwrite, {CONFIG, MODELING, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD})
+    refuse_foreign(folder, overwrite, {CONFIG, MODELING, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD, MODULES, POOLING})
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
@@ -48,6 +53,9 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
         write_whole(hidden / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
         write_whole(hidden / MODELING, (Path(__file__).parent / MODELING).read_bytes())
         write_whole(hidden / CARD, card_of(stored).encode())
+        write_whole(hidden / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
+        pooling = {"word_embedding_dimension": 2 * stored.options.projection_size, "pooling_mode_mean_tokens": True}
+        write_whole(hidden / POOLING / "config.json", _json(pooling))
         sync_directory(hidden)
     return [f"{folder}: a Hugging Face folder ({stored.vocabulary.size:,} words) of {stored.path}"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 BEGIN, END = 1, 2
@@ -49,6 +49,7 @@ class LapseElmoConfig(PretrainedConfig):
         kwargs.setdefault("bos_token_id", BEGIN)
         kwargs.setdefault("eos_token_id", END)
         kwargs.setdefault("tie_word_embeddings", False)
+        kwargs.setdefault("use_cache", False)
         super().__init__(**kwargs)
 
 
@@ -184,8 +185,12 @@ class LapseElmoModel(LapseElmoPreTrainedModel):
         return BaseModelOutput(last_hidden_state=layers[-1], hidden_states=layers if wanted else None)
 
 
-class LapseElmoForCausalLM(LapseElmoPreTrainedModel):
+class LapseElmoForCausalLM(LapseElmoPreTrainedModel, GenerationMixin):
     """The forward direction as a language model: logits at a word predict the next one."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """All ids at every step: there is no cache."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def get_output_embeddings(self) -> nn.Module:
         return self.softmax

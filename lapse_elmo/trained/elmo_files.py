@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def open_elmo_files(
             if "char_cnn" in options or "CNN" in file or "char_embed" in file:
                 raise _characters(folder)
             sizes = _sizes(options, folder, "mix" if "mix" in file else "top")
-            dense = _dense(file, sizes, weights)
+            _check_dense(file, sizes, weights)
             softmax = _softmax(file, weights, order)
             table = _mapped(file, "embedding", weights) if "embedding" in file else None
         if table is None:
@@ -72,7 +73,7 @@ def open_elmo_files(
     about = {"num_train_tokens": options.get("n_train_tokens"), **own}
     return StoredModel(
         folder, "bilm-tf files", sizes, own.get("boundaries", True), vocabulary, ArrayTable(table, order=order),
-        softmax, dense, about,
+        softmax, lambda: _read_dense(sizes, weights), about,
     )
 
 
@@ -164,36 +165,50 @@ def _softmax(file: h5py.File, path: Path, order: np.ndarray | None) -> ArrayTabl
     return ArrayTable(array, bias, order)
 
 
-def _dense(file: h5py.File, sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
-    """The LSTM's parameters under the names of :class:`~lapse_elmo.model.lstm.FusedElmoLstm`; shapes are checked."""
-    size, cell = sizes.projection_size, sizes.cell_size
-    found: dict[str, np.ndarray] = {}
+def _groups(sizes: BiLMOptions) -> Iterator[tuple[str, str]]:
+    """Our prefix and bilm-tf's group of each layer and direction."""
     for direction, name in enumerate(("forward", "backward")):
         for layer in range(sizes.num_layers):
-            group = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
-            if f"{group}/W_0" not in file:
-                raise CheckpointError(f"{path} has no {group}/W_0: not bilm-tf's weights of {sizes.num_layers} layers")
-            both, bias = file[f"{group}/W_0"][:], file[f"{group}/B"][:]
-            if f"{group}/W_P_0" in file:
-                projection = file[f"{group}/W_P_0"][:]
-            elif size == cell:  # bilm-tf projects only to something smaller
-                projection = np.eye(size, dtype=np.float32)
-            else:
-                raise CheckpointError(f"{path} has no {group}/W_P_0, which a projection from {cell} to {size} needs")
-            shapes = {"W_0": (2 * size, 4 * cell), "B": (4 * cell,), "W_P_0": (cell, size)}
-            for array, (what, shape) in zip((both, bias, projection), shapes.items(), strict=True):
-                if array.shape != shape:
-                    raise CheckpointError(f"{path}: {group}/{what} has shape {array.shape}, the options say {shape}")
-            gates = reordered(np.asarray(both, np.float32).T)
-            bias = reordered(np.array(bias, np.float32))
-            bias[cell : 2 * cell] += 1
-            prefix = f"lstm.{name}_layer_{layer}"
-            found[f"{prefix}.input_linearity.weight"] = gates[:, :size]
-            found[f"{prefix}.state_linearity.weight"] = gates[:, size:]
-            found[f"{prefix}.state_linearity.bias"] = bias
-            found[f"{prefix}.state_projection.weight"] = np.asarray(projection, np.float32).T
-    if sizes.context == "mix":
-        found |= {f"mix.{name}": file[f"mix/{name}"][:] for name in ("scalars", "gamma")}
+            yield f"lstm.{name}_layer_{layer}", f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
+
+
+def _check_dense(file: h5py.File, sizes: BiLMOptions, path: Path) -> None:
+    """Compare the shapes of the LSTM's weights with the options, without reading them."""
+    size, cell = sizes.projection_size, sizes.cell_size
+    shapes = {"W_0": (2 * size, 4 * cell), "B": (4 * cell,), "W_P_0": (cell, size)}
+    for _, group in _groups(sizes):
+        if f"{group}/W_0" not in file:
+            raise CheckpointError(f"{path} has no {group}/W_0: not bilm-tf's weights of {sizes.num_layers} layers")
+        if f"{group}/W_P_0" not in file and size != cell:
+            raise CheckpointError(f"{path} has no {group}/W_P_0, which a projection from {cell} to {size} needs")
+        for name, shape in shapes.items():
+            if f"{group}/{name}" in file and file[f"{group}/{name}"].shape != shape:
+                raise CheckpointError(
+                    f"{path}: {group}/{name} has shape {file[f'{group}/{name}'].shape}, the options say {shape}"
+                )
+
+
+def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
+    """The LSTM's parameters under the names of :class:`~lapse_elmo.model.lstm.FusedElmoLstm`."""
+    size, cell = sizes.projection_size, sizes.cell_size
+    found: dict[str, np.ndarray] = {}
+    try:
+        with h5py.File(path, "r") as file:
+            for prefix, group in _groups(sizes):
+                gates = reordered(np.asarray(file[f"{group}/W_0"][:], np.float32).T)
+                bias = reordered(np.array(file[f"{group}/B"][:], np.float32))
+                bias[cell : 2 * cell] += 1
+                projection = np.eye(size, dtype=np.float32)  # bilm-tf projects only to something smaller
+                if f"{group}/W_P_0" in file:
+                    projection = np.asarray(file[f"{group}/W_P_0"][:], np.float32).T
+                found[f"{prefix}.input_linearity.weight"] = gates[:, :size]
+                found[f"{prefix}.state_linearity.weight"] = gates[:, size:]
+                found[f"{prefix}.state_linearity.bias"] = bias
+                found[f"{prefix}.state_projection.weight"] = projection
+            if sizes.context == "mix":
+                found |= {f"mix.{name}": file[f"mix/{name}"][:] for name in ("scalars", "gamma")}
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read the weights in {path}: {error}") from None
     return found
 
 

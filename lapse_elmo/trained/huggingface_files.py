@@ -44,7 +44,7 @@ def open_huggingface_files(folder: Path) -> StoredModel:
         raise CheckpointError(f"{folder} is damaged: {CONFIG} or {WEIGHTS} has no usable {error}") from None
     return StoredModel(
         folder, "Hugging Face folder", options, bool(config.get("boundaries", True)), vocabulary, embedding, softmax,
-        tensors, {"num_train_tokens": config.get("num_train_tokens")},
+        lambda: tensors, {"num_train_tokens": config.get("num_train_tokens")},
     )
 
 

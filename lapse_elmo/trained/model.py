@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,14 @@ class TrainedModel:
         self.stored = stored
         self.vocabulary: Vocabulary = stored.vocabulary
         self.device = torch.device(device)
-        self.bilm: BiLM = stored.bilm().to(self.device).requires_grad_(False)
         self.dimension = 2 * stored.options.projection_size
         self.num_layers = stored.options.num_layers
         self._norms: dict[str, np.ndarray] = {}
+
+    @functools.cached_property
+    def bilm(self) -> BiLM:
+        """The LSTMs, read from the disk when they are first needed."""
+        return self.stored.bilm().to(self.device).requires_grad_(False)
 
     def __repr__(self) -> str:
         sizes = self.stored.options

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from lapse_elmo.checkpoint import (
     FOLDER,
@@ -66,20 +67,24 @@ def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bo
     wanted = {field.name for field in dataclasses.fields(BiLMOptions)} - {"lstm", "precision", "stateful"}
     options = BiLMOptions(**{name: value for name, value in vars(config.model).items() if name in wanted})
     size = options.projection_size
-    try:
-        with h5py.File(path / DENSE, "r") as file:
-            dense = {}
-            file["parameters"].visititems(
-                lambda name, item: dense.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
-            )
-    except (OSError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {path / DENSE}: {error}") from None
     about = {name: manifest.get(name) for name in ("step", "num_train_tokens", "results", "versions", "config")}
     return StoredModel(
         path, "checkpoint", options, config.data.boundaries, vocabulary,
         SavedTable(path, manifest, "embedding", vocabulary.size, size),
-        SavedTable(path, manifest, "softmax", vocabulary.size, size + 1), dense, about,
+        SavedTable(path, manifest, "softmax", vocabulary.size, size + 1), lambda: _read_dense(path / DENSE), about,
     )
+
+
+def _read_dense(path: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    try:
+        with h5py.File(path, "r") as file:
+            file["parameters"].visititems(
+                lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    return found
 
 
 def open_together(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +61,7 @@ class StoredModel:
     :ivar kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face folder``.
     :ivar boundaries: whether it was trained with ``<S>`` and ``</S>`` around each sentence.
     :ivar softmax: (V, D + 1), the bias last; None where the files do not have it.
-    :ivar dense: every parameter of the biLM by its name in :class:`~lapse_elmo.model.bilm.BiLM`.
+    :ivar read_dense: reads :attr:`dense`, once it is asked for: opening a large model should not read its LSTM.
     :ivar about: what else is known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
     """
 
@@ -71,7 +72,7 @@ class StoredModel:
     vocabulary: Vocabulary
     embedding: Table
     softmax: Table | None
-    dense: dict[str, np.ndarray]
+    read_dense: Callable[[], dict[str, np.ndarray]]
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,6 +83,11 @@ class StoredModel:
                     f"{self.path}: the {name} has {table.num_rows:,} rows of {table.size}, expected {rows:,} (the "
                     f"vocabulary's words and <S>, </S>, <UNK>) of {width}; its files do not belong together"
                 )
+
+    @functools.cached_property
+    def dense(self) -> dict[str, np.ndarray]:
+        """Every parameter of the biLM by its name in :class:`~lapse_elmo.model.bilm.BiLM`."""
+        return self.read_dense()
 
     def bilm(self) -> BiLM:
         """The biLM with the stored parameters, in evaluation mode.
