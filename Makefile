@@ -25,7 +25,7 @@ setup: .venv/.installed
 # The stamp is written last: a set-up that was interrupted is done again.
 .venv/.installed: requirements.txt requirements-nodeps.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"lapse-elmo needs Python 3.10, 3.11 or 3.12, but $(PYTHON) is {v[0]}.{v[1]}: give another one by PYTHON=")'
-	@echo "Installing into .venv: one to three minutes, 1.6 GB without CUDA"
+	@echo "Installing into .venv: one to three minutes, 1.2 GB without CUDA"
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made: install your system's python3-venv, or give another Python by PYTHON="; exit 1; }
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps -r requirements-nodeps.txt
@@ -33,8 +33,9 @@ setup: .venv/.installed
 
 dev: .venv/.installed-dev
 
-.venv/.installed-dev: .venv/.installed requirements-dev.txt
+.venv/.installed-dev: .venv/.installed requirements-dev.txt requirements-dev-nodeps.txt
 	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --no-deps -r requirements-dev-nodeps.txt
 	@touch $@
 
 data/demo-text: | .venv/.installed

@@ -20,10 +20,12 @@ from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.divergence import MARGIN_NATS, advice
 from lapse_elmo.errors import ConfigError, CorpusError, TrainingError
 from lapse_elmo.evaluate import evaluate, unigram_perplexity
+from lapse_elmo.initial import initialise
 from lapse_elmo.memory import check_memory
 from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog
 from lapse_elmo.metrics.server_meter import ServerMeter
+from lapse_elmo.milestones import Milestones
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import Corpus, Hold, Start, find_start, name_run, prepare
@@ -65,10 +67,10 @@ def train(
     run_dir = Path(config.run.run_dir)
     first_sample = start.step * config.training.accumulate
     parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=first_sample)
-    world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
     if start.path is None:
-        parameters.initialise()
-    else:
+        memory = (*initialise(parameters, config, corpus.vocabulary, world), *memory)
+    world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
+    if start.path is not None:
         checkpoint.restore(start.path, start.manifest, parameters, world)
     training = Training(config, world, corpus, parameters, device, start, stop)
     training.announce(memory)
@@ -109,7 +111,8 @@ class Training:
         )
         self.server_meter = ServerMeter(parameters.server, world)
         self.server_meter.go_on(self.state.served)
-        self.saver = saver_of(self.run_dir, world, start)
+        self.milestones = Milestones(config.run.save_at_tokens, start.manifest.get("milestones"))
+        self.saver = saver_of(self.run_dir, world, start, config.run.keep_checkpoints)
         self.saved_s = time.monotonic()
         self.start = start
 
@@ -143,6 +146,7 @@ class Training:
                     result = step_once(announced, cursor.step + 1, self.rate())
                 epoch_ended = cursor.trained([part.batch for part in announced])
                 state.add(result)
+                milestone = self.milestones.add(result.num_tokens, cursor.step)
                 self.refuse_divergence(state.watch.seen())
                 log.step(cursor.step, state.meter)
                 self.saver.look(result.flags)
@@ -158,7 +162,8 @@ class Training:
                 state.evaluation_due = epoch_ended or over or comes_round(self.evaluate_every, cursor.step)
                 perplexity = self.evaluate() if state.evaluation_due and not signalled else None
                 over = over or self.out_of_patience
-                save = (save or comes_round(every.save_every_steps, cursor.step)) and not state.watch.suspicious
+                save = save or milestone or comes_round(every.save_every_steps, cursor.step)
+                save = save and not state.watch.suspicious
                 if perplexity is not None or signalled or save:
                     self.save(perplexity)
                 if over or signalled:
@@ -209,6 +214,7 @@ class Training:
         """Collective: begin to save a checkpoint; ``perplexity`` is held-out, where it was measured at this step."""
         start = time.perf_counter()
         self.state.served = self.server_meter.pending()
+        self.saver.pinned = {checkpoint.path_of(self.run_dir, step) for step in self.milestones.steps}
         with self.server_meter.aside():
             self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
         self.state.meter.seconds["save"] = self.state.meter.seconds.get("save", 0.0) + time.perf_counter() - start
@@ -221,6 +227,7 @@ class Training:
             "num_train_tokens": self.corpus.train.num_tokens, "config": as_tables(self.config),
             "corpus": self.corpus.names(), "state": self.state.plain(),
             "results": {"heldout_perplexity": results[-1].heldout.mean} if results else {},
+            "milestones": self.milestones.plain(),
         }
 
     def evaluate(self) -> float:
@@ -271,14 +278,15 @@ def comes_round(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def saver_of(run_dir: Path, world: World, start: Start) -> Saver:
+def saver_of(run_dir: Path, world: World, start: Start, num_newest: int) -> Saver:
     """The saver of a run: what it started from, and the best of the run, are kept."""
     if start.path is None or start.path.parent.parent.resolve() != run_dir.resolve():
-        return Saver(run_dir, world)
+        return Saver(run_dir, world, num_newest=num_newest)
     best = start.manifest["best"]
     path = checkpoint.path_of(run_dir, best["step"]) if best else None
     known = (best["perplexity"], path) if path is not None and path.is_dir() else None
-    return Saver(run_dir, world, [start.path], known)
+    kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other.name <= start.path.name]
+    return Saver(run_dir, world, kept[-num_newest:], known, num_newest)
 
 
 def farewell(signal: str, step: int, run_dir: Path) -> str:

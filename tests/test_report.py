@@ -1,9 +1,17 @@
-"""bin/report: a picture from a run's metrics, and what it says of runs that have none."""
+"""bin/report: a page from runs' metrics, opened in a browser, and what it says of runs that have none."""
 
 from __future__ import annotations
 
+import base64
+import csv
+import html
+import io
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +19,11 @@ import pytest
 from lapse_elmo import report
 from lapse_elmo.errors import ConfigError, OutputError
 from lapse_elmo.metrics.server_meter import band_ends
+from lapse_elmo.report.charts import _draw_bands, _draw_local_share, _draw_owners, charts_of, figure_of
+from lapse_elmo.report.runs import Run, read_run
 from lapse_elmo.world import solo
+
+CONFIG = '[data]\nshards = "corpus/shards"\n[model]\nprojection_size = 16\n[training]\nseed = 7\n'
 
 
 def records(num_nodes: int) -> list[dict]:
@@ -19,46 +31,131 @@ def records(num_nodes: int) -> list[dict]:
     lines: list[dict] = []
     for step in (10, 20):
         train: dict = {"kind": "train", "step": step, "train/loss_nats": 6.0 - step / 10, "train/tokens_per_s": 100.0}
-        train |= {"train/learning_rate": 0.2, "train/gradient_norm": 3.0, "train/global_batch_tokens": 80.0 * step}
-        train |= {"train/noise_scale_tokens": None if step == 10 else 900.0}
+        train |= {"train/trained_tokens": 1000 * step, "train/learning_rate": 0.2}
         train |= {f"step/{name}_s": 0.1 for name in ("pull", "compute", "agree", "push")}
         for name in ("embedding", "softmax"):
             train[f"server/{name}_local_share"] = 0.9 + step / 1000
             train |= {f"server/{name}_{what}_rows": 5.0 for what in ("relocated", "replicated", "synchronised")}
         lines.append(train)
-        if num_nodes > 1:
-            bands = {"ends": [1, 3, 9], "main": [[1, 1, 4], [0, 1, 2]], "replicas": [[0, 1, 1], [1, 0, step // 10]]}
-            lines.append({"kind": "placement", "step": step, "embedding": bands, "softmax": bands})
-    return [*lines, {"kind": "epoch", "step": 20, "heldout/mean_perplexity": 90.0}]
+        bands = {"ends": [1, 3, 9], "main": [[1, 1, 4], [0, 1, 2]], "replicas": [[0, 1, 1], [1, 0, step // 10]]}
+        one = {"ends": [1, 3, 9], "main": [[1, 2, 6]], "replicas": [[0, 0, 0]]}
+        shown = bands if num_nodes > 1 else one
+        lines.append({"kind": "placement", "step": step, "embedding": shown, "softmax": shown})
+    return [*lines, {"kind": "epoch", "step": 20, "train/trained_tokens": 20000, "heldout/mean_perplexity": 90.0}]
 
 
 def write(folder: Path, lines: list[dict]) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.toml").write_text(CONFIG)
+    (folder / "versions.toml").write_text('torch = "9.8.7"\n')
     return folder
 
 
+def titles(page: str) -> list[str]:
+    return re.findall(r"<h3>(.*?)</h3>", page)
+
+
 @pytest.mark.parametrize("num_nodes", [1, 2])
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_picture_is_drawn(num_nodes: int, suffix: str, tmp_path: Path) -> None:
+def test_a_page_of_one_run(num_nodes: int, tmp_path: Path) -> None:
     run = write(tmp_path / "run", records(num_nodes))
-    report.main([str(run), "--output", str(tmp_path / f"out.{suffix}")], solo)
-    begin = (tmp_path / f"out.{suffix}").read_bytes()[:8]
-    assert begin == (b"\x89PNG\r\n\x1a\n" if suffix == "png" else b"<?xml ve")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"out.{suffix}", "run"]
+    report.main([str(run)], solo)
+    page = (run / "report.html").read_text()
+    assert ("Local share" in titles(page)) == ("Rows on each node" in titles(page)) == (num_nodes > 1)
+    assert {"Loss", "Held-out perplexity", "Speed", "Learning rate", "Time by phase"} <= set(titles(page))
+    assert "Noise scale" not in titles(page) and "Batch" not in titles(page)
+    for text in ("corpus/shards", "9.8.7", "training.seed", ">90.0<", "tokens trained"):
+        assert text in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page needs another file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_panels_show_the_metrics() -> None:
-    figure = report.draw(records(2), "run")
-    loss, share, _, _, owners, bands, batch, rate = figure.axes[:8]
-    np.testing.assert_array_equal(batch.lines[0].get_xydata(), [[10, 800], [20, 1600]])
-    np.testing.assert_array_equal(batch.lines[1].get_xydata(), [[20, 900]])  # a noise scale may be unknown
-    np.testing.assert_array_equal(rate.lines[0].get_ydata(), [0.2, 0.2])
-    np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[10, 5.0], [20, 4.0]])
+def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    runs = [write(tmp_path / name, records(1)) for name in ("first", "<second>")]
+    report.main([*map(str, runs), "--output", str(tmp_path / "both.html")], solo)
+    page = (tmp_path / "both.html").read_text()
+    assert "<second>" not in page and page.count("&lt;second&gt;") > 3
+    assert "Time by phase (first)" in titles(page)
+    data = re.search(r"base64,([^\"]+)", page)
+    assert data
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(data.group(1)).decode())))
+    assert [(r["run"], r["kind"], r["step"]) for r in rows[:3]] == [
+        ("first", "train", "10"), ("first", "train", "20"), ("first", "epoch", "20")
+    ]
+    assert len(rows) == 6 and rows[0]["train/loss_nats"] == "5.0"
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_charts_show_the_metrics(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path / "run", records(2)), "run")
+    assert run.series("train/loss_nats", tokens=True) == ([10_000, 20_000], [5.0, 4.0])
+    share = figure_of(lambda axis: _draw_local_share(axis, run)).axes[0]
     np.testing.assert_allclose(np.array(share.lines[1].get_ydata()), [91.0, 92.0])
     # Two segments of alike bands: main copies 6 and 3 of each, replicas 2 and 2 or 3.
+    owners = figure_of(lambda axis: _draw_owners(axis, run)).axes[0]
     assert [np.array(line.get_ydata()).tolist() for line in owners.lines] == [[12, 12], [4, 4], [6, 6], [4, 6]]
+    bands = figure_of(lambda axis: _draw_bands(axis, run)).axes[0]
     np.testing.assert_allclose(np.array(bands.collections[0].get_array()).T, [[1, 1 / 2, 2 / 6], [1, 1 / 2, 3 / 6]])
+
+
+def test_metrics_without_tokens_are_drawn_by_steps() -> None:
+    lines = [{k: v for k, v in line.items() if k != "train/trained_tokens"} for line in records(1)]
+    run = Run("old", [r for r in lines if r["kind"] == "train"], [r for r in lines if r["kind"] == "epoch"], [])
+    assert all("tokens trained" not in chart.svg for chart in charts_of([run]))
+
+
+# Run in the page: what a reader sees, left in the page's title.
+LOOK = """
+<script>
+window.addEventListener("load", () => {
+  const boxes = [...document.querySelectorAll("figure svg")].map(svg => {
+    const box = svg.getBoundingClientRect();
+    return [Math.round(box.x), box.width, box.height];
+  });
+  const page = document.documentElement;
+  document.title = JSON.stringify({
+    boxes, inside: page.scrollWidth, whole: page.clientWidth,
+    names: [...document.querySelectorAll("#runs tbody tr")].map(row => row.cells[0].textContent),
+    first: document.querySelector("figure svg").textContent,
+    requests: performance.getEntriesByType("resource").length,
+  });
+});
+</script>
+"""
+
+
+def seen_by_chromium(page: Path, width: int) -> dict[str, Any]:
+    """What a headless Chromium shows in a window of ``width``; skips the test where there is none."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium on this machine (Debian: chromium)")
+    looked = page.with_name(f"looked-at-{width}.html")
+    looked.write_text(page.read_text().replace("</body>", f"{LOOK}</body>"))
+    done = subprocess.run(
+        [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+         f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000",
+         "--dump-dom", looked.as_uri()],
+        capture_output=True, text=True, timeout=240,
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stderr
+    return json.loads(html.unescape(title.group(1)))
+
+
+def test_a_browser_shows_it(tmp_path: Path) -> None:
+    runs = [write(tmp_path / name, records(2)) for name in ("first", "second")]
+    report.main([*map(str, runs), "--output", str(tmp_path / "both.html")], solo)
+    columns = {}
+    for width in (500, 1400):
+        seen = seen_by_chromium(tmp_path / "both.html", width)
+        assert seen["inside"] <= seen["whole"], "the page is wider than the window"
+        assert len(seen["boxes"]) >= 12
+        assert all(wide > 250 and 100 < high < wide for _, wide, high in seen["boxes"])
+        assert seen["names"] == ["first", "second"] and seen["requests"] == 0
+        assert "tokens trained" in seen["first"] and "loss (nats)" in seen["first"]
+        columns[width] = len({x for x, _, _ in seen["boxes"]})
+    assert columns[500] == 1 and columns[1400] >= 2
 
 
 @pytest.mark.parametrize(
@@ -79,12 +176,13 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     run = write(tmp_path / "run", records(1))
-    with pytest.raises(OutputError, match=r"cannot write .*name another by --output"):
-        report.main([str(run), "--output", str(tmp_path / "none" / "out.png")], solo)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*"):
+        report.main([str(run), "--output", str(tmp_path / "file" / "out.html")], solo)
 
 
 def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expected a name that ends in \.png"):
+    with pytest.raises(ConfigError, match=r"expected a name that ends in \.html"):
         report.main([str(tmp_path), "--output", "out.docx"], solo)
 
 

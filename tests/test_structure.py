@@ -23,9 +23,11 @@ FLOORS = [
     ["corpus", "ps"],
     ["dense_mean", "devices", "batches", "schedule", "tables"],
     ["parameters", "cursor", "memory"],
-    ["step", "metrics"],
+    ["step", "metrics", "handover", "milestones"],
     ["checkpoint", "evaluate"],
-    ["export", "embed", "report", "run_folder"],
+    ["trained"],
+    ["rounds", "allennlp_plugin"],
+    ["export", "embed", "score", "nearest", "report", "run_folder", "initial"],
     ["plan", "run_state"],
     ["train"],
 ]
@@ -40,12 +42,15 @@ FORBIDDEN = {
 # Third-party packages that only these may import.
 OWNERS = {
     "mpi4py": {"mpi_start", "world", "ps.mpi_transport"},
-    "allennlp": {"model"},
+    "allennlp": {"model", "allennlp_plugin"},
     "triton": {"model.pointwise_triton"},
-    "h5py": {"corpus", "checkpoint", "export", "embed"},
+    "h5py": {"corpus", "checkpoint", "trained", "initial"},
+    "transformers": {"export.modeling_lapse_elmo"},
+    "safetensors": {"trained.huggingface_files"},
     "argparse": {"config"},
     "tensorboard": {"metrics"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "lapse": {"ps.lapse_package"},
     "adapm": {"ps.adapm_package"},
 }
@@ -55,7 +60,7 @@ GLOBAL_RANDOM = {"np.random.seed", "numpy.random.seed", "torch.manual_seed", "ra
 # Calls at import that only make constants and types.
 PURE_CALLS = {
     "TypeVar", "Path", "resolve", "compile", "Struct", "dataclass", "option", "field", "lru_cache", "cast", "frozenset",
-    "set", "dict", "tuple", "range", "slice", "dtype", "split", "no_grad",
+    "set", "dict", "tuple", "range", "slice", "dtype", "split", "no_grad", "register",
 }
 
 PACKAGE = sorted((ROOT / "lapse_elmo").rglob("*.py"))

@@ -28,18 +28,23 @@ NUM_NEWEST = 2
 
 
 class Saver:
-    """Saves a run's checkpoints, and keeps the newest two and the best (collective, but for the properties).
+    """Saves a run's checkpoints, and keeps the newest, the best and pinned ones (collective, but for the properties).
 
     A context that stops a save under way when an error ends it.
 
     :param kept: checkpoints that are there already, oldest first; whatever else lies there goes with the next save.
     :param best: (held-out perplexity, folder) of the best of them.
+    :param num_newest: how many of the newest stay.
+    :ivar pinned: folders that stay, whatever comes later.
     """
 
     def __init__(
-        self, run_dir: Path, world: World, kept: Sequence[Path] = (), best: tuple[float, Path] | None = None
+        self, run_dir: Path, world: World, kept: Sequence[Path] = (), best: tuple[float, Path] | None = None,
+        num_newest: int = NUM_NEWEST,
     ) -> None:
         self.run_dir = run_dir
+        self.pinned: set[Path] = set()
+        self._num_newest = num_newest
         self.best = best
         self._world = world
         self._kept = list(kept)
@@ -137,8 +142,8 @@ class Saver:
         except (OSError, RuntimeError):
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._kept = self._kept[-NUM_NEWEST:]
-        keep = set(self._kept)
+        self._kept = self._kept[-self._num_newest :]
+        keep = set(self._kept) | self.pinned
         if self.best is not None:
             mark_best(self.run_dir, self.best[1])
             keep.add(self.best[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lapse_elmo.config.checks import fraction, positive, require
 from lapse_elmo.config.cli import option, parse
+from lapse_elmo.config.initial import InitialConfig
 from lapse_elmo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -267,6 +268,10 @@ class RunConfig:
     overwrite: bool = option(False, help="replace a run that is already in --run-dir instead of going on with it")
     save_every_steps: int = option(0, metavar="N", help="save a checkpoint every N steps (0: not by steps)")
     save_every_minutes: float = option(10.0, metavar="N", help="save when so many minutes have passed (0: not by time)")
+    keep_checkpoints: int = option(2, metavar="N", help="newest checkpoints that stay, in addition to the best one")
+    save_at_tokens: tuple[int, ...] = option(
+        (), metavar="N", help="save a checkpoint, which stays, once so many tokens are trained, for learning curves"
+    )
     dry_run: bool = option(False, help="show roles, shards, memory and steps, and start nothing")
     report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
     profile: int = option(
@@ -279,7 +284,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.profile >= 0, "profile", self.profile, "0 or more")
-        positive(self, "report_every")
+        positive(self, "report_every", "keep_checkpoints")
+        require(all(n > 0 for n in self.save_at_tokens), "save_at_tokens", self.save_at_tokens, "numbers above 0")
         for name in ("save_every_steps", "save_every_minutes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.resume != "", "resume", "empty", "auto, never, or a run or checkpoint")
@@ -293,6 +299,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    initial: InitialConfig = field(default_factory=InitialConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     devices: DeviceConfig = field(default_factory=DeviceConfig)

@@ -1,4 +1,4 @@
-"""The options of the programs that use what a run has left: ``bin/evaluate``, ``export``, ``embed`` and ``report``."""
+"""The options of the programs that use what a run has left: evaluate, export, embed, score, nearest and report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from lapse_elmo.config.checks import positive, require
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import DeviceConfig
+from lapse_elmo.errors import ConfigError
 
 LAYERS = ("all", "top", "average")
 
@@ -17,8 +18,10 @@ LAYERS = ("all", "top", "average")
 class ModelOptions:
     """Which saved model, and what may be replaced."""
 
-    model: str = option(positional=True, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or one of its checkpoints")
-    vocab: str = option("", metavar="FILE", help="vocabulary (default: the run's)")
+    model: str = option(
+        positional=True, metavar="MODEL", help="a run's folder, one of its checkpoints, or (not to evaluate) an export"
+    )
+    vocab: str = option("", metavar="FILE", help="vocabulary (default: the model's)")
     overwrite: bool = option(False, help="replace --output if it exists")
 
 
@@ -61,15 +64,22 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
 class ExportConfig(ModelOptions):
     """All options of an export."""
 
-    output: str = option(metavar="DIR", help="folder to make, with options.json, weights.hdf5 and vocab.txt")
+    output: str = option(
+        metavar="PATH", help="folder to make; of word2vec the file, binary if it ends in .bin and else text"
+    )
+    format: str = option(
+        "elmo", choices=("elmo", "word2vec", "huggingface"),
+        help="elmo: bilm-tf's files; word2vec: the word vectors alone, for gensim and spaCy; huggingface: a folder for "
+        "transformers and sentence-transformers",
+    )
 
 
 def parse_export(argv: Sequence[str]) -> ExportConfig:
     """The options of ``bin/export``."""
     return parse(
         ExportConfig, argv, prog="bin/export",
-        description="Write a saved model in the files of bilm-tf, which AllenNLP and others read: "
-        "bin/export RUN --output DIR.",
+        description="Write a saved model in the files of other programs: bin/export RUN --output PATH "
+        "[--format FORMAT].",
     )
 
 
@@ -84,6 +94,24 @@ class EmbedConfig(ComputeOptions):
     layers: str = option(
         "all", choices=LAYERS, help="all: (L + 1, T, 2D), the word vectors first; top or average: (T, 2D)"
     )
+    pool: str = option(
+        "none", choices=("none", "mean"), help="mean: one vector a line, all in the dataset 'means' (N, 2D)"
+    )
+    words: str = option(
+        "", metavar="FILE", help="only the words in FILE, one a line: --output is then a NumPy archive (.npz) by word"
+    )
+    sentence_to_index: bool = option(
+        False, help="add the dataset that AllenNLP's readers use; it is made in memory, as large as the text"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.words and (self.pool != "none" or self.sentence_to_index):
+            raise ConfigError("--words writes vectors of words by word: drop --pool and --sentence-to-index")
+        if self.words and not self.output.endswith(".npz"):
+            raise ConfigError(f"--words writes a NumPy archive: give an --output that ends in .npz, not {self.output}")
+        if self.pool != "none" and self.sentence_to_index:
+            raise ConfigError("--sentence-to-index names the datasets of lines, which --pool mean does not make")
 
 
 def parse_embed(argv: Sequence[str]) -> EmbedConfig:
@@ -95,21 +123,63 @@ def parse_embed(argv: Sequence[str]) -> EmbedConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ComputeOptions):
+    """All options of scoring text."""
+
+    texts: tuple[str, ...] = option(
+        positional=True, metavar="TEXT", help="files, folders or globs; plain or gzip, one tokenised sentence a line"
+    )
+    output: str = option("", metavar="FILE", help="table of words to write, tab-separated (default: totals alone)")
+    totals: str = option("", metavar="FILE", help="write the totals there too, as JSON")
+
+
+def parse_score(argv: Sequence[str]) -> ScoreConfig:
+    """The options of ``bin/score``."""
+    return parse(
+        ScoreConfig, argv, prog="bin/score",
+        description="Surprisal of every word of a text in both directions, perplexity, share of unknown words and bits "
+        "per character: mpirun -n RANKS bin/score RUN TEXT... --output FILE.tsv.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestConfig:
+    """All options of looking for neighbours."""
+
+    model: str = option(positional=True, metavar="MODEL", help="a run, a checkpoint or an exported folder")
+    words: tuple[str, ...] = option(positional=True, metavar="WORD", help="words of the vocabulary")
+    vocab: str = option("", metavar="FILE", help="vocabulary (default: the model's)")
+    count: int = option(10, metavar="N", help="neighbours of each word")
+    table: str = option("embedding", choices=("embedding", "softmax"), help="input words, or predicted ones")
+
+    def __post_init__(self) -> None:
+        positive(self, "count")
+
+
+def parse_nearest(argv: Sequence[str]) -> NearestConfig:
+    """The options of ``bin/nearest``."""
+    return parse(
+        NearestConfig, argv, prog="bin/nearest",
+        description="The words whose vectors are nearest by cosine: bin/nearest RUN WORD...",
+    )
+
+
 @dataclass(frozen=True)
 class ReportConfig:
     """All options of a report."""
 
-    run: str = option(positional=True, metavar="RUN", help="a run's folder")
-    output: str = option("", metavar="FILE", help="picture to write, .png, .svg or .pdf (default: RUN/report.png)")
+    runs: tuple[str, ...] = option(positional=True, metavar="RUN", help="folders of runs; several share one page")
+    output: str = option("", metavar="FILE", help="page to write, .html (default: report.html in the first RUN)")
 
     def __post_init__(self) -> None:
-        suffix = Path(self.output or "report.png").suffix
-        require(suffix in (".png", ".svg", ".pdf"), "output", self.output, "a name that ends in .png, .svg or .pdf")
+        suffix = Path(self.output or "report.html").suffix
+        require(suffix in (".html", ".htm"), "output", self.output, "a name that ends in .html")
 
 
 def parse_report(argv: Sequence[str]) -> ReportConfig:
     """The options of ``bin/report``."""
     return parse(
         ReportConfig, argv, prog="bin/report",
-        description="Draw what a run learnt and where the parameter server's rows lived, from its metrics.jsonl.",
+        description="One HTML page of what runs learnt, how fast, with which options, from their metrics.jsonl.",
     )

@@ -12,6 +12,8 @@ import numpy as np
 
 from lapse_elmo.corpus.files import ErrorKeepingFile
 
+_CHUNK_BYTES = 1 << 20
+
 
 class Hdf5Output:
     """A context in which arrays go into a new HDF5 file; at its end the file is flushed to the disk.
@@ -23,6 +25,7 @@ class Hdf5Output:
         """:raises OSError: if the file cannot be written, here as in the other methods."""
         self._sink = ErrorKeepingFile(path)
         self._file = h5py.File(self._sink, "w")
+        self._pending: dict[str, list[np.ndarray]] = {}  # rows to append, up to a chunk of them
 
     def write(self, name: str, array: np.ndarray) -> None:
         """A float32 dataset of ``array``, which has one dimension at least."""
@@ -35,12 +38,41 @@ class Hdf5Output:
             dataset[first : first + len(rows)] = rows
             self._sink.check()
 
+    def append(self, name: str, row: np.ndarray) -> None:
+        """Add a row to a float32 dataset (number of rows, *row.shape), which grows in chunks."""
+        if name not in self._file:
+            shape = (0, *row.shape)
+            rows = max(1, _CHUNK_BYTES // max(row.size * 4, 1))
+            self._file.create_dataset(
+                name, shape, np.float32, maxshape=(None, *row.shape), chunks=(rows, *row.shape), track_times=False
+            )
+        pending = self._pending.setdefault(name, [])
+        pending.append(row)
+        if len(pending) == self._file[name].chunks[0]:
+            self._flush(name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """A dataset (1,) of one string of any length."""
+        dataset = self._file.create_dataset(name, (1,), h5py.string_dtype(), track_times=False)
+        dataset[0] = text
+        self._sink.check()
+
+    def _flush(self, name: str) -> None:
+        rows, dataset = self._pending.pop(name, []), self._file[name]
+        if rows:
+            first = len(dataset)
+            dataset.resize(first + len(rows), 0)
+            dataset[first:] = np.stack(rows)
+            self._sink.check()
+
     def __enter__(self) -> Hdf5Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
             with contextlib.suppress(OSError, RuntimeError):
+                for name in list(self._pending) if kind is None else ():
+                    self._flush(name)
                 self._file.close()
             if kind is None:
                 self._sink.finish()

@@ -107,6 +107,13 @@ class Vocabulary:
         """The words of the file in order, without the special tokens; that of id i is ``words[i - 4]``."""
         return self._words
 
+    def special_lines(self) -> list[int | None]:
+        """The lines of the file, from 0 on, that hold ``<S>``, ``</S>`` and ``<UNK>``; None for one that is missing."""
+        if self._data.startswith("".join(f"{token}\n" for token in SPECIAL).encode()):
+            return [0, 1, 2]
+        lines = _lines(self._data, "vocabulary")
+        return [lines.index(token) if token in lines else None for token in SPECIAL]
+
     def word(self, number: int) -> str:
         """The word of one id. :raises CorpusError: for an id outside 0..V."""
         if not 0 <= number <= self.size:

@@ -83,14 +83,16 @@ class BiLM(nn.Module):
     """Stacked forward and backward LSTMs over embedded sentences, and the vectors that predict their words.
 
     :param options: sizes and switches.
-    :param generator: source of the initial values; the same state gives the same model on every rank.
+    :param generator: source of the initial values; the same state gives the same model on every rank. None leaves the
+        LSTM's weights zero, for stored ones to be copied in.
     """
 
-    def __init__(self, options: BiLMOptions, generator: torch.Generator) -> None:
+    def __init__(self, options: BiLMOptions, generator: torch.Generator | None) -> None:
         super().__init__()
         self.options = options
         self.lstm = _build_lstm(options)
-        initialize_lstm(self.lstm, options.lstm_init, generator)
+        if generator is not None:
+            initialize_lstm(self.lstm, options.lstm_init, generator)
         self.mix = ScalarMix(options.num_layers + 1) if options.context == "mix" else None
 
     def train(self, mode: bool = True) -> BiLM:

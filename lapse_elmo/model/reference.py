@@ -72,8 +72,8 @@ def modules(name: str) -> ModuleType:
             return importlib.import_module(full_name)
     except ImportError as error:
         raise ConfigError(
-            f"AllenNLP's {name} cannot be imported ({error}): install the packages of requirements.txt and "
-            "requirements-nodeps.txt, or choose lstm = fused, which needs no allennlp"
+            f"AllenNLP's {name} cannot be imported ({error}): install the package of requirements-nodeps.txt with "
+            "pip's --no-deps, or choose lstm = fused, which needs no allennlp"
         ) from error
 
 

@@ -26,9 +26,10 @@ OTHER = {
     "preset": "original", "context": "mix", "lstm": "allennlp", "precision": "bf16", "lstm_init": "orthogonal",
     "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job", "row_accumulators": "row",
     "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
-    "ps": "lapse", "technique": "static", "schedule": "linear",
+    "ps": "lapse", "technique": "static", "schedule": "linear", "init_accumulators": "kept", "save_at_tokens": (5, 7),
 }
-ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync")  # contradict others
+# What contradicts other options.
+ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync", "init_embedding")
 # What an option needs in addition to be taken: another option of its group.
 NEEDS = {"decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"}}
 
@@ -171,7 +172,7 @@ def test_refused(argv: str, parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        ("", "required: RUN_OR_CHECKPOINT"),
+        ("", "required: MODEL"),
         ("run --batch-size 0", "--batch-size is 0"),
         ("run --threads -1", "--threads is -1"),
         ("run --device cpu --device-ids 0", "--device-ids"), ("run --split test", "--split"),
@@ -195,7 +196,7 @@ def test_evaluate() -> None:
     ("argv", "part"),
     [
         ("run", "required: --output"), ("run --output a --device cpu", "unknown option '--device'"),
-        ("--output a", "required: RUN_OR_CHECKPOINT"),
+        ("--output a", "required: MODEL"),
     ],
 )
 def test_export_refuses(argv: str, part: str) -> None:

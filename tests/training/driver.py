@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lapse_elmo import embed, evaluate, export, train
+from lapse_elmo import embed, evaluate, export, score, train
 from lapse_elmo.config.training import Config
 from lapse_elmo.errors import UserError
 from lapse_elmo.parameters import Parameters
@@ -60,7 +60,7 @@ def train_with_unequal_clocks(argv: list[str], enter: Callable[[], World]) -> No
 
 PROGRAMS = {
     "train": train.main, "evaluate": evaluate.main, "export": export.main, "embed": embed.main,
-    "poisoned": train_with_a_poisoned_gradient, "unequal clocks": train_with_unequal_clocks,
+    "score": score.main, "poisoned": train_with_a_poisoned_gradient, "unequal clocks": train_with_unequal_clocks,
 }
 
 

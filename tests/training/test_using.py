@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from lapse_elmo import embed, export
-from lapse_elmo.checkpoint import SavedModel
+from lapse_elmo import embed, export, rounds
 from lapse_elmo.errors import CorpusError, OutputError, UserError
 from lapse_elmo.model import reference
-from lapse_elmo.parameters import Parameters
+from lapse_elmo.trained import StoredModel, opening
 from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.conftest import Drive
@@ -158,7 +157,9 @@ def test_the_options_are_bilm_tfs(small: Prepared, exported: dict[str, Path]) ->
     assert options["n_tokens_vocab"] == len(words) == len(set(words)) and words[:3] == ["<S>", "</S>", "<UNK>"]
     assert options["n_train_tokens"] == sum(len(line.split()) for line in small.train)
     assert "char_cnn" not in options and options["bidirectional"] is True
-    assert sorted(path.name for path in exported["top"].iterdir()) == ["options.json", "vocab.txt", "weights.hdf5"]
+    assert sorted(path.name for path in exported["top"].iterdir()) == [
+        "meta.json", "options.json", "vocab.txt", "weights.hdf5"
+    ]
 
 
 def test_layers(runs: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_bad_input_is_refused_and_nothing_is_lost(runs: dict[str, Path], text: P
     refused(embed, [model, str(tmp_path / "gone"), "--output", str(tmp_path / "a")], CorpusError, "gone", "not exist")
     (tmp_path / "latin").write_bytes(b"w00\nw0\xe9\n")
     refused(embed, [model, str(tmp_path / "latin"), "--output", str(tmp_path / "a")], CorpusError, "line 2", "UTF-8")
-    (tmp_path / "long").write_text("w00\n" + "w01 " * (embed.LONGEST + 1))
+    (tmp_path / "long").write_text("w00\n" + "w01 " * (rounds.LONGEST + 1))
     refused(embed, [model, str(tmp_path / "long"), "--output", str(tmp_path / "a")], CorpusError, "10,001", "number 1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latin", "long", "mine"]
     assert (mine / "thesis.txt").read_text() == "months of work"
@@ -249,14 +250,15 @@ def test_a_full_disk(
 ) -> None:
     """One line and not a crash of HDF5, and nothing is left; whether it fills at once or while the file is closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    parameters = SavedModel.parameters
+    open_together = opening.open_together
 
-    def then_full(saved: SavedModel, *rest: Any) -> Parameters:
-        made = parameters(saved, *rest)  # its shared memory counts as a file too
+    def then_full(*arguments: Any) -> StoredModel:
+        opened = open_together(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        return made
+        return opened
 
-    monkeypatch.setattr(SavedModel, "parameters", then_full)
+    monkeypatch.setattr(export, "open_together", then_full)
+    monkeypatch.setattr(embed, "open_together", then_full)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for program, argv in ((export, []), (embed, [str(text)])):

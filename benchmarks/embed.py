@@ -1,0 +1,171 @@
+"""Vectors of text: model.embed against AllenNLP's ElmoLstm on the same weights and batches; opening; memory.
+
+    python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME]
+
+Without RUN a model of random weights is made, of 793,471 words and the ``small`` sizes. Both sides embed the same
+batches of sentences on one thread: the word vectors looked up, all layers computed, arrays made of each sentence. They
+take turns, and the median of the repeats counts. Times are the process's CPU time, which other programs on the machine
+do not lengthen much; those of bin/embed are wall-clock times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lapse_elmo
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.export import elmo
+from lapse_elmo.model import reference
+from lapse_elmo.model.bilm import BiLM, BiLMOptions
+from lapse_elmo.trained import TrainedModel
+from lapse_elmo.trained.sentences import batches_of, windows
+from lapse_elmo.trained.stored import ArrayTable, StoredModel
+
+SIZES = {"small": (128, 512), "original": (512, 4096)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--text", help="sentences, one a line (default: random words of 8 to 40 a sentence)")
+    parser.add_argument("--preset", choices=SIZES, default="small")
+    parser.add_argument("--words", type=int, default=793_471, help="of the model of random weights")
+    parser.add_argument("--sentences", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(options.run) if options.run else random_model(
+            Path(folder) / "model", options.words, *SIZES[options.preset]
+        )
+        print(f"opening {path.name}: {opening_s(path):.2f} s (lapse_elmo.load, torch imported before)")
+        model = lapse_elmo.load(path)
+        sentences = text_of(model, options.text, options.sentences)
+        compare(model, sentences, options.repeats)
+        for ranks in (1, 2):
+            program(path, sentences, Path(folder), ranks)
+        memory(path, Path(folder), sentences)
+
+
+def random_model(folder: Path, num_words: int, size: int, cell: int) -> Path:
+    """An export of random weights."""
+    sizes = BiLMOptions(projection_size=size, cell_size=cell)
+    model = BiLM(sizes, torch.Generator().manual_seed(1))
+    rng = np.random.default_rng(1)
+    vocabulary = Vocabulary.from_words(f"w{number}" for number in range(num_words - 3))
+    rows = rng.standard_normal((num_words, size), np.float32)
+    dense = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    table = ArrayTable(rows)
+    softmax = ArrayTable(rows, np.zeros(num_words, np.float32))
+    elmo.write(StoredModel(folder, "checkpoint", sizes, True, vocabulary, table, softmax, lambda: dense), folder, False)
+    return folder
+
+
+def opening_s(path: Path) -> float:
+    """Seconds of lapse_elmo.load in a new process; the least of three."""
+    code = (
+        "import sys, time, torch, lapse_elmo, lapse_elmo.trained; start = time.perf_counter();"
+        "lapse_elmo.load(sys.argv[1]); print(time.perf_counter() - start)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True) for _ in range(3)]
+    return min(float(run.stdout) for run in runs)
+
+
+def text_of(model: TrainedModel, path: str | None, count: int) -> list[list[str]]:
+    if path:
+        with open(path, encoding="utf-8") as file:
+            return [line.split() for line, _ in zip(file, range(count), strict=False)]
+    rng = np.random.default_rng(2)
+    words = model.vocabulary.words
+    places = np.minimum(rng.zipf(1.2, (count, 40)), len(words)) - 1
+    return [[words[place] for place in places[row, : rng.integers(8, 41)]] for row in range(count)]
+
+
+def compare(model: TrainedModel, sentences: list[list[str]], repeats: int) -> None:
+    sizes = model.stored.options
+    lstm = reference.elmo_lstm()(
+        sizes.projection_size, sizes.projection_size, sizes.cell_size, sizes.num_layers,
+        memory_cell_clip_value=sizes.cell_clip or None, state_projection_clip_value=sizes.projection_clip or None,
+    )
+    lstm.load_state_dict(model.bilm.lstm.state_dict())
+    lstm.eval()
+    embedding = model.stored.embedding
+
+    @torch.no_grad()
+    def theirs() -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        for window in windows(iter(sentences), 64):
+            own = [np.empty(0)] * len(window)
+            for numbers, batch in batches_of(window, 64, model.vocabulary, True):
+                rows = torch.from_numpy(embedding.weights(batch.input_rows))
+                tokens = torch.nn.functional.embedding(torch.from_numpy(batch.input_index), rows)
+                lstm.reset_states()
+                layers = torch.cat([torch.cat([tokens, tokens], 2)[None], lstm(tokens, torch.from_numpy(batch.mask))])
+                for row, number in enumerate(numbers):
+                    own[number] = layers[:, row, 1 : 1 + len(window[number])].numpy().copy()
+            found += own
+        return found
+
+    num_words = sum(map(len, sentences))
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    results: dict[str, list[np.ndarray]] = {}
+    sides: dict[str, Callable[[], list[np.ndarray]]] = {"ours": lambda: model.embed(sentences), "theirs": theirs}
+    for repeat in range(repeats + 1):
+        for side, run in sides.items():
+            start = time.process_time()
+            results[side] = run()
+            if repeat:
+                times[side].append(time.process_time() - start)
+    pairs = zip(results["ours"], results["theirs"], strict=True)
+    difference = max(float(np.abs(mine - other).max()) for mine, other in pairs if mine.size)
+    ours, allennlp = (num_words / statistics.median(times[side]) for side in sides)
+    print(
+        f"model.embed: {ours:,.0f} words per CPU second, AllenNLP's ElmoLstm {allennlp:,.0f}: {ours / allennlp:.2f} "
+        f"times; largest difference {difference:.1e}"
+    )
+
+
+def program(path: Path, sentences: list[list[str]], folder: Path, ranks: int) -> None:
+    text = folder / "text"
+    text.write_text("".join(" ".join(words) + "\n" for words in sentences * 4), encoding="utf-8")
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, "bin/embed", str(path)]
+    done = subprocess.run(
+        [*command, str(text), "--output", str(folder / "out.hdf5"), "--overwrite", "--threads", "1"],
+        capture_output=True, text=True,
+    )
+    print(f"bin/embed, {ranks} ranks: {done.stdout.strip().rpartition(';')[2].strip() or done.stderr.strip()}")
+
+
+def memory(path: Path, folder: Path, sentences: list[list[str]]) -> None:
+    """The largest resident memory of bin/embed --pool mean over 1 MB and 10 MB of text."""
+    line = "".join(" ".join(words) + "\n" for words in sentences)
+    peaks = {}
+    for megabytes in (1, 10):
+        text = folder / f"text{megabytes}"
+        text.write_text(line * (megabytes * 1_000_000 // len(line) + 1), encoding="utf-8")
+        code = (
+            "import sys, resource; from lapse_elmo import embed; from lapse_elmo.world import solo;"
+            "embed.main([*sys.argv[1:], '--pool', 'mean', '--overwrite', '--threads', '1'], solo);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path), str(text), "--output", str(folder / "means.hdf5")],
+            capture_output=True, text=True,
+        )
+        peaks[megabytes] = int(done.stdout.split()[-1]) / 1024
+    for megabytes, peak in peaks.items():
+        print(f"memory of bin/embed --pool mean over {megabytes} MB of text: {peak:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A saved model as the files that bilm-tf writes, which AllenNLP reads too.
+
+``options.json``
+    sizes and switches, under bilm-tf's names. Without ``char_cnn`` it is a model of word vectors. The table
+    ``lapse_elmo`` holds what bilm-tf cannot say: whether sentences have boundaries, and the SHA-256 of ``vocab.txt``.
+``weights.hdf5``
+    float32, for products x @ W. ``embedding`` (V, D), row i for line i of the vocabulary. For each direction d (0
+    forward, 1 backward) and layer l, below ``RNN_{d}/RNN/MultiRNNCell/Cell{l}/LSTMCell``: ``W_0`` (2D, 4C), rows of the
+    input, then of the recurrent state, columns of the gates i, g, f, o; ``B`` (4C,), the forget gate's part 1 lower,
+    since readers add 1; ``W_P_0`` (C, D). ``softmax/W`` (V, D) and ``softmax/b`` (V,): what predicts words; of a model
+    with ``--context mix`` also ``mix/scalars`` (L + 1,) and ``mix/gamma`` (1,), for perplexity.
+``vocab.txt``
+    V lines, ``<S>``, ``</S>`` and ``<UNK>`` first.
+``meta.json``
+    what the NLPL repository of word vectors asks for.
+
+bilm-tf leaves the projection out where D is not smaller than C, so it computes other vectors from such files; AllenNLP
+and lapse-elmo do not. bilm-tf also carries its LSTM's state from one batch to the next, so its vectors change from call
+to call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapse_elmo import __version__
+from lapse_elmo.corpus.files import made_whole, sync_directory, write_whole
+from lapse_elmo.corpus.hdf5 import Hdf5Output
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.export.folder import refuse_foreign
+from lapse_elmo.trained.elmo_files import OWN, OWN_VERSION, reordered
+from lapse_elmo.trained.stored import StoredModel, Table
+
+OPTIONS, WEIGHTS, VOCABULARY, META = "options.json", "weights.hdf5", "vocab.txt", "meta.json"
+
+
+def refuse(folder: Path, overwrite: bool) -> None:
+    """:raises OutputError: if ``folder`` may not be replaced."""
+    refuse_foreign(folder, overwrite, {OPTIONS, WEIGHTS, VOCABULARY, META})
+
+
+def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
+    """The folder of a model, whole or not at all; lines to print. :raises OutputError: if it cannot be written."""
+    vocabulary = Vocabulary.from_words(stored.vocabulary.words)
+    with made_whole(folder, overwrite) as hidden:
+        hidden.mkdir()
+        with Hdf5Output(hidden / WEIGHTS) as file:
+            for name, array in dense_arrays(stored):
+                file.write(name, array)
+            _write_tables(file, stored)
+        write_whole(hidden / OPTIONS, _json(bilm_options(stored, vocabulary)))
+        write_whole(hidden / META, _json(nlpl_meta(stored)))
+        vocabulary.save(hidden / VOCABULARY)
+        sync_directory(hidden)
+    sizes = stored.options
+    lines = [f"{folder}: {OPTIONS}, {WEIGHTS}, {VOCABULARY} ({vocabulary.size:,} words) of {stored.path}"]
+    if not stored.boundaries:
+        lines.append("trained without <S> and </S>: readers put them around each sentence, so switch that off there")
+    if sizes.projection_size >= sizes.cell_size:
+        lines.append(
+            f"not for bilm-tf itself, which leaves out a projection that is not smaller than the cell (D "
+            f"{sizes.projection_size}, C {sizes.cell_size}) and computes other vectors: use AllenNLP or lapse_elmo.load"
+        )
+    return lines
+
+
+def _write_tables(file: Hdf5Output, stored: StoredModel) -> None:
+    size, rows = stored.options.projection_size, stored.vocabulary.size
+    file.write_rows("embedding", (rows, size), stored.embedding.chunks())
+    if stored.softmax is None:
+        return
+    bias = np.empty(rows, np.float32)
+
+    def weights(table: Table = stored.softmax) -> Iterator[tuple[int, np.ndarray]]:
+        for first, chunk in table.chunks():
+            bias[first : first + len(chunk)] = chunk[:, size]
+            yield first, chunk[:, :size]
+
+    file.write_rows("softmax/W", (rows, size), weights())
+    file.write("softmax/b", bias)
+
+
+def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What bilm-tf keeps beside the weights; what a model that came as an export does not know is left out."""
+    sizes, config = stored.options, stored.about.get("config") or {}
+    options: dict[str, Any] = {
+        "bidirectional": True,
+        "lstm": {
+            "dim": sizes.cell_size, "projection_dim": sizes.projection_size, "n_layers": sizes.num_layers,
+            "cell_clip": sizes.cell_clip, "proj_clip": sizes.projection_clip, "use_skip_connections": True,
+        },
+        "n_tokens_vocab": vocabulary.size, "n_train_tokens": stored.about.get("num_train_tokens") or 0,
+        OWN: {
+            "version": OWN_VERSION, "boundaries": stored.boundaries, "vocabulary_sha256": vocabulary.sha256,
+            "written_by": __version__, "step": stored.about.get("step"),
+        },
+    }
+    if config:
+        options |= {
+            "dropout": config["model"]["dropout"], "all_clip_norm_val": config["optimizer"]["clip_norm"],
+            "batch_size": config["training"]["batch_size"], "n_epochs": config["training"]["epochs"],
+            "unroll_steps": config["data"]["max_length"] + 2 * stored.boundaries,
+            "n_negative_samples_batch": config["softmax"]["num_samples"],
+        }
+    return options
+
+
+def nlpl_meta(stored: StoredModel) -> dict[str, Any]:
+    """The description that models of the NLPL word embeddings repository carry."""
+    config = stored.about.get("config") or {}
+    return {
+        "algorithm": {
+            "name": "Embeddings from Language Models (ELMo), word vectors in place of the character CNN",
+            "tool": "lapse-elmo", "version": __version__, "url": "",
+        },
+        "contents": [
+            {"filename": WEIGHTS, "format": "HDF5"}, {"filename": OPTIONS, "format": "JSON"},
+            {"filename": VOCABULARY, "format": "text"},
+        ],
+        "corpus": [{"description": config.get("data", {}).get("shards", ""),
+                    "tokens": stored.about.get("num_train_tokens") or 0}],
+        "creators": [], "dimensions": 2 * stored.options.projection_size,
+        "iterations": config.get("training", {}).get("epochs"), "vocabulary size": stored.vocabulary.size,
+    }
+
+
+def dense_arrays(stored: StoredModel) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of everything but the tables."""
+    for direction, name in enumerate(("forward", "backward")):
+        for layer in range(stored.options.num_layers):
+            weights = {
+                what: stored.dense[f"lstm.{name}_layer_{layer}.{what}"]
+                for what in ("input_linearity.weight", "state_linearity.weight", "state_linearity.bias",
+                             "state_projection.weight")
+            }
+            both = np.concatenate([weights["input_linearity.weight"], weights["state_linearity.weight"]], 1)
+            bias = weights["state_linearity.bias"].copy()
+            size = len(bias) // 4
+            bias[size : 2 * size] -= 1
+            group = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
+            yield f"{group}/W_0", np.ascontiguousarray(reordered(both).T)
+            yield f"{group}/B", reordered(bias)
+            yield f"{group}/W_P_0", np.ascontiguousarray(weights["state_projection.weight"].T)
+    if stored.options.context == "mix":
+        yield "mix/scalars", stored.dense["mix.scalars"]
+        yield "mix/gamma", stored.dense["mix.gamma"]
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,27 @@
+"""What exports have in common: folders that hold nothing but an export, and a softmax to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lapse_elmo.corpus.files import refuse_existing
+from lapse_elmo.errors import CheckpointError, OutputError
+from lapse_elmo.trained.stored import StoredModel, Table
+
+
+def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
+    """:raises OutputError: if ``folder`` is there and may not be replaced, or holds what is not of an export."""
+    refuse_existing(folder, overwrite)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file: give the name of a folder as --output")
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(present - names)
+    if others:
+        raise OutputError(f"{folder} holds other files ({others[0]}), which would be lost: give another --output")
+
+
+def softmax_of(stored: StoredModel) -> Table:
+    """:raises CheckpointError: if the model came without a softmax."""
+    if stored.softmax is None:
+        raise CheckpointError(f"{stored.path} came without a softmax, which this format holds: export from the run")
+    return stored.softmax

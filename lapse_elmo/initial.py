@@ -1,0 +1,160 @@
+"""Where a new run's initial values come from: drawn, another model's (``--init-from``), or given word vectors.
+
+With ``--init-from`` the LSTM is the model's. A word of the run's vocabulary that the model knows too, and ``<S>``,
+``</S>`` and ``<UNK>``, start with the model's rows of both tables; other words start as in any run: the embedding drawn
+from N(0, 1), the softmax row from N(0, 1/D), its bias at the log-uniform law's log probability. The model's other words
+are left out. Accumulators start anew, or with ``--init-accumulators kept`` as the model left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from lapse_elmo.checkpoint import SavedTable
+from lapse_elmo.checkpoint.files import DENSE
+from lapse_elmo.config.training import Config
+from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
+from lapse_elmo.corpus.word_vectors import read_word_vectors
+from lapse_elmo.errors import CheckpointError, ConfigError
+from lapse_elmo.parameters import Parameters
+from lapse_elmo.tables import RowTable
+from lapse_elmo.trained.opening import open_together
+from lapse_elmo.trained.stored import StoredModel, Table
+from lapse_elmo.world import World
+
+_CHUNK_ROWS = 16384
+_SIZES = ("projection_size", "cell_size", "num_layers", "context")
+
+
+def initialise(parameters: Parameters, config: Config, vocabulary: Vocabulary, world: World) -> list[str]:
+    """Collective: give a new run its initial values; lines for its log that say where they come from.
+
+    :raises CheckpointError: if the model of --init-from cannot be read or has other sizes.
+    :raises CorpusError: if the file of --init-embedding is not word vectors of the run's size.
+    """
+    given = config.initial
+    if given.init_accumulators == "kept" and not given.init_from:
+        raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from too").on_every_rank()
+    if given.init_from:
+        stored = open_together(given.init_from, "", world)
+        world.together(lambda: _require_same_sizes(stored, config))
+        return _from_model(stored, parameters, vocabulary, given.init_accumulators)
+    parameters.initialise()
+    if given.init_embedding:
+        found = world.together(lambda: _from_vectors(Path(given.init_embedding), parameters, vocabulary))
+        parameters.settle()
+        counts = world.sum_(np.array([found], np.float64))
+        return [f"--init-embedding: {int(counts[0]):,} of {len(vocabulary.words):,} words start with given vectors"]
+    return []
+
+
+def _require_same_sizes(stored: StoredModel, config: Config) -> None:
+    for name in _SIZES:
+        theirs, ours = getattr(stored.options, name), getattr(config.model, name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"--init-from {stored.path}: its {name.replace('_', ' ')} is {theirs}, this run's is {ours}: give "
+                f"--{name.replace('_', '-')} {theirs}"
+            )
+
+
+def _from_model(
+    stored: StoredModel, parameters: Parameters, vocabulary: Vocabulary, init_accumulators: str
+) -> list[str]:
+    kept = init_accumulators == "kept"
+    source = source_rows(stored.vocabulary, vocabulary)
+    with torch.no_grad():
+        for name, parameter in parameters.model.named_parameters():
+            parameter.copy_(torch.from_numpy(np.array(stored.dense[name], np.float32)))
+    parameters.initialise()
+    tables = [(parameters.embedding, stored.embedding), (parameters.softmax, stored.softmax)]
+    for table, theirs in tables:
+        if theirs is not None:
+            for rows, start in _shared(table, theirs, source, parameters.world, kept):
+                table.server.set(table.segment.keys(rows), start)
+    if kept:
+        _keep_dense_accumulators(stored.path / DENSE, parameters)
+    parameters.settle()
+    shared = int((source[UNKNOWN:] >= 0).sum())
+    new, left_out = (len(words.words) - shared for words in (vocabulary, stored.vocabulary))
+    lines = [
+        f"--init-from {stored.path} ({stored.kind}): {shared:,} of {len(vocabulary.words):,} words start with its "
+        f"rows, {new:,} are new, {left_out:,} of its words are left out; accumulators {init_accumulators}"
+    ]
+    if stored.softmax is None:
+        lines.append("--init-from: the model came without a softmax, which starts as in any run")
+    if stored.boundaries != parameters.config.data.boundaries:
+        lines.append(f"--init-from: the model was trained with{'' if stored.boundaries else 'out'} boundaries")
+    return lines
+
+
+def source_rows(theirs: Vocabulary, ours: Vocabulary) -> np.ndarray:
+    """For each of our classes (V,) the class of the same word in ``theirs``; -1 where they lack it."""
+    found = np.array(theirs.encode(ours.words), np.int64) - 1
+    found[found == UNKNOWN - 1] = -1
+    return np.concatenate([np.arange(UNKNOWN), found])
+
+
+def _shared(
+    table: RowTable, theirs: Table, source: np.ndarray, world: World, kept: bool
+) -> Iterator[tuple[np.ndarray, Tensor | np.ndarray]]:
+    """This worker's rows that the model has: their numbers (n,), and what they start as, accumulators included."""
+    if kept and not isinstance(theirs, SavedTable):
+        raise ConfigError("--init-accumulators kept: only runs and checkpoints have accumulators; give fresh")
+    for number, first in enumerate(range(0, table.segment.num_rows, _CHUNK_ROWS)):
+        rows = np.arange(first, min(first + _CHUNK_ROWS, table.segment.num_rows))
+        rows = rows[source[rows] >= 0]
+        if number % world.size == world.rank and rows.size:
+            if kept:
+                assert isinstance(theirs, SavedTable)
+                yield rows, table.restored(theirs.rows(source[rows]))
+            else:
+                yield rows, table.initial_rows(torch.from_numpy(theirs.weights(source[rows])))
+
+
+def _keep_dense_accumulators(path: Path, parameters: Parameters) -> None:
+    accumulators = parameters.dense_optimizer.accumulators
+    if parameters.dense_table is not None:
+        raise ConfigError("--init-accumulators kept needs --dense allreduce: with ps the server has them")
+    try:
+        with h5py.File(path, "r") as file:
+            for (name, _), accumulator in zip(parameters.model.named_parameters(), accumulators, strict=False):
+                accumulator.copy_(torch.from_numpy(file[f"accumulators/{name}"][()]))
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read the accumulators in {path}: {error}") from None
+
+
+def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) -> int:
+    """Set this worker's rows of the words that ``path`` has vectors of; how many they are."""
+    world, table = parameters.world, parameters.embedding
+    known = set(vocabulary.words)
+    rows: list[int] = []
+    vectors: list[np.ndarray] = []
+    num_set = 0
+
+    def put() -> None:
+        nonlocal num_set
+        distinct = dict(zip(rows, vectors, strict=True))  # of a repeated word the last counts
+        weights = torch.from_numpy(np.stack(list(distinct.values())).astype(np.float32))
+        table.server.set(table.segment.keys(np.array(list(distinct), np.int64)), table.initial_rows(weights))
+        num_set += len(distinct)
+        rows.clear()
+        vectors.clear()
+
+    for word, vector in read_word_vectors(path, table.size):
+        if word in known:
+            row = vocabulary.encode([word])[0] - 1
+            if row // _CHUNK_ROWS % world.size == world.rank:
+                rows.append(row)
+                vectors.append(vector)
+                if len(rows) == _CHUNK_ROWS:
+                    put()
+    if rows:
+        put()
+    return num_set

@@ -1,0 +1,18 @@
+"""``bin/nearest``: the neighbours of words in a model's table. A program of one process, without MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lapse_elmo.config.using import parse_nearest
+from lapse_elmo.trained import load
+from lapse_elmo.world import World
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> None:
+    """Parse, open the model, print a line a word: the word, then its neighbours with their cosines."""
+    options = parse_nearest(argv)
+    model = load(options.model, vocab=options.vocab)
+    for word in options.words:
+        found = model.nearest(word, options.count, options.table)
+        print(f"{word}: " + ", ".join(f"{neighbour} {cosine:.2f}" for neighbour, cosine in found))

@@ -1,0 +1,195 @@
+"""The charts of a report, as SVG that a browser scales: curves of all runs together; phases and rows of each run."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lapse_elmo.report.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SEGMENTS = ("embedding", "softmax")
+_COLOURS = {"embedding": "tab:blue", "softmax": "tab:orange", "dense": "tab:green"}
+_PHASES = ("pull", "compute", "agree", "push", "save")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart: its title, a sentence on what it shows, and an SVG element."""
+
+    title: str
+    text: str
+    svg: str
+
+
+def charts_of(runs: Sequence[Run]) -> list[Chart]:
+    """All charts that the runs have values for."""
+    tokens = all(run.by_tokens for run in runs)
+    x_label = "tokens trained" if tokens else "step"
+
+    def curves(name: str, y_label: str, *, log: bool = False, zero: bool = False) -> Callable[[Axes], None]:
+        def draw(axis: Axes) -> None:
+            for number, run in enumerate(runs):
+                axis.plot(*run.series(name, tokens=tokens), color=f"C{number % 10}", label=run.name)
+            _finish(axis, x_label, y_label, log=log, zero=zero)
+
+        return draw
+
+    found = [
+        _chart("Loss", "Mean nll per target: training (lines, sampled softmax) and held-out (dots, full softmax).",
+               lambda axis: _draw_loss(axis, runs, tokens, x_label)),
+        _chart("Held-out perplexity", "exp of the held-out loss, mean of both directions.",
+               lambda axis: _draw_heldout(axis, runs, tokens, x_label)),
+        _chart("Speed", "Tokens per second of all ranks.", curves("train/tokens_per_s", "tokens/s", zero=True)),
+    ]
+    optional = (
+        ("train/learning_rate", "Learning rate", "Of each step.", "learning rate", False),
+        ("train/global_batch_tokens", "Batch", "Tokens of a step, of all ranks together.", "tokens", True),
+        ("train/noise_scale_tokens", "Noise scale", "The batch that the gradient's noise would bear.", "tokens", True),
+        ("train/gradient_norm", "Gradient norm", "Before clipping, mean of the steps of a report.", "norm", True),
+    )
+    for name, title, text, y_label, log in optional:
+        if any(run.has(name) for run in runs):
+            found.append(_chart(title, text, curves(name, y_label, log=log, zero=not log)))
+    for run in runs:
+        of_run = f" ({run.name})" if len(runs) > 1 else ""
+        found.append(_chart(
+            f"Time by phase{of_run}", "Seconds per step on rank 0.", functools.partial(_draw_phases, run=run)
+        ))
+        if run.num_nodes > 1:
+            found += _server_charts(run, of_run)
+    return found
+
+
+def _server_charts(run: Run, of_run: str) -> list[Chart]:
+    return [
+        _chart(f"Local share{of_run}", "Rows pulled and pushed that were on the worker's node.",
+               lambda axis: _draw_local_share(axis, run)),
+        _chart(f"Traffic{of_run}", "Rows per step that moved, were copied, and were synchronised, on all nodes.",
+               lambda axis: _draw_traffic(axis, run)),
+        _chart(f"Rows on each node{of_run}", "Main copies (lines) and replicas (dotted).",
+               lambda axis: _draw_owners(axis, run)),
+        _chart(f"Replicas by frequency{of_run}", "Replicas per softmax row, by the word's place in the vocabulary.",
+               lambda axis: _draw_bands(axis, run)),
+    ]
+
+
+def _chart(title: str, text: str, draw: Callable[[Axes], None]) -> Chart:
+    figure = figure_of(draw)
+    output = io.BytesIO()
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text stays text; equal bytes
+        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+    svg = output.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
+    # Width and height go, so that the page's style decides; a viewBox is there.
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
+    prefix = re.sub(r"\W+", "-", title.lower())
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)  # ids are the page's: no two charts share one
+    return Chart(title, text, svg.replace("<svg ", f'<svg role="img" aria-label="{_escaped(title)}" ', 1))
+
+
+def figure_of(draw: Callable[[Axes], None]) -> Figure:
+    """A figure of one chart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4), layout="constrained")
+    draw(figure.subplots())
+    return figure
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+
+
+def _finish(axis: Axes, x_label: str, y_label: str, *, log: bool = False, zero: bool = False) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.yaxis.set_minor_formatter(EngFormatter(sep=""))
+    elif zero:
+        axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small")
+
+
+def _draw_loss(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
+    for number, run in enumerate(runs):
+        axis.plot(*run.series("train/loss_nats", tokens=tokens), color=f"C{number % 10}", label=run.name)
+        places, perplexities = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
+        axis.plot(places, np.log(perplexities), "o", color=f"C{number % 10}")
+    _finish(axis, x_label, "loss (nats)")
+
+
+def _draw_heldout(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
+    for number, run in enumerate(runs):
+        points = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
+        axis.plot(*points, "o-", color=f"C{number % 10}", label=run.name)
+    _finish(axis, x_label, "perplexity", log=True)
+
+
+def _draw_phases(axis: Axes, run: Run) -> None:
+    phases = [(name, run.series(f"step/{name}_s")[1]) for name in _PHASES]
+    shown = [(name, values) for name, values in phases if len(values) == len(run.train)]
+    steps = [record["step"] for record in run.train]
+    axis.stackplot(steps, [values for _, values in shown], labels=[name for name, _ in shown])
+    _finish(axis, "step", "seconds", zero=True)
+
+
+def _draw_local_share(axis: Axes, run: Run) -> None:
+    for name, colour in _COLOURS.items():
+        steps, shares = run.series(f"server/{name}_local_share")
+        axis.plot(steps, [100 * share for share in shares], color=colour, label=name if shares else None)
+    _finish(axis, "step", "%")
+
+
+def _draw_traffic(axis: Axes, run: Run) -> None:
+    for name, colour in _COLOURS.items():
+        for what, line in (("relocated", "-"), ("replicated", "--"), ("synchronised", ":")):
+            steps, rows = run.series(f"server/{name}_{what}_rows")
+            axis.plot(steps, rows, line, color=colour, label=f"{name}, {what}" if rows else None)
+    axis.set_yscale("symlog", linthresh=10)
+    _finish(axis, "step", "rows per step", zero=True)
+
+
+def _draw_owners(axis: Axes, run: Run) -> None:
+    steps = [record["step"] for record in run.placed]
+    totals = {
+        kind: np.array([sum(np.sum(record[n][kind], 1) for n in _SEGMENTS) for record in run.placed])
+        for kind in ("main", "replicas")
+    }
+    for node in range(totals["main"].shape[1]):
+        colour = f"C{node % 10}"
+        axis.plot(steps, totals["main"][:, node], color=colour, label=f"node {node}")
+        axis.plot(steps, totals["replicas"][:, node], ":", color=colour)
+    _finish(axis, "step", "rows", zero=True)
+
+
+def _draw_bands(axis: Axes, run: Run) -> None:
+    """Replicas of a softmax row, on average, by how frequent its word is."""
+    ends = np.array(run.placed[0]["softmax"]["ends"])
+    sizes = np.diff(ends, prepend=0)
+    copies = np.array([np.sum(record["softmax"]["replicas"], 0) for record in run.placed]) / sizes
+    steps = [record["step"] for record in run.placed]
+    edges = [0, *steps] if len(steps) > 1 else [0, steps[0]]
+    image = axis.pcolormesh(edges, [0.5, *ends], copies.T, cmap="viridis", vmin=0)
+    axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("row (most frequent words first)")
+    axis.figure.colorbar(image, ax=axis, label="replicas")

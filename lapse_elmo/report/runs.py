@@ -1,0 +1,126 @@
+"""What a report knows of a run: its metrics, options and versions, and neighbours of words in its newest model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lapse_elmo.errors import ConfigError, UserError
+from lapse_elmo.metrics.run_log import METRICS
+from lapse_elmo.trained import load
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Records = list[dict[str, Any]]
+
+TOKENS = "train/trained_tokens"
+_NUM_WORDS, _NUM_NEIGHBOURS = 8, 6
+_LEAST_LETTERS = 4  # of the words whose neighbours are shown: shorter ones are mostly function words
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    :ivar train, epochs, placed: the records of metrics.jsonl by kind.
+    :ivar options: the resolved options, a table per group. :ivar neighbours: (word, its neighbours).
+    """
+
+    name: str
+    train: Records
+    epochs: Records
+    placed: Records
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    neighbours: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether every report says how many tokens were trained; the metrics of old runs do not."""
+        return all(TOKENS in record for record in self.train)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that rows lived on; 1 where the server does not report it."""
+        return max((len(record["softmax"]["main"]) for record in self.placed), default=1)
+
+    def series(self, name: str, *, of: Records | None = None, tokens: bool = False) -> tuple[list[float], list[float]]:
+        """(steps or tokens, values) of a metric; values that are not finite are left out."""
+        axis = TOKENS if tokens else "step"
+        records = self.train if of is None else of
+        found = [(r[axis], r[name]) for r in records if r.get(name) is not None and r.get(axis) is not None]
+        return [x for x, _ in found], [y for _, y in found]
+
+    def has(self, name: str) -> bool:
+        """Whether the run has values of a metric."""
+        return bool(self.series(name)[1])
+
+    def summary(self) -> dict[str, Any]:
+        """One row of the table of runs: plain values by what they are."""
+        data, model, training = (self.options.get(group, {}) for group in ("data", "model", "training"))
+        perplexities = self.series("heldout/mean_perplexity", of=self.epochs)[1]
+        speeds = sorted(self.series("train/tokens_per_s")[1])
+        tokens = self.series(TOKENS)[1]
+        return {
+            "run": self.name, "shards": data.get("shards", ""), "D": model.get("projection_size", ""),
+            "C": model.get("cell_size", ""), "L": model.get("num_layers", ""),
+            "batch per rank": training.get("batch_size", ""), "seed": training.get("seed", ""),
+            "steps": self.train[-1]["step"], "tokens": int(tokens[-1]) if tokens else "",
+            "training loss (nats)": round(self.train[-1]["train/loss_nats"] or float("nan"), 3),
+            "best held-out perplexity": round(min(perplexities), 2) if perplexities else "",
+            "last held-out perplexity": round(perplexities[-1], 2) if perplexities else "",
+            "median tokens/s": round(speeds[len(speeds) // 2]) if speeds else "",
+        }
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """The run in ``folder``. :raises ConfigError: if its metrics are missing, empty or not those of a run."""
+    records = read_metrics(folder)
+    kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "epoch", "placement")}
+    return Run(
+        name, kinds["train"], kinds["epoch"], kinds["placement"], _read_toml(folder / "config.toml"),
+        _read_toml(folder / "versions.toml"), _neighbours(folder),
+    )
+
+
+def read_metrics(run_dir: Path) -> Records:
+    """The lines of a run's metrics.jsonl.
+
+    :raises ConfigError: if there are none, or the file is not such a one.
+    """
+    path = run_dir / METRICS
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give the folder of a run of bin/train") from None
+    except ValueError:
+        raise ConfigError(f"{path} is not the metrics of a run: a line is not JSON") from None
+    if not any(isinstance(record, dict) and record.get("kind") == "train" for record in records):
+        raise ConfigError(f"{path} holds no reports yet: the run has not come to --report-every steps")
+    return records
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a run folder that was copied in part still has its metrics
+        return {}
+
+
+def _neighbours(folder: Path) -> list[tuple[str, str]]:
+    """Of a few frequent words, in the newest saved model; empty where none can be opened."""
+    try:
+        model = load(folder)
+    except UserError:
+        return []
+    words = [word for word in model.vocabulary.words if word.isalpha() and len(word) >= _LEAST_LETTERS]
+    return [
+        (word, ", ".join(f"{other} {cosine:.2f}" for other, cosine in model.nearest(word, _NUM_NEIGHBOURS)))
+        for word in words[:_NUM_WORDS]
+    ]

@@ -1,0 +1,107 @@
+"""``bin/score``: the surprisal of every word of a text, and totals by which models of different vocabularies compare.
+
+The table has one line a word, tab-separated, after a line of names: ``sentence`` and ``position`` (both from 0 on),
+``word``, ``forward_bits`` and ``backward_bits`` (surprisal, -log2 p(word | words before) and (word | words after)), and
+``unknown``, 1 for a word that the vocabulary lacks: the surprisal is then that of ``<UNK>``. ``nan`` stands where
+nothing predicts the word (a model without boundaries). The totals count the ends of sentences too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import IO
+
+from lapse_elmo.config.using import ScoreConfig, parse_score
+from lapse_elmo.corpus.files import made_whole, refuse_existing, write_failed, write_whole
+from lapse_elmo.corpus.text import find_texts
+from lapse_elmo.devices import choose_device
+from lapse_elmo.errors import CorpusError
+from lapse_elmo.rounds import run_rounds
+from lapse_elmo.trained import SentenceScore, Totals, TrainedModel
+from lapse_elmo.trained.opening import open_together
+from lapse_elmo.world import World
+
+HEADER = "sentence\tposition\tword\tforward_bits\tbackward_bits\tunknown\n"
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> None:
+    """Parse, open the model, score the lines."""
+    options = parse_score(argv)
+    world = enter()
+    for output in filter(None, (options.output, options.totals)):
+        world.agree(lambda output=output: refuse_existing(output, options.overwrite))  # type: ignore[misc]
+    texts = world.agree(lambda: find_texts(options.texts))
+    stored = open_together(options.model, options.vocab, world)
+    model = TrainedModel(stored, choose_device(options.devices, world).device)
+    start = time.perf_counter()
+    totals = Totals()
+    with contextlib.ExitStack() as stack:
+        table = world.together(lambda: _open(options, stack) if options.output and not world.rank else None)
+
+        def write(number: int, words: list[str], score: SentenceScore) -> None:
+            totals.add(score)
+            if table is not None:
+                try:
+                    table.write("".join(lines_of(number, score)))
+                except OSError as error:
+                    raise write_failed(options.output, error) from None
+
+        run_rounds(
+            texts, options.batch_size, world, lambda window: model.score_window(window, options.batch_size), write
+        )
+        world.agree(lambda: require_targets(totals))
+        world.agree(stack.close)
+    if options.totals:
+        text = json.dumps({"model": str(stored.path), **summary(totals)}, indent=1).encode() + b"\n"
+        world.agree(lambda: write_whole(options.totals, text, options.overwrite))
+    if world.rank == 0:
+        speed = totals.num_words / (time.perf_counter() - start)
+        for name, value in summary(totals).items():
+            print(f"{name:<22}{value:,.4f}" if isinstance(value, float) else f"{name:<22}{value:,}")
+        print(f"{'speed':<22}{speed:,.0f} words/s")
+
+
+def _open(options: ScoreConfig, stack: contextlib.ExitStack) -> IO[str]:
+    hidden = stack.enter_context(made_whole(options.output, options.overwrite))
+    try:
+        file = stack.enter_context(open(hidden, "w", encoding="utf-8", newline="\n"))  # noqa: SIM115 (the stack closes it)
+        stack.callback(_flush, file)
+        file.write(HEADER)
+    except OSError as error:
+        raise write_failed(options.output, error) from None
+    return file
+
+
+def _flush(file: IO[str]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def require_targets(totals: Totals) -> None:
+    """:raises CorpusError: if nothing was predicted, so that there is no perplexity."""
+    if not totals.num_targets:
+        raise CorpusError("the text has no words that the model predicts: there is nothing to score")
+
+
+def lines_of(number: int, score: SentenceScore) -> list[str]:
+    """The lines of the table of one sentence."""
+    columns = zip(score.words, score.forward_bits, score.backward_bits, score.unknown, strict=True)
+    return [
+        f"{number}\t{position}\t{word}\t{forward:.4f}\t{backward:.4f}\t{int(unknown)}\n"
+        for position, (word, forward, backward, unknown) in enumerate(columns)
+    ]
+
+
+def summary(totals: Totals) -> dict[str, float | int]:
+    """The totals by name."""
+    return {
+        "sentences": totals.num_sentences, "words": totals.num_words, "unknown_words": totals.num_unknown,
+        "unknown_share": totals.unknown_share, "characters": totals.num_characters,
+        "targets_a_direction": totals.num_targets, "forward_perplexity": totals.forward_perplexity,
+        "backward_perplexity": totals.backward_perplexity, "perplexity": totals.perplexity,
+        "bits_per_character": totals.bits_per_character,
+    }

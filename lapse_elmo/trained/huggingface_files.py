@@ -1,0 +1,83 @@
+"""Models in a Hugging Face folder that ``bin/export --format huggingface`` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.errors import CheckpointError, ConfigError
+from lapse_elmo.model.bilm import BiLMOptions
+from lapse_elmo.trained.stored import ArrayTable, StoredModel
+
+MODEL_TYPE = "lapse_elmo"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+def holds_huggingface_files(folder: Path) -> bool:
+    """Whether ``folder`` looks like a Hugging Face model, of whatever type."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def open_huggingface_files(folder: Path) -> StoredModel:
+    """The model in ``folder``, its tables memory-mapped.
+
+    :raises CheckpointError: if it is another type of model, or a file is missing or damaged.
+    """
+    config = _read_json(folder / CONFIG)
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{folder} is a Hugging Face model of type {config.get('model_type')!r}: lapse-elmo reads {MODEL_TYPE!r}"
+        )
+    tensors = _tensors(folder / WEIGHTS)
+    words = _words(folder / TOKENIZER)
+    vocabulary = Vocabulary.from_words(words)
+    names = ("projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip", "context")
+    try:
+        options = BiLMOptions(**{name: config[name] for name in names}, dropout=0.0)
+        embedding = ArrayTable(tensors.pop("embedding.weight")[1:])  # row 0 is padding's
+        softmax = ArrayTable(tensors.pop("softmax.weight")[1:], tensors.pop("softmax.bias")[1:])
+    except (KeyError, TypeError, ConfigError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{folder} is damaged: {CONFIG} or {WEIGHTS} has no usable {error}") from None
+    return StoredModel(
+        folder, "Hugging Face folder", options, bool(config.get("boundaries", True)), vocabulary, embedding, softmax,
+        lambda: tensors, {"num_train_tokens": config.get("num_train_tokens")},
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors by name, mapped; the library refuses a header whose shapes are not those of the data."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise CheckpointError("reading a Hugging Face folder needs safetensors: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; it is damaged or cut short") from None
+
+
+def _words(path: Path) -> list[str]:
+    """The words by id, without padding and the special tokens."""
+    try:
+        ids: dict[str, int] = _read_json(path)["model"]["vocab"]
+        words = sorted(ids, key=ids.__getitem__)
+        if [ids[word] for word in words] != list(range(len(words))):
+            raise ValueError("ids with gaps")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no word-level vocabulary: {error}") from None
+    return words[4:]

@@ -1,0 +1,378 @@
+"""A trained model in Python: vectors, scores, neighbours and substitutes of words."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lapse_elmo.batches import Batch
+from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
+from lapse_elmo.errors import CheckpointError, CorpusError
+from lapse_elmo.model.bilm import BiLM
+from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.trained.opening import open_stored
+from lapse_elmo.trained.scores import SentenceScore
+from lapse_elmo.trained.sentences import batches_of, windows, words_of
+from lapse_elmo.trained.stored import StoredModel, Table
+
+if TYPE_CHECKING:
+    from lapse_elmo.trained.module import ElmoModule
+
+T = TypeVar("T")
+
+LAYERS = ("all", "average", "top")
+_NUM_SPECIAL = 3  # classes 0 to 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A word that could stand at a place: its probability from both directions together, and from each alone."""
+
+    word: str
+    probability: float
+    forward: float
+    backward: float
+
+
+class TrainedModel:
+    """A trained biLM, opened by :func:`load`. It computes in evaluation mode: equal calls give equal numbers.
+
+    Letters in shapes: T words of a sentence, L layers, D projection size, V words of the vocabulary.
+
+    :ivar vocabulary: :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`; ``word in model.vocabulary`` asks whether a
+        word is known, ``model.vocabulary.words`` has all of them, most frequent first.
+    :ivar stored: what was opened, with ``stored.path``, ``stored.kind``, ``stored.about``.
+    :ivar dimension: 2D, the size of a contextual vector. :ivar num_layers: L.
+
+    >>> model = load(MODEL)
+    >>> model.dimension, model.num_layers
+    (32, 2)
+    >>> "w00" in model.vocabulary, "unheard-of" in model.vocabulary
+    (True, False)
+    """
+
+    def __init__(self, stored: StoredModel, device: str | torch.device = "cpu") -> None:
+        self.stored = stored
+        self.vocabulary: Vocabulary = stored.vocabulary
+        self.device = torch.device(device)
+        self.dimension = 2 * stored.options.projection_size
+        self.num_layers = stored.options.num_layers
+        self._norms: dict[str, np.ndarray] = {}
+
+    @functools.cached_property
+    def bilm(self) -> BiLM:
+        """The LSTMs, read from the disk when they are first needed."""
+        return self.stored.bilm().to(self.device).requires_grad_(False)
+
+    def __repr__(self) -> str:
+        sizes = self.stored.options
+        return (
+            f"TrainedModel({str(self.stored.path)!r}, {self.vocabulary.size:,} words, D {sizes.projection_size}, "
+            f"C {sizes.cell_size}, L {sizes.num_layers})"
+        )
+
+    def embed(
+        self, sentences: Iterable[str | Sequence[str]], layers: str = "all", batch_size: int = 64
+    ) -> list[np.ndarray]:
+        """Contextual vectors of the words of each sentence.
+
+        Each sentence starts at zero state, so its vectors depend neither on the others nor on earlier calls. A word
+        that the vocabulary lacks gets the vectors of ``<UNK>`` in its context.
+
+        :param sentences: strings, which are split at white space, or lists of words; tokenised as the training text.
+        :param layers: ``all`` for (L + 1, T, 2D), the word's own vector (twice side by side) first; ``average`` or
+            ``top`` for (T, 2D).
+        :param batch_size: sentences computed at once.
+        :return: one float32 array a sentence, in their order; an empty sentence has T = 0.
+        :raises TypeError: if ``sentences`` is a single string, or a sentence is not text.
+
+        >>> [array.shape for array in load(MODEL).embed(["w01 w02 w00", ["w05"], ""])]
+        [(3, 3, 32), (3, 1, 32), (3, 0, 32)]
+        """
+        return list(self.iter_embed(sentences, layers, batch_size))
+
+    def iter_embed(
+        self, sentences: Iterable[str | Sequence[str]], layers: str = "all", batch_size: int = 64
+    ) -> Iterator[np.ndarray]:
+        """As :meth:`embed`, one array after another: memory does not grow with the number of sentences.
+
+        >>> sum(len(array) for array in load(MODEL).iter_embed(["w01 w02", "w00"] * 100, "top"))
+        300
+        """
+        if layers not in LAYERS:
+            raise ValueError(f"layers should be one of {', '.join(LAYERS)}, not {layers!r}")
+        for window in windows(words_of(sentences), batch_size):
+            yield from self.embed_window(window, layers, batch_size)
+
+    def embed_window(self, window: Sequence[list[str]], layers: str, batch_size: int) -> list[np.ndarray]:
+        """The vectors of lists of words, all computed before the first is returned."""
+        found: list[np.ndarray] = [np.empty(0)] * len(window)
+        first = 1 if self.stored.boundaries else 0
+        for numbers, batch in batches_of(window, batch_size, self.vocabulary, self.stored.boundaries):
+            vectors = self.layer_vectors(batch)
+            if layers == "top":
+                vectors = vectors[-1:]
+            elif layers == "average":
+                vectors = vectors.mean(0, keepdim=True)
+            arrays = vectors.cpu().numpy()
+            for row, number in enumerate(numbers):
+                own = arrays[:, row, first : first + len(window[number])]
+                found[number] = (own if layers == "all" else own[0]).copy()  # without the padding of the batch
+        return found
+
+    def sentence_vectors(
+        self, sentences: Iterable[str | Sequence[str]], layers: str = "average", batch_size: int = 64
+    ) -> np.ndarray:
+        """The mean of each sentence's word vectors.
+
+        :param layers: ``average`` or ``top`` for (N, 2D), ``all`` for (N, L + 1, 2D).
+        :return: float32, one row a sentence; zeros for a sentence without words.
+
+        >>> load(MODEL).sentence_vectors(["w01 w02 w00", "w05"]).shape
+        (2, 32)
+        """
+        means = [mean_of_words(vectors) for vectors in self.iter_embed(sentences, layers, batch_size)]
+        shape = (self.num_layers + 1, self.dimension) if layers == "all" else (self.dimension,)
+        return np.stack(means) if means else np.zeros((0, *shape), np.float32)
+
+    def score(self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64) -> list[SentenceScore]:
+        """Log probability of every word in both directions, by the full softmax.
+
+        :return: one :class:`~lapse_elmo.trained.scores.SentenceScore` a sentence;
+            :class:`~lapse_elmo.trained.scores.Totals` makes perplexity and bits per character of them.
+        :raises CheckpointError: if the model came without a softmax (bilm-tf's ``dump_weights``).
+
+        >>> score = load(MODEL).score(["w01 unheard-of"])[0]
+        >>> score.words, score.unknown.tolist(), score.forward.shape, bool((score.forward < 0).all())
+        (('w01', 'unheard-of'), [False, True], (2,), True)
+        """
+        return list(self.iter_score(sentences, batch_size))
+
+    def iter_score(
+        self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64
+    ) -> Iterator[SentenceScore]:
+        """As :meth:`score`, one after another: memory does not grow with the number of sentences."""
+        for window in windows(words_of(sentences), batch_size):
+            yield from self.score_window(window, batch_size)
+
+    def score_window(self, window: Sequence[list[str]], batch_size: int) -> list[SentenceScore]:
+        """The scores of lists of words; the softmax table is read once for all of them."""
+        softmax = self._softmax()
+        batches = list(batches_of(window, batch_size, self.vocabulary, self.stored.boundaries))
+        contexts = [torch.cat(self._predicting(batch)) for _, batch in batches]
+        targets = np.concatenate([batch.target_rows for _, batch in batches]) if batches else np.empty(0, np.int64)
+        if not targets.size:
+            nll = np.empty(0)
+        else:
+            target = torch.from_numpy(targets).to(self.device)
+            nll = full_softmax_nll(torch.cat(contexts), self._on_device(softmax), target).cpu().numpy()
+        found: list[SentenceScore | None] = [None] * len(window)
+        start = 0
+        for numbers, batch in batches:
+            tables = _by_place(batch, nll[start : start + batch.num_targets])
+            start += batch.num_targets
+            for row, number in enumerate(numbers):
+                found[number] = self._sentence_score(window[number], batch.ids[row], *(t[row] for t in tables))
+        return [score for score in found if score is not None]
+
+    def nearest(
+        self, word: str | np.ndarray, count: int = 10, table: str = "embedding"
+    ) -> list[tuple[str, float]]:
+        """The words whose vectors in a table are nearest by cosine, most similar first.
+
+        :param word: a word of the vocabulary, which is not among its own neighbours, or a vector (D,).
+        :param table: ``embedding`` (input words) or ``softmax`` (predicted words, without the bias).
+        :return: (word, cosine).
+        :raises CorpusError: if the vocabulary lacks the word. :raises ValueError: for another table or shape.
+
+        >>> [word for word, _ in load(MODEL).nearest("w01", count=2)]  # doctest: +ELLIPSIS
+        ['w...', 'w...']
+        """
+        if table not in ("embedding", "softmax"):
+            raise ValueError(f"table should be embedding or softmax, not {table!r}")
+        rows = self._softmax() if table == "softmax" else self.stored.embedding
+        size = self.stored.options.projection_size
+        own = -1
+        if isinstance(word, str):
+            if word not in self.vocabulary:
+                raise CorpusError(f"the word {word!r} is not in the vocabulary: there is no vector to compare")
+            own = self.vocabulary.encode([word])[0] - 1
+            vector = rows.weights(np.array([own]))[0, :size]
+        else:
+            vector = np.asarray(word, np.float32)
+            if vector.shape != (size,):
+                raise ValueError(f"a vector of shape ({size},) is expected, not {vector.shape}")
+        products = np.concatenate([weights[:, :size] @ vector for _, weights in rows.chunks()])
+        norms = self._norms_of(table, rows, size)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosines = np.nan_to_num(products / norms / np.linalg.norm(vector), nan=-2.0)
+        if own >= 0:
+            cosines[own] = -2.0
+        best = _largest(cosines[_NUM_SPECIAL:], min(count, len(cosines) - _NUM_SPECIAL - (own >= 0)))
+        return [(self.vocabulary.words[place], float(cosines[_NUM_SPECIAL + place])) for place in best]
+
+    def fill(self, sentence: str | Sequence[str], position: int, count: int = 10) -> list[Candidate]:
+        """The words that fit best at a position, whatever stands there.
+
+        The probability of a word is the product of what both directions give it, normalised over the vocabulary:
+        p(w) ~ p(w | words before) p(w | words after). Of a model without boundaries the first position is predicted
+        backward alone and the last one forward alone.
+
+        :param position: from 0 on; negative ones count from the end.
+        :return: best first, ``<S>``, ``</S>`` and ``<UNK>`` left out.
+        :raises IndexError: if the sentence has no such position. :raises CheckpointError: without a softmax.
+
+        >>> best = load(MODEL).fill("w01 ___ w00", 1, count=3)
+        >>> len(best), best[0].probability >= best[1].probability > 0
+        (3, True)
+        """
+        words = next(words_of([sentence]))
+        if not -len(words) <= position < len(words):
+            raise IndexError(f"position {position} of a sentence of {len(words)} words")
+        place = position % len(words)
+        forward, backward = self._log_probabilities(words, place)
+        both = np.zeros(self.vocabulary.size)
+        for direction in (forward, backward):
+            both += 0.0 if direction is None else direction
+        both -= both.max()
+        both -= np.log(np.exp(both).sum())
+        best = _largest(both[_NUM_SPECIAL:], min(count, len(both) - _NUM_SPECIAL))
+        shares = [np.exp(table) if table is not None else None for table in (both, forward, backward)]
+        return [
+            Candidate(
+                self.vocabulary.words[word],
+                *(float(share[_NUM_SPECIAL + word]) if share is not None else float("nan") for share in shares),
+            )
+            for word in best
+        ]
+
+    def module(self, layers: str = "all", requires_grad: bool = False) -> ElmoModule:
+        """The model as a :class:`torch.nn.Module`; see :class:`~lapse_elmo.trained.module.ElmoModule`."""
+        from lapse_elmo.trained.module import ElmoModule
+
+        return ElmoModule(self.stored, layers=layers, requires_grad=requires_grad).to(self.device)
+
+    @torch.no_grad()
+    def layer_vectors(self, batch: Batch) -> Tensor:
+        """(L + 1, B, T, 2D) of a batch, boundaries included."""
+        return self.bilm.layers(self._embedded(batch), torch.from_numpy(batch.mask))
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """(B, T, D); only the batch's distinct rows leave the mapped table."""
+        rows = torch.from_numpy(self.stored.embedding.weights(batch.input_rows)).to(self.device)
+        if not batch.ids.size:
+            return rows.new_zeros(*batch.ids.shape, self.stored.options.projection_size)
+        return nn.functional.embedding(torch.from_numpy(batch.input_index).to(self.device), rows)
+
+    @torch.no_grad()
+    def _predicting(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The predicting vectors of both directions, each (number of its targets, D)."""
+        outputs = self.bilm(self._embedded(batch), torch.from_numpy(batch.mask))
+        places = (batch.forward_places, batch.backward_places)
+        size = self.stored.options.projection_size
+        forward, backward = (
+            output.reshape(-1, size)[torch.from_numpy(place).to(self.device)]
+            for output, place in zip(outputs, places, strict=True)
+        )
+        return forward, backward
+
+    def _softmax(self) -> Table:
+        if self.stored.softmax is None:
+            raise CheckpointError(
+                f"{self.stored.path} came without a softmax, so it embeds but predicts nothing (bilm-tf's dump_weights "
+                "leaves it out); use the run, or an export of bin/export"
+            )
+        return self.stored.softmax
+
+    def _on_device(self, table: Table) -> Iterator[tuple[int, Tensor]]:
+        return ((first, torch.from_numpy(rows).to(self.device)) for first, rows in table.chunks())
+
+    def _norms_of(self, table: str, rows: Table, size: int) -> np.ndarray:
+        if table not in self._norms:
+            self._norms[table] = np.concatenate([np.linalg.norm(w[:, :size], axis=1) for _, w in rows.chunks()])
+        return self._norms[table]
+
+    def _sentence_score(
+        self, words: list[str], ids: np.ndarray, forward: np.ndarray, backward: np.ndarray
+    ) -> SentenceScore:
+        """:param ids: (T',) of the batch's row. :param forward, backward: (T',) log probabilities, nan where none."""
+        first, size = (1 if self.stored.boundaries else 0), len(words)
+        inside = slice(first, first + size)
+        end, begin = (float(forward[size + 1]), float(backward[0])) if first else (np.nan, np.nan)
+        return SentenceScore(
+            tuple(words), ids[inside] == UNKNOWN, forward[inside].copy(), backward[inside].copy(), end, begin
+        )
+
+    def _log_probabilities(self, words: list[str], place: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """log p over all classes (V,) at a place, forward and backward; None where that direction predicts nothing."""
+        softmax = self._softmax()
+        (_, batch), = batches_of([words], 1, self.vocabulary, self.stored.boundaries)
+        column = place + (1 if self.stored.boundaries else 0)
+        found: list[np.ndarray | None] = []
+        for context, places, step in zip(
+            self._predicting(batch), (batch.forward_places, batch.backward_places), (-1, 1), strict=True
+        ):
+            here = np.flatnonzero(places == column + step)
+            if not here.size:
+                found.append(None)
+                continue
+            vector = context[int(here[0])]
+            logits = torch.cat([rows[:, :-1] @ vector + rows[:, -1] for _, rows in self._on_device(softmax)])
+            found.append(torch.log_softmax(logits.double(), 0).cpu().numpy())
+        return found[0], found[1]
+
+
+def mean_of_words(vectors: np.ndarray) -> np.ndarray:
+    """(..., T, 2D) to (..., 2D); zeros for T = 0."""
+    return vectors.mean(-2) if vectors.shape[-2] else np.zeros((*vectors.shape[:-2], vectors.shape[-1]), np.float32)
+
+
+def _by_place(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The log probability of each position (B, T) forward and backward, nan where it is not predicted."""
+    half = len(batch.forward_places)
+    forward, backward = np.full(batch.ids.size, np.nan), np.full(batch.ids.size, np.nan)
+    forward[batch.forward_places + 1] = -nll[:half]
+    backward[batch.backward_places - 1] = -nll[half:]
+    return forward.reshape(batch.ids.shape), backward.reshape(batch.ids.shape)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the largest ``count`` values, largest first, equal ones in their order."""
+    count = max(count, 0)
+    if count < len(values):
+        candidates = np.argpartition(-values, count)[: count + 1]
+        candidates = np.flatnonzero(values >= values[candidates].min())
+    else:
+        candidates = np.arange(len(values))
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
+
+
+def load(
+    path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
+    device: str | torch.device = "cpu", verify: bool = False,
+) -> TrainedModel:
+    """Open a trained model. Needs no MPI, no server and no compiler; its tables are memory-mapped, not read.
+
+    :param path: the folder of a run (its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder of
+        ``bin/export`` (``elmo`` or ``huggingface``), or a token model of bilm-tf in its files.
+    :param vocab: the vocabulary file, where it does not lie with the model.
+    :param embedding: for bilm-tf, the HDF5 file of ``dump_token_embeddings``, where it does not lie with the model.
+    :param device: where the LSTM and the softmax compute, as torch names it.
+    :param verify: compare the checksums of a checkpoint first, which reads all of it.
+    :raises CheckpointError: in one line, if there is no model, a file is missing or damaged, shapes or vocabulary do
+        not belong together, or it is a character-CNN model.
+    :raises CorpusError: if the vocabulary file is malformed.
+
+    >>> model = load(MODEL)
+    >>> model.embed(["w01 w02 w00"], layers="average")[0].shape
+    (3, 32)
+    """
+    return TrainedModel(open_stored(Path(path), vocab=vocab, embedding=embedding, verify=verify), device)

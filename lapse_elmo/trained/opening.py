@@ -1,0 +1,103 @@
+"""Opening a saved model of any kind: a run, a checkpoint, bilm-tf's files, a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from lapse_elmo.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    SavedTable,
+    check_files,
+    config_of,
+    find,
+    read_manifest,
+    require_vocabulary,
+    vocabulary_path,
+)
+from lapse_elmo.checkpoint.files import DENSE
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.errors import CheckpointError
+from lapse_elmo.model.bilm import BiLMOptions
+from lapse_elmo.trained.elmo_files import holds_elmo_files, open_elmo_files
+from lapse_elmo.trained.huggingface_files import holds_huggingface_files, open_huggingface_files
+from lapse_elmo.trained.stored import StoredModel
+from lapse_elmo.world import World
+
+
+def open_stored(
+    path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
+    verify: bool = False,
+) -> StoredModel:
+    """The model at ``path``, whatever its kind; see :func:`lapse_elmo.load`, whose parameters these are.
+
+    :raises CheckpointError: if there is no model, or it is damaged, incomplete or of a kind that cannot serve.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise CheckpointError(f"there is no model at {folder}: give the folder of a run, a checkpoint or an export")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give the folder of a run, a checkpoint or an export")
+    if (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir():
+        return open_checkpoint(folder, vocab, verify)
+    if holds_huggingface_files(folder):
+        return open_huggingface_files(folder)
+    if holds_elmo_files(folder):
+        return open_elmo_files(folder, vocab, embedding)
+    raise CheckpointError(
+        f"{folder} holds no model: expected a run ({FOLDER}/step-*), a checkpoint ({MANIFEST}), bilm-tf's files "
+        "(options.json, weights.hdf5, vocab.txt) or a Hugging Face folder (config.json, model.safetensors)"
+    )
+
+
+def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False) -> StoredModel:
+    """The newest checkpoint of a run, or the checkpoint that ``folder`` is; ``verify`` reads all of it first."""
+    path = find(folder)
+    manifest = read_manifest(path)
+    if verify:
+        check_files(path, manifest)
+    config = config_of(manifest, path)
+    vocabulary = Vocabulary.load(vocab or vocabulary_path(path, config))
+    require_vocabulary(manifest, vocabulary, path)
+    wanted = {field.name for field in dataclasses.fields(BiLMOptions)} - {"lstm", "precision", "stateful"}
+    options = BiLMOptions(**{name: value for name, value in vars(config.model).items() if name in wanted})
+    size = options.projection_size
+    about = {name: manifest.get(name) for name in ("step", "num_train_tokens", "results", "versions", "config")}
+    return StoredModel(
+        path, "checkpoint", options, config.data.boundaries, vocabulary,
+        SavedTable(path, manifest, "embedding", vocabulary.size, size),
+        SavedTable(path, manifest, "softmax", vocabulary.size, size + 1), lambda: _read_dense(path / DENSE), about,
+    )
+
+
+def _read_dense(path: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    try:
+        with h5py.File(path, "r") as file:
+            file["parameters"].visititems(
+                lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+            )
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    return found
+
+
+def open_together(
+    path: str, vocab: str, world: World, *, embedding: str = ""
+) -> StoredModel:
+    """Collective: :func:`open_stored` on every rank, after the ranks have shared the check of a checkpoint's files.
+
+    The ranks of a machine map the same files, so the tables are in its memory once.
+    """
+    folder = Path(path)
+    if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
+        checkpoint = world.agree(lambda: find(folder))
+        manifest = world.agree(lambda: read_manifest(checkpoint))
+        world.together(lambda: check_files(checkpoint, manifest, world.rank, world.size))
+        folder = checkpoint  # not a newer one that a run has saved meanwhile
+    return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))

@@ -1,0 +1,109 @@
+"""What every kind of saved model is once it is open: sizes, words, tables of weights and the LSTM's parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.errors import CheckpointError
+from lapse_elmo.model.bilm import BiLM, BiLMOptions
+
+_CHUNK_ROWS = 16384
+
+
+class Table(Protocol):
+    """``num_rows`` rows of ``size`` float32 weights; row i is that of the vocabulary's class i (its id less 1)."""
+
+    num_rows: int
+    size: int
+
+    def weights(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows ``numbers`` (n,) int64 as a new array (n, size)."""
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows in ascending chunks, (first row, (n, size))."""
+
+
+class ArrayTable:
+    """A table over an array, which may be memory-mapped, and, as a last column, a bias.
+
+    :param array: (V, D). :param bias: (V,). :param order: the array's row of each class, where they differ.
+    """
+
+    def __init__(self, array: np.ndarray, bias: np.ndarray | None = None, order: np.ndarray | None = None) -> None:
+        self._array, self._bias, self._order = array, bias, order
+        self.num_rows, size = array.shape
+        self.size = size + (bias is not None)
+
+    def weights(self, numbers: np.ndarray) -> np.ndarray:
+        places = numbers if self._order is None else self._order[numbers]
+        rows = np.asarray(self._array[places], np.float32)
+        if self._bias is None:
+            return np.ascontiguousarray(rows)
+        return np.concatenate([rows, np.asarray(self._bias[places], np.float32)[:, None]], 1)
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        for first in range(0, self.num_rows, _CHUNK_ROWS):
+            yield first, self.weights(np.arange(first, min(first + _CHUNK_ROWS, self.num_rows)))
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """An opened model; tables stay where they are stored until rows are asked for.
+
+    :ivar kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face folder``.
+    :ivar boundaries: whether it was trained with ``<S>`` and ``</S>`` around each sentence.
+    :ivar softmax: (V, D + 1), the bias last; None where the files do not have it.
+    :ivar read_dense: reads :attr:`dense`, once it is asked for: opening a large model should not read its LSTM.
+    :ivar about: what else is known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
+    """
+
+    path: Path
+    kind: str
+    options: BiLMOptions
+    boundaries: bool
+    vocabulary: Vocabulary
+    embedding: Table
+    softmax: Table | None
+    read_dense: Callable[[], dict[str, np.ndarray]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size, rows = self.options.projection_size, self.vocabulary.size
+        for name, table, width in (("embedding", self.embedding, size), ("softmax", self.softmax, size + 1)):
+            if table is not None and (table.num_rows, table.size) != (rows, width):
+                raise CheckpointError(
+                    f"{self.path}: the {name} has {table.num_rows:,} rows of {table.size}, expected {rows:,} (the "
+                    f"vocabulary's words and <S>, </S>, <UNK>) of {width}; its files do not belong together"
+                )
+
+    @functools.cached_property
+    def dense(self) -> dict[str, np.ndarray]:
+        """Every parameter of the biLM by its name in :class:`~lapse_elmo.model.bilm.BiLM`."""
+        return self.read_dense()
+
+    def bilm(self) -> BiLM:
+        """The biLM with the stored parameters, in evaluation mode.
+
+        :raises CheckpointError: if a parameter is missing or has another shape.
+        """
+        model = BiLM(self.options, None)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                stored = self.dense.get(name)
+                if stored is None:
+                    raise CheckpointError(f"{self.path} has no parameter {name}: it is damaged or of another model")
+                if stored.shape != tuple(parameter.shape):
+                    raise CheckpointError(
+                        f"{self.path}: parameter {name} has shape {stored.shape}, expected {tuple(parameter.shape)} "
+                        "by the model's sizes"
+                    )
+                parameter.copy_(torch.from_numpy(np.ascontiguousarray(stored, np.float32)))
+        return model.eval()

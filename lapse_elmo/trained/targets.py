@@ -1,0 +1,92 @@
+"""Vectors of given words wherever they occur, as studies of lexical change collect them: a NumPy archive by word."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from lapse_elmo.errors import CorpusError
+
+_PENDING_BYTES = 32 << 20
+
+
+def read_targets(path: Path) -> list[str]:
+    """The words of a UTF-8 file, one a line, each once; empty lines are skipped.
+
+    :raises CorpusError: if it cannot be read, has no words, or a line has more than one.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise CorpusError(f"cannot read the words in {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: byte 0x{error.object[error.start]:02x} is not valid UTF-8") from None
+    words: dict[str, None] = {}
+    for number, line in enumerate(lines, start=1):
+        found = line.split()
+        if len(found) > 1:
+            raise CorpusError(f"{path}, line {number}: {len(found)} words, expected one a line")
+        words |= dict.fromkeys(found)
+    if not words:
+        raise CorpusError(f"{path} has no words: expected one a line")
+    return list(words)
+
+
+class TargetVectors:
+    """A context that collects (n, *shape) float32 for each word and writes them to ``path`` at its end.
+
+    What is collected waits in files in the folder of ``path``, so memory does not grow with the text.
+    """
+
+    def __init__(self, path: Path, words: list[str], shape: tuple[int, ...]) -> None:
+        self._path, self._shape = path, shape
+        self._counts = dict.fromkeys(words, 0)
+        self._places = {word: number for number, word in enumerate(words)}
+        self._pending: dict[str, list[np.ndarray]] = {}
+        self._pending_bytes = 0
+        self._folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}."))
+
+    def add(self, words: list[str], vectors: np.ndarray) -> None:
+        """A line's words, and the vectors of those that are targets, (n, 2D) or (L + 1, n, 2D)."""
+        if vectors.ndim == 3:
+            vectors = vectors.swapaxes(0, 1)
+        targets = (word for word in words if word in self._counts)
+        for word, vector in zip(targets, vectors, strict=True):
+            self._pending.setdefault(word, []).append(vector)
+            self._counts[word] += 1
+        self._pending_bytes += vectors.nbytes
+        if self._pending_bytes > _PENDING_BYTES:
+            self._flush()
+
+    def __enter__(self) -> TargetVectors:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            if kind is None:
+                self._flush()
+                self._write()
+
+    def _flush(self) -> None:
+        for word, rows in self._pending.items():
+            with open(self._folder / str(self._places[word]), "ab") as file:
+                file.write(np.stack(rows).tobytes())
+        self._pending, self._pending_bytes = {}, 0
+
+    def _write(self) -> None:
+        with zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for word, count in self._counts.items():
+                header = {"descr": "<f4", "fortran_order": False, "shape": (count, *self._shape)}
+                with archive.open(zipfile.ZipInfo(f"{word}.npy"), "w", force_zip64=True) as entry:
+                    np.lib.format.write_array_header_1_0(entry, header)
+                    stored = self._folder / str(self._places[word])
+                    if stored.exists():
+                        with open(stored, "rb") as file:
+                            shutil.copyfileobj(file, entry, 1 << 20)

@@ -1,0 +1,48 @@
+"""The lists of required packages say the same, and name whatever is imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+
+from tests.mpi import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Modules of packages with another name, and what is not required: optional, or for tests.
+MODULES = {"tomli_w": "tomli-w"}
+OPTIONAL = {"allennlp", "transformers", "triton", "lapse", "adapm"}
+NOT_IMPORTED = {"mpich", "setuptools"}  # mpi4py loads the one, tensorboard imports the other's pkg_resources
+
+
+def names(lines: list[str]) -> set[str]:
+    found = (re.match(r"[A-Za-z0-9_.-]+", line) for line in lines if line.strip() and not line.startswith("#"))
+    return {match.group().lower() for match in found if match}
+
+
+def required() -> set[str]:
+    return names((ROOT / "requirements.txt").read_text().splitlines())
+
+
+def test_pyproject_and_requirements_name_the_same() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert names(project["dependencies"]) == required()
+
+
+def test_everything_imported_is_required_and_the_other_way_round() -> None:
+    imported: set[str] = set()
+    for folder in ("lapse_elmo", "preprocess"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    imported.add(node.module.split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"lapse_elmo", "preprocess"} - OPTIONAL
+    packages = {MODULES.get(name, name) for name in foreign}
+    assert packages <= required() | {"tomllib"}
+    assert required() <= packages | NOT_IMPORTED | {"tensorboard", "tomli"}

@@ -1,0 +1,161 @@
+"""New runs that start from another model or from given word vectors, and the checkpoints that a run keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lapse_elmo
+from lapse_elmo import export, train
+from lapse_elmo.config.training import parse_train
+from lapse_elmo.errors import CheckpointError, ConfigError, CorpusError, UserError
+from lapse_elmo.world import solo
+from tests.training.conftest import Drive
+from tests.training.corpora import (
+    TINY,
+    Prepared,
+    checkpoints,
+    evaluate_alone,
+    prepare,
+    random_sentences,
+    records,
+    saved_arrays,
+    train_alone,
+)
+
+NOTHING = ("--learning-rate", "1e-30", "--max-steps", "1")  # one step that changes nothing
+
+
+@pytest.fixture(scope="module")
+def model(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_alone(small, tmp_path_factory.mktemp("initial") / "model", "--epochs", "6")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Another corpus: half of its 40 words are those of ``small``, in another order of frequency."""
+    def renamed(seed: int, count: int) -> list[str]:
+        lines = random_sentences(seed, count, 40, (1, 9))
+        return [" ".join(w if int(w[1:]) % 2 else f"new{w[1:]}" for w in line.split()) for line in lines]
+
+    return prepare(tmp_path_factory.mktemp("other"), renamed(3, 150), renamed(4, 30))
+
+
+def test_the_same_corpus_goes_on_at_its_perplexity(small: Prepared, model: Path, tmp_path: Path) -> None:
+    wanted = evaluate_alone(model, tmp_path / "model.json")["mean_perplexity"]
+    export.main([str(model), "--output", str(tmp_path / "elmo")], solo)
+    export.main([str(model), "--output", str(tmp_path / "hub"), "--format", "huggingface"], solo)
+    for kind, source in (("run", model), ("elmo", tmp_path / "elmo"), ("hub", tmp_path / "hub")):
+        run = train_alone(small, tmp_path / f"from {kind}", "--init-from", str(source), *NOTHING)
+        found = evaluate_alone(run, tmp_path / f"{kind}.json")["mean_perplexity"]
+        assert found == pytest.approx(wanted, rel=1e-5), kind
+    options = ("--epochs", "1", "--report-every", "7")
+    longer = train_alone(small, tmp_path / "longer", "--init-from", str(tmp_path / "elmo"), *options)
+    anew = train_alone(small, tmp_path / "anew", *options)
+    losses = [records(run, "train")[0]["train/loss_nats"] for run in (longer, anew)]
+    assert losses[0] < losses[1] - 0.1, losses
+
+
+def test_rows_of_shared_words_are_taken_over(other: Prepared, model: Path, drive: Drive, tmp_path: Path) -> None:
+    argv = [*other.options, *TINY, *NOTHING, "--init-from", str(model)]
+    outcome = drive(2, [("train", [*argv, "--run-dir", str(tmp_path / "run")])])
+    assert all(rank["error"] is None for rank in outcome[0]), outcome
+    train_alone(other, tmp_path / "drawn", *NOTHING)
+    old, new, drawn = (lapse_elmo.load(path) for path in (model, tmp_path / "run", tmp_path / "drawn"))
+    words = list(new.vocabulary.words)
+    shared = [word for word in words if word in old.vocabulary]
+    assert 5 < len(shared) < len(words) - 5
+    for name in ("embedding", "softmax"):
+        tables = [getattr(trained.stored, name) for trained in (old, new, drawn)]
+
+        def rows(trained: Any, table: Any, some: list[str]) -> np.ndarray:
+            return table.weights(np.array(trained.vocabulary.encode(some)) - 1)
+
+        np.testing.assert_array_equal(rows(new, tables[1], shared), rows(old, tables[0], shared))
+        unshared = [word for word in words if word not in old.vocabulary]
+        np.testing.assert_array_equal(rows(new, tables[1], unshared), rows(drawn, tables[2], unshared))
+        np.testing.assert_array_equal(tables[1].weights(np.arange(3)), tables[0].weights(np.arange(3)))
+    for name, array in old.stored.dense.items():
+        np.testing.assert_array_equal(new.stored.dense[name], array)
+
+
+def test_accumulators(small: Prepared, model: Path, tmp_path: Path) -> None:
+    """Kept ones are the model's; fresh ones start at --initial-accumulator; a step adds next to nothing to either."""
+    old = saved_arrays(checkpoints(model)[-1])
+    for choice in ("kept", "fresh"):
+        run = train_alone(
+            small, tmp_path / choice, "--init-from", str(model), "--init-accumulators", choice, "--loss-scale", "1e-9",
+            *NOTHING,
+        )
+        new = saved_arrays(checkpoints(run)[-1])
+        name = "accumulators/lstm.forward_layer_0.state_projection.weight"
+        for key in ("embedding", "softmax", name):
+            start = 0 if key == name else 16 + (key == "softmax")
+            wanted = old[key][:, start:] if choice == "kept" else np.ones_like(old[key][:, start:])
+            np.testing.assert_allclose(new[key][:, start:], wanted, rtol=1e-5)
+        assert old[name].max() > 1.01
+
+
+@pytest.mark.parametrize("suffix", ["txt", "bin"])
+def test_given_word_vectors(other: Prepared, model: Path, drive: Drive, tmp_path: Path, suffix: str) -> None:
+    vectors = tmp_path / f"vectors.{suffix}"
+    export.main([str(model), "--output", str(vectors), "--format", "word2vec"], solo)
+    argv = [*other.options, *TINY, *NOTHING, "--init-embedding", str(vectors), "--run-dir", str(tmp_path / "run")]
+    outcome = drive(2, [("train", argv)])
+    assert all(rank["error"] is None for rank in outcome[0]), outcome
+    old, new = lapse_elmo.load(model), lapse_elmo.load(tmp_path / "run")
+    shared = [word for word in new.vocabulary.words if word in old.vocabulary]
+    tables = [
+        trained.stored.embedding.weights(np.array(trained.vocabulary.encode(shared)) - 1) for trained in (old, new)
+    ]
+    np.testing.assert_array_equal(tables[0], tables[1])
+
+
+def test_refusals(small: Prepared, model: Path, tmp_path: Path) -> None:
+    export.main([str(model), "--output", str(tmp_path / "elmo")], solo)
+    bad = {
+        "size.txt": b"1 3\nw00 1 2 3\n", "head.txt": b"w00 1 2\n", "short.bin": b"2 16\nw00 " + b"\0" * 20,
+        "nan.txt": b"1 16\nw00" + b" nan" * 16 + b"\n", "count.txt": b"9 16\nw00" + b" 1" * 16 + b"\n",
+        "latin.txt": b"1 16\nw\xe9" + b" 1" * 16 + b"\n", "letters.txt": b"1 16\nw00" + b" x" * 16 + b"\n",
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    cases: list[tuple[list[str], type[UserError], str]] = [
+        *((["--init-embedding", str(tmp_path / name)], CorpusError, name) for name in (*bad, "gone")),
+        (["--init-from", str(tmp_path / "gone")], CheckpointError, "there is no model"),
+        (["--init-accumulators", "kept"], ConfigError, "--init-from too"),
+        (["--init-from", str(model), "--cell-size", "33"], CheckpointError, "--cell-size 32"),
+        (["--init-from", str(model), "--context", "mix"], CheckpointError, "--context top"),
+        (["--init-from", str(tmp_path / "elmo"), "--init-accumulators", "kept"], ConfigError, "only runs"),
+        (
+            ["--init-from", str(model), "--init-accumulators", "kept", "--optimizer", "sgd"], CheckpointError,
+            "optimizer",
+        ),
+    ]
+    for argv, error, says in cases:
+        with pytest.raises(error) as caught:
+            train.main([*small.options, *TINY, "--run-dir", str(tmp_path / "run"), *argv], solo)
+        assert len(str(caught.value).splitlines()) == 1 and says in str(caught.value), str(caught.value)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="drop one"):
+        parse_train(["--init-from", "a", "--init-embedding", "b"])
+
+
+def test_checkpoints_that_stay(small: Prepared, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--save-every-steps", "1", "--keep-checkpoints", "3", "--save-at-tokens", "200", "700")
+    train_alone(small, run, *options, "--max-steps", "5")
+    train_alone(small, run, *options, "--max-steps", "9")
+    names = [path.name for path in checkpoints(run)]
+    assert names[-3:] == ["step-00000007", "step-00000008", "step-00000009"]
+    manifest = json.loads((checkpoints(run)[-1] / "manifest.json").read_text())
+    reached = manifest["milestones"]["reached"]
+    assert [tokens for tokens, _ in reached] == [200, 700] and manifest["milestones"]["num_tokens"] > 700
+    for _, step in reached:
+        assert step < 7 and f"step-{step:08d}" in names
+    assert len(names) <= 3 + 2 + 1
+    lapse_elmo.load(checkpoints(run)[0])
