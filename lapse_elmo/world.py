@@ -39,6 +39,7 @@ _SPIN_S = 0.002  # how long a wait spins before it starts to sleep, when every r
 _LONGEST_SLEEP_S = 0.001
 _ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
 _LAST_S = 0.5
+_ARRIVE_S = 60.0  # how long ranks that leave MPI together wait for each other
 
 
 class World:
@@ -303,10 +304,10 @@ class World:
         assert self.comm is not None
         stopper = threading.Thread(target=lambda: [stop() for stop in reversed(self._leaving)], daemon=True)
         stopper.start()
-        stopper.join(_ABORT_S)
+        stopper.join(_ARRIVE_S)
         if stopper.is_alive():  # a thread waits for a rank that has stopped already
             self.abort(status, quietly=True)
-        arrived, deadline = self.comm.Ibarrier(), time.monotonic() + _ABORT_S
+        arrived, deadline = self.comm.Ibarrier(), time.monotonic() + _ARRIVE_S
         while not arrived.Test():
             if time.monotonic() > deadline:
                 self.abort(status, quietly=True)

@@ -37,16 +37,22 @@ _ATTEMPTS = 3  # to get a port: another process may take it between its choice a
 _SCHEDULER = "import sys; from lapse_elmo.ps.scheduler import main; main(sys.argv[1:])"
 # Reads what faulthandler writes when a process dies of a signal, and says it in one line.
 _TELLER = """
-import sys
+import os, sys
 package, where = sys.argv[1:]
-text = sys.stdin.read()
+os.write(1, b"r")
+line = b""
+while not line.endswith(b"\\n") and (letter := os.read(0, 1)):
+    line += letter
 mark = "Fatal Python error: "
+text = line.decode(errors="replace").strip()
 if text.startswith(mark):
-    cause = text.splitlines()[0].removeprefix(mark)
-    sys.stderr.write(
+    cause = text.removeprefix(mark)
+    os.write(2, (
         f"lapse-elmo: error: [{where}] the package {package} died at its start ({cause}): a fault of the package, "
         "often of timing; start the job again, or leave --ps away for the embedded server\\n"
-    )
+    ).encode())
+while os.read(0, 4096):
+    pass
 """
 _FIRST_KEYS = 4  # of each segment and for each node, pulled to try the package
 _SOURCE = Path(__file__).resolve().parent.parent.parent
@@ -204,18 +210,26 @@ class _Teller:
     """
 
     def __init__(self, package: str, where: str) -> None:
-        self._process = subprocess.Popen([sys.executable, "-I", "-c", _TELLER, package, where], stdin=subprocess.PIPE)
-        assert self._process.stdin is not None
-        self._stdin = self._process.stdin
+        # A socket with the smallest buffer: faulthandler, whose many small writes do not fit into it, and so the death
+        # of this process wait until the line is said. Afterwards the launcher may end everything at once.
+        self._socket, other = socket.socketpair()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", _TELLER, package, where], stdin=other.fileno(),
+                stdout=subprocess.PIPE, start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        self._process.stdout.read(1)  # it is ready
         self._before = faulthandler.is_enabled()
-        faulthandler.enable(self._stdin.fileno(), all_threads=False)
+        faulthandler.enable(self._socket.fileno(), all_threads=False)
 
     def close(self) -> None:
         faulthandler.disable()
         if self._before:
             faulthandler.enable()
-        self._stdin.close()
-        self._process.wait()
+        self._socket.close()
+        self._process.communicate()
 
 
 class _Stdout:

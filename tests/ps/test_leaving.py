@@ -24,13 +24,13 @@ else:
     open(path + ".new", "w").write(str(status))
     os.rename(path + ".new", path)
 """
-STATUS_S = 3.0  # from the end of mpirun to that of the last rank
+STATUS_S = 30.0  # from the end of mpirun to that of the last rank
 
 
 def ended(folder: Path, ranks: int, nodes: int, level: str = "THREAD_MULTIPLE", how: str = "together") -> list[str]:
     """The error lines of the job; its ranks must leave as srun needs them to: rank 0 with 2 and the others with 0."""
     folder.mkdir(exist_ok=True)
-    job = mpirun(ranks, ["-c", NOTE, folder, PROGRAM, str(nodes), level, how], timeout=60)
+    job = mpirun(ranks, ["-c", NOTE, folder, PROGRAM, str(nodes), level, how], timeout=120)
     paths, deadline = [folder / str(rank) for rank in range(ranks)], time.monotonic() + STATUS_S
     while not all(path.exists() for path in paths) and time.monotonic() < deadline:
         time.sleep(0.05)
