@@ -40,12 +40,12 @@ class LapseElmoIndexer(TokenIndexer):
     """Ids of words in the model's own vocabulary; AllenNLP's vocabulary has no part in it.
 
     :param model: where the model is, as :func:`lapse_elmo.load` takes it.
-    :param vocab: its vocabulary file, where that does not lie with it.
+    :param vocabulary_file: its vocabulary, where that does not lie with it.
     """
 
     def __init__(self, model: str, vocab: str = "", token_min_padding_length: int = 0) -> None:
         super().__init__(token_min_padding_length)
-        self._vocabulary = load(model, vocab=vocab).vocabulary
+        self._vocabulary = load(model, vocab=vocabulary_file).vocabulary
 
     def count_vocab_items(self, token: Token, counter: dict[str, dict[str, int]]) -> None:
         """Nothing to count."""
@@ -92,7 +92,7 @@ class LapseElmoEmbedder(TokenEmbedder):
 
     :param model: where the model is, as :func:`lapse_elmo.load` takes it. A saved AllenNLP model does not contain the
         word table, so it is needed there too.
-    :param vocab: its vocabulary file, where that does not lie with it.
+    :param vocabulary_file: its vocabulary, where that does not lie with it.
     :param dropout: on the mixed vectors.
     :param requires_grad: whether the LSTM is trained further; the word table never is.
     :param do_layer_norm: of each layer before it is mixed.
@@ -102,14 +102,14 @@ class LapseElmoEmbedder(TokenEmbedder):
     def __init__(
         self,
         model: str,
-        vocab: str = "",
+        vocabulary_file: str = "",
         dropout: float = 0.5,
         requires_grad: bool = False,
         do_layer_norm: bool = False,
         scalar_mix_parameters: list[float] | None = None,
     ) -> None:
         super().__init__()
-        bilm: Any = AllenNlpModule(load(model, vocab=vocab), requires_grad)
+        bilm: Any = AllenNlpModule(load(model, vocab=vocabulary_file), requires_grad)
         fixed: Any = scalar_mix_parameters
         no_file: Any = None  # which AllenNLP wants here, though it annotates a string
         self._elmo = Elmo(

@@ -178,7 +178,7 @@ class Worker:
     def localize(self) -> None:
         """Begin to bring some rows here; where nobody else moves rows, wait until they are here."""
         rows = self.rows()
-        if self.schedule.alone and self.schedule.technique != "static":
+        if self.schedule.alone and self.schedule.technique == "relocation":
             self.server.localize(rows)
             here = self.server.is_local("counts")
             assert here is not None and here[rows].all(), f"rows {rows.tolist()} were localized and are not all local"

@@ -89,6 +89,7 @@ def test_accumulators(small: Prepared, model: Path, tmp_path: Path) -> None:
     for choice in ("kept", "fresh"):
         run = train_alone(
             small, tmp_path / choice, "--init-from", str(model), "--init-accumulators", choice, "--loss-scale", "1e-9",
+            "--row-scale", "1e-9",
             *NOTHING,
         )
         new = saved_arrays(checkpoints(run)[-1])

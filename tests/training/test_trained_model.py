@@ -133,7 +133,7 @@ def test_probabilities_of_fill_are_those_of_score(runs: dict[str, Path]) -> None
     assert len(everything) == len(trained.vocabulary.words)
     assert everything["w00"].forward == pytest.approx(np.exp(score.forward[2]), rel=1e-4)
     assert everything["w00"].backward == pytest.approx(np.exp(score.backward[2]), rel=1e-4)
-    assert 0.5 < sum(found.probability for found in everything.values()) <= 1.0001
+    assert 0.2 < sum(found.probability for found in everything.values()) <= 1.0001
     assert trained.fill(words, -2, 5) == trained.fill(words, 2, 5)
     open_ended = lapse_elmo.load(runs["no boundaries"]).fill(words, 0, 2)[0]
     assert np.isnan(open_ended.forward) and open_ended.probability == pytest.approx(open_ended.backward)
