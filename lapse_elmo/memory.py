@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
+from lapse_elmo.ps.sampling import Distribution
 from lapse_elmo.tables import DENSE_ROW, rule_of
 from lapse_elmo.world import World
 
 _LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
 _ROW_INDEX_BYTES = 45  # what every node knows of each row of a table, wherever the row is
+_CHUNK_BYTES = 1 << 24  # by which a node reserves memory for rows (lapse_elmo/ps/node_state.py)
 _CHUNK_TARGETS = 256  # of the softmax, whose logits are never all in memory
 _CGROUPS = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60
@@ -59,8 +63,8 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
     nodes_here = world.host_size // world.local_size if world.local_size else 1
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
-    replicas = _replica_bytes(config, num_classes, positions, world)
-    shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + replicas)
+    room = _room_bytes(config, num_classes, positions, world)
+    shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + 2 * positions) + min(num_classes, positions)
     softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * (size + 1)
@@ -70,25 +74,45 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
     )
 
 
-def _replica_bytes(config: Config, num_classes: int, positions: int, world: World) -> int:
-    """Of the replicas that a node holds at once: of rows of other nodes that its workers have announced.
+def _room_bytes(config: Config, num_classes: int, positions: int, world: World) -> int:
+    """Of what a node of several reserves beyond its share of the rows: for rows that move to it and for replicas.
 
-    A replica is two rows, its values and what it has yet to send. Intents of ``lookahead`` + 1 steps overlap.
+    A replica is two rows, its values and what it has yet to send. Room is reserved by chunks, ahead of need, so small
+    tables take several times their size.
 
     :param positions: of a long batch; each has one input word and up to two targets.
     """
     if config.server.ps != "embedded" or world.num_nodes == 1:
         return 0
+    words, classes = _borrowed_rows(config, num_classes, positions, world)
+    size, rule, room = config.model.projection_size, rule_of(config.optimizer), 0
+    for width, borrowed in ((size, words), (size + 1, classes)):
+        row_bytes = 4 * (width + rule.state_width(width))
+        table = num_classes * row_bytes
+        room += min(table - table // world.num_nodes, _CHUNK_BYTES)
+        chunks = math.ceil(2 * borrowed * row_bytes / _CHUNK_BYTES + 0.5)  # half of one is kept free
+        room += min(2 * table, chunks * _CHUNK_BYTES)
+    return room
+
+
+def _borrowed_rows(config: Config, num_classes: int, positions: int, world: World) -> tuple[int, int]:
+    """Rows of other nodes, of both tables, that the node's workers have announced at once, if all become replicas.
+
+    Intents of ``lookahead`` + 1 steps overlap. Words are taken to follow the log-uniform law.
+    """
     if config.server.technique_for(config.training.sync) not in ("adaptive", "replication"):
-        return 0
+        return 0, 0
     steps, workers = config.training.lookahead + 1, world.local_size
-    elsewhere = num_classes - num_classes // world.num_nodes
     drawers = workers if config.softmax.share_samples == "none" else 1
-    words = min(elsewhere, steps * workers * positions)
-    classes = min(elsewhere, steps * (drawers * config.softmax.num_samples + workers * 2 * positions))
-    size, rule = config.model.projection_size, rule_of(config.optimizer)
-    word, target = (width + rule.state_width(width) for width in (size, size + 1))
-    return 2 * 4 * (words * word + classes * target)  # a replica has its deltas after it
+    probabilities = Distribution("log-uniform", num_classes).probabilities
+
+    def distinct(draws: int) -> float:
+        return float(-np.expm1(-draws * probabilities).sum())
+
+    words = distinct(steps * workers * positions)
+    classes = distinct(steps * workers * 2 * positions) + steps * drawers * config.softmax.num_samples
+    elsewhere = 1 - 1 / world.num_nodes
+    return int(elsewhere * words), int(elsewhere * min(classes, num_classes))
 
 
 def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:
