@@ -43,7 +43,7 @@ class LapseElmoIndexer(TokenIndexer):
     :param vocabulary_file: its vocabulary, where that does not lie with it.
     """
 
-    def __init__(self, model: str, vocab: str = "", token_min_padding_length: int = 0) -> None:
+    def __init__(self, model: str, vocabulary_file: str = "", token_min_padding_length: int = 0) -> None:
         super().__init__(token_min_padding_length)
         self._vocabulary = load(model, vocab=vocabulary_file).vocabulary
 
