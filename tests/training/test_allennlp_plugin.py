@@ -74,7 +74,7 @@ def test_a_tagger_learns(small: Prepared, tmp_path: Path) -> None:
         },
         "data_loader": {"batch_size": 16, "shuffle": True},
         "trainer": {
-            "optimizer": {"type": "adam", "lr": 0.03}, "num_epochs": 6, "validation_metric": "+accuracy",
+            "optimizer": {"type": "adam", "lr": 0.03}, "num_epochs": 20, "validation_metric": "+accuracy",
             "cuda_device": -1,
         },
         "random_seed": 1, "numpy_seed": 1, "pytorch_seed": 1,
@@ -87,7 +87,9 @@ def test_a_tagger_learns(small: Prepared, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["accuracy"] > 0.8, found
+    tags = (tmp_path / "dev").read_text().replace("\n", " ").split()
+    even = sum(tag.endswith("even") for tag in tags) / len(tags)
+    assert found["accuracy"] > max(even, 1 - even) + 0.05, (found, even)  # always the commoner tag
     assert len(found["mix"]) == 3 and all(abs(scalar[0]) > 1e-3 for scalar in found["mix"])
     assert all("scalar_mix" in name for name in found["trainable"])
     assert found["difference"] < 1e-5 and found["dimension"] == 32 and found["again"] == "SimpleTagger"
