@@ -56,7 +56,7 @@ class Simulation:
 
     random: Random
     pace: Pace
-    longest_s: float = 60.0  # of simulated time without an end: far longer than any schedule that makes progress
+    longest_s: float = 600.0  # of simulated time without an end: far longer than any schedule that makes progress
     now: float = 0.0
     deliveries: int = 0
     check: Callable[[], None] | None = None
