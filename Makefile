@@ -4,6 +4,7 @@
 #   make train   a first model on English that is on the machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare the bits
 #   make simulate MINUTES=10   the server under schedules drawn by seeds, and without each of its guards (make mutants)
+#   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
 #   make clean   remove .venv (data/ and runs/ stay)
 
 PYTHON ?= python3
@@ -12,11 +13,12 @@ MPIRUN ?= .venv/bin/mpirun
 TRAIN_OPTIONS ?= --max-minutes 5
 TEST_OPTIONS ?=
 MINUTES ?= 10
+TRANSPORTS_OPTIONS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup train test soak simulate mutants lint bench clean dev
+.PHONY: setup train test soak simulate mutants transports lint bench clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -61,6 +63,9 @@ simulate: .venv/.installed-dev
 
 mutants: .venv/.installed-dev
 	.venv/bin/python -m tests.simulator.mutants
+
+transports: .venv/.installed-dev
+	.venv/bin/python -m tests.ps.transports $(TRANSPORTS_OPTIONS)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

@@ -101,7 +101,7 @@ class Tickets:
         assert (pulled(server, keys) == 20).all()
 
     def repeated_keys_in_calls_under_way(self, server: ParameterServer) -> None:
-        key = every_key("long")[[self.world.rank, self.world.rank + 8, self.world.rank]]
+        key = every_key("long")[[self.world.rank, self.world.rank + self.world.size, self.world.rank]]
         keys = np.tile(key, 400)
         server.localize_async(keys)
         server.intent(keys, 0, 2)

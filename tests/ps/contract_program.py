@@ -184,13 +184,13 @@ class Contract(Moves, Tickets, Rules):
         keys, deltas = every_key("wide")[[self.world.rank]].copy(), np.ones((1, WIDTH), np.float32)
         server.push(keys, deltas)
         deltas[:] = 99
-        keys[:] = every_key("wide")[15]
+        keys[:] = every_key("wide")[-1]
         frozen_keys, frozen = every_key("wide")[[self.world.rank]], np.ones((1, WIDTH), np.float32)
         frozen_keys.flags.writeable = frozen.flags.writeable = False
         server.push(frozen_keys, frozen)
         server.quiesce()
         np.testing.assert_array_equal(pulled(server, every_key("wide")[: self.world.size]), 2)
-        assert not pulled(server, every_key("wide")[15:]).any()
+        assert not pulled(server, every_key("wide")[-1:]).any()
 
     def empty_calls_do_nothing(self, server: ParameterServer) -> None:
         none = np.empty(0, np.int64)

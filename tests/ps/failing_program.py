@@ -62,16 +62,16 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
         server.advance_clock()
 
 
-def run_and_check(kind: str, rank: int, nodes: int, folder: Path, **job: Any) -> None:
+def run_and_check(kind: str, rank: int, nodes: int, folder: Path, ranks: int = RANKS, **job: Any) -> None:
     """Run such a job, and fail unless it ends within seconds of the failure, with a bad status and nothing left."""
     words = [__file__, kind, str(rank), str(nodes), str(folder)]
-    ended = mpirun(RANKS, words, timeout=60, **job)
+    ended = mpirun(ranks, words, timeout=60, **job)
     seconds = time.time() - float((folder / "failed").read_text())
     assert ended.returncode != 0, ended.output
     assert seconds < ENDS_S, ended.output
     assert ended.survivors == ()
     if kind in ("exception", "manager"):
-        assert f"[rank {rank}/{RANKS} " in ended.stderr and "this breaks" in ended.stderr, ended.output
+        assert f"[rank {rank}/{ranks} " in ended.stderr and "this breaks" in ended.stderr, ended.output
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ Refusal = tuple[Callable[[Any], object], str]
 
 KEYS = np.array([4, 5])
 ROWS = np.ones((2, 3), np.float32)
-_NUM_KEYS = 1 + 5000 + 16 + 400 + 3 * 40
-RULED = np.array([5417, 5418])  # keys of a segment with an update rule, of width 5
+_NUM_KEYS = 1 + 5000 + 32 + 400 + 3 * 40
+RULED = np.array([5433, 5434])  # keys of a segment with an update rule, of width 5
 
 
 def _fresh() -> np.ndarray:
