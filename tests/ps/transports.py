@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -153,6 +154,7 @@ def main() -> int:
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--patience", type=float, default=1.0, help="times all time limits, for a busy machine")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contexts end: no job and no namespace is left
     return 1 if run(options.words, options.patience) else 0
 
 
