@@ -14,7 +14,7 @@ scheme      what happens                                                  distri
 ==========  ============================================================  ==========================================
 
 Who draws alike is a second choice (``sharing``). The distribution of one sample does not depend on it; the samples of
-one step do:
+one step do, and with them how much the mean over ranks reduces the sampling error of the gradient:
 
 ========  =========================================================================================================
 sharing   the samples with one number
