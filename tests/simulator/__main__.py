@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from multiprocessing.pool import Pool
 from typing import Any
 
 from tests.simulator.schedule import Schedule, failure, run, shrink
@@ -65,18 +68,9 @@ def repeat(seed: int, changes: list[str]) -> int:
 def many(options: argparse.Namespace) -> int:
     """Run schedules of consecutive seeds until one fails."""
     start = time.monotonic()
-
-    def firsts() -> Iterator[int]:
-        first = options.first
-        while first < options.first + options.schedules if not options.minutes else (
-            time.monotonic() - start < 60 * options.minutes
-        ):
-            yield first
-            first += _BATCH
-
     schedules = deliveries = checks = 0
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        for number, delivered, checked, failed in pool.imap_unordered(batch, firsts()):
+        for number, delivered, checked, failed in results(pool, firsts(options, start), 2 * options.jobs):
             schedules, deliveries, checks = schedules + number, deliveries + delivered, checks + checked
             if failed is not None:
                 pool.terminate()
@@ -88,6 +82,24 @@ def many(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     print(f"{schedules} schedules, {deliveries} deliveries, {checks} checks of all nodes: no failure; {seconds:.0f} s")
     return 0
+
+
+def firsts(options: argparse.Namespace, start: float) -> Iterator[int]:
+    """Yield the first seed of each batch, until all schedules are under way or the time is over."""
+    first = options.first
+    while time.monotonic() - start < 60 * options.minutes or (
+        not options.minutes and first < options.first + options.schedules
+    ):
+        yield first
+        first += _BATCH
+
+
+def results(pool: Pool, seeds: Iterator[int], ahead: int) -> Iterator[tuple[int, int, int, int | None]]:
+    """Yield the results of batches in order. At most ``ahead`` are given out early: a time limit holds for the rest."""
+    waiting = collections.deque(pool.apply_async(batch, (first,)) for first in itertools.islice(seeds, ahead))
+    while waiting:
+        yield waiting.popleft().get()
+        waiting.extend(pool.apply_async(batch, (first,)) for first in itertools.islice(seeds, 1))
 
 
 if __name__ == "__main__":
