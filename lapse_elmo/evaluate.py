@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lapse_elmo.batches import evaluation_batches
+from lapse_elmo.batches import Batch, evaluation_batches
 from lapse_elmo.checkpoint import SavedModel
 from lapse_elmo.config.training import DataConfig
 from lapse_elmo.config.using import parse_evaluate
@@ -21,6 +21,7 @@ from lapse_elmo.corpus.vocabulary import END, UNKNOWN
 from lapse_elmo.devices import choose_device
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.node_softmax import NodeSoftmax
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import predicting_vectors
 from lapse_elmo.world import World
@@ -61,27 +62,27 @@ def evaluate(
     """Collective: perplexity over every sentence of ``shards``, each with state zero at its start.
 
     The softmax rows are read in chunks, so that memory does not grow with the vocabulary, and once for as many batches
-    as ``HELD_BYTES`` of predicting vectors are, for each reading costs as much as the whole table has rows elsewhere.
+    as ``HELD_BYTES`` of predicting vectors are. On several nodes each reads its own (:class:`NodeSoftmax`).
 
     :raises ConfigError: if no sentence has a target (single tokens without boundaries).
     """
-    model = parameters.model
+    model, softmax = parameters.model, parameters.softmax
     model.eval()
     sums = np.zeros(3)
-    held: list[tuple[torch.Tensor, np.ndarray]] = []
-    num_bytes = 0
-    for batch in evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries):
-        if not batch.num_targets:
-            continue
-        embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
-        context = predicting_vectors(model, embedding, batch, None)
-        held.append((context, batch.target_rows))
-        num_bytes += context.nbytes
-        if num_bytes >= HELD_BYTES:
-            sums += _sums(held, parameters, device)
-            held, num_bytes = [], 0
-    if held:
-        sums += _sums(held, parameters, device)
+    batches = evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries)
+    if world.num_nodes == 1:
+        for context, target in _held(batches, parameters, device, HELD_BYTES):
+            chunks = ((first, rows.to(device)) for first, rows in softmax.chunks())
+            sums += _sums(full_softmax_nll(context, chunks, target))
+    else:
+        across = NodeSoftmax(softmax, world, device)
+        held = _held(batches, parameters, device, HELD_BYTES // world.num_nodes)  # as many come from the other nodes
+        nothing = torch.empty(0, softmax.size - 1, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        while True:  # as often as the rank that has most
+            mine = next(held, None)
+            if not world.sum_(np.array([mine is not None], np.int64))[0]:
+                break
+            sums += _sums(across.nll(*(mine or nothing)))
     model.train()
     world.sum_(sums)
     if not sums[2]:
@@ -89,19 +90,38 @@ def evaluate(
     return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]))
 
 
-def _sums(held: list[tuple[torch.Tensor, np.ndarray]], parameters: Parameters, device: torch.device) -> np.ndarray:
-    """Summed forward and backward nll of batches, and their targets a direction.
+def _held(
+    batches: Iterator[Batch], parameters: Parameters, device: torch.device, most_bytes: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield predicting vectors (2 n, D) and targets (2 n,), forward ones first, of as many batches as are held."""
+    held: list[tuple[torch.Tensor, np.ndarray]] = []
+    num_bytes = 0
+    for batch in batches:
+        if not batch.num_targets:
+            continue
+        embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
+        context = predicting_vectors(parameters.model, embedding, batch, None)
+        held.append((context, batch.target_rows))
+        num_bytes += context.nbytes
+        if num_bytes >= most_bytes:
+            yield _joined(held, device)
+            held, num_bytes = [], 0
+    if held:
+        yield _joined(held, device)
 
-    :param held: for each batch the predicting vectors (N, D) and targets (N,), forward ones first.
-    """
+
+def _joined(held: list[tuple[torch.Tensor, np.ndarray]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicting vectors and targets of batches, which are forgotten: forward ones, then backward ones."""
     halves = [half for context, _ in held for half in context.chunk(2)]
     targets = [half for _, target in held for half in np.split(target, 2)]
-    context = torch.cat(halves[::2] + halves[1::2])
-    target = torch.from_numpy(np.concatenate(targets[::2] + targets[1::2])).to(device)
-    halves.clear()
     held.clear()
-    nll = full_softmax_nll(context, ((first, w.to(device)) for first, w in parameters.softmax.chunks()), target)
-    forward, backward = nll.chunk(2)
+    target = torch.from_numpy(np.concatenate(targets[::2] + targets[1::2]))
+    return torch.cat(halves[::2] + halves[1::2]), target.to(device)
+
+
+def _sums(nll: torch.Tensor) -> np.ndarray:
+    """Summed forward and backward nll, and the targets of a direction."""
+    forward, backward = nll.chunk(2) if len(nll) else (nll, nll)
     return np.array([float(forward.sum()), float(backward.sum()), len(forward)])
 
 

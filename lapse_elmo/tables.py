@@ -116,6 +116,12 @@ class RowTable:
             end = min(first + _CHUNK_ROWS, self.segment.num_rows)
             yield first, self.pull(np.arange(first, end)).weights
 
+    def chunks_of(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Weights of the distinct ``rows`` (n,) as (some of these rows (k,), (k, size)), in their order."""
+        for first in range(0, rows.size, _CHUNK_ROWS):
+            some = rows[first : first + _CHUNK_ROWS]
+            yield some, self.pull(some).weights
+
 
 class DenseTable:
     """Dense parameters kept in the server, flattened into rows of ``DENSE_ROW`` weights (zeros fill the last).

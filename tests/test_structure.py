@@ -22,6 +22,7 @@ FLOORS = [
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["dense_mean", "devices", "batches", "schedule", "tables"],
+    ["node_softmax"],
     ["parameters", "cursor", "memory"],
     ["step", "metrics", "handover", "milestones"],
     ["checkpoint", "evaluate"],

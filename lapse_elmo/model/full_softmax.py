@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from lapse_elmo.model.pointwise import pointwise
 
 TARGETS_AT_ONCE = 512
 CLASSES_AT_ONCE = 2048  # with 512 targets 4 MiB of float32 logits, which stay in the cache between passes
+
+
+class SoftmaxParts(NamedTuple):
+    """What some classes add to the softmax of N predicting vectors, (N,) each.
+
+    ``largest``: the largest logit. ``total``: the sum of exp(logit - largest), float64. ``target_logit``: the target's
+    logit, float64, -inf where the target is none of the classes.
+    """
+
+    largest: Tensor
+    total: Tensor
+    target_logit: Tensor
 
 
 @torch.no_grad()
@@ -26,14 +39,40 @@ def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], targ
     :param target: (N,) int64 classes in [0, V).
     :return: (N,) float64.
     """
+    classes = ((torch.arange(first, first + len(rows), device=rows.device), rows) for first, rows in chunks)
+    return nll_of([softmax_parts(context, classes, target)])
+
+
+def nll_of(parts: Sequence[SoftmaxParts]) -> Tensor:
+    """nll (N,) float64 of targets, from the parts of disjoint sets of classes that are all classes together."""
+    (first, *others) = parts
+    if not others:
+        return torch.log(first.total).add_(first.largest).sub_(first.target_logit)
+    largest = torch.stack([part.largest for part in parts]).amax(0)
+    # A part without classes has a total of 0 and a largest logit of -inf, which adds nothing.
+    total = sum(part.total * torch.exp((part.largest - largest).to(torch.float64)) for part in parts)
+    target_logit = torch.stack([part.target_logit for part in parts]).amax(0)
+    assert isinstance(total, Tensor)
+    return total.log_().add_(largest).sub_(target_logit)
+
+
+@torch.no_grad()
+def softmax_parts(context: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], target: Tensor) -> SoftmaxParts:
+    """What the classes of ``chunks`` add to the softmax.
+
+    :param context: (N, D) predicting vectors; N may be 0.
+    :param chunks: (classes (n,) int64 ascending, rows (n, D + 1)); a row's last entry is the bias.
+    :param target: (N,) int64 classes, which need not be among those of ``chunks``.
+    """
     largest = torch.full((len(context),), -math.inf, dtype=context.dtype, device=context.device)
     total = torch.zeros(len(context), dtype=torch.float64, device=context.device)
     target_logit = torch.full_like(total, -math.inf)
     half = -(-len(context) // 2)
     halves = slice(0, half), slice(half, len(context))
-    for first, rows in chunks:
-        here = torch.nonzero((target >= first) & (target < first + len(rows)))[:, 0]
-        own = rows.index_select(0, target[here] - first).to(torch.float64)
+    for classes, rows in chunks:
+        place = torch.searchsorted(classes, target).clamp_(max=len(classes) - 1)
+        here = torch.nonzero(classes[place] == target)[:, 0]
+        own = rows.index_select(0, place[here]).to(torch.float64)
         target_logit[here] = (context[here].to(torch.float64) * own[:, :-1]).sum(1) + own[:, -1]
         # (n, D) without the bias and whatever else the server's rows hold.
         weight, bias = rows[:, :-1].contiguous(), rows[:, -1].contiguous()
@@ -42,7 +81,7 @@ def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], targ
             _add_classes(context[halves[part]], weight, bias, largest[halves[part]], total[halves[part]])
 
         both(add, context.device, "full softmax, but products")
-    return total.log_().add_(largest).sub_(target_logit)
+    return SoftmaxParts(largest, total, target_logit)
 
 
 def _add_classes(context: Tensor, weight: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
