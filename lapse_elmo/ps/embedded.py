@@ -351,6 +351,7 @@ class EmbeddedServer(ParameterServer):
         count as had been sent by the next, and no answer is pending.
         """
         handled_before = -1
+        backoff = Backoff(self._requests.mailbox.transport, spin=False)
         while True:
             counts = np.array([self._requests.sent, self._requests.handled, 0], np.int64)
             if self._manager is not None:
@@ -358,4 +359,6 @@ class EmbeddedServer(ParameterServer):
             self._world.sum_(counts)
             if counts[0] == handled_before and not counts[2]:
                 return
+            if handled_before >= 0:  # the second count ends it where nothing was under way
+                backoff.wait()
             handled_before = int(counts[1])
