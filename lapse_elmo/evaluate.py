@@ -149,7 +149,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     data = saved.config.data
     device = choose_device(options.devices, world).device
     folder = options.shards or data.heldout or data.shards
-    with world.together(lambda: ShardSet.open(folder, options.split, saved.vocabulary)) as shards:
+    with ShardSet.open_on_all(world, folder, options.split, saved.vocabulary) as shards:
         parameters = saved.parameters(world, device)
         start = time.perf_counter()
         result = evaluate(parameters, shards, data, options.batch_size, world, device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lapse_elmo.checkpoint import SavedTable
 from lapse_elmo.checkpoint.files import DENSE
 from lapse_elmo.config.training import Config
-from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
+from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary, VocabularyFile
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError
 from lapse_elmo.parameters import Parameters
@@ -32,21 +32,24 @@ _CHUNK_ROWS = 16384
 _SIZES = ("projection_size", "cell_size", "num_layers", "context")
 
 
-def initialise(parameters: Parameters, config: Config, vocabulary: Vocabulary, world: World) -> list[str]:
+def initialise(parameters: Parameters, config: Config, file: VocabularyFile, world: World) -> list[str]:
     """Collective: give a new run its initial values; lines for its log that say where they come from.
 
     :raises CheckpointError: if the model of --init-from cannot be read or has other sizes.
     :raises CorpusError: if the file of --init-embedding is not word vectors of the run's size.
     """
     given = config.initial
+    vocabulary = world.together(file.load) if given.init_from or given.init_embedding else None
     if given.init_accumulators == "kept" and not given.init_from:
         raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from too").on_every_rank()
     if given.init_from:
+        assert vocabulary is not None
         stored = open_together(given.init_from, "", world)
         world.together(lambda: _require_same_sizes(stored, config))
         return _from_model(stored, parameters, vocabulary, given.init_accumulators)
     parameters.initialise()
     if given.init_embedding:
+        assert vocabulary is not None
         found = world.together(lambda: _from_vectors(Path(given.init_embedding), parameters, vocabulary))
         parameters.settle()
         counts = world.sum_(np.array([found], np.float64))

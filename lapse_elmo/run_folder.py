@@ -20,7 +20,7 @@ from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.files import write_whole
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
@@ -43,7 +43,7 @@ _FREE = {
 class Corpus:
     """What a run reads."""
 
-    vocabulary: Vocabulary
+    vocabulary: VocabularyFile
     train: ShardSet
     heldout: ShardSet
 

@@ -14,7 +14,7 @@ from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.divergence import MARGIN_NATS, advice
@@ -311,9 +311,9 @@ def open_corpus(config: Config, world: World) -> Corpus:
             raise CorpusError(f"there is no vocabulary at {DEFAULT_VOCAB}: name that of {data.shards} by --vocab")
 
     world.agree(check_defaults)
-    vocabulary = world.together(lambda: Vocabulary.load(data.vocab))
-    train_set = world.together(lambda: ShardSet.open(data.shards, "train", vocabulary))
-    heldout = world.together(lambda: ShardSet.open(data.heldout or data.shards, "heldout", vocabulary))
+    vocabulary = world.agree(lambda: VocabularyFile.check(data.vocab))
+    train_set = ShardSet.open_on_all(world, data.shards, "train", vocabulary)
+    heldout = ShardSet.open_on_all(world, data.heldout or data.shards, "heldout", vocabulary)
     if train_set.num_sentences < world.size * config.training.accumulate:
         parts = f" with {config.training.accumulate} parts each" if config.training.accumulate > 1 else ""
         raise ConfigError(

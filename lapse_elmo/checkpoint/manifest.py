@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lapse_elmo.config.training import Config, from_tables
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
 from lapse_elmo.errors import CheckpointError, ConfigError
 
 Manifest: TypeAlias = "dict[str, Any]"
@@ -84,7 +84,7 @@ def vocabulary_path(path: Path, config: Config) -> Path:
     return copy if copy.is_file() else Path(config.data.vocab)
 
 
-def require_vocabulary(manifest: Manifest, vocabulary: Vocabulary, path: Path) -> None:
+def require_vocabulary(manifest: Manifest, vocabulary: Vocabulary | VocabularyFile, path: Path) -> None:
     """Refuse a vocabulary that is not the model's."""
     if vocabulary.sha256 != manifest["vocabulary_sha256"]:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from lapse_elmo.checkpoint.manifest import (
     vocabulary_path,
 )
 from lapse_elmo.config.training import Config, ServerConfig
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.world import World
 
@@ -31,7 +31,7 @@ class SavedModel:
     path: Path
     manifest: Manifest
     config: Config
-    vocabulary: Vocabulary
+    vocabulary: VocabularyFile
 
     @classmethod
     def open(cls, model: str, vocab: str, world: World) -> SavedModel:
@@ -46,7 +46,7 @@ class SavedModel:
         world.together(lambda: check_files(path, manifest, world.rank, world.size))
         config = world.agree(lambda: config_of(manifest, path))
         config = dataclasses.replace(config, server=ServerConfig())  # whatever kept the rows when they were trained
-        vocabulary = world.together(lambda: Vocabulary.load(vocab or vocabulary_path(path, config)))
+        vocabulary = world.agree(lambda: VocabularyFile.check(vocab or vocabulary_path(path, config)))
         world.agree(lambda: require_vocabulary(manifest, vocabulary, path))
         return cls(path, manifest, config, vocabulary)
 

@@ -151,13 +151,19 @@ class _Appender:
 
 
 class ShardFile:
-    """One shard for reading. The header is read at once; the data is opened at the first read, anew after a fork."""
+    """One shard for reading. The header is read at once; the data is opened at the first read, anew after a fork.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    :param header: that of the file, if another process has read it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: Header | None = None) -> None:
         """:raises CorpusError: if the file is missing, truncated, not a shard or of another format version."""
         self.path = os.fspath(path)
         self._file: h5py.File | None = None
         self._owner = 0
+        if header is not None:
+            self.header = header
+            return
         file = self._open()
         try:
             self.header = _header(file, self.path)
@@ -238,8 +244,11 @@ class ShardFile:
 
     def _slice(self, name: str, start: int, stop: int | None) -> np.ndarray:
         if self._file is None or self._owner != os.getpid():
-            self._file = self._open()  # HDF5's state does not survive a fork
-            self._owner = os.getpid()
+            file = self._open()  # HDF5's state does not survive a fork
+            if _plain(file.attrs.get("set_sha256")) != self.header.set_sha256:
+                file.close()
+                raise CorpusError(f"shard {self.path} has been replaced by one of another set since the start")
+            self._file, self._owner = file, os.getpid()
         try:
             return self._file[name][start:stop]
         except _H5_ERRORS as error:

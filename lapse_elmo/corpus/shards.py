@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, shard_name
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
 from lapse_elmo.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, paths: PathLike | Sequence[PathLike], split: str = "train", vocabulary: Vocabulary | None = None
+        cls, paths: PathLike | Sequence[PathLike], split: str = "train",
+        vocabulary: Vocabulary | VocabularyFile | None = None,
     ) -> ShardSet:
         """The set that ``paths`` hold: a directory (its shards of ``split``), a pattern, files, or several of these.
 
@@ -76,6 +77,25 @@ class ShardSet:
                 f"({shards.vocabulary_size} classes), not with the one given, {vocabulary.sha256[:16]}... "
                 f"({vocabulary.size} classes); give the vocabulary of the shards or make the shards again"
             )
+        return shards
+
+    @classmethod
+    def open_on_all(
+        cls, world: World, paths: PathLike | Sequence[PathLike], split: str, vocabulary: Vocabulary | VocabularyFile
+    ) -> ShardSet:
+        """Collective: :meth:`open` for a whole job. Rank 0 alone reads the headers; a rank opens what it reads.
+
+        :raises CorpusError: as :meth:`open`, or if a rank cannot read where its part begins.
+        """
+        known = world.agree(lambda: [(file.path, file.header) for file in cls.open(paths, split, vocabulary)._files])
+        shards = cls([ShardFile(path, header) for path, header in known])
+
+        def require_own() -> None:
+            path = shards.paths[len(shards.paths) * world.rank // world.size]
+            if not os.access(path, os.R_OK):
+                raise CorpusError(f"cannot read shard {path} on {world.host}: put the shards where all nodes see them")
+
+        world.together(require_own)
         return shards
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

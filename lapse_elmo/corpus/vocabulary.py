@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lapse_elmo.corpus.files import write_whole
 from lapse_elmo.errors import CorpusError
@@ -127,6 +128,28 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return self.size
+
+
+@dataclass(frozen=True)
+class VocabularyFile:
+    """What a training run needs to know of a vocabulary file: not its words, which no rank but one has to read."""
+
+    path: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def check(cls, path: str | os.PathLike[str]) -> VocabularyFile:
+        """Read a vocabulary file. :raises CorpusError: as :meth:`Vocabulary.load`."""
+        vocabulary = Vocabulary.load(path)
+        return cls(os.fspath(path), vocabulary.size, vocabulary.sha256)
+
+    def load(self) -> Vocabulary:
+        """Read the words. :raises CorpusError: as :meth:`Vocabulary.load`, or if the file is another one by now."""
+        vocabulary = Vocabulary.load(self.path)
+        if vocabulary.sha256 != self.sha256:
+            raise CorpusError(f"vocabulary {self.path} has changed since it was first read; start again")
+        return vocabulary
 
 
 def _lines(data: bytes, source: str) -> list[str]:

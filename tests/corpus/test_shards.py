@@ -7,7 +7,9 @@ import itertools
 import multiprocessing
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,7 +21,7 @@ from lapse_elmo.corpus import shard_file
 from lapse_elmo.corpus.shards import Header, ShardFile, ShardSet, ShardWriter, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CorpusError
-from lapse_elmo.world import solo
+from lapse_elmo.world import World, solo
 
 VOCABULARY = Vocabulary.from_words(["a", "b", "c", "d"])
 
@@ -209,3 +211,38 @@ def test_header_lists_every_attribute(tmp_path: Path) -> None:
         names = {field.name for field in dataclasses.fields(Header)}
         assert set(file.attrs) == names | {"format", "version"}
         assert all(file[name].fletcher32 for name in ("tokens", "offsets", "sources"))
+
+
+class Seventh(World):
+    """Rank 7 of 8, which hears from rank 0 what ``told`` holds."""
+
+    def __init__(self, told: Any) -> None:
+        super().__init__()
+        self.rank, self.size, self._told = 7, 8, told
+
+    def agree(self, function: Callable[[], Any]) -> Any:
+        return self._told
+
+
+def test_a_rank_that_is_told_the_headers_opens_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "set", [[4], [5], [6], [7]], num_shards=4)
+    told = [(file.path, file.header) for file in ShardSet.open(tmp_path / "set")._files]
+    opened: list[str] = []
+    open_file = h5py.File
+
+    def counted(path: str, *arguments: Any, **options: Any) -> h5py.File:
+        opened.append(path)
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(shard_file.h5py, "File", counted)
+    with ShardSet.open_on_all(Seventh(told), tmp_path / "set", "train", VOCABULARY) as shards:
+        assert shards.num_sentences == 4 and not opened
+        for _ in range(2):
+            assert shards.read(np.array([3]))[0].tolist() == [7]
+        assert opened == [shards.paths[3]]
+    write_set(tmp_path / "set", [[4], [4], [4], [4]], num_shards=4, name="another")
+    with pytest.raises(CorpusError, match=r"train-00001-of-00004.h5 has been replaced by one of another set"):
+        shards.read(np.array([1]))
+    (tmp_path / "set" / shard_name("train", 3, 4)).unlink()
+    with pytest.raises(CorpusError, match=r"cannot read shard .*train-00003-of-00004.h5 on "):
+        ShardSet.open_on_all(Seventh(told), tmp_path / "set", "train", VOCABULARY)
