@@ -26,8 +26,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch  # noqa: F401 (loads the OpenMP library that the compiled code shares)
-
 SWITCH = "LAPSE_ELMO_NATIVE"
 CACHE = "LAPSE_ELMO_CACHE"
 _OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -65,7 +63,8 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang)"
-    share_openmp()
+    if "omp parallel" in source.read_text(encoding="utf-8"):
+        share_openmp()
     reason = ""
     try:
         folder = cache_folder()
@@ -109,6 +108,8 @@ def cache_folder() -> Path:
 
 def share_openmp() -> None:
     """Make the OpenMP library that torch brought along visible to libraries loaded later."""
+    import torch  # noqa: F401 (loads it; here, because programs without a model start faster without torch)
+
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
         for path in {line.split(maxsplit=5)[5].strip() for line in maps if "libgomp" in line}:
             ctypes.CDLL(path, ctypes.RTLD_GLOBAL)

@@ -62,7 +62,7 @@ def read_lines(texts: Sequence[str]) -> Iterator[list[str]]:
     number = 0
     for part in cut_into_parts(texts):
         for block in read_blocks(part):
-            for line in block.text.removesuffix("\n").split("\n"):
+            for line in block.decode().removesuffix("\n").split("\n"):
                 words = line.split()
                 if len(words) > LONGEST:
                     raise CorpusError(

@@ -9,6 +9,7 @@ every block. So the text is read once, every piece is read once, and memory hold
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lapse_elmo.corpus.shard_file import ranges
 from lapse_elmo.corpus.text import Part, read_blocks
-from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
+from lapse_elmo.corpus.words import Ids
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def piece_paths(directory: Path, split: str, number: int) -> tuple[Path, Path]:
 
 def encode_part(
     part: Part,
-    vocabulary: Vocabulary,
+    ids: Ids,
     num_shards: int,
     paths: tuple[Path, Path],
     on_block: Callable[[int], object],
@@ -56,36 +56,15 @@ def encode_part(
     counts, checksum, num_sentences = [], 0, 0
     with open(paths[0], "wb") as tokens_file, open(paths[1], "wb") as lengths_file:
         for block in read_blocks(part):
-            tokens, lengths = encode_text(block.text, vocabulary)
-            checksum = zlib.crc32(lengths.tobytes(), zlib.crc32(tokens.tobytes(), checksum))
-            residues = (num_sentences + np.arange(len(lengths))) % num_shards
+            tokens, lengths = ids.encode(block)
+            checksum = zlib.crc32(lengths.data, zlib.crc32(tokens.data, checksum))
+            tokens, lengths, counts_of_block = ids.group(tokens, lengths, num_sentences, num_shards)
             num_sentences += len(lengths)
-            order = np.argsort(residues, kind="stable")
-            starts = np.cumsum(lengths) - lengths
-            tokens_file.write(tokens[ranges(starts[order], lengths[order])].tobytes())
-            lengths_file.write(lengths[order].tobytes())
-            counts.append(_counts(tokens, lengths, residues, num_shards))
+            tokens_file.write(tokens.data)
+            lengths_file.write(lengths.data)
+            counts.append(counts_of_block)
             on_block(block.num_bytes)
     return Piece(np.array(counts, np.int64).reshape(-1, num_shards, 3), checksum)
-
-
-def encode_text(text: str, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the words of ``text`` and the length of each sentence (a line with words), both int32."""
-    words: list[str] = []
-    lengths: list[int] = []
-    for line in text.split("\n"):
-        row = line.split()
-        if row:
-            words += row
-            lengths.append(len(row))
-    return np.array(vocabulary.encode(words), np.int32), np.array(lengths, np.int32)
-
-
-def _counts(tokens: np.ndarray, lengths: np.ndarray, residues: np.ndarray, num_shards: int) -> np.ndarray:
-    unknown = np.repeat(residues, lengths)[tokens == UNKNOWN]
-    sentences = np.bincount(residues, minlength=num_shards)
-    num_tokens = np.bincount(np.repeat(residues, lengths), minlength=num_shards)
-    return np.stack([sentences, num_tokens, np.bincount(unknown, minlength=num_shards)], axis=1)
 
 
 def residue_of(shard: int, start: int, num_shards: int) -> int:
@@ -97,13 +76,11 @@ def read_group(piece: Piece, paths: tuple[Path, Path], residue: int) -> Iterator
     """The sentences of one residue, block by block: tokens and lengths."""
     ends = piece.counts[:, :, :2].reshape(-1, 2).cumsum(axis=0)
     num_shards = piece.counts.shape[1]
+    sizes = piece.counts[:, residue, :2]
+    starts = ends[residue::num_shards] - sizes
     with open(paths[0], "rb") as tokens_file, open(paths[1], "rb") as lengths_file:
-        for block in range(len(piece.counts)):
-            num_sentences, num_tokens = (int(n) for n in piece.counts[block, residue, :2])
-            if not num_sentences:
-                continue
-            sentence_end, token_end = (int(n) for n in ends[block * num_shards + residue])
-            tokens_file.seek(4 * (token_end - num_tokens))
-            lengths_file.seek(4 * (sentence_end - num_sentences))
-            tokens = np.frombuffer(tokens_file.read(4 * num_tokens), np.int32)
-            yield tokens, np.frombuffer(lengths_file.read(4 * num_sentences), np.int32)
+        for (num_sentences, num_tokens), (sentence, token) in zip(sizes.tolist(), starts.tolist(), strict=True):
+            if num_sentences:
+                tokens = os.pread(tokens_file.fileno(), 4 * num_tokens, 4 * token)
+                lengths = os.pread(lengths_file.fileno(), 4 * num_sentences, 4 * sentence)
+                yield np.frombuffer(tokens, np.int32), np.frombuffer(lengths, np.int32)

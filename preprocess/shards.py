@@ -17,6 +17,7 @@ from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.corpus.shards import Header, ShardWriter, shard_name
 from lapse_elmo.corpus.text import Part, cut_into_parts, find_texts, share
 from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.words import Ids, new_ids, problem
 from lapse_elmo.errors import ConfigError, CorpusError
 from lapse_elmo.world import World
 from preprocess.pieces import Piece, encode_part, piece_paths, read_group, residue_of
@@ -45,8 +46,11 @@ def make_shards(options: ShardsOptions, world: World) -> None:
         vocabulary = staging.phase(lambda: Vocabulary.load(options.vocab) if world.rank == 0 else None)[0]
         assert vocabulary is not None
         world.agree(lambda: _make_directories(staging.directory))
-        summary = [_make_split(split, options, vocabulary, world, staging) for split in splits]
+        ids = new_ids(vocabulary)
+        summary = [_make_split(split, options, vocabulary, ids, world, staging) for split in splits]
         staging.publish("new")
+    if reason := problem():
+        say(world, reason)
     say(world, f"{options.output}: {'; '.join(summary)}; {time.perf_counter() - started:.1f} s")
 
 
@@ -71,7 +75,9 @@ def _make_directories(directory: Path) -> None:
         raise write_failed(directory, error) from None
 
 
-def _make_split(split: _Split, options: ShardsOptions, vocabulary: Vocabulary, world: World, staging: Staging) -> str:
+def _make_split(
+    split: _Split, options: ShardsOptions, vocabulary: Vocabulary, ids: Ids, world: World, staging: Staging
+) -> str:
     """Encode and assemble one split; returns a line about it."""
     work = share(split.parts, world.size)
     mine = work[world.rank]
@@ -87,7 +93,7 @@ def _make_split(split: _Split, options: ShardsOptions, vocabulary: Vocabulary, w
             pieces = {}
             for n in mine:
                 paths = piece_paths(pieces_at, split.name, n)
-                pieces[n] = encode_part(split.parts[n], vocabulary, split.num_shards, paths, on_block)
+                pieces[n] = encode_part(split.parts[n], ids, split.num_shards, paths, on_block)
             return pieces
 
     by_number = {n: piece for encoded in staging.phase(encode) for n, piece in encoded.items()}

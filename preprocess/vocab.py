@@ -1,19 +1,20 @@
 """``vocab``: count the words of texts and write those frequent enough, most frequent first.
 
 The order is by count, and among equal counts by code points (which is also the order of the UTF-8 bytes), so a corpus
-gives the same file whatever the number of ranks and the order of its files. A rank holds its own counts; rank 0 adds up
-those of the others one after another.
+gives the same file whatever the number of ranks and the order of its files. Each rank holds its own counts; rank 0 adds
+those of the others, one rank at a time.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lapse_elmo.config.preprocessing import VocabOptions
 from lapse_elmo.corpus.text import Part, cut_into_parts, find_texts, read_blocks, share
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
+from lapse_elmo.corpus.words import Counts, most_frequent, new_counts, problem
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.world import World
 from preprocess.progress import bar, say
@@ -29,35 +30,31 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
     parts = world.agree(lambda: cut_into_parts(find_texts(options.texts)))
     mine = [parts[number] for number in share(parts, world.size)[world.rank]]
     with Staging(world, options.output, options.overwrite) as staging:
-        counts: Counter[str] = Counter()
+        counts = new_counts()
         with bar(world, sum(part.size for part in mine), "B", "counting") as progress:
             with_words = set().union(*staging.phase(lambda: _count(mine, counts, progress.update, staging.check)))
         world.agree(lambda: _check_words(parts, with_words))
-        _add_up(counts, world)
+        counts = _add_up(counts, world)
 
         def save() -> str:
-            if world.rank != 0:
-                return ""
-            vocabulary = _choose(counts, options)
-            vocabulary.save(staging.directory / "vocabulary")
-            return _summary(vocabulary, counts)
+            return _save(counts, options, staging.directory / "vocabulary") if world.rank == 0 else ""
 
         summary = staging.phase(save)[0]
         staging.publish("vocabulary")
+    if reason := problem():
+        say(world, reason)
     say(world, f"{options.output}: {summary}; {time.perf_counter() - started:.1f} s")
 
 
 def _count(
-    parts: Sequence[Part], counts: Counter[str], advance: Callable[[int], object], check: Callable[[], None]
+    parts: Sequence[Part], counts: Counts, advance: Callable[[int], object], check: Callable[[], None]
 ) -> set[str]:
     """Add the words of ``parts`` to ``counts``; returns the paths of the parts that have any."""
     with_words = set()
     for part in parts:
         for block in read_blocks(part):
-            words = block.text.split()
-            if words:
+            if counts.count(block):
                 with_words.add(part.path)
-            counts.update(words)
             advance(block.num_bytes)
             check()
     return with_words
@@ -69,31 +66,34 @@ def _check_words(parts: Sequence[Part], with_words: set[str]) -> None:
             raise CorpusError(f"text {part.path} has no words; expected one sentence a line")
 
 
-def _summary(vocabulary: Vocabulary, counts: Counter[str]) -> str:
-    num_tokens = counts.total()
-    unknown = num_tokens - sum(map(counts.__getitem__, vocabulary.words))
-    return (
-        f"{len(vocabulary.words):,} words ({vocabulary.size:,} classes) of {len(counts):,} distinct ones, "
-        f"{num_tokens:,} tokens, {unknown / num_tokens:.2%} unknown"
-    )
-
-
-def _add_up(counts: Counter[str], world: World) -> None:
-    """Bring all counts to rank 0, those of one rank at a time."""
+def _add_up(counts: Counts, world: World) -> Counts:
+    """Bring all counts to rank 0, those of one rank at a time; what it returns elsewhere is empty."""
+    total = counts if world.rank == 0 else new_counts()
     for root in range(1, world.size):
-        others = world.bcast(counts if world.rank == root else None, root)
-        if world.rank == 0 and others is not None:
-            counts.update(others)
-        if world.rank == root:
-            counts.clear()
+        words = world.bcast(counts.frequent() if world.rank == root else None, root)
+        if world.rank == 0 and words is not None:
+            total.add(words)
+    return total
 
 
-def _choose(counts: Counter[str], options: VocabOptions) -> Vocabulary:
-    words = [word for word, count in counts.items() if count >= options.threshold and word not in SPECIAL]
+def _save(counts: Counts, options: VocabOptions, path: Path) -> str:
+    """Write the vocabulary of ``counts``; returns a line about it."""
+    frequent = counts.frequent(options.threshold)
+    special = [token.encode() for token in SPECIAL]
+    words, num_known = most_frequent(frequent, special, options.max_size)
     if not words:
-        best = max((count for word, count in counts.items() if word not in SPECIAL), default=0)
-        raise CorpusError(
-            f"no word occurs {options.threshold} times (the most frequent one {best}); lower --threshold"
+        every = counts.frequent()
+        most = max(
+            (count for word, count in zip(every.words(), every.counts.tolist(), strict=True) if word not in special),
+            default=0,
         )
-    words.sort(key=lambda word: (-counts[word], word))
-    return Vocabulary.from_words(words[: options.max_size])
+        raise CorpusError(
+            f"no word occurs {options.threshold} times (the most frequent one {most}); lower --threshold"
+        )
+    vocabulary = Vocabulary(b"\n".join([*special, *words, b""]))
+    vocabulary.save(path)
+    num_distinct, num_tokens = counts.totals()
+    return (
+        f"{len(words):,} words ({vocabulary.size:,} classes) of {num_distinct:,} distinct ones, "
+        f"{num_tokens:,} tokens, {(num_tokens - num_known) / num_tokens:.2%} unknown"
+    )

@@ -1,4 +1,4 @@
-"""Plain or gzip text, one sentence a line: finding the files, cutting them into parts, reading blocks of whole lines.
+"""Text, one sentence a line, plain or compressed: finding files, cutting them into parts, reading whole lines.
 
 A line ends at ``\\n`` (a ``\\r`` before it is white space); words are what :meth:`str.split` finds, so every Unicode
 white space separates them, as in bilm-tf. A line without words is no sentence. A byte order mark in front is skipped.
@@ -11,9 +11,13 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
+import numpy as np
+
+from lapse_elmo.corpus.compressed import DamagedError, expanded, format_of
 from lapse_elmo.errors import CorpusError
 
 #: Bytes of (uncompressed) text that are held at a time, apart from the rest of the last line.
@@ -25,24 +29,43 @@ PART_BYTES = 64 << 20
 MAX_LINE_BYTES = 16 << 20
 
 _BOM = b"\xef\xbb\xbf"
+_NEWLINE = 10
 
 
 @dataclass(frozen=True)
 class Part:
-    """The lines of ``path`` that start at bytes [start, end); ``end`` None is the whole of a gzip file."""
+    """The lines of ``path`` that start at bytes [start, end); ``end`` None is the whole of a compressed file."""
 
     path: str
     start: int
     end: int | None
     size: int  # bytes on disk, to share the work by
+    kind: str = ""  # the format of a compressed file
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of a text, decoded, and how many bytes of the file on disk were read for them."""
+    """Whole lines of ``part``; nobody has checked yet that they are UTF-8.
 
-    text: str
+    :ivar num_bytes: how much of the file on disk was read for them.
+    :ivar num_lines: of the part before this block.
+    """
+
+    data: bytes
     num_bytes: int
+    part: Part
+    num_lines: int
+
+    def decode(self) -> str:
+        """The text. :raises CorpusError: naming file and line, for bytes that are not UTF-8."""
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = _lines_before(self.part) + self.num_lines + self.data.count(b"\n", 0, error.start) + 1
+            raise CorpusError(
+                f"{self.part.path}, line {line}: byte 0x{self.data[error.start]:02x} is not valid UTF-8; convert the "
+                "file with iconv"
+            ) from None
 
 
 def find_texts(arguments: Sequence[str]) -> list[str]:
@@ -97,13 +120,14 @@ def _check_readable(path: str) -> None:
 
 
 def cut_into_parts(paths: Iterable[str]) -> list[Part]:
-    """All parts of ``paths`` in order. Gzip files (known by their first two bytes) are one part each."""
+    """All parts of ``paths`` in order. Compressed files (known by their first bytes) are one part each."""
     parts = []
     for path in paths:
         try:
             size = os.path.getsize(path)
-            if _is_gzip(path):
-                parts.append(Part(path, 0, None, size))
+            kind = format_of(path)
+            if kind:
+                parts.append(Part(path, 0, None, size, kind))
                 continue
         except OSError as error:
             raise CorpusError(f"cannot read text {path}: {error.strerror}") from None
@@ -119,7 +143,7 @@ def share(parts: Sequence[Part], size: int) -> list[list[int]]:
     mine: list[list[int]] = [[] for _ in range(size)]
     for number in sorted(range(len(parts)), key=lambda n: (-parts[n].size, n)):
         rank = min(range(size), key=lambda r: (load[r], r))
-        load[rank] += parts[number].size * (1 if parts[number].end is not None else 3)  # gzip: about 3 times the text
+        load[rank] += parts[number].size * (1 if parts[number].end is not None else 3)  # about 3 times the text
         mine[rank].append(number)
     return [sorted(numbers) for numbers in mine]
 
@@ -127,22 +151,38 @@ def share(parts: Sequence[Part], size: int) -> list[list[int]]:
 def read_blocks(part: Part) -> Iterator[Block]:
     """The lines of ``part``, some :data:`BLOCK_BYTES` at a time; never half a line.
 
-    :raises CorpusError: for bytes that are not UTF-8 (with file and line), damaged gzip data, a line longer than
-        :data:`MAX_LINE_BYTES`, and whatever the system reports.
+    A compressed file is expanded by a thread of its own, one block ahead.
+
+    :raises CorpusError: for damaged compressed data, a line longer than :data:`MAX_LINE_BYTES`, and whatever the system
+        reports.
     """
+    return _ahead(_read(part)) if part.end is None else _read(part)
+
+
+def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, blocks, None)
+        while (block := following.result()) is not None:
+            following = pool.submit(next, blocks, None)
+            yield block
+
+
+def _read(part: Part) -> Iterator[Block]:
     try:
         with open(part.path, "rb") as file:
             if part.end is None:
-                with gzip.GzipFile(fileobj=file) as stream:
-                    yield from _blocks(cast(BinaryIO, stream), file, part)
+                with expanded(file, part.kind) as stream:
+                    yield from _blocks(stream, file, part)
             else:
                 if part.start:
                     file.seek(part.start - 1)
                     if not file.readline(MAX_LINE_BYTES).endswith(b"\n") and file.tell() < part.size:
                         raise _too_long(part)
                 yield from _blocks(file, file, part)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"gzip text {part.path} is damaged or cut short ({error}); fetch it again") from None
+    except (DamagedError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(
+            f"{part.kind} text {part.path} is damaged or cut short ({error}); fetch it again"
+        ) from None
     except OSError as error:
         raise CorpusError(f"cannot read text {part.path}: {error.strerror or error}") from None
 
@@ -151,8 +191,9 @@ def _blocks(stream: BinaryIO, disk: BinaryIO, part: Part) -> Iterator[Block]:
     """``stream`` gives the text, ``disk`` tells how far the file has been read (the same for plain text)."""
     num_lines = 0
     before = disk.tell()
-    while part.end is None or stream.tell() < part.end:
-        room = BLOCK_BYTES if part.end is None else min(BLOCK_BYTES, part.end - stream.tell())
+    position = before  # in the text
+    while part.end is None or position < part.end:
+        room = BLOCK_BYTES if part.end is None else min(BLOCK_BYTES, part.end - position)
         data = stream.read(room)
         if not data.endswith(b"\n"):
             rest = stream.readline(MAX_LINE_BYTES)
@@ -161,19 +202,12 @@ def _blocks(stream: BinaryIO, disk: BinaryIO, part: Part) -> Iterator[Block]:
             data += rest
         if not data:
             return
+        position += len(data)
         if part.start == 0 and num_lines == 0 and data.startswith(_BOM):
             data = data[len(_BOM):]
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = _lines_before(part) + num_lines + data.count(b"\n", 0, error.start) + 1
-            byte = data[error.start]
-            raise CorpusError(
-                f"{part.path}, line {line}: byte 0x{byte:02x} is not valid UTF-8; convert the file with iconv"
-            ) from None
-        num_lines += data.count(b"\n")
         now = disk.tell()
-        yield Block(text, now - before)
+        yield Block(data, now - before, part, num_lines)
+        num_lines += int(np.count_nonzero(np.frombuffer(data, np.uint8) == _NEWLINE))
         before = now
 
 
@@ -192,8 +226,3 @@ def _too_long(part: Part) -> CorpusError:
     return CorpusError(
         f"{part.path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; expected text with one sentence a line"
     )
-
-
-def _is_gzip(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"

@@ -30,7 +30,7 @@ PADDING_TOKEN = "<PAD>"
 
 _SPECIAL_SET = frozenset(SPECIAL)
 
-_FIRST_WORD = 4
+FIRST_WORD = 4
 _BLANK = " \t\r\v\f"  # only ASCII: a line of a no-break space is a (useless) word and not an empty line
 
 
@@ -56,7 +56,7 @@ class Vocabulary:
         """
         lines = _lines(data, source)
         words = [line for line in lines if line not in _SPECIAL_SET]
-        ids = _Ids(zip(words, range(_FIRST_WORD, _FIRST_WORD + len(words)), strict=True))
+        ids = _Ids(zip(words, range(FIRST_WORD, FIRST_WORD + len(words)), strict=True))
         if len(ids) != len(words) or len(lines) - len(words) > len({*lines} & {*SPECIAL}):
             raise _duplicate(lines, source)
         if "" in ids:
@@ -119,8 +119,8 @@ class Vocabulary:
         """The word of one id. :raises CorpusError: for an id outside 0..V."""
         if not 0 <= number <= self.size:
             raise CorpusError(f"id {number} is not in the vocabulary, whose ids are 0 to {self.size}")
-        if number >= _FIRST_WORD:
-            return self._words[number - _FIRST_WORD]
+        if number >= FIRST_WORD:
+            return self._words[number - FIRST_WORD]
         return SPECIAL[number - BEGIN] if number else PADDING_TOKEN
 
     def __contains__(self, word: object) -> bool:

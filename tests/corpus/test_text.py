@@ -16,7 +16,7 @@ from lapse_elmo.errors import CorpusError
 
 
 def lines_of(path: Path) -> list[str]:
-    blocks = [block.text for part in cut_into_parts([str(path)]) for block in read_blocks(part)]
+    blocks = [block.decode() for part in cut_into_parts([str(path)]) for block in read_blocks(part)]
     return "".join(blocks).split("\n")
 
 

@@ -177,7 +177,7 @@ def test_a_full_disk(corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for place, name in ((pieces, "_counts"), (shard_file.ShardWriter, "append")):
+    for place, name in ((pieces.zlib, "crc32"), (shard_file.ShardWriter, "append")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             with pytest.raises(OutputError, match=r"cannot write .*out: No space left on device; free some space"):
