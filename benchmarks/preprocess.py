@@ -1,58 +1,187 @@
-"""Speed and memory of preprocessing: a vocabulary of ELMo's size, and ``vocab`` and ``shards`` on growing text.
+"""Speed and memory of preprocessing: a vocabulary of ELMo's size, ``vocab`` and ``shards`` beside the plain loops.
 
-Run ``python benchmarks/preprocess.py``. Memory must not grow with the text, only with the vocabulary.
+Run ``python -m benchmarks.preprocess [TEXT...]``: real text is repeated until there is enough of it; without, text is
+made. The plain loops split each line and look each word up in a dict. Rates are MB (10^6 bytes) of expanded text per
+second of one rank's processor time and of the clock, without the interpreter's start; the best of three runs. Memory must not grow with
+the text, only with the vocabulary.
 """
 
 from __future__ import annotations
 
+import argparse
+import array
+import bz2
+import gzip
+import lzma
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from backports import zstd
+
+from lapse_elmo.corpus.compressed import expanded, format_of
+from lapse_elmo.corpus.text import cut_into_parts, read_blocks
+from lapse_elmo.corpus.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lapse_elmo.corpus.vocabulary import Vocabulary  # noqa: E402
-
 ELMO_LINES = 793_471
 TYPES = 50_000
-SIZES_MB = (8, 32, 96)
+SIZES_MB = (8, 32, 128)  # for memory
+FULL_MB, LOOP_MB, SOME_MB = 256, 16, 32
 REPEATS = 3
+_MB = 1_000_000
 
 # Peak memory is of a whole process, so each run is one; the interpreter's own part shows in the first line.
 _RUN = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
 from lapse_elmo.world import solo
 from preprocess.cli import main
-start = time.perf_counter()
-if len(sys.argv) > 2:
-    main(sys.argv[2:], solo)
-seconds = time.perf_counter() - start
+start, used = time.perf_counter(), time.process_time()
+if len(sys.argv) > 1:
+    main(sys.argv[1:], solo)
+seconds, used = time.perf_counter() - start, time.process_time() - used
 status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
-print(seconds, status.split("VmHWM:")[1].split()[0])
+print(seconds, used, int(status.split("VmHWM:")[1].split()[0]) / 1024)
 """
 
 
-def _measure(arguments: list[str]) -> tuple[float, float]:
-    """(seconds, peak MB) of one command in a process of its own."""
-    command = [sys.executable, "-c", _RUN, str(ROOT), *arguments]
-    seconds, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split()
-    return float(seconds), int(peak) / 1024
+class Cost(NamedTuple):
+    """Of one command: seconds of the clock and of the processor without the start, and peak memory."""
+
+    wall_s: float
+    processor_s: float
+    peak_mb: float
 
 
-def _write_text(path: Path, size_mb: int) -> None:
+def _command(arguments: list[str], native: bool = True, repeats: int = 1) -> Cost:
+    """The best of ``repeats`` runs in processes of their own."""
+    command = [sys.executable, "-c", _RUN, *arguments]
+    environment = {**os.environ, "LAPSE_ELMO_NATIVE": str(int(native))}
+    costs = []
+    for _ in range(repeats):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+        costs.append([float(field) for field in done.stdout.split("\n")[-2].split()])
+    return Cost(*np.min(costs, axis=0).tolist())
+
+
+def _processor_s(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def _made_text(size: int) -> bytes:
     rng = np.random.default_rng(0)
     words = np.array([f"word{number}" for number in range(TYPES)])
-    with open(path, "w", encoding="utf-8") as file:
-        while file.tell() < size_mb << 20:
-            numbers = np.minimum(rng.zipf(1.3, (4000, 25)) - 1, TYPES - 1)
-            file.writelines(" ".join(row) + "\n" for row in words[numbers])
+    text = bytearray()
+    while len(text) < size:
+        numbers = np.minimum(rng.zipf(1.3, (4000, 25)) - 1, TYPES - 1)
+        text += "".join(" ".join(row) + "\n" for row in words[numbers]).encode()
+    return bytes(text)
+
+
+def _text(paths: list[str]) -> bytes:
+    return b"".join(block.data for part in cut_into_parts(paths) for block in read_blocks(part))
+
+
+def _write(path: Path, text: bytes, size_mb: int) -> Path:
+    """About ``size_mb`` of ``text``, repeated where it is shorter; whole lines."""
+    size = size_mb * _MB
+    with open(path, "wb") as file:
+        while file.tell() < size:
+            rest = size - file.tell()
+            file.write(text if len(text) <= rest else text[: text.index(b"\n", rest - 1) + 1])
+    return path
+
+
+def _count_plainly(path: Path) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            for word in line.split():
+                counts[word] = counts.get(word, 0) + 1
+    return counts
+
+
+def _encode_plainly(path: Path, ids: dict[str, int]) -> None:
+    tokens, offsets = array.array("i"), array.array("q")
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            for word in line.split():
+                tokens.append(ids.get(word, 3))
+            offsets.append(len(tokens))
+
+
+def _line(what: str, size: float, cost: Cost, loop: float) -> None:
+    rate = size / _MB / cost.processor_s
+    print(
+        f"| {what} | {size / _MB:.0f} | {rate:.0f} | {size / _MB / cost.wall_s:.0f} | {rate / loop:.1f} "
+        f"| {cost.peak_mb:.0f} |",
+        flush=True,
+    )
+
+
+def _speed(directory: Path, text: bytes) -> None:
+    part = _write(directory / "part", text, LOOP_MB)
+    size = part.stat().st_size / _MB
+    counting = max(size / _processor_s(lambda: _count_plainly(part)) for _ in range(REPEATS))
+    ids = {word: number for number, word in enumerate(_count_plainly(part), start=4)}
+    encoding = max(size / _processor_s(lambda: _encode_plainly(part, ids)) for _ in range(REPEATS))
+    print(f"plain loops: {counting:.1f} MB/s counting, {encoding:.1f} MB/s encoding")
+    print("| | MB | MB/s of processor time | MB/s by the clock | to the plain loop | peak MB |")
+    print("|---|---|---|---|---|---|")
+    for what, full_mb, native in (("C", FULL_MB, True), ("Python", SOME_MB, False)):
+        full, heldout = _write(directory / "full", text, full_mb), _write(directory / "heldout", text, 1)
+        vocab, shards = str(directory / "vocab"), str(directory / "shards")
+        size = full.stat().st_size
+        cost = _command(["vocab", str(full), "--output", vocab, "--overwrite"], native, REPEATS)
+        _line(f"`vocab`, {what}", size, cost, counting)
+        arguments = ["shards", str(full), "--heldout", str(heldout), "--vocab", vocab, "--output", shards]
+        arguments.append("--overwrite")
+        _line(f"`shards`, {what}", size, _command(arguments, native, REPEATS), encoding)
+
+
+def _expand(path: Path) -> None:
+    with open(path, "rb") as file, expanded(file, format_of(str(path))) as stream:
+        while stream.read(1 << 20):
+            pass
+
+
+def _compressed(directory: Path, text: bytes) -> None:
+    plain = _write(directory / "plain", text, SOME_MB)
+    size = plain.stat().st_size / _MB
+    print("| format | expanding alone, MB/s | `vocab` by the clock, MB/s | share |\n|---|---|---|---|")
+    for name, compress in (
+        ("gzip", gzip.compress), ("zstd", zstd.compress), ("xz", lzma.compress), ("bzip2", bz2.compress)
+    ):
+        path = directory / name
+        path.write_bytes(compress(plain.read_bytes()))
+        alone, command = [], []
+        for _ in range(REPEATS):  # taking turns
+            start = time.perf_counter()
+            _expand(path)
+            alone.append(time.perf_counter() - start)
+            command.append(_command(["vocab", str(path), "--output", str(directory / "v"), "--overwrite"]).wall_s)
+        fastest, with_vocab = size / min(alone), size / min(command)
+        print(f"| {name} | {fastest:.0f} | {with_vocab:.0f} | {with_vocab / fastest:.0%} |", flush=True)
+
+
+def _memory(directory: Path, text: bytes) -> None:
+    print(f"interpreter and imports: peak {_command([]).peak_mb:.0f} MB")
+    heldout = _write(directory / "heldout", text, 1)
+    for size in SIZES_MB:
+        path = str(_write(directory / "text", text, size))
+        vocab, shards = str(directory / "vocab"), str(directory / "shards")
+        first = _command(["vocab", path, "--output", vocab, "--overwrite"])
+        arguments = ["shards", path, "--heldout", str(heldout), "--vocab", vocab, "--output", shards, "--overwrite"]
+        print(f"{size:4} MB: vocab peak {first.peak_mb:.0f} MB, shards peak {_command(arguments).peak_mb:.0f} MB")
 
 
 def _vocabulary(directory: Path) -> None:
@@ -67,20 +196,17 @@ def _vocabulary(directory: Path) -> None:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    paths = parser.parse_args().texts
+    text = _text(paths) if paths else _made_text(SOME_MB * _MB)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         _vocabulary(directory)
-        print(f"interpreter and imports: peak {_measure([])[1]:.0f} MB")
-        heldout = directory / "heldout.txt"
-        _write_text(heldout, 1)
-        for size in SIZES_MB:
-            text, vocab, shards = (str(directory / f"{kind}{size}") for kind in ("text", "vocab", "shards"))
-            _write_text(Path(text), size)
-            seconds, peak = _measure(["vocab", text, "--output", vocab])
-            print(f"vocab,  {size:4} MB: {size / seconds:6.1f} MB/s, peak {peak:.0f} MB")
-            seconds, peak = _measure(["shards", text, "--heldout", str(heldout), "--vocab", vocab, "--output", shards])
-            print(f"shards, {size:4} MB: {size / seconds:6.1f} MB/s, peak {peak:.0f} MB")
+        _speed(directory, text)
+        _compressed(directory, text)
+        _memory(directory, text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ else:
     import tomli as tomllib
 
 # Modules of packages with another name, and what is not required: optional, or for tests.
-MODULES = {"tomli_w": "tomli-w"}
+MODULES = {"tomli_w": "tomli-w", "backports": "backports.zstd"}
 OPTIONAL = {"allennlp", "transformers", "triton", "lapse", "adapm"}
 NOT_IMPORTED = {"mpich", "setuptools"}  # mpi4py loads the one, tensorboard imports the other's pkg_resources
 

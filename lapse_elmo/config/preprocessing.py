@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from lapse_elmo.config.cli import option
 from lapse_elmo.errors import ConfigError
 
-_TEXT_HELP = "text files, one sentence a line, plain or gzip; patterns, or directories (the files right inside them)"
+_TEXT_HELP = (
+    "text files, one sentence a line, plain or in gzip, zstd, xz or bzip2; patterns, or directories (the files right "
+    "inside them)"
+)
 
 
 @dataclass(frozen=True)

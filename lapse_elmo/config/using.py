@@ -88,7 +88,8 @@ class EmbedConfig(ComputeOptions):
     """All options of embedding text."""
 
     texts: tuple[str, ...] = option(
-        positional=True, metavar="TEXT", help="files, folders or globs; plain or gzip, one tokenised sentence a line"
+        positional=True, metavar="TEXT",
+        help="files, folders or globs, one tokenised sentence a line; plain or in gzip, zstd, xz or bzip2",
     )
     output: str = option(metavar="FILE", help="HDF5 file to write: line i of all the text as dataset i, from 0 on")
     layers: str = option(
@@ -128,7 +129,8 @@ class ScoreConfig(ComputeOptions):
     """All options of scoring text."""
 
     texts: tuple[str, ...] = option(
-        positional=True, metavar="TEXT", help="files, folders or globs; plain or gzip, one tokenised sentence a line"
+        positional=True, metavar="TEXT",
+        help="files, folders or globs, one tokenised sentence a line; plain or in gzip, zstd, xz or bzip2",
     )
     output: str = option("", metavar="FILE", help="table of words to write, tab-separated (default: totals alone)")
     totals: str = option("", metavar="FILE", help="write the totals there too, as JSON")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
+import sys
 from pathlib import Path
 
+import backports
 import pytest
+from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lapse_elmo.corpus import text
 from lapse_elmo.corpus.text import cut_into_parts, find_texts, read_blocks, share
 from lapse_elmo.errors import CorpusError
+
+CHECKSUMS = {int(zstd.CompressionParameter.checksum_flag): 1}  # as the program zstd
+COMPRESS = {"gzip": gzip.compress, "zstd": lambda data: zstd.compress(data, options=CHECKSUMS),
+            "xz": lzma.compress, "bzip2": bz2.compress}
 
 
 def lines_of(path: Path) -> list[str]:
@@ -108,3 +117,42 @@ def test_every_part_has_one_rank(tmp_path: Path) -> None:
     parts = cut_into_parts(find_texts([str(tmp_path)]))
     for size in (1, 2, 3, 20):
         assert sorted(n for mine in share(parts, size) for n in mine) == list(range(7))
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd", "xz", "bzip2"])
+def test_compressed_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress = COMPRESS[kind]
+    monkeypatch.setattr(text, "BLOCK_BYTES", 1000)
+    first, second = (os.urandom(30_000).hex().encode().replace(b"0", b"\n") for _ in range(2))
+    path = tmp_path / "t"
+    path.write_bytes(compress(first) + compress(b"") + compress(second))
+    assert lines_of(path) == (first + second).decode().split("\n")
+    assert [(part.kind, part.end) for part in cut_into_parts([str(path)])] == [(kind, None)]
+    whole = compress(first)
+    middle = len(whole) // 2
+    flipped = bytes([whole[middle] ^ 255])
+    for damaged in (whole[:-9], whole[:middle], whole[:middle] + flipped + whole[middle + 1 :], whole + b"more text\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(CorpusError, match=rf"^{kind} text .*t is damaged or cut short"):
+            lines_of(path)
+    path.write_bytes(compress(b"a\n" * 3000 + b"b \xff\n"))
+    with pytest.raises(CorpusError, match="t, line 3001: byte 0xff"):
+        lines_of(path)
+
+
+def test_frames_of_xz_may_be_padded(tmp_path: Path) -> None:
+    (tmp_path / "t.xz").write_bytes(lzma.compress(b"a\n") + bytes(8) + lzma.compress(b"b\n") + bytes(4))
+    assert lines_of(tmp_path / "t.xz") == ["a", "b", ""]
+
+
+def test_text_that_begins_like_bzip2_is_text(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(b"BZh9 is no word\n")
+    assert lines_of(tmp_path / "t") == ["BZh9 is no word", ""]
+
+
+def test_zstd_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t").write_bytes(zstd.compress(b"a\n"))
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    monkeypatch.delattr(backports, "zstd", raising=False)
+    with pytest.raises(CorpusError, match=r"pip install backports\.zstd"):
+        lines_of(tmp_path / "t")
