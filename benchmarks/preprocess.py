@@ -2,8 +2,8 @@
 
 Run ``python -m benchmarks.preprocess [TEXT...]``: real text is repeated until there is enough of it; without, text is
 made. The plain loops split each line and look each word up in a dict. Rates are MB (10^6 bytes) of expanded text per
-second of one rank's processor time and of the clock, without the interpreter's start; the best of three runs. Memory must not grow with
-the text, only with the vocabulary.
+second of one rank's processor time and of the clock, without the interpreter's start; the best of three runs. Memory
+must not grow with the text, only with the vocabulary.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy as np
 from backports import zstd
 
 from lapse_elmo.corpus.compressed import expanded, format_of
-from lapse_elmo.corpus.text import cut_into_parts, read_blocks
+from lapse_elmo.corpus.text import cut_into_parts, find_texts, read_blocks
 from lapse_elmo.corpus.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 ELMO_LINES = 793_471
 TYPES = 50_000
 SIZES_MB = (8, 32, 128)  # for memory
-FULL_MB, LOOP_MB, SOME_MB = 256, 16, 32
+FULL_MB, LOOP_MB, SOME_MB, PART_MB = 256, 16, 32, 4
 REPEATS = 3
 _MB = 1_000_000
 
@@ -88,7 +88,7 @@ def _made_text(size: int) -> bytes:
 
 
 def _text(paths: list[str]) -> bytes:
-    return b"".join(block.data for part in cut_into_parts(paths) for block in read_blocks(part))
+    return b"".join(block.data for part in cut_into_parts(find_texts(paths)) for block in read_blocks(part))
 
 
 def _write(path: Path, text: bytes, size_mb: int) -> Path:
@@ -155,14 +155,13 @@ def _expand(path: Path) -> None:
 
 
 def _compressed(directory: Path, text: bytes) -> None:
-    plain = _write(directory / "plain", text, SOME_MB)
-    size = plain.stat().st_size / _MB
+    part = _write(directory / "plain", text, PART_MB).read_bytes()
     print("| format | expanding alone, MB/s | `vocab` by the clock, MB/s | share |\n|---|---|---|---|")
-    for name, compress in (
-        ("gzip", gzip.compress), ("zstd", zstd.compress), ("xz", lzma.compress), ("bzip2", bz2.compress)
+    for name, copies, compress in (
+        ("gzip", 32, gzip.compress), ("zstd", 64, zstd.compress), ("xz", 16, lzma.compress), ("bzip2", 4, bz2.compress)
     ):
-        path = directory / name
-        path.write_bytes(compress(plain.read_bytes()))
+        path, size = directory / name, copies * len(part) / _MB
+        path.write_bytes(copies * compress(part))  # frames one after another are one text
         alone, command = [], []
         for _ in range(REPEATS):  # taking turns
             start = time.perf_counter()

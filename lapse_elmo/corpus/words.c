@@ -10,12 +10,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 enum { NOT_UTF8 = -1, NO_MEMORY = -2 };
-enum { BATCH = 32, CHUNK = 64, INLINE = 16, FIRST_SLOTS = 1 << 12, FIRST_HEAP = 1 << 12 };
+enum { BATCH = 32, CHUNK = 64, INLINE = 16, FIRST_SLOTS = 1 << 12, FIRST_HEAP = 1 << 12, HUGE_PAGE = 2 << 20 };
 enum { UNKNOWN = 3, NEWLINE = '\n' }; /* the id of a word that is not in the table, as in vocabulary.py */
 
 typedef struct {
@@ -91,6 +92,17 @@ static slot *find(const table *t, const word *w) {
     }
 }
 
+/* Free slots, in huge pages where the machine has them: words lie all over the table. */
+static slot *new_slots(int64_t count) {
+    size_t size = (size_t)count * sizeof(slot), page = size < HUGE_PAGE ? 64 : HUGE_PAGE;
+    slot *slots = aligned_alloc(page, size); /* both are powers of two */
+    if (!slots) return NULL;
+#ifdef MADV_HUGEPAGE
+    if (page == HUGE_PAGE) madvise(slots, size, MADV_HUGEPAGE);
+#endif
+    return memset(slots, 0, size);
+}
+
 static int put(table *t, slot *s, const word *w) {
     uint64_t high = w->high;
     if (w->size > INLINE) {
@@ -115,7 +127,7 @@ static int reserve(table *t, int64_t more) {
     int64_t num_slots = t->mask + 1;
     while (2 * (t->num_words + more) > num_slots) num_slots *= 2;
     if (num_slots == t->mask + 1) return 0;
-    slot *old = t->slots, *slots = calloc((size_t)num_slots, sizeof(slot));
+    slot *old = t->slots, *slots = new_slots(num_slots);
     if (!slots) return NO_MEMORY;
     int64_t old_slots = t->mask + 1;
     t->slots = slots;
@@ -135,7 +147,7 @@ static int reserve(table *t, int64_t more) {
 table *words_new(void) {
     table *t = calloc(1, sizeof(table));
     if (!t) return NULL;
-    t->slots = calloc(FIRST_SLOTS, sizeof(slot));
+    t->slots = new_slots(FIRST_SLOTS);
     t->heap = malloc(FIRST_HEAP);
     t->mask = FIRST_SLOTS - 1;
     t->heap_room = FIRST_HEAP;
