@@ -73,10 +73,11 @@ class Uplink:
         pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
         with torch.cuda.stream(stream):
             copy = pinned.to(self.device, non_blocking=True)
+        arrived = stream.record_event()  # of this copy: waiting for the stream would be for later copies too
 
         def take() -> Tensor:
             here = torch.cuda.current_stream(self.device)
-            here.wait_stream(stream)
+            here.wait_event(arrived)
             copy.record_stream(here)  # its memory, of the other stream, is not given away before this one is done
             return copy
 
