@@ -297,7 +297,7 @@ void NAME(pack)(long K, long N, const S *weight, long row_stride, long column_st
 #pragma omp parallel for schedule(static) if (K * N > (1 << 20))
   for (long first = 0; first < N; first += PANEL) {
     const S *columns = weight + first * column_stride;
-    if (row_stride == 1 && first + PANEL <= N && column_stride % PAIR == 0)
+    if (row_stride == 1 && first + PANEL <= N && column_stride % PAIR == 0 && (uintptr_t)columns % 4 == 0)
       transpose(K / PAIR, (const uint32_t *)columns, column_stride / PAIR, (uint32_t *)(packed + first * K));
     else if (column_stride == 1 && first + PANEL <= N) /* compiled for this alone: five times as fast */
       NAME(pack_panel)(K, PANEL, columns, row_stride, 1, packed + first * K);

@@ -26,8 +26,8 @@ PACKED_PRODUCT = "packed product"  # its name in a profile
 ANY_NUMBER = 1 << 30
 _WIDEST_PANEL = 32  # columns that packed.c packs together
 # On processors with AMX (benchmarks/README.md; measured on Emerald Rapids). Elsewhere packed.c wins at any number.
-_TILES_WIN_UP_TO = 256  # rows, in bfloat16
-_FLOAT32_WINS_WITH = (4, 255)  # rows, with weights that are transposed views
+_TILES_WIN_UP_TO = 192  # rows, in bfloat16
+_FLOAT32_WINS_WITH = (8, 127)  # rows, with weights that are transposed views
 
 
 @dataclass(frozen=True)
