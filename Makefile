@@ -5,6 +5,7 @@
 #   make test    all tests                                        make soak    kill a run 20 times, compare the bits
 #   make simulate MINUTES=10   the server under schedules drawn by seeds, and without each of its guards (make mutants)
 #   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
+#   make native  compile the C code ahead, for compute nodes without a compiler that share the cache folder
 #   make clean   remove .venv (data/ and runs/ stay)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ TRANSPORTS_OPTIONS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup train test soak simulate mutants transports lint bench clean dev
+.PHONY: setup native train test soak simulate mutants transports lint bench clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -51,6 +52,9 @@ data/shards: | data/vocab.txt
 
 train: .venv/.installed | data/shards
 	$(MPIRUN) -n $(RANKS) bin/train $(TRAIN_OPTIONS)
+
+native: .venv/.installed
+	.venv/bin/python -m lapse_elmo.native
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest $(TEST_OPTIONS)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as bin/train sets it
-    names = ("step", "full_softmax", "preprocess", "checkpoint")
+    names = ("products", "step", "full_softmax", "preprocess", "checkpoint")
     programs = [[sys.executable, "-m", f"benchmarks.{name}"] for name in names]
     for ranks in (1, 2):
         programs.append([f"{sys.prefix}/bin/mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.server"])

@@ -11,8 +11,9 @@ from torch import Tensor
 from lapse_elmo import native
 from lapse_elmo.config.training import DeviceConfig, ModelConfig
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.model import packed
 from lapse_elmo.model.pointwise import SOURCE, triton_problem
-from lapse_elmo.model.products import PACKED_SOURCE, cpu_multiplies_bf16
+from lapse_elmo.model.products import cpu_multiplies_bf16
 from lapse_elmo.world import World
 
 _FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
@@ -54,6 +55,12 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
     return Device(device, threads)
 
 
+def product_lines(config: ModelConfig, device: torch.device) -> list[str]:
+    """What multiplies in the steps of the LSTM on this machine, for a plan."""
+    fused_here = config.lstm == "fused" and device.type == "cpu"
+    return [packed.describe(config.precision)] if fused_here else []
+
+
 class Uplink:
     """Brings rows from the host's memory to ``device``: on a GPU through pinned memory, on a stream of its own."""
 
@@ -73,10 +80,11 @@ class Uplink:
         pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
         with torch.cuda.stream(stream):
             copy = pinned.to(self.device, non_blocking=True)
+        arrived = stream.record_event()  # of this copy: waiting for the stream would be for later copies too
 
         def take() -> Tensor:
             here = torch.cuda.current_stream(self.device)
-            here.wait_stream(stream)
+            here.wait_event(arrived)
             copy.record_stream(here)  # its memory, of the other stream, is not given away before this one is done
             return copy
 
@@ -86,7 +94,7 @@ class Uplink:
 def remarks(config: ModelConfig, device: torch.device) -> list[str]:
     """What a log should say about how this machine computes: slower ways that were taken, and why."""
     lines = []
-    for what, source in (("pointwise parts", SOURCE), ("products of few rows", PACKED_SOURCE)):
+    for what, source in (("pointwise parts", SOURCE), ("products of few rows", packed.PACKED_SOURCE)):
         if device.type == "cpu" and native.load(source) is None:
             lines.append(f"the model's {what} run in torch, which is slower than C: {native.problem(source)}")
     if device.type == "cuda" and (why := triton_problem(device)):

@@ -2,8 +2,11 @@
 
 A source is one C file without includes of its own. It is compiled by the system's ``cc`` for the processor at hand into
 a cache folder (``$LAPSE_ELMO_CACHE``, else ``$XDG_CACHE_HOME/lapse-elmo``, else ``~/.cache/lapse-elmo``) under a name
-that is a hash of the source, the compiler's options and the processor's features, so that machines of different kinds
-may share the folder. ``LAPSE_ELMO_NATIVE=0`` turns all of it off.
+that is a hash of the source, the compiler and its version, its options, the C library and the processor's features, so
+that machines of different kinds may share the folder. ``LAPSE_ELMO_NATIVE=0`` turns all of it off.
+
+For nodes without a compiler ``python -m lapse_elmo.native`` (``make native``) builds every source ahead, for this
+machine and for common instruction sets; such a node takes the best that it has the instructions for.
 
 The compiler's options keep NaN, infinity and the order of operations as written, but for sums and maxima marked by
 ``#pragma omp simd reduction``. ``-ffast-math`` would set flush-to-zero for the whole process where it is linked, and
@@ -22,8 +25,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SWITCH = "LAPSE_ELMO_NATIVE"
@@ -36,7 +40,19 @@ _VARIANTS = (
     ("-march=native", "-fopenmp-simd"),
     ("-fopenmp-simd",),
 )
+# What is built ahead, best first: a name, the compiler's options and the processor's features that it needs.
+_V3 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_TARGETS: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
+    ("amx", (*_WIDE, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+    ("avx512bf16", (*_WIDE, "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    ("avx512", _WIDE, _V4),
+    ("avx2", ("-march=x86-64-v3",), _V3),
+    ("any", (), frozenset()),
+)
 _COMPILER_TIME_S = 120
+_SHOWS_VERSION_S = 10
 
 
 def load(source: Path) -> ctypes.CDLL | None:
@@ -60,28 +76,77 @@ def enabled() -> bool:
 
 @functools.cache
 def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None, "there is no C compiler (cc, gcc or clang)"
     if "omp parallel" in source.read_text(encoding="utf-8"):
         share_openmp()
-    reason = ""
     try:
         folder = cache_folder()
-        for variant in _VARIANTS:
-            options = (*_OPTIONS, *variant)
-            library = folder / f"{source.stem}-{_key(source, compiler, options)}.so"
-            try:
-                if not library.exists():
-                    _build(source, library, compiler, options)
-                return ctypes.CDLL(str(library)), ""
-            except (subprocess.SubprocessError, OSError) as error:
-                status = getattr(error, "returncode", None)
-                output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
-                reason = reason or f"{compiler} cannot build {source.name}: {output.strip().splitlines()[0]}"
     except OSError as error:
         return None, f"no folder for compiled code: {error}"
+    compiler = find_compiler()
+    reason = "there is no C compiler (cc, gcc or clang) and nothing built ahead that runs here (make native)"
+    if compiler is not None:
+        candidates = [
+            (folder / f"{source.stem}-{_key(source, compiler, options)}.so", options)
+            for options in ((*_OPTIONS, *variant) for variant in _VARIANTS)
+        ]
+        library, reason = _first_that_loads(source, candidates, compiler)
+        if library is not None:
+            return library, ""
+    features = _features()
+    ahead = [_path_ahead(folder, source, name) for name, _, needed in _TARGETS if needed <= features]
+    library, _ = _first_that_loads(source, [(path, ()) for path in ahead if path.exists()], None)
+    return library, "" if library is not None else reason
+
+
+def _first_that_loads(
+    source: Path, candidates: Sequence[tuple[Path, tuple[str, ...]]], compiler: str | None
+) -> tuple[ctypes.CDLL | None, str]:
+    """Load the first of (library, options) that can be, built where it is missing; and why the first could not."""
+    reason = ""
+    for path, options in candidates:
+        try:
+            if not path.exists() and compiler is not None:
+                _build(source, path, compiler, options)
+        except (subprocess.SubprocessError, OSError) as error:
+            status = getattr(error, "returncode", None)
+            output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
+            reason = reason or f"{compiler} cannot build {source.name}: {output.strip().splitlines()[0]}"
+            continue
+        try:
+            return ctypes.CDLL(str(path)), ""
+        except OSError as error:
+            reason = reason or f"the library of {source.name} does not load: {error}"
     return None, reason
+
+
+def find_compiler() -> str | None:
+    """The path of ``$CC``, cc, gcc or clang; None where there is none."""
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+
+
+def build_ahead(source: Path) -> dict[str, str]:
+    """Compile for all targets; by target an empty text, or the compiler's reason why not.
+
+    :raises OSError: if there is no compiler or no folder.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    folder, reasons = cache_folder(), {}
+    for name, target, _ in _TARGETS:
+        path = _path_ahead(folder, source, name)
+        reasons[name] = ""
+        for threads in ("-fopenmp", "-fopenmp-simd"):
+            try:
+                if not path.exists():
+                    _build(source, path, compiler, (*_OPTIONS, *target, threads))
+                break
+            except (subprocess.SubprocessError, OSError) as error:
+                output = getattr(error, "stderr", None) or str(error)
+                reasons[name] = reasons[name] or output.strip().splitlines()[0]
+        if path.exists():
+            reasons[name] = ""
+    return reasons
 
 
 def cache_folder() -> Path:
@@ -116,8 +181,36 @@ def share_openmp() -> None:
 
 
 def _key(source: Path, compiler: str, options: tuple[str, ...]) -> str:
-    parts = (source.read_text(encoding="utf-8"), compiler, *options, platform.machine(), _processor())
+    text = source.read_text(encoding="utf-8")
+    parts = (text, compiler, _version(compiler), *options, platform.machine(), _processor(), *platform.libc_ver())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _path_ahead(folder: Path, source: Path, target: str) -> Path:
+    """Of a library that any machine with the target's instructions may load: its name says nothing of the builder."""
+    parts = (source.read_text(encoding="utf-8"), *_OPTIONS, target, platform.machine())
+    return folder / f"{source.stem}-{target}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    """What the compiler says of itself; empty if it says nothing."""
+    try:
+        run = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=_SHOWS_VERSION_S, check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout
+
+
+def _features() -> frozenset[str]:
+    """The processor's features as Linux names them."""
+    for line in _processor().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 def _processor() -> str:
@@ -153,3 +246,24 @@ def _only_one(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def main() -> int:
+    """``make native``: build every C source of the package; 1 if one could not be built for this machine."""
+    status = 0
+    print(f"compiled code goes to {cache_folder()}")
+    for source in sorted(Path(__file__).parent.rglob("*.c")):
+        if load(source) is None:
+            status, why = 1, problem(source)
+            print(f"{source.name}: not for this machine: {why}")
+            continue
+        reasons = build_ahead(source)
+        print(f"{source.name}: for this machine, {', '.join(name for name, why in reasons.items() if not why)}")
+        for name, why in reasons.items():
+            if why:
+                print(f"{source.name}: not for {name}: {why}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

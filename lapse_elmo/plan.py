@@ -6,7 +6,7 @@ import os
 
 from lapse_elmo.config.training import Config
 from lapse_elmo.cursor import Cursor
-from lapse_elmo.devices import Device, remarks
+from lapse_elmo.devices import Device, product_lines, remarks
 from lapse_elmo.metrics.run_log import table
 from lapse_elmo.ps.engines import server_remarks
 from lapse_elmo.run_folder import Corpus, Start
@@ -36,7 +36,8 @@ def plan_lines(
     if start.path is not None:
         how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
         lines.append(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
-    lines += remarks_of_all(world, [*remarks(config.model, device.device), *server_remarks(config.server.ps)])
+    own = [*remarks(config.model, device.device), *server_remarks(config.server.ps)]
+    lines += remarks_of_all(world, [*own, *product_lines(config.model, device.device)])
     if config.softmax.num_samples >= corpus.vocabulary.size:
         lines.append(
             f"--num-samples {config.softmax.num_samples:,} is not below the {corpus.vocabulary.size:,} classes: "

@@ -100,3 +100,29 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(source: Path, tmp_path
     assert native.cache_folder() != folder
     folder.chmod(0o700)
     assert native.cache_folder() == folder
+
+
+def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, library: ctypes.CDLL) -> None:
+    """And never a library whose instructions the processor lacks."""
+    reasons = native.build_ahead(source)
+    assert not reasons["any"]
+    (source.parent / "cache" / "x").touch()  # whatever else lies there
+    code = f"{LOADED} found = native.load(Path(sys.argv[1])); print(found._name if found else None)"
+    command = [sys.executable, "-c", code, str(source)]
+    bare = {**os.environ, "PATH": "", "CC": "no-such-compiler"}
+    found = subprocess.run(command, env=bare, cwd=ROOT, timeout=60, check=True, capture_output=True, text=True).stdout
+    runs_here = [name for name, _, needed in native._TARGETS if needed <= native._features() and not reasons[name]]
+    assert Path(found.strip()) == native._path_ahead(source.parent / "cache", source, runs_here[0])
+    source.write_text(f"{SOURCE}\n")  # another source: what was built of the old one is not taken
+    assert subprocess.run(command, env=bare, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout == "None\n"
+
+
+def test_make_native_builds_every_source(tmp_path: Path) -> None:
+    if native.find_compiler() is None:
+        pytest.skip("there is no C compiler")
+    environment = {**os.environ, native.CACHE: str(tmp_path)}
+    command = [sys.executable, "-m", "lapse_elmo.native"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path in (ROOT / "lapse_elmo").rglob("*.c"):
+        assert native._path_ahead(tmp_path, path, "any").exists()

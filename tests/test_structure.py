@@ -205,13 +205,15 @@ def test_no_work_at_import(path: Path) -> None:
 
 
 def at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
-    """What a module's body runs, class bodies included, functions not."""
+    """What a module's body runs, class bodies included; not functions, and not what only a program runs."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from itertools.chain(node.decorator_list, node.args.defaults)
         elif isinstance(node, ast.ClassDef):
             yield from node.decorator_list
             yield from at_import(node.body)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
         elif isinstance(node, ast.If | ast.Try):
             yield from at_import(node.body)
             yield from at_import(node.orelse)

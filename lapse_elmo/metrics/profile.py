@@ -11,7 +11,7 @@ import torch
 
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.metrics.run_log import table
-from lapse_elmo.model.products import PACKED_PRODUCT
+from lapse_elmo.model.packed import PACKED_PRODUCT
 
 FOLDER = "profile"
 WARM_UP = 3  # steps at the start of a run that are not profiled: they make buffers and fill caches

@@ -155,7 +155,7 @@ class _LayerPass:
         self.cells = self.gates.new_empty(num_tokens, cell_size, dtype=wide_dtype(products.storage))
         self.hidden = self.gates.new_empty(num_tokens, hidden_size)
         exposed = self.gates.new_empty(num_sentences, cell_size)
-        to_gates, to_hidden = products.factor(state_weight.t()), products.factor(projection.t())
+        to_gates, to_hidden = (products.factor(weight.t(), sizes) for weight in (state_weight, projection))
         bias, (cell_clip, projection_clip) = bias.to(self.cells.dtype), self.clips
         kernels = pointwise(self.gates)
         before, before_cells = self.first_hidden, self.first_cells
@@ -200,7 +200,7 @@ class _LayerPass:
         :param d_hidden: (N, D) gradient from above. ``exposed``: (N, C), written with what the projection was given.
         """
         products, sizes, num_sentences = self.products, self.packing.sizes, len(self.packing.order)
-        to_earlier, to_exposed = (products.factor(self.weights[number]) for number in (1, 3))
+        to_earlier, to_exposed = (products.factor(self.weights[number], sizes) for number in (1, 3))
         cell_clip, projection_clip = self.clips
         kernels = pointwise(self.gates)
         # What a step passes back to the one before it, which has as many sentences or more: zero for the further ones.

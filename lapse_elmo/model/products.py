@@ -11,22 +11,17 @@ The steps of an LSTM multiply few rows by the same weights again and again: a :c
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lapse_elmo import native
+from lapse_elmo.model.packed import ANY_NUMBER, PackedFactor, Range, kernels, rows_packed
 
-PACKED_SOURCE = Path(__file__).parent / "packed.c"
-PACKED_PRODUCT = "packed product"  # its name in a profile
 PRECISIONS = ("fp32", "bf16")
-_WIDEST_PANEL = 32  # columns that packed.c packs together
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -94,14 +89,22 @@ class Products:
         """first @ second in the storage dtype."""
         return self.into(first.new_empty(first.shape[0], second.shape[1], dtype=self.storage), first, second)
 
-    def factor(self, values: Tensor) -> Factor:
-        """``values`` (K, N) as the second factor of many products with few rows."""
-        kernels = None
-        if values.device.type == "cpu" and not self.emulated and (library := native.load(PACKED_SOURCE)) is not None:
-            kernels = _kernels(library).get(self.storage)
-        if kernels is None or len(values) % kernels.num_rows:
+    def factor(self, values: Tensor, sizes: Sequence[int] = ()) -> Factor:
+        """``values`` (K, N) as the second factor of many products with few rows.
+
+        :param sizes: the numbers of rows of the products to come, where they are known.
+        """
+        found = None
+        if values.device.type == "cpu" and not self.emulated:
+            found = kernels(self.storage)
+        if found is None or values.shape[0] % found.num_rows:
             return TorchFactor(self, self.weight(values))
-        return PackedFactor(kernels, self.operand(values))
+        rows, second = rows_packed(self.storage, strided=values.stride(1) != 1), self.operand(values)
+        fewest, most = (min(sizes), max(sizes)) if sizes else (1, ANY_NUMBER)
+        if most < rows.first or fewest > rows.last:
+            return TorchFactor(self, second)
+        packed = PackedFactor(found, second)
+        return packed if fewest in rows and most in rows else EitherFactor(packed, TorchFactor(self, second), rows)
 
 
 class TorchFactor:
@@ -118,48 +121,15 @@ class TorchFactor:
 
 
 @dataclass(frozen=True)
-class _Kernels:
-    """The functions of packed.c for one storage dtype, which take ``num_rows`` rows of the matrix at a time."""
+class EitherFactor:
+    """By packed.c where the number of rows is in ``rows``, else by torch."""
 
-    pack: Callable[..., None]
-    multiply: Callable[..., None]
-    num_rows: int
-
-
-class PackedFactor:
-    """By packed.c, which has the matrix in the order in which it reads it: up to six times as fast as torch, which
-    brings it into such an order in every product."""
-
-    def __init__(self, kernels: _Kernels, second: Tensor) -> None:
-        self._multiply, self._shape = kernels.multiply, second.shape
-        num_rows, num_columns = second.shape
-        self._packed = second.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
-        kernels.pack(num_rows, num_columns, second.data_ptr(), *second.stride(), self._packed.data_ptr())
-        # torch.profiler.record_function, which does the same, takes 20 times as long where nothing is recorded.
-        self._recorded = torch._C._profiler._RecordFunctionFast(PACKED_PRODUCT)
+    packed: PackedFactor
+    by_torch: TorchFactor
+    rows: Range
 
     def into(self, out: Tensor, first: Tensor) -> Tensor:
-        return self._run(out, first, False)
+        return (self.packed if len(out) in self.rows else self.by_torch).into(out, first)
 
     def add_into(self, out: Tensor, first: Tensor) -> Tensor:
-        return self._run(out, first, True)
-
-    def _run(self, out: Tensor, first: Tensor, add: bool) -> Tensor:
-        with self._recorded:
-            self._multiply(len(out), *self._shape, first.data_ptr(), self._packed.data_ptr(), out.data_ptr(), add)
-        return out
-
-
-@functools.lru_cache(maxsize=4)
-def _kernels(library: ctypes.CDLL) -> dict[torch.dtype, _Kernels]:
-    """What packed.c has for this processor, by storage dtype."""
-    found = {}
-    for storage, kind, num_rows in ((torch.float32, "f", 1), (torch.bfloat16, "b", 2)):
-        with contextlib.suppress(AttributeError):  # no bfloat16 on this processor
-            pack, multiply = getattr(library, f"pack_{kind}"), getattr(library, f"multiply_{kind}")
-            size, pointer = ctypes.c_long, ctypes.c_void_p
-            pack.argtypes = [size, size, pointer, size, size, pointer]
-            multiply.argtypes = [size, size, size, pointer, pointer, pointer, ctypes.c_int]
-            pack.restype = multiply.restype = None
-            found[storage] = _Kernels(pack, multiply, num_rows)
-    return found
+        return (self.packed if len(out) in self.rows else self.by_torch).add_into(out, first)

@@ -1,0 +1,126 @@
+"""The products of the LSTM's steps: packed.c beside torch. ``python -m benchmarks.products``
+
+For each weight of the sizes and each precision the (n, K) @ (K, N) products of a step, with one thread, by both and by
+what is chosen (lapse_elmo.model.packed.rows_packed). The two take turns within milliseconds, so that whatever else the
+machine does hits both alike; rates are of the fastest turn, ratios the median of the turns, in processor time. The
+time of packing is printed apart: it is spent once per step, weight and direction, torch's is within its products.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lapse_elmo.config.cli import option, parse
+from lapse_elmo.config.training import PRESETS
+from lapse_elmo.devices import speed_up_float32
+from lapse_elmo.model.packed import Kernels, PackedFactor, describe, kernels, rows_packed
+from lapse_elmo.model.products import PRECISIONS, Products, TorchFactor, cpu_multiplies_bf16
+
+
+@dataclass(frozen=True)
+class ProductsOptions:
+    """Sizes and repeats of the benchmark."""
+
+    sizes: tuple[str, ...] = option(("small", "original"), help="small, original")
+    precisions: tuple[str, ...] = option(PRECISIONS[: 1 + cpu_multiplies_bf16()], help="fp32, bf16")
+    rows: tuple[int, ...] = option((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), help="n, rows of the first factor")
+    repeats: int = option(5, help="turns")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One of the four weights by which steps multiply; ``strided`` where it is a transposed view, ``adds`` where the
+    products are added to what is there."""
+
+    name: str
+    num_terms: int
+    num_columns: int
+    strided: bool
+    adds: bool
+
+    def new(self, storage: torch.dtype) -> Tensor:
+        if self.strided:
+            return torch.randn(self.num_columns, self.num_terms).to(storage).t()
+        return torch.randn(self.num_terms, self.num_columns).to(storage)
+
+
+def weights(size: str) -> list[Weight]:
+    width, cells = PRESETS[size]["projection_size"], PRESETS[size]["cell_size"]
+    return [
+        Weight("state to gates", width, 4 * cells, strided=True, adds=True),
+        Weight("projection", cells, width, strided=True, adds=False),
+        Weight("gates to state", 4 * cells, width, strided=False, adds=False),
+        Weight("state to cells", width, cells, strided=False, adds=False),
+    ]
+
+
+def seconds(run: Callable[[], object], at_least_s: float = 5e-4) -> float:
+    """Processor time of one call; short ones are repeated."""
+    count, start = 0, time.process_time()
+    while True:
+        run()
+        count, now = count + 1, time.process_time()
+        if now - start > at_least_s:
+            return (now - start) / count
+
+
+def compare(found: Kernels, weight: Weight, storage: torch.dtype, options: ProductsOptions) -> list[float]:
+    """Print a line; the ratios of what is chosen to torch, by number of rows."""
+    second = weight.new(storage)
+    packed, by_torch = PackedFactor(found, second), TorchFactor(Products(storage), second)
+    pack_s = min(seconds(lambda: PackedFactor(found, second)) for _ in range(options.repeats))
+    chosen, ratios, parts = rows_packed(storage, weight.strided), [], []
+    for num_rows in options.rows:
+        first = torch.randn(num_rows, weight.num_terms).to(storage)
+        out = torch.zeros(num_rows, weight.num_columns, dtype=storage)
+        runs = [
+            (lambda factor=factor: factor.add_into(out, first) if weight.adds else factor.into(out, first))  # noqa: B023
+            for factor in (packed, by_torch)
+        ]
+        for run in runs:
+            run()
+        turns = [[seconds(run) for run in runs] for _ in range(options.repeats)]
+        ours, theirs = (min(times) for times in zip(*turns, strict=True))
+        ratio = statistics.median(t / o for o, t in turns)
+        ratios.append(ratio if num_rows in chosen else 1.0)
+        rate = 2e-9 * num_rows * weight.num_terms * weight.num_columns
+        parts.append(f"{rate / ours:>5.0f}{rate / theirs:>5.0f}{ratio:>6.2f}{' ' if num_rows in chosen else '-'}")
+    name = f"{weight.name}, {weight.num_terms} x {weight.num_columns}"
+    print(f"{name:<30}{str(storage).removeprefix('torch.'):<9}{1e6 * pack_s:>7.0f} {''.join(parts)}", flush=True)
+    return ratios
+
+
+def main(argv: list[str]) -> None:
+    """Print the table and the worst ratio."""
+    options = parse(
+        ProductsOptions, argv, prog="python -m benchmarks.products", description="Time the products of few rows."
+    )
+    speed_up_float32()
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    print("GFLOP/s of packed.c and of torch, and their ratio; - where torch is chosen. Packing in us.")
+    print(f"{'weight':<30}{'':<9}{'packing':>7} " + "".join(f"{f'n = {n}':>16} " for n in options.rows))
+    worst: list[tuple[float, str]] = []
+    for precision in options.precisions:
+        storage = torch.bfloat16 if precision == "bf16" else torch.float32
+        found = kernels(storage)
+        print(describe(precision))
+        for size in options.sizes if found is not None else ():
+            for weight in weights(size):
+                assert found is not None
+                ratios = compare(found, weight, storage, options)
+                at = f"{size}, {weight.name}, {precision}, n = "
+                worst += [(ratio, f"{at}{n}") for ratio, n in zip(ratios, options.rows, strict=True)]
+    for ratio, where in sorted(worst)[:5]:
+        print(f"chosen to torch, at worst {ratio:.2f}: {where}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
