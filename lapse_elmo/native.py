@@ -38,7 +38,7 @@ _VARIANTS = (
     ("-march=native", "-fopenmp-simd"),
     ("-fopenmp-simd",),
 )
-_COMPILER_TIME_S = 120
+_COMPILER_TIME_S = 60
 
 
 def load(source: Path) -> ctypes.CDLL | None:
@@ -80,6 +80,8 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
                 status = getattr(error, "returncode", None)
                 output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
                 reason = reason or f"{compiler} cannot build {source.name}: {output.strip().splitlines()[0]}"
+                if isinstance(error, subprocess.TimeoutExpired):
+                    break  # it would hang with other options, too
     except OSError as error:
         return None, f"no folder for compiled code: {error}"
     return None, reason
@@ -139,8 +141,8 @@ def _build(source: Path, library: Path, compiler: str, options: tuple[str, ...])
             thing, linked = f"{scratch}/object.o", f"{scratch}/library.so"
             for command in ([*options, "-c", str(source), "-o", thing], ["-shared", thing, "-o", linked, "-lm"]):
                 subprocess.run(
-                    [compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILER_TIME_S,
-                    stdin=subprocess.DEVNULL,
+                    [compiler, *command], check=True, capture_output=True, text=True, errors="replace",
+                    timeout=_COMPILER_TIME_S, stdin=subprocess.DEVNULL,
                 )
             os.replace(linked, library)
 

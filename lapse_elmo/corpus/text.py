@@ -12,9 +12,10 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import open_gzip, open_regular
 
 #: Bytes of (uncompressed) text that are held at a time, apart from the rest of the last line.
 BLOCK_BYTES = 1 << 20
@@ -131,10 +132,10 @@ def read_blocks(part: Part) -> Iterator[Block]:
         :data:`MAX_LINE_BYTES`, and whatever the system reports.
     """
     try:
-        with open(part.path, "rb") as file:
+        with open_regular(part.path) as file:
             if part.end is None:
-                with gzip.GzipFile(fileobj=file) as stream:
-                    yield from _blocks(cast(BinaryIO, stream), file, part)
+                with open_gzip(file) as stream:
+                    yield from _blocks(stream, file, part)
             else:
                 if part.start:
                     file.seek(part.start - 1)
@@ -195,5 +196,5 @@ def _too_long(part: Part) -> CorpusError:
 
 
 def _is_gzip(path: str) -> bool:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(2) == b"\x1f\x8b"
