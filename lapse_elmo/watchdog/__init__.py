@@ -34,7 +34,7 @@ NOTES = "LAPSE_ELMO_STALLS"  # names a file for the report of a stall, in additi
 _NOTE_S = 3.0  # its file system may be what hangs
 _TICKS = 20  # in the limit
 _SHORTEST_TICK_S, _LONGEST_TICK_S = 0.1, 2.0
-_STILL_TICKS = 4  # without a sign of life: a rank is silent
+_STILL_TICKS, _STILL_SHARE = 4, 0.25  # without a sign of life, and of the limit: a rank is silent, not only slow
 _GRACE_S = 1.0  # for what other nodes have to say
 _ABORT_S = 15.0  # for the MPI library to end the job
 _STACK_BYTES = 16_384
@@ -166,7 +166,7 @@ class _Group:
             self._post.receive(view)
         view.take(self._ranks, self._arrays["progress"].copy(), self._arrays["phases"].copy())
         view.tick(seconds)
-        silent = view.still_s > _STILL_TICKS * self._tick_s
+        silent = view.still_s > max(_STILL_TICKS * self._tick_s, _STILL_SHARE * self._limit_s)
         first = rank == self._ranks[~silent[self._ranks]].min(initial=rank)
         if self._post is not None and first:
             self._post.send(self._ranks, view)

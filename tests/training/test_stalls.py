@@ -27,7 +27,7 @@ from tests.training.corpora import TINY, Prepared, records, train_job
 from tests.training.test_failures import newest_whole
 
 PROGRAM = Path(__file__).with_name("stalling.py")
-LIMIT_S, START_S, END_S = 5, 60, 30
+LIMIT_S, START_S, END_S = 10, 90, 60
 OPTIONS = ("--epochs", "100000", "--batch-size", "8", "--save-every-steps", "4", "--report-every", "1")
 HOST = socket.gethostname()
 CASES = [
