@@ -1,21 +1,22 @@
 """Imported first by every program here: find the repository, and the virtual environment that ``make setup`` made.
 
-So that ``bin/train`` works without activating anything, also below ``mpirun``: where the running Python is not that of
-``.venv`` and lacks torch, the program is started again with the one that has it.
+So that ``bin/train`` works without activating anything, also below ``mpirun``: where the running Python lacks torch and
+is not that of ``.venv``, the program is started again with the one that has it.
 """
 
-import importlib.util
-import os
 import signal
-import sys
-from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C meanwhile ends the program, without a trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # Slurm's warning would end a rank that is still importing torch: it waits until lapse_elmo.world.enter lets it through.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+import importlib.util  # noqa: E402 (these take a moment)
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 root = Path(__file__).resolve().parent.parent
 python = root / ".venv" / "bin" / "python"
-
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("mpi4py") is None:
     if python.exists() and Path(sys.prefix).resolve() != (root / ".venv").resolve():
         os.execv(python, [str(python), *sys.argv])

@@ -36,7 +36,7 @@ def crowded() -> bool:
 
 def _launched_here() -> int:
     for name in LOCAL_SIZE_VARIABLES:
-        if name in os.environ:
+        if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     node, tasks = os.environ.get("SLURM_NODEID", ""), os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)  # "4(x2),3" are three nodes

@@ -16,6 +16,7 @@ from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import cpu_multiplies_bf16
 from lapse_elmo.world import World
 
+_FEW_THREADS, _THREADS_PER_CORE = 64, 4  # the most that --threads may ask for: the larger of them
 _FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
 
 
@@ -42,6 +43,12 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
                     f"GPU {number} is asked for but {world.host} has {available}: give --device cpu or other "
                     "--device-ids"
                 )
+
+        if config.threads > max(_FEW_THREADS, _THREADS_PER_CORE * world.cores):
+            raise ConfigError(
+                f"--threads is {config.threads:,}, but {world.host} has {world.cores} cores: give at most "
+                f"{max(_FEW_THREADS, _THREADS_PER_CORE * world.cores)}"
+            )
 
     world.together(check)
     threads = config.threads or max(1, world.cores // world.host_size)

@@ -7,6 +7,7 @@ keeps its traceback (status 1).
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
@@ -61,5 +62,6 @@ def in_one_line(error: object) -> str:
 
 def say(text: str) -> None:
     """Lines on stderr, in one write: ``print`` makes two of them, between which a launcher puts other ranks' words."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed stream must not end what is reported on
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

@@ -73,7 +73,7 @@ def evaluate(
     if world.num_nodes == 1:
         for context, target in _held(batches, parameters, device, HELD_BYTES):
             chunks = ((first, rows.to(device)) for first, rows in softmax.chunks())
-            sums += _sums(full_softmax_nll(context, chunks, target))
+            sums += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
     else:
         across = NodeSoftmax(softmax, world, device)
         held = _held(batches, parameters, device, HELD_BYTES // world.num_nodes)  # as many come from the other nodes
@@ -96,7 +96,7 @@ def _held(
     """Yield predicting vectors (2 n, D) and targets (2 n,), forward ones first, of as many batches as are held."""
     held: list[tuple[torch.Tensor, np.ndarray]] = []
     num_bytes = 0
-    for batch in batches:
+    for batch in parameters.world.progress.counted(batches):
         if not batch.num_targets:
             continue
         embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)

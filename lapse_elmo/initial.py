@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.checkpoint import SavedTable
-from lapse_elmo.checkpoint.files import DENSE
+from lapse_elmo.checkpoint.manifest import DENSE
 from lapse_elmo.config.training import Config
+from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary, VocabularyFile
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError
@@ -129,7 +130,7 @@ def _keep_dense_accumulators(path: Path, parameters: Parameters) -> None:
         with h5py.File(path, "r") as file:
             for (name, _), accumulator in zip(parameters.model.named_parameters(), accumulators, strict=False):
                 accumulator.copy_(torch.from_numpy(file[f"accumulators/{name}"][()]))
-    except (OSError, KeyError, RuntimeError) as error:
+    except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the accumulators in {path}: {error}") from None
 
 

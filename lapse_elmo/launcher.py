@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 from lapse_elmo.cores import LOCAL_SIZE_VARIABLES
+from lapse_elmo.errors import LaunchError
 
 # (rank, size) by launcher.
 _VARIABLES = (
@@ -13,14 +15,31 @@ _VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
+_MOST_DIGITS = 9
 
 
 def launcher_rank_and_size() -> tuple[int, int]:
     """Rank and size as the launcher's environment tells them; (0, 1) without a launcher."""
-    for rank, size in _VARIABLES:
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
+    for names in _VARIABLES:
+        rank, size = (os.environ.get(name, "") for name in names)
+        if _is_number(rank) and _is_number(size):
+            return int(rank), int(size)
     return 0, 1
+
+
+def check_launcher() -> None:
+    """Refuse an environment that no launcher has made. :raises LaunchError: naming the variable."""
+    for name in (*itertools.chain.from_iterable(_VARIABLES), *LOCAL_SIZE_VARIABLES):
+        value = os.environ.get(name, "0")
+        if not _is_number(value):
+            raise LaunchError(
+                f"the environment variable {name} is {value[:40]!r}, where a launcher puts a number: unset it, or "
+                "start the program by mpirun or srun"
+            )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def below_srun() -> bool:

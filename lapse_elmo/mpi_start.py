@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lapse_elmo.cores import crowded
 from lapse_elmo.errors import LaunchError, in_one_line
@@ -44,7 +46,7 @@ def start() -> MPI.Intracomm:
     if not stranger:
         settle_before_init(version)
         with _quiet():
-            MPI.Init_thread()
+            _initialise(MPI)
     if stranger or (MPI.COMM_WORLD.size == 1 and expected > 1):
         raise LaunchError(
             f"the launcher started {expected} processes but does not fit the MPI library, {library}, which sees only "
@@ -52,6 +54,25 @@ def start() -> MPI.Intracomm:
             "srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
         ).on_every_rank()
     return MPI.COMM_WORLD
+
+
+def _initialise(mpi: Any) -> None:
+    """``MPI.Init_thread()``, during which other threads can run.
+
+    It returns once all ranks have come to it. mpi4py's own call holds the interpreter's lock, so that no watchdog could
+    notice a rank that never comes.
+    """
+    try:
+        library = ctypes.CDLL(mpi.__file__)
+        begin, end = library.MPI_Init_thread, library.MPI_Finalize
+    except (OSError, AttributeError):  # of a mpi4py that is built in another way
+        mpi.Init_thread()
+        return
+    if begin(None, None, mpi.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())) != mpi.SUCCESS:
+        raise LaunchError("the MPI library cannot be initialised; what it says is above").on_every_rank()
+    for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):
+        comm.Set_errhandler(mpi.ERRORS_RETURN)  # as mpi4py does, which makes exceptions of them
+    atexit.register(lambda: None if mpi.Is_finalized() else end())
 
 
 @contextlib.contextmanager

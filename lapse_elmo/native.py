@@ -51,7 +51,7 @@ _TARGETS: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
     ("avx2", ("-march=x86-64-v3",), _V3),
     ("any", (), frozenset()),
 )
-_COMPILER_TIME_S = 120
+_COMPILER_TIME_S = 60
 _SHOWS_VERSION_S = 10
 
 
@@ -110,7 +110,10 @@ def _first_that_loads(
         except (subprocess.SubprocessError, OSError) as error:
             status = getattr(error, "returncode", None)
             output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
-            reason = reason or f"{compiler} cannot build {source.name}: {output.strip().splitlines()[0]}"
+            lines = output.strip().splitlines() or [str(error)]
+            reason = reason or f"{compiler} cannot build {source.name}: {lines[0]}"
+            if isinstance(error, subprocess.TimeoutExpired):
+                break  # it would hang with other options, too
             continue
         try:
             return ctypes.CDLL(str(path)), ""
@@ -233,8 +236,8 @@ def _build(source: Path, library: Path, compiler: str, options: tuple[str, ...])
             thing, linked = f"{scratch}/object.o", f"{scratch}/library.so"
             for command in ([*options, "-c", str(source), "-o", thing], ["-shared", thing, "-o", linked, "-lm"]):
                 subprocess.run(
-                    [compiler, *command], check=True, capture_output=True, text=True, timeout=_COMPILER_TIME_S,
-                    stdin=subprocess.DEVNULL,
+                    [compiler, *command], check=True, capture_output=True, text=True, errors="replace",
+                    timeout=_COMPILER_TIME_S, stdin=subprocess.DEVNULL,
                 )
             os.replace(linked, library)
 

@@ -60,7 +60,7 @@ class NodeSoftmax:
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The node's rows, as :func:`~lapse_elmo.model.full_softmax.softmax_parts` takes them."""
-        for keys, weights in self._table.chunks_of(self._rows):
+        for keys, weights in self._world.progress.counted(self._table.chunks_of(self._rows)):
             yield torch.from_numpy(keys).to(self._device), weights.to(self._device)
 
 

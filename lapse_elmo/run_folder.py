@@ -23,6 +23,7 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
+from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.world import World
@@ -235,7 +236,7 @@ def prepare(run_dir: Path, config: Config, start: Start) -> None:
             "--overwrite to replace it"
         )
     try:
-        vocabulary = Path(config.data.vocab).read_bytes()  # perhaps that of the run which is replaced
+        vocabulary = read_small(config.data.vocab, MOST_VOCABULARY_BYTES)  # perhaps that of the run which is replaced
         if here:
             assert start.path is not None
             later = {path for path in checkpoint.candidates(run_dir) if path.name > start.path.name}

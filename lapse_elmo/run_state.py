@@ -10,6 +10,7 @@ from typing import Any
 
 from lapse_elmo import checkpoint
 from lapse_elmo.divergence import Watch
+from lapse_elmo.errors import CheckpointError, in_one_line
 from lapse_elmo.evaluate import Perplexity
 from lapse_elmo.metrics.run_log import Meter, table
 from lapse_elmo.step import StepResult
@@ -73,6 +74,14 @@ class RunState:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunState:
+        """The state whose :meth:`plain` this is. :raises CheckpointError: if it is not."""
+        try:
+            return cls._of(plain)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the state of the run in the checkpoint is damaged: {in_one_line(error)}") from None
+
+    @classmethod
+    def _of(cls, plain: dict[str, Any]) -> RunState:
         results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
         return cls(
             Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],

@@ -8,6 +8,8 @@ status   meaning
 2        something that the user can mend; one line on stderr says what
 75       (EX_TEMPFAIL of sysexits.h) bin/train saved a checkpoint after SIGTERM, SIGINT or SIGUSR1 and is to be resumed:
          the same command with the same --run-dir and ``--resume auto`` (the default) goes on from there
+76       no rank made progress for ``--stall-minutes``; stderr says which rank is silent and where the others wait. The
+         last checkpoint is whole, and the same command resumes from it, as after 75
 130      a second SIGINT: stopped at once, nothing saved (128 + the signal's number)
 =======  ==============================================================================================================
 
@@ -23,7 +25,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-COMPLETE, FAILED, USER_ERROR, RESUMABLE, INTERRUPTED = 0, 1, 2, 75, 130
+COMPLETE, FAILED, USER_ERROR, RESUMABLE, STALLED, INTERRUPTED = 0, 1, 2, 75, 76, 130
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_KEY_S = 0.3  # a launcher may pass on a Ctrl-C that the terminal has sent to the ranks already
@@ -64,3 +66,9 @@ def ignore_stop_signals() -> None:
     """For a process that is about to end anyway, with a status that a signal should not change."""
     for number in _ASKING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def catch_interrupts() -> None:
+    """Have SIGINT raise KeyboardInterrupt, where it is not ignored; bin/_venv.py let it end the program."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -140,7 +140,7 @@ class TrainingStep:
 
         :raises TrainingError: on every rank, before anything is pushed, if a gradient is not finite.
         """
-        timer = _Timer("pull")
+        timer = _Timer("pull", lambda phase: self.world.progress.enter(f"step {step}, {phase}"))
         parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
         dense_mean = self._start_mean(gradients)
@@ -360,10 +360,11 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 class _Timer:
-    """Seconds by phase, and the phases as ranges of a profile."""
+    """Seconds by phase, and the phases as ranges of a profile; ``tell`` is called with each."""
 
-    def __init__(self, phase: str) -> None:
+    def __init__(self, phase: str, tell: Callable[[str], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self._tell = tell
         self._begin(phase)
 
     def next(self, phase: str) -> None:
@@ -376,5 +377,6 @@ class _Timer:
 
     def _begin(self, phase: str) -> None:
         self._phase, self._start = phase, time.perf_counter()
+        self._tell(phase)
         self._range = torch.profiler.record_function(f"{phase}, but what is named")
         self._range.__enter__()

@@ -33,6 +33,7 @@ from lapse_elmo.run_state import EpochResult, RunState, summary
 from lapse_elmo.schedule import Schedule
 from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
 from lapse_elmo.step import AnnouncedBatch, TrainingStep
+from lapse_elmo.watchdog import Watchdog
 from lapse_elmo.world import World
 
 # What a rank says to all at a step, in addition to the saver's own flags: save, end for good, or save and end for now.
@@ -42,14 +43,16 @@ SAVE, END, SIGNAL = 4, 8, 16
 def main(argv: list[str], enter: Callable[[], World]) -> int:
     """Parse, join the world, train; the exit status."""
     config = parse_train(argv)
-    with StopSignals() as stop:
+    with StopSignals() as stop, Watchdog(config.run.stall_minutes, "bin/train") as watchdog:
         world = enter()
         stop.at_once = lambda: world.abort(INTERRUPTED, quietly=True)
         if config.server.nodes > 1:
             world.split(config.server.nodes)
+        watchdog.join(world)
         config = name_run(config, world)
         corpus = open_corpus(config, world)
         with Hold(Path(config.run.run_dir), world, active=not config.run.dry_run):
+            world.progress.enter("start, looking for a checkpoint")
             start = find_start(config, corpus, world)
             device = choose_device(config.devices, world)
             memory = check_memory(config, corpus.vocabulary.size, corpus.train, world)
@@ -66,11 +69,13 @@ def train(
     """Collective: make the parameters, new or as they were saved, and train; the exit status."""
     run_dir = Path(config.run.run_dir)
     first_sample = start.step * config.training.accumulate
+    world.progress.enter("start, making the parameters")
     parameters = Parameters(config, corpus.vocabulary.size, world, device.device, first_sample=first_sample)
     if start.path is None:
         memory = (*initialise(parameters, config, corpus.vocabulary, world), *memory)
     world.agree(lambda: prepare(run_dir, config, start))  # the first to write, once nothing else can be refused
     if start.path is not None:
+        world.progress.enter("start, reading the checkpoint")
         checkpoint.restore(start.path, start.manifest, parameters, world)
     training = Training(config, world, corpus, parameters, device, start, stop)
     training.announce(memory)
@@ -97,7 +102,7 @@ class Training:
         self.stop = stop
         self.run_dir = Path(config.run.run_dir)
         self.cursor = Cursor(config, world, corpus.train, start.cursor)
-        self.state = RunState.of(start.manifest["state"]) if start.manifest else RunState()
+        self.state = world.together(lambda: RunState.of(start.manifest["state"]) if start.manifest else RunState())
         if math.isinf(self.state.watch.bound):
             unigram = unigram_perplexity(corpus.train, corpus.heldout, config.data.boundaries, world)
             self.state.watch.bound = math.log(unigram) + MARGIN_NATS
@@ -156,7 +161,7 @@ class Training:
                     served = self.server_meter.metrics(state.meter.num_steps)
                     log.report(
                         cursor.step, state.meter, {**served, "train/trained_tokens": self.trained_tokens},
-                        self.server_meter.placement(),
+                        self.server_meter.placement(), self.phases_of_slowest(),
                     )
                     state.meter = Meter()
                 state.evaluation_due = epoch_ended or over or comes_round(self.evaluate_every, cursor.step)
@@ -168,6 +173,7 @@ class Training:
                     self.save(perplexity)
                 if over or signalled:
                     break
+            self.world.progress.enter(f"last save, after step {cursor.step}")
             self.saver.finish()
         profile.close()
         step_once.close()
@@ -175,6 +181,12 @@ class Training:
             log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()
         return RESUMABLE if signalled else COMPLETE
+
+    def phases_of_slowest(self) -> dict[str, float]:
+        """Collective: seconds by phase of the rank that computed longest since the last report."""
+        meter = self.state.meter
+        slowest = meter.slowest()  # the same on all ranks
+        return self.world.bcast(meter.seconds, slowest[0]) if slowest and self.world.size > 1 else {}
 
     @property
     def trained_tokens(self) -> int:
@@ -213,6 +225,7 @@ class Training:
     def save(self, perplexity: float | None) -> None:
         """Collective: begin to save a checkpoint; ``perplexity`` is held-out, where it was measured at this step."""
         start = time.perf_counter()
+        self.world.progress.enter(f"save at step {self.cursor.step}")
         self.state.served = self.server_meter.pending()
         self.saver.pinned = {checkpoint.path_of(self.run_dir, step) for step in self.milestones.steps}
         with self.server_meter.aside():
@@ -234,6 +247,7 @@ class Training:
         """Collective: settle the parameters and measure held-out perplexity."""
         state, cursor, log, whole = self.state, self.cursor, self.log, self.state.whole
         tokens_per_s = whole.tokens_per_s
+        self.world.progress.enter(f"evaluation at step {cursor.step}")
         self.parameters.settle()
         start = time.perf_counter()
         with self.server_meter.aside():
@@ -310,6 +324,7 @@ def open_corpus(config: Config, world: World) -> Corpus:
         if data.vocab == DEFAULT_VOCAB and data.shards != DEFAULT_SHARDS and not Path(data.vocab).exists():
             raise CorpusError(f"there is no vocabulary at {DEFAULT_VOCAB}: name that of {data.shards} by --vocab")
 
+    world.progress.enter("start, opening the corpus")
     world.agree(check_defaults)
     vocabulary = world.agree(lambda: VocabularyFile.check(data.vocab))
     train_set = ShardSet.open_on_all(world, data.shards, "train", vocabulary)

@@ -24,11 +24,13 @@ import numpy as np
 
 from lapse_elmo.cores import usable_cores
 from lapse_elmo.errors import ConfigError, LaunchError, UserError, say
-from lapse_elmo.launcher import below_srun, launcher_rank_and_size
+from lapse_elmo.launcher import below_srun, check_launcher, launcher_rank_and_size
 from lapse_elmo.mpi_start import start
 from lapse_elmo.mpich import own_shared_files
-from lapse_elmo.signals import INTERRUPTED, USER_ERROR, ignore_stop_signals
-from lapse_elmo.streams import flush_to_launcher
+from lapse_elmo.output import check_output
+from lapse_elmo.progress import Progress
+from lapse_elmo.signals import INTERRUPTED, USER_ERROR, catch_interrupts, ignore_stop_signals
+from lapse_elmo.streams import flush_to_launcher, open_standard_streams, unwritten_output
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -48,7 +50,7 @@ class World:
     ``rank``, ``size``: this rank and the number of ranks. ``node``, ``num_nodes``: its node (the ranks that share
     memory with it), numbered by first rank. ``local_rank``, ``local_size``: its place in the node. ``leaders``: the
     first rank of each node. ``host``: name; ``host_rank``, ``host_size``: its place among the ranks of its machine,
-    which have ``cores`` cores in all.
+    which have ``cores`` cores in all. ``progress``: what this rank is doing, for a watchdog.
 
     :param nodes: split the ranks of each machine into so many nodes (0: they are one), to try several nodes on one.
     """
@@ -62,6 +64,7 @@ class World:
         self.host_rank, self.host_size = 0, 1
         self.leaders = [0]
         self.cores = usable_cores()
+        self.progress = Progress()
         self._leaving: list[Callable[[], object]] = []
         if comm is not None:
             from mpi4py import MPI
@@ -118,14 +121,15 @@ class World:
 
     def wait(self, request: MPI.Request) -> None:
         """Complete a nonblocking operation without keeping a core busy."""
-        if request.Test():
-            return
-        start = time.perf_counter()
-        sleep_s = 1e-5
-        while not request.Test():
-            if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
-                time.sleep(sleep_s)
-                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+        if not request.Test():
+            self.progress.waits()
+            start = time.perf_counter()
+            sleep_s = 1e-5
+            while not request.Test():
+                if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
+                    time.sleep(sleep_s)
+                    sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+        self.progress.made()
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
@@ -343,14 +347,21 @@ def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: l
         threading.excepthook = lambda hook: _fail(world, prog, hook.exc_value or RuntimeError("thread failed"))
         return world
 
+    open_standard_streams()
+    catch_interrupts()
     if launcher_rank_and_size()[0] and {"-h", "--help"} & set(argv):
         sys.exit(0)  # rank 0 shows it
     try:
+        check_launcher()
         status = main(argv, enter_once)
+        check_output()
         if status:
             (world or solo()).leave(status)
     except SystemExit as stop:
         if world is None or world.size == 1:
+            if problem := unwritten_output():  # of --help
+                say(f"{prog}: error: cannot write the standard output: {problem}")
+                stop.code = USER_ERROR
             raise
         why = stop.code if isinstance(stop.code, str) else f"sys.exit({stop.code})"
         say(f"{prog}: [{world}] left the job: {why}")

@@ -21,10 +21,18 @@ if [[ -z ${launcher+set} ]]; then
   fi
 fi
 
+# Each job in which a rank hung leaves a report here. srun returns the status of the hanging rank, which had to be killed,
+# and not the one that bin/train ended the job with: this file tells.
+export LAPSE_ELMO_STALLS=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.stalls
+stalls() {
+  if [[ -e $LAPSE_ELMO_STALLS ]]; then grep --count 'the job ends with status 76' "$LAPSE_ELMO_STALLS"; else echo 0; fi
+}
+
 # shellcheck disable=SC2034  # read by train.sbatch
 warned=0
 launch() {
-  local step status=0 interrupted=1
+  local step status=0 interrupted=1 before
+  before=$(stalls)
   "${launcher[@]}" "$@" &
   step=$!
   # Slurm sends its warning to the batch script alone. A job that ends (cancelled, preempted, out of time) gets SIGTERM,
@@ -37,5 +45,6 @@ launch() {
     status=$?
   done
   trap - USR1 TERM
+  if (($(stalls) > before)); then status=76; fi
   return "$status"
 }

@@ -70,6 +70,17 @@ def test_a_page_of_one_run(num_nodes: int, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_the_slowest_rank_is_named(tmp_path: Path) -> None:
+    lines = records(2)
+    trains = [line for line in lines if line["kind"] == "train"]
+    for line, rank in zip(trains, (5, 5), strict=True):
+        line |= {"ranks/slowest": rank, "ranks/slowest_host": "host7"}
+        line |= {"ranks/slowest_compute_s": line["step"] / 10, "ranks/slowest_pull_s": 0.25}
+    report.main([str(write(tmp_path / "run", lines))], solo)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "5 on host7 (2 of 2 reports; s/step: pull 0.250, compute 1.500)" in page
+
+
 def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     runs = [write(tmp_path / name, records(1)) for name in ("first", "<second>")]
     report.main([*map(str, runs), "--output", str(tmp_path / "both.html")], solo)

@@ -109,12 +109,14 @@ def test_the_slowest_rank_is_named(
     meter = Meter()
     for factor in (1, 3):
         meter.add(dataclasses.replace(RESULT, compute_s=factor * np.array(seconds)))
-    log.report(2, meter, {}, {})
+    log.report(2, meter, {}, {}, {"pull": 0.5, "compute": 10.0})
     log.close()
     (train,) = (json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
     assert (train["ranks/slowest"], train["ranks/slowest_host"]) == (2, "b")
     assert (train["ranks/slowest_compute_s"], train["ranks/median_compute_s"]) == (2 * seconds[2], 2.0)
-    assert ("slowest rank 2 on b: 5.000 s/step, median 2.000" in capsys.readouterr().err) == named
+    assert train["ranks/slowest_pull_s"] == 0.25
+    text = "slowest rank 2 on b: computes 5.000 s/step, the median rank 2.000, pull 0.250"
+    assert (text in capsys.readouterr().err) == named
 
 
 def test_every_line_is_standard_json(tmp_path: Path) -> None:

@@ -16,15 +16,18 @@ from tests.mpi import ROOT
 
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
-    ["addresses", "cores", "divergence", "errors", "growth", "mpich", "native", "signals", "streams", "__init__"],
-    ["launcher"],
+    [
+        "addresses", "cores", "divergence", "errors", "growth", "inputs", "mpich", "native", "progress", "signals",
+        "streams", "__init__",
+    ],
+    ["launcher", "output"],
     ["mpi_start"],
     ["rng", "world", "config", "model"],
     ["corpus", "ps"],
     ["dense_mean", "devices", "batches", "schedule", "tables"],
     ["node_softmax"],
     ["parameters", "cursor", "memory"],
-    ["step", "metrics", "handover", "milestones"],
+    ["step", "metrics", "handover", "milestones", "watchdog"],
     ["checkpoint", "evaluate"],
     ["trained"],
     ["rounds", "allennlp_plugin"],

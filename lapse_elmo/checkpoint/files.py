@@ -12,15 +12,14 @@ import h5py
 import numpy as np
 import torch
 
-from lapse_elmo.checkpoint.manifest import Manifest, sha256_of
-from lapse_elmo.corpus.files import ErrorKeepingFile
+from lapse_elmo.checkpoint.manifest import DENSE, Manifest, rank_file, sha256_of
+from lapse_elmo.corpus.files import H5_ERRORS, ErrorKeepingFile
 from lapse_elmo.cursor import Progress, SavedCursor
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.tables import RowTable
 from lapse_elmo.world import World
 
-DENSE = "dense.h5"
 _CHUNK_ROWS = 16384
 _BLOCK_BYTES = 1 << 22
 
@@ -50,14 +49,11 @@ class Snapshot:
             for start in range(0, rows.size, _CHUNK_ROWS):
                 end = start + _CHUNK_ROWS
                 table.server.pull_rows(segment.keys(rows[start:end]), values[start:end])
+                world.progress.made()
             self.tables[segment.name] = rows, values
         self.dense = _dense_arrays(parameters) if world.rank == 0 else {}
         self.sentences = sentences
         parameters.server.barrier()
-
-
-def rank_file(rank: int, size: int) -> str:
-    return f"rank-{rank:05d}-of-{size:05d}.h5"
 
 
 def write_rank_file(path: Path, snapshot: Snapshot, cancelled: Callable[[], bool]) -> dict[str, Any]:
@@ -132,11 +128,12 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
             if number % world.size == world.rank:
                 rows, values = (group[name][first : first + _CHUNK_ROWS] for name in ("rows", "values"))
                 parameters.server.set(table.segment.keys(rows), table.restored(values))
+                world.progress.made()
 
     def guarded(read: Callable[[], None]) -> None:
         try:
             read()
-        except (OSError, KeyError, RuntimeError) as error:
+        except H5_ERRORS as error:
             raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
 
     world.together(lambda: guarded(read_rows))
@@ -156,7 +153,7 @@ def saved_cursor(path: Path, manifest: Manifest) -> SavedCursor:
                     if f"sentences/{name}" in file:
                         dataset = file[f"sentences/{name}"]
                         found.append(np.flatnonzero(np.unpackbits(dataset[:])) + int(dataset.attrs["first"]))
-    except (OSError, KeyError, RuntimeError) as error:
+    except H5_ERRORS as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
     return SavedCursor(progress, parts, left)
 

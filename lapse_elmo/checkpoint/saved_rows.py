@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lapse_elmo.checkpoint.files import rank_file
-from lapse_elmo.checkpoint.manifest import Manifest
+from lapse_elmo.checkpoint.manifest import Manifest, rank_file
+from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
 
 _CHUNK_ROWS = 16384
@@ -40,7 +40,7 @@ class SavedTable:
                 rows, values = _mapped(file, name)
                 numbers.append(rows)
                 self._files.append(values)
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
+        except H5_ERRORS as error:
             raise CheckpointError(f"cannot read table {name} of checkpoint {path}: {error}") from None
         self.width = self._files[0].shape[1]
         if any(values.shape[1] != self.width for values in self._files) or self.width < size:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lapse_elmo.checkpoint.files import DENSE, Snapshot, rank_file, write_dense_file, write_rank_file
+from lapse_elmo.checkpoint.files import Snapshot, write_dense_file, write_rank_file
 from lapse_elmo.checkpoint.folder import clear, mark_best, partial_of, path_of, put
-from lapse_elmo.checkpoint.manifest import FORMAT, MANIFEST, VERSION, Manifest, encode
+from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, VERSION, Manifest, encode, rank_file
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
@@ -153,11 +153,15 @@ class Saver:
         assert self._final is not None
         partial, world = partial_of(self._final), self._world
         name = rank_file(world.rank, world.size)
-        files = {name: write_rank_file(partial / name, self._snapshot, lambda: self._cancelled)}
+        files = {name: write_rank_file(partial / name, self._snapshot, self._is_cancelled)}
         if world.rank == 0:
-            files[DENSE] = write_dense_file(partial / DENSE, self._snapshot, lambda: self._cancelled)
+            files[DENSE] = write_dense_file(partial / DENSE, self._snapshot, self._is_cancelled)
         self._files = files
         self._written = True
+
+    def _is_cancelled(self) -> bool:
+        self._world.progress.made_aside()  # asked before each block
+        return self._cancelled
 
     def _run(self, final: Path, work: Callable[[], None]) -> None:
         """Do ``work`` in a thread. What a disk refuses becomes this rank's error; a bug ends the job."""

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lapse_elmo.errors import ConfigError
+from lapse_elmo.errors import ConfigError, in_one_line
+from lapse_elmo.inputs import read_small
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +26,9 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+_MOST_INTEGER = 1 << 53  # exact in a float64, too
+_MOST_FLOAT = 3.4e38  # of a float32
+_MOST_TOML_BYTES = 1 << 24
 
 
 def option(
@@ -150,7 +154,7 @@ def _add(target: argparse._ActionsContainer, field: dataclasses.Field, hint: Any
     if base is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
     else:
-        kwargs["type"] = {int: _integer, float: float}.get(base, str)
+        kwargs["type"] = {int: _integer, float: _float, str: _text}[base]
         kwargs["metavar"] = meta["metavar"] or (None if meta["choices"] else field.name.split("_")[-1].upper())
         if many:
             kwargs["nargs"] = "+" if required else "*"
@@ -177,15 +181,37 @@ def _shown(default: Any) -> str | None:
 def _integer(text: str) -> int:
     """An int, also written as 1_000_000 or 1e6."""
     try:
-        return int(text.replace("_", ""))
+        value = int(text.replace("_", ""))
     except ValueError:
-        number = float(text)
+        number = _float(text)
         if not number.is_integer():
             raise
-        return int(number)
+        value = int(number)
+    return _limited(value)
 
 
-_integer.__name__ = "int"  # argparse names the type in "invalid int value"
+def _float(text: str) -> float:
+    return _limited(float(text))
+
+
+def _limited(value: Any) -> Any:
+    """A number that all computations can hold. :raises argparse.ArgumentTypeError: for any other."""
+    most = _MOST_INTEGER if isinstance(value, int) else _MOST_FLOAT
+    if not abs(value) <= most:
+        raise argparse.ArgumentTypeError(f"a number is expected between {-most:.3g} and {most:.3g}")
+    return value
+
+
+def _text(text: str) -> str:
+    """Text that can be stored and printed. :raises argparse.ArgumentTypeError: for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text.encode(errors='surrogateescape')!r} is not UTF-8: rename it") from None
+    return text
+
+
+_integer.__name__, _float.__name__ = "int", "float"  # argparse names the type in "invalid int value"
 
 
 def _element(hint: Any) -> tuple[bool, Any]:
@@ -214,11 +240,11 @@ def _build(schema: type[T], namespace: argparse.Namespace) -> T:
 
 def _from_file(schema: type, path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_small(path, _MOST_TOML_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
+        raise ConfigError(f"config file {path} is not valid TOML: {in_one_line(error)}") from None
     known = {(group, field.name): (field, hint) for group, field, hint in options_of(schema)}
     groups = {group for group, _ in known if group}
     values: dict[str, Any] = {}
@@ -236,19 +262,28 @@ def _from_file(schema: type, path: Path) -> dict[str, Any]:
                 where = f"[{group}] of config file {path}" if group else f"config file {path}"
                 raise ConfigError(f"{where}: {_unknown('option', str(name), names)}")
             field, hint = known[group, name]
-            converted = _checked(content, hint, f"{path}: {name}", field.metadata["choices"])
+            converted = checked(content, hint, f"{path}: {name}", field.metadata["choices"])
             (values.setdefault(group, {}) if group else values)[name] = converted
     return values
 
 
-def _checked(value: Any, hint: Any, where: str, choices: Sequence[str] | None) -> Any:
+def checked(value: Any, hint: Any, where: str, choices: Sequence[str] | None) -> Any:
+    """A value of a TOML or JSON file as what an option takes, which errors name ``where``.
+
+    :raises ConfigError: if it takes no such value.
+    """
     many, base = _element(hint)
-    items = value if many and isinstance(value, list) else [value]
+    items = [*value] if many and isinstance(value, list) else [value]
     for i, item in enumerate(items):
         if base is float and isinstance(item, int) and not isinstance(item, bool):
-            items[i] = float(item)
+            items[i] = float(_limited(item))
         elif type(item) is not base:
             raise ConfigError(f"{where} should be {base.__name__}, not {type(item).__name__} ({item!r})")
+        if base in (int, float):
+            try:
+                _limited(items[i])
+            except argparse.ArgumentTypeError as error:
+                raise ConfigError(f"{where}: {error}") from None
         if choices and item not in choices:
             raise ConfigError(f"{where} should be one of {', '.join(choices)}, not {item!r}")
     return tuple(items) if many else items[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lapse_elmo.config.checks import fraction, positive, require
-from lapse_elmo.config.cli import option, parse
+from lapse_elmo.config.cli import checked, option, options_of, parse
 from lapse_elmo.config.initial import InitialConfig
 from lapse_elmo.errors import ConfigError
 
@@ -74,6 +74,7 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
         positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
         fraction(self, "dropout", "recurrent_dropout")
+        require(self.num_layers <= 100, "num_layers", self.num_layers, "at most 100")
         if self.precision == "bf16" and self.lstm != "fused":
             raise ConfigError("--precision bf16 needs --lstm fused: AllenNLP's LSTM computes in float32")
 
@@ -200,6 +201,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "accumulate")
+        for name, most in (("epochs", 1_000_000), ("accumulate", 100_000), ("lookahead", 10_000)):
+            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
         for name in (
             "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch",
             "growth_tokens",
@@ -272,6 +275,11 @@ class RunConfig:
     save_at_tokens: tuple[int, ...] = option(
         (), metavar="N", help="save a checkpoint, which stays, once so many tokens are trained, for learning curves"
     )
+    stall_minutes: float = option(
+        20.0, metavar="N",
+        help="end the job with status 76 once no rank has made progress for so long, saying which rank is silent and "
+        "where the others wait (0: wait for ever)",
+    )
     dry_run: bool = option(False, help="show roles, shards, memory and steps, and start nothing")
     report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
     profile: int = option(
@@ -286,7 +294,7 @@ class RunConfig:
         require(self.profile >= 0, "profile", self.profile, "0 or more")
         positive(self, "report_every", "keep_checkpoints")
         require(all(n > 0 for n in self.save_at_tokens), "save_at_tokens", self.save_at_tokens, "numbers above 0")
-        for name in ("save_every_steps", "save_every_minutes"):
+        for name in ("save_every_steps", "save_every_minutes", "stall_minutes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.resume != "", "resume", "empty", "auto, never, or a run or checkpoint")
 
@@ -330,6 +338,10 @@ def from_tables(tables: dict) -> Config:
     """The Config saved as nested plain values (:func:`lapse_elmo.config.cli.as_tables`)."""
     made = {}
     for name, group in typing.get_type_hints(Config).items():
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in tables.get(name, {}).items()}
-        made[name] = group(**values)
+        known = {option.name: (hint, option.metadata["choices"]) for _, option, hint in options_of(group)}
+        values = tables.get(name, {})
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r}")
+        made[name] = group(**{key: checked(value, known[key][0], key, known[key][1]) for key, value in values.items()})
     return Config(**made)

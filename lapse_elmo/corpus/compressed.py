@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import UNCHECKED_BYTES, open_gzip, open_regular
 
 _MAGIC = {
     "gzip": (b"\x1f\x8b",),
@@ -20,6 +20,8 @@ _MAGIC = {
 _LONGEST = 10
 #: Compressed bytes that are read at a time.
 _READ_BYTES = 1 << 18
+#: Far more than text shrinks by, also by formats that remember megabytes of it; a file made to fill disks, by more.
+_MOST_EXPANSION = 2000
 
 
 class DamagedError(Exception):
@@ -28,7 +30,7 @@ class DamagedError(Exception):
 
 def format_of(path: str) -> str:
     """``gzip``, ``zstd``, ``xz``, ``bzip2``, or an empty text. :raises OSError: if the file cannot be read."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(_LONGEST)
     return next((name for name, magic in _MAGIC.items() if start.startswith(magic)), "")
 
@@ -40,7 +42,7 @@ def expanded(file: BinaryIO, kind: str) -> BinaryIO:
     :raises DamagedError: when read, if the data is damaged (of gzip: EOFError, zlib.error or gzip.BadGzipFile).
     """
     if kind == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+        return open_gzip(file)
     new = {"zstd": _new_zstd, "xz": lzma.LZMADecompressor, "bzip2": bz2.BZ2Decompressor}[kind]
     return cast(BinaryIO, io.BufferedReader(_Frames(file, new), _READ_BYTES))
 
@@ -60,6 +62,7 @@ class _Frames(io.RawIOBase):
         self._file, self._new = file, new
         self._frame = new()
         self._rest = b""  # bytes after the end of the last frame
+        self._packed = self._expanded = 0  # bytes so far
 
     def readable(self) -> bool:
         return True
@@ -73,10 +76,14 @@ class _Frames(io.RawIOBase):
                 data = b""
                 if self._frame.needs_input:
                     data, self._rest = self._rest or self._file.read(_READ_BYTES), b""
+                    self._packed += len(data)
                     if not data:
                         raise DamagedError("it ends within the compressed data")
                 text = self._frame.decompress(data, len(view))
                 if text:
+                    self._expanded += len(text)
+                    if self._expanded > max(UNCHECKED_BYTES, _MOST_EXPANSION * self._packed):
+                        raise DamagedError(f"{self._packed:,} bytes expand to more than {self._expanded:,}: no text")
                     view[: len(text)] = text
                     return len(text)
         except (DamagedError, CorpusError):

@@ -13,6 +13,11 @@ from typing import Any
 
 from lapse_elmo.errors import OutputError
 
+#: What h5py and NumPy raise for files that are damaged, foreign or lie about what is in them.
+H5_ERRORS = (
+    OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError, OverflowError,
+)
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

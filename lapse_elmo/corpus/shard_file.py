@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lapse_elmo.corpus.files import ErrorKeepingFile
+from lapse_elmo.corpus.files import H5_ERRORS, ErrorKeepingFile
 from lapse_elmo.errors import CorpusError, in_one_line
+from lapse_elmo.inputs import require_regular
 
 FORMAT = "lapse-elmo-shard"
 VERSION = 1
@@ -42,9 +44,10 @@ CHUNK = 16_384
 
 _BUFFERED = 16 * CHUNK
 _GAP = 256  # sentences: a smaller gap between two wanted ones is read over, since it lies in the same chunk
+_LONGEST = 1 << 23  # tokens of a sentence: a line of text may have 16 MiB
+_MOST_SHARDS = 100_000
+_MOST_CLASSES = (1 << 31) - 1  # ids are int32
 _SPAN = 16_384  # sentences that one read may span, so that memory stays bounded
-#: What h5py raises for damaged or foreign files.
-_H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Let go of the file after an error, whatever state it is in."""
-        with contextlib.suppress(*_H5_ERRORS):
+        with contextlib.suppress(*H5_ERRORS):
             self._file.close()
         self._sink.close()
 
@@ -167,7 +170,7 @@ class ShardFile:
         file = self._open()
         try:
             self.header = _header(file, self.path)
-        except _H5_ERRORS as error:
+        except H5_ERRORS as error:
             raise self._damaged(error) from None
         finally:
             file.close()
@@ -200,7 +203,10 @@ class ShardFile:
     def offsets(self, start: int, stop: int) -> np.ndarray:
         """int64 ``offsets[start:stop]``, checked to be ascending and inside the tokens."""
         offsets = self._slice("offsets", start, stop)
-        if (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > self.header.num_tokens:
+        lengths = np.diff(offsets)
+        if len(lengths) and lengths.max() > _LONGEST:
+            raise self._damaged(f"a sentence of {lengths.max():,} tokens")
+        if (lengths < 0).any() or offsets[0] < 0 or offsets[-1] > self.header.num_tokens:
             raise self._damaged("sentence offsets out of order")
         return offsets
 
@@ -251,20 +257,23 @@ class ShardFile:
             self._file, self._owner = file, os.getpid()
         try:
             return self._file[name][start:stop]
-        except _H5_ERRORS as error:
+        except H5_ERRORS as error:
             raise self._damaged(error) from None
 
     def _open(self) -> h5py.File:
         try:
+            require_regular(self.path)
             return h5py.File(self.path, "r", locking=False)  # many ranks read, on file systems without locks too
         except FileNotFoundError:
             raise CorpusError(f"shard {self.path} does not exist; make the shards with bin/preprocess shards") from None
         except PermissionError as error:
             raise CorpusError(f"cannot read shard {self.path}: {os.strerror(error.errno or 13)}") from None
-        except _H5_ERRORS as error:
+        except H5_ERRORS as error:
             raise self._damaged(error) from None
 
     def _damaged(self, reason: object) -> CorpusError:
+        if isinstance(reason, OSError) and reason.errno in (errno.EINVAL, errno.EISDIR):
+            return CorpusError(f"cannot read shard {self.path}: {reason.strerror}")
         if isinstance(reason, OSError) and "signature not found" in str(reason):
             return CorpusError(f"{self.path} is not an HDF5 file; expected a shard made by bin/preprocess shards")
         text = in_one_line(reason)
@@ -296,6 +305,19 @@ def _header(file: h5py.File, path: str) -> Header:
     if header.split not in SPLITS or header.shard_index >= header.num_shards:
         raise ValueError(f"shard {header.shard_index} of {header.num_shards}, split {header.split!r}")
     expected = {"tokens": (header.num_tokens, np.int32), "offsets": (header.num_sentences + 1, np.int64)}
+    if header.num_shards > _MOST_SHARDS or header.vocabulary_size > _MOST_CLASSES:
+        raise ValueError(f"{header.num_shards} shards, {header.vocabulary_size} classes")
+    if not header.num_unknown <= header.num_tokens >= header.num_sentences:  # no sentence is empty
+        raise ValueError(
+            f"{header.num_sentences} sentences of {header.num_tokens} tokens, {header.num_unknown} of them unknown"
+        )
+    for name in (*expected, "sources"):
+        if not isinstance(file[name], h5py.Dataset):
+            raise ValueError(f"{name} is no dataset")
+        if file[name].nbytes > file[name].id.get_storage_size():  # what was never written, or compressed to nothing
+            raise ValueError(f"{name} has {file[name].nbytes} bytes, {file[name].id.get_storage_size()} in the file")
+    if file["sources"].ndim != 1 or file["sources"].dtype.kind != "S":
+        raise ValueError("sources are no names")
     for name, (size, dtype) in expected.items():
         if file[name].shape != (size,) or file[name].dtype != dtype:
             raise ValueError(f"{name} should be {np.dtype(dtype)} of shape ({size},)")

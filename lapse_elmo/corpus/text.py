@@ -19,6 +19,7 @@ import numpy as np
 
 from lapse_elmo.corpus.compressed import DamagedError, expanded, format_of
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import open_regular
 
 #: Bytes of (uncompressed) text that are held at a time, apart from the rest of the last line.
 BLOCK_BYTES = 1 << 20
@@ -169,7 +170,7 @@ def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
 
 def _read(part: Part) -> Iterator[Block]:
     try:
-        with open(part.path, "rb") as file:
+        with open_regular(part.path) as file:
             if part.end is None:
                 with expanded(file, part.kind) as stream:
                     yield from _blocks(stream, file, part)

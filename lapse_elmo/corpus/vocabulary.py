@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from lapse_elmo.corpus.files import write_whole
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 
 PADDING = 0
 BEGIN = 1
@@ -75,8 +76,7 @@ class Vocabulary:
     def load(cls, path: str | os.PathLike[str]) -> Vocabulary:
         """Read a vocabulary file. :raises CorpusError: if it is missing, cannot be read or is malformed."""
         try:
-            with open(path, "rb") as file:
-                data = file.read()
+            data = read_small(path, MOST_VOCABULARY_BYTES)
         except OSError as error:
             raise CorpusError(
                 f"cannot read vocabulary {os.fspath(path)}: {error.strerror}; make one with bin/preprocess vocab"

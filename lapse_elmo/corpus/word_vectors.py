@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import open_regular
 
 _LONGEST_WORD = 1 << 16  # bytes; a longer one is taken for another format
 
@@ -21,7 +22,7 @@ def read_word_vectors(path: Path, size: int) -> Iterator[tuple[str, np.ndarray]]
     :raises CorpusError: if it cannot be read, has vectors of another size, is cut short, or holds what is no number.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.readline(200).split()
             try:
                 count, found = map(int, head)

@@ -174,11 +174,18 @@ class RunLog:
             self._bar.set_postfix_str(f"{meter.tokens_per_s:,.0f} tokens/s, loss {meter.loss:.3f}", refresh=False)
             self._bar.update(1)
 
-    def report(self, step: int, meter: Meter, server: dict[str, float], placement: dict[str, Any]) -> None:
-        """Metrics of the last ``report_every`` steps, the server's among them, and where its rows are."""
+    def report(
+        self, step: int, meter: Meter, server: dict[str, float], placement: dict[str, Any],
+        slowest_s: dict[str, float] | None = None,
+    ) -> None:
+        """Metrics of the last ``report_every`` steps, the server's among them, and where its rows are.
+
+        :param slowest_s: seconds by phase of the slowest rank, of all these steps.
+        """
         if not self.active:
             return
-        self.write("train", step, meter.metrics() | server | self._slowest(meter))
+        phases = {name: seconds / max(meter.num_steps, 1) for name, seconds in (slowest_s or {}).items()}
+        self.write("train", step, meter.metrics() | server | self._slowest(meter, phases))
         if placement:
             self.write("placement", step, placement)
         if self._lines:
@@ -187,27 +194,33 @@ class RunLog:
             left = min(elapsed / done * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
             self.say(
                 f"epoch {self.epoch}  step {step:,}/{self._num_steps:,}  "
-                f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}{self._straggler(meter)}"
+                f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}"
+                f"{self._straggler(meter, phases)}"
             )
 
-    def _slowest(self, meter: Meter) -> dict[str, Any]:
-        """Which of several ranks computed longest, where it is, and by how much it exceeds the median rank."""
+    def _slowest(self, meter: Meter, phases: dict[str, float]) -> dict[str, Any]:
+        """Which of several ranks computed longest, where it is, how much the median rank computed, and its phases."""
         slowest = meter.slowest()
         if slowest is None or len(self._hosts) < 2:
             return {}
         rank, slowest_s, median_s = slowest
         return {
+            **{f"ranks/slowest_{name}_s": seconds for name, seconds in phases.items()},
             "ranks/slowest": rank, "ranks/slowest_host": self._hosts[rank], "ranks/slowest_compute_s": slowest_s,
             "ranks/median_compute_s": median_s,
         }
 
-    def _straggler(self, meter: Meter) -> str:
+    def _straggler(self, meter: Meter, phases: dict[str, float]) -> str:
         """Words on a rank that all others wait for."""
         slowest = meter.slowest()
         if slowest is None or len(self._hosts) < 2 or slowest[1] < _STRAGGLER * slowest[2]:
             return ""
         rank, slowest_s, median_s = slowest
-        return f"  slowest rank {rank} on {self._hosts[rank]}: {slowest_s:.3f} s/step, median {median_s:.3f}"
+        others = "".join(f", {name} {seconds:.3f}" for name, seconds in phases.items() if name != "compute")
+        return (
+            f"  slowest rank {rank} on {self._hosts[rank]}: computes {slowest_s:.3f} s/step, the median rank "
+            f"{median_s:.3f}{others}"
+        )
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and a TensorBoard point for each number."""

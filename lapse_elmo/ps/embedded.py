@@ -222,6 +222,7 @@ class EmbeddedServer(ParameterServer):
             while clock - self._synced[self._world.local_rank] > self._slack:
                 self._requests.receive()  # which keeps the network going, too
             self._fence()
+            self._world.progress.made()
             self.stats.clock_wait_s += time.perf_counter() - start
         return clock
 

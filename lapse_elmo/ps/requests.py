@@ -112,6 +112,7 @@ class Requests:
         """Take in one answer, or let a moment pass."""
         message = self.mailbox.receive()
         if message is None:
+            self.world.progress.waits()
             self.backoff.wait()
             return
         assert isinstance(message, (Rows, Done))
@@ -123,6 +124,7 @@ class Requests:
         else:
             call.remaining -= message.count
         assert call.remaining >= 0, "a call was answered twice"
+        self.world.progress.made()
         self.backoff.reset()
         self.handled += 1
 

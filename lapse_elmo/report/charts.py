@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lapse_elmo.report.runs import Run
+from lapse_elmo.report.runs import PHASES, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _SEGMENTS = ("embedding", "softmax")
 _COLOURS = {"embedding": "tab:blue", "softmax": "tab:orange", "dense": "tab:green"}
-_PHASES = ("pull", "compute", "agree", "push", "save")
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _draw_heldout(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -
 
 
 def _draw_phases(axis: Axes, run: Run) -> None:
-    phases = [(name, run.series(f"step/{name}_s")[1]) for name in _PHASES]
+    phases = [(name, run.series(f"step/{name}_s")[1]) for name in PHASES]
     shown = [(name, values) for name, values in phases if len(values) == len(run.train)]
     steps = [record["step"] for record in run.train]
     axis.stackplot(steps, [values for _, values in shown], labels=[name for name, _ in shown])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lapse_elmo.errors import ConfigError, UserError
+from lapse_elmo.inputs import read_small
 from lapse_elmo.metrics.run_log import METRICS
 from lapse_elmo.trained import load
 
@@ -20,7 +22,9 @@ else:
 Records = list[dict[str, Any]]
 
 TOKENS = "train/trained_tokens"
+PHASES = ("pull", "compute", "agree", "push", "save")
 _NUM_WORDS, _NUM_NEIGHBOURS = 8, 6
+_MOST_METRICS_BYTES, _MOST_TOML_BYTES = 1 << 33, 1 << 24
 _LEAST_LETTERS = 4  # of the words whose neighbours are shown: shorter ones are mostly function words
 
 
@@ -76,7 +80,22 @@ class Run:
             "best held-out perplexity": round(min(perplexities), 2) if perplexities else "",
             "last held-out perplexity": round(perplexities[-1], 2) if perplexities else "",
             "median tokens/s": round(speeds[len(speeds) // 2]) if speeds else "",
+            "slowest rank": self.slowest_rank(),
         }
+
+    def slowest_rank(self) -> str:
+        """The rank that was the slowest of most reports, its host, and the mean seconds of its phases per step."""
+        named = [record for record in self.train if record.get("ranks/slowest") is not None]
+        if not named:
+            return ""
+        (rank, count), *_ = Counter(record["ranks/slowest"] for record in named).most_common(1)
+        own = [record for record in named if record["ranks/slowest"] == rank]
+        means = []
+        for phase in PHASES:
+            values = [record[name] for record in own if record.get(name := f"ranks/slowest_{phase}_s") is not None]
+            means += [f"{phase} {sum(values) / len(values):.3f}"] if values else []
+        host = own[-1]["ranks/slowest_host"]
+        return f"{rank} on {host} ({count} of {len(named)} reports; s/step: {', '.join(means)})"
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -96,10 +115,10 @@ def read_metrics(run_dir: Path) -> Records:
     """
     path = run_dir / METRICS
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in read_small(path, _MOST_METRICS_BYTES).decode().splitlines()]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the folder of a run of bin/train") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path} is not the metrics of a run: a line is not JSON") from None
     if not any(isinstance(record, dict) and record.get("kind") == "train" for record in records):
         raise ConfigError(f"{path} holds no reports yet: the run has not come to --report-every steps")
@@ -108,8 +127,8 @@ def read_metrics(run_dir: Path) -> Records:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run folder that was copied in part still has its metrics
+        return tomllib.loads(read_small(path, _MOST_TOML_BYTES).decode())
+    except (OSError, ValueError, RecursionError):  # a run folder that was copied in part still has its metrics
         return {}
 
 

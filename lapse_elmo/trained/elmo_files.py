@@ -18,8 +18,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.errors import CheckpointError, ConfigError
+from lapse_elmo.inputs import MOST_JSON_BYTES, read_small, require_regular
 from lapse_elmo.model.bilm import BiLMOptions
 from lapse_elmo.trained.stored import ArrayTable, StoredModel
 
@@ -57,6 +59,7 @@ def open_elmo_files(
             f"{stored:,}: give its own vocabulary"
         )
     try:
+        require_regular(weights)
         with h5py.File(weights, "r") as file:
             if "char_cnn" in options or "CNN" in file or "char_embed" in file:
                 raise _characters(folder)
@@ -66,9 +69,10 @@ def open_elmo_files(
             table = _mapped(file, "embedding", weights) if "embedding" in file else None
         if table is None:
             other = Path(embedding) if embedding else _the_only(folder, "embedding.hdf5", "*embedding*.hdf5")
+            require_regular(other)
             with h5py.File(other, "r") as file:
                 table = _mapped(file, "embedding", other)
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
     about = {"num_train_tokens": options.get("n_train_tokens"), **own}
     return StoredModel(
@@ -89,8 +93,8 @@ def _the_only(folder: Path, name: str, pattern: str) -> Path:
 
 def _read_options(path: Path) -> dict[str, Any]:
     try:
-        options = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        options = json.loads(read_small(path, MOST_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(options, dict) or not isinstance(options.get("lstm"), dict):
         raise CheckpointError(f"{path} has no table 'lstm': it is not the options of a bilm-tf model")
@@ -207,7 +211,7 @@ def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
                 found[f"{prefix}.state_projection.weight"] = projection
             if sizes.context == "mix":
                 found |= {f"mix.{name}": file[f"mix/{name}"][:] for name in ("scalars", "gamma")}
-    except (OSError, KeyError, RuntimeError) as error:
+    except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the weights in {path}: {error}") from None
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, ConfigError
+from lapse_elmo.inputs import MOST_JSON_BYTES, read_small, require_regular
 from lapse_elmo.model.bilm import BiLMOptions
 from lapse_elmo.trained.stored import ArrayTable, StoredModel
 
@@ -50,8 +51,8 @@ def open_huggingface_files(folder: Path) -> StoredModel:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = json.loads(read_small(path, MOST_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -65,6 +66,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise CheckpointError("reading a Hugging Face folder needs safetensors: pip install safetensors") from None
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:

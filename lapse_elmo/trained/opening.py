@@ -20,7 +20,8 @@ from lapse_elmo.checkpoint import (
     require_vocabulary,
     vocabulary_path,
 )
-from lapse_elmo.checkpoint.files import DENSE
+from lapse_elmo.checkpoint.manifest import DENSE
+from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.model.bilm import BiLMOptions
@@ -82,7 +83,7 @@ def _read_dense(path: Path) -> dict[str, np.ndarray]:
             file["parameters"].visititems(
                 lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
             )
-    except (OSError, KeyError, RuntimeError) as error:
+    except H5_ERRORS as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     return found
 

@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 
 _PENDING_BYTES = 32 << 20
 
@@ -22,7 +23,7 @@ def read_targets(path: Path) -> list[str]:
     :raises CorpusError: if it cannot be read, has no words, or a line has more than one.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = read_small(path, MOST_VOCABULARY_BYTES).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise CorpusError(f"cannot read the words in {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

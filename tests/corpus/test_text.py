@@ -15,7 +15,7 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapse_elmo.corpus import text
+from lapse_elmo.corpus import compressed, text
 from lapse_elmo.corpus.text import cut_into_parts, find_texts, read_blocks, share
 from lapse_elmo.errors import CorpusError
 
@@ -138,6 +138,14 @@ def test_compressed_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPa
     path.write_bytes(compress(b"a\n" * 3000 + b"b \xff\n"))
     with pytest.raises(CorpusError, match="t, line 3001: byte 0xff"):
         lines_of(path)
+
+
+@pytest.mark.parametrize("kind", ["zstd", "xz", "bzip2"])
+def test_a_bomb_is_no_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed, "UNCHECKED_BYTES", 1 << 20)
+    (tmp_path / "t").write_bytes(COMPRESS[kind](b"a a\n" * (1 << 20)))
+    with pytest.raises(CorpusError, match="bytes expand to more than .*: no text"):
+        lines_of(tmp_path / "t")
 
 
 def test_frames_of_xz_may_be_padded(tmp_path: Path) -> None:

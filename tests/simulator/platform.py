@@ -11,6 +11,7 @@ import numpy as np
 
 from lapse_elmo import native
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.progress import Progress
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.rows import SOURCE, NativeRows, Rows
 from tests.simulator.network import SimTransport, Simulation, Task
@@ -95,6 +96,7 @@ class SimWorld:
         self.node, self.local_rank = divmod(rank, job.workers_per_node)
         self.leaders = [node * job.workers_per_node for node in range(job.num_nodes)]
         self.host_size = self.local_size
+        self.progress = Progress()
 
     def barrier(self) -> None:
         self.job.gather(self.rank, None)

@@ -46,12 +46,14 @@ fi
 class Endless:
     """A job that trains until it has been requeued once, in a root of its own."""
 
-    def __init__(self, cluster: Cluster, corpus: Prepared, root: Path, *words: str) -> None:
+    def __init__(
+        self, cluster: Cluster, corpus: Prepared, root: Path, *words: str, stall_minutes: float = 20.0
+    ) -> None:
         self.cluster, self.root, self.run_dir = cluster, root, root / "run"
         (root / "bin").symlink_to(ROOT / "bin")
         shutil.copytree(ROOT / "slurm", root / "slurm")
         (root / "slurm" / "site.sh").write_text(f"LOGS={cluster.folder}\n{SITE}")
-        (root / "job.toml").write_text("[training]\nepochs = 100000\n")
+        (root / "job.toml").write_text(f"[run]\nstall_minutes = {stall_minutes}\n[training]\nepochs = 100000\n")
         own = ["--config", "job.toml", "--save-every-steps", "10", *options(corpus, self.run_dir)]
         self.number = cluster.submit(f"--chdir={root}", *words, TRAIN, *own)
 
@@ -110,6 +112,21 @@ def test_killed_rank_fails_the_job_and_it_can_go_on(cluster: Cluster, corpus: Pr
     assert cluster.ranks(job.number) == {}
     cluster.run("scontrol", "requeue", str(job.number))  # as Slurm does after a node has failed
     job.completes()
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_the_job_which_is_requeued_and_completes(
+    cluster: Cluster, corpus: Prepared, tmp_path: Path, rank: int
+) -> None:
+    job = Endless(cluster, corpus, tmp_path, *TWO_NODES, f"--job-name=hung{rank}", stall_minutes=0.25)
+    job.until(lambda: list(job.run_dir.glob("checkpoints/step-*")))
+    os.kill(cluster.ranks(job.number)[rank], signal.SIGSTOP)
+    ended = job.completes()
+    assert f"  silent: rank {rank}/2 " in ended.output, ended.output
+    assert "goes back into the queue to resume from its last checkpoint" in ended.output, ended.output
+    (notes,) = job.root.glob("*.stalls")
+    assert f"  silent: rank {rank}/2 " in notes.read_text()
 
 
 @pytest.mark.usefixtures("limited")

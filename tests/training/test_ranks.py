@@ -136,3 +136,4 @@ def test_a_rank_without_native_code_and_the_slowest_rank_are_named(small: Prepar
     (train,) = records(run_dir, "train")
     assert train["ranks/slowest"] in (0, 1) and train["ranks/slowest_host"] == socket.gethostname()
     assert train["ranks/slowest_compute_s"] >= train["ranks/median_compute_s"] > 0
+    assert all(train[f"ranks/slowest_{phase}_s"] > 0 for phase in ("pull", "agree", "push"))

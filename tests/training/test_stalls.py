@@ -1,0 +1,154 @@
+"""A rank that hangs is noticed by the others, which name it, say where they wait, and end the job."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lapse_elmo import checkpoint
+from lapse_elmo.config.training import parse_train
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.signals import STALLED
+from lapse_elmo.watchdog import Watchdog
+from lapse_elmo.watchdog.report import ranks_in_words, stack_lines, stacks_of_this_process
+from lapse_elmo.watchdog.view import View
+from lapse_elmo.world import solo
+from tests import mpi
+from tests.training.corpora import TINY, Prepared, records, train_job
+from tests.training.test_failures import newest_whole
+
+PROGRAM = Path(__file__).with_name("stalling.py")
+LIMIT_S, START_S, END_S = 10, 90, 60
+OPTIONS = ("--epochs", "100000", "--batch-size", "8", "--save-every-steps", "4", "--report-every", "1")
+HOST = socket.gethostname()
+CASES = [
+    ("start", "stop", 0, 2, 1), ("start", "stop", 1, 2, 1), ("step", "stop", 0, 2, 1), ("step", "loop", 1, 2, 1),
+    ("save", "stop", 1, 2, 1), ("save", "read", 0, 2, 1), ("evaluation", "stop", 0, 2, 1),
+    ("step", "stop", 0, 4, 2), ("evaluation", "stop", 2, 4, 2),  # the ranks of the nodes' managers
+    ("save", "stop", 3, 4, 2), ("step", "stop", 1, 2, 2),  # the last one, which collects; the only one of its node
+]
+
+
+@pytest.mark.parametrize(("place", "how", "rank", "num_ranks", "num_nodes"), CASES)
+def test_a_rank_that_hangs(
+    small: Prepared, tmp_path: Path, place: str, how: str, rank: int, num_ranks: int, num_nodes: int
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = [*patient(small, run_dir, place, how, rank), "--nodes", str(num_nodes)]
+    job = mpi.mpirun(num_ranks, argv, timeout=START_S + LIMIT_S + END_S)
+    assert job.returncode == STALLED and not job.survivors, job.output
+    if place == "start":
+        assert f"the {num_ranks} ranks have not come together" in job.stderr and "in start" in job.stderr, job.output
+        return
+    assert checkpoint.candidates(run_dir), job.output
+    assert newest_whole(run_dir)["step"] >= 4
+    state = {"stop": "silent", "loop": "busy", "read": "busy"}[how]
+    named = [line for line in job.stderr.splitlines() if line.startswith(("  silent: ", "  busy: "))]
+    assert set(map(who, named)) == {(state, rank)}, job.output
+    assert f"rank {rank}/{num_ranks} on {HOST} (pid " in named[0], job.output
+    assert ("stopped by a signal" in named[0]) == (how == "stop"), job.output
+    where = r"  waiting for others in (step|save at|evaluation at|last save, after) .*: \d ranks?, \d"
+    assert re.search(where, job.stderr), job.output
+    calls = job.stderr[job.stderr.index("MainThread") :]
+    assert "in wait\n" in calls, job.output
+    if how != "stop":
+        assert f"in {how}\n" in calls, job.output
+
+
+def patient(small: Prepared, run_dir: Path, place: str = "nowhere", how: str = "stop", rank: int = 0) -> list[str]:
+    """A run that is patient until its first checkpoint."""
+    words = [str(PROGRAM), place, how, str(rank), *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
+    return [*words, "--stall-minutes", str(LIMIT_S / 60)]
+
+
+def who(line: str) -> tuple[str, int]:
+    """(silent or busy, rank) of a line of the report."""
+    found = re.match(r"  (\w+): rank (\d+)/", line)
+    assert found, line
+    return found[1], int(found[2])
+
+
+def test_the_same_command_resumes(small: Prepared, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with mpi.start(2, patient(small, run_dir)) as job:
+        while not checkpoint.candidates(run_dir):
+            assert job.running(), job.text()
+        os.kill(job.rank_pids()[1], signal.SIGSTOP)
+        ended = job.wait(LIMIT_S + END_S)
+    assert ended.returncode == STALLED, ended.output
+    step = newest_whole(run_dir)["step"]
+    with train_job(2, small, run_dir, *OPTIONS, "--max-steps", str(step + 1)) as job:
+        ended = job.wait(START_S)
+    assert ended.returncode == 0, ended.output
+    assert [line["step"] for line in records(run_dir, "train")] == [*range(1, step + 2)]
+
+
+def test_a_rank_that_is_only_slow_ends_nothing(small: Prepared, tmp_path: Path) -> None:
+    """Stopped for less than the limit, and again, and all ranks at once for longer than it."""
+    run_dir = tmp_path / "run"
+    argv = patient(small, run_dir)
+    with mpi.start(2, argv) as job:
+        while not checkpoint.candidates(run_dir):
+            assert job.running(), job.text()
+        first, second = job.rank_pids()
+        for stopped, seconds in (([first], LIMIT_S / 2), ([second], LIMIT_S / 2), ([first, second], 1.5 * LIMIT_S)):
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(TimeoutError):
+                mpi_wait(job, seconds)
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+            with pytest.raises(TimeoutError):
+                mpi_wait(job, 1.0)
+        assert "has made progress" not in job.text()[1]
+
+
+def mpi_wait(job: mpi.RunningJob, seconds: float) -> None:
+    """Return if the job ends within ``seconds``. :raises TimeoutError: if it does not; it goes on."""
+    deadline = time.monotonic() + seconds
+    while job.running():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.05)
+
+
+def test_no_watchdog_is_no_thread() -> None:
+    before = threading.active_count()
+    with Watchdog(0, "test") as watchdog:
+        watchdog.join(solo())
+        assert threading.active_count() == before
+    with pytest.raises(ConfigError, match="--stall-minutes is -1"):
+        parse_train(["--stall-minutes", "-1"])
+
+
+def test_a_view_tells_idle_and_silent_ranks_apart() -> None:
+    view = View(3)
+    ranks = np.array([0, 1])
+    for beat in range(1, 5):
+        view.take(ranks, np.array([[7, beat, 0, beat], [8, 1, 1, 1 if beat > 2 else beat]]), np.zeros(2, "S64"))
+        view.tick(1.0)
+    assert view.idle_s.tolist() == [0, 3, 4]
+    assert view.still_s.tolist() == [0, 1, 4]
+    assert view.waiting.tolist() == [False, True, False]
+
+
+def test_ranks_are_named_in_few_words() -> None:
+    assert ranks_in_words([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert ranks_in_words([]) == ""
+
+
+def test_equal_stacks_are_shown_once() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stack = pool.submit(stacks_of_this_process).result()
+    assert stack.startswith(b"MainThread:\n") and b"test_equal_stacks" in stack
+    lines = stack_lines([0, 1, 4], [b"a:\nx\n\nb:\ny", b"a:\nx", b""])
+    assert lines == ["  ranks 0-1, a:", "    x", "  rank 0, b:", "    y"]
