@@ -200,8 +200,8 @@ def _version(compiler: str) -> str:
     """What the compiler says of itself; empty if it says nothing."""
     try:
         run = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=_SHOWS_VERSION_S, check=False,
-            stdin=subprocess.DEVNULL,
+            [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=_SHOWS_VERSION_S,
+            check=False, stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError):
         return ""

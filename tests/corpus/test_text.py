@@ -144,7 +144,7 @@ def test_compressed_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPa
 def test_a_bomb_is_no_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed, "UNCHECKED_BYTES", 1 << 20)
     (tmp_path / "t").write_bytes(COMPRESS[kind](b"a a\n" * (1 << 20)))
-    with pytest.raises(CorpusError, match="bytes expand to more than .*: no text"):
+    with pytest.raises(CorpusError, match=r"bytes expand to more than .*: no text"):
         lines_of(tmp_path / "t")
 
 

@@ -317,6 +317,7 @@ def test_a_compiler_that_misbehaves(
     for name, value in (("CC", str(compiler)), (native.CACHE, str(tmp_path / "cache")), (native.SWITCH, "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(native, "_COMPILER_TIME_S", 1)
+    monkeypatch.setattr(native, "_SHOWS_VERSION_S", 1)
     start = time.monotonic()
     assert native.load(source) is None and time.monotonic() - start < 10
     assert says in native.problem(source) and len(native.problem(source).splitlines()) == 1
