@@ -62,13 +62,16 @@ def _initialise(mpi: Any) -> None:
     It returns once all ranks have come to it. mpi4py's own call holds the interpreter's lock, so that no watchdog could
     notice a rank that never comes.
     """
+    import mpi4py
+
     try:
         library = ctypes.CDLL(mpi.__file__)
         begin, end = library.MPI_Init_thread, library.MPI_Finalize
     except (OSError, AttributeError):  # of a mpi4py that is built in another way
         mpi.Init_thread()
         return
-    if begin(None, None, mpi.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())) != mpi.SUCCESS:
+    level = getattr(mpi, f"THREAD_{mpi4py.rc.thread_level.upper()}")
+    if begin(None, None, level, ctypes.byref(ctypes.c_int())) != mpi.SUCCESS:
         raise LaunchError("the MPI library cannot be initialised; what it says is above").on_every_rank()
     for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):
         comm.Set_errhandler(mpi.ERRORS_RETURN)  # as mpi4py does, which makes exceptions of them

@@ -183,7 +183,9 @@ def _integer(text: str) -> int:
     try:
         value = int(text.replace("_", ""))
     except ValueError:
-        number = _float(text)
+        number = float(text)
+        if text.strip("+-").isdigit():
+            _limited(number)  # more digits than int() reads
         if not number.is_integer():
             raise
         value = int(number)

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
 import mpi4py
 import numpy as np
@@ -24,12 +23,8 @@ ROWS, WIDTH, CLOCKS = 4000, 64, 10
 
 
 def main(argv: list[str], join: Callable[[], World]) -> None:
-    mpi4py.rc.initialize = False
-    from mpi4py import MPI
-
-    nodes, level, how = int(argv[0]), getattr(MPI, argv[1]), argv[2]
-    initialise = MPI.Init_thread
-    MPI.Init_thread = partial(initialise, level)
+    nodes, level, how = int(argv[0]), argv[1], argv[2]
+    mpi4py.rc.thread_level = level.removeprefix("THREAD_").lower()
     world = join()
     world.split(nodes)
     for name in LOCAL_SIZE_VARIABLES:  # mpirun's; below srun there are none of them
