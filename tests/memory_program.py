@@ -47,7 +47,7 @@ def main(argv: list[str], join: Callable[[], World]) -> int:
 
     def closed(self: NodeMemory) -> None:
         if worlds[0].local_rank == 0:
-            seen["shared"] = 512 * os.fstat(self.file).st_blocks  # pages are never given back before
+            seen["shared"] += 512 * os.fstat(self.file).st_blocks  # pages are never given back before
         close(self)
 
     def watch() -> None:

@@ -68,7 +68,7 @@ def test_replicas_are_counted_where_there_are_any(shards: ShardSet, monkeypatch:
     assert static < shared() < shared("--lookahead", "3") < static + 2 * (shared() - static)
     # No more than all rows of the other node.
     most = 50_000 * 2 * 4 * 2 * (16 + 17)
-    assert 0.9 * most < shared("--lookahead", "1000000") - static <= most
+    assert 0.9 * most < shared("--lookahead", "10000") - static <= most
     one = estimate(config_of(), 100_000, shards, solo())
     assert one.shared == one.rows + 2 * 100_000 * 45
 
