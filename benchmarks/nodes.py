@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     for _ in range(options.rounds):
         for nodes in options.nodes:
             each = TechniquesOptions(options.shards, options.vocab, (nodes,), options.ranks // nodes, options.max_steps)
-            own = ["--nodes", str(nodes), "--first-batch", "0", *argv[cut + 1 :]]
+            own = ["--nodes", str(nodes), *argv[cut + 1 :]]
             cells[nodes].append(row_of(train(each, nodes, own)).split(" | "))
     print("| nodes | local rows | MB per step | waiting | tokens/s | of the first row | tokens/s of each run |")
     print("|---" * 7 + "|")

@@ -27,6 +27,7 @@ def words_per_s(ranks: int, threads: int, *options: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [f"{sys.prefix}/bin/mpirun", "-n", str(ranks), "bin/train", "--run-dir", folder, "--overwrite"]
         command += ["--threads", str(threads), "--max-steps", str(_STEPS), "--report-every", "1", "--progress", "none"]
+        command += ["--first-batch", "0"]  # full batches from the first step
         subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"][_WARM_UP:]

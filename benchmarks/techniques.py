@@ -45,7 +45,7 @@ def train(options: TechniquesOptions, nodes: int, own: Sequence[str]) -> list[di
     """The records of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [f"{sys.prefix}/bin/mpirun", "-n", str(options.ranks * nodes), "bin/train", "--run-dir", folder]
-        corpus = ["--shards", options.shards, "--vocab", options.vocab, "--epochs", "1000"]
+        corpus = ["--shards", options.shards, "--vocab", options.vocab, "--epochs", "1000", "--first-batch", "0"]
         steps = ["--max-steps", str(options.max_steps), "--report-every", str(max(1, options.max_steps // _REPORTS))]
         done = subprocess.run([*command, *corpus, *steps, *own], cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
