@@ -32,7 +32,8 @@ from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, records, train_alone
 
 ENTRIES: dict[str, Any] = {
-    "vocabulary_sha256": "v", "num_classes": 43, "corpus": {"training": "t", "held-out": "h"}, "results": {"score": 3.5}, "state": {}
+    "vocabulary_sha256": "v", "num_classes": 43, "corpus": {"training": "t", "held-out": "h"},
+    "results": {"score": 3.5}, "state": {},
 }
 
 
