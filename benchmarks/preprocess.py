@@ -1,4 +1,4 @@
-"""Speed and memory of preprocessing: a vocabulary of ELMo's size, ``vocab`` and ``shards`` beside the plain loops.
+"""Speed and memory of preprocessing: loading a vocabulary of ELMo's size; ``vocab`` and ``shards`` against plain loops.
 
 Run ``python -m benchmarks.preprocess [TEXT...]``: real text is repeated until there is enough of it; without, text is
 made. The plain loops split each line and look each word up in a dict. Rates are MB (10^6 bytes) of expanded text per

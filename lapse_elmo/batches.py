@@ -16,9 +16,7 @@ workers together have trained before the pool, so every worker knows it without 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -272,16 +270,6 @@ def evaluation_batches(
     for first in range(part.first, part.end, batch_size):
         numbers = np.arange(first, min(first + batch_size, part.end))
         yield make_batch(*shards.read(numbers), numbers, max_length, boundaries)
-
-
-def read_ahead(source: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """The items of ``source``, of which a thread makes ``depth`` ahead while the caller computes."""
-    done = object()
-    with ThreadPoolExecutor(1, "batches") as reader:  # one thread: the order stays, and so do errors
-        made = deque(reader.submit(next, source, done) for _ in range(depth))
-        while (batch := made.popleft().result()) is not done:
-            made.append(reader.submit(next, source, done))
-            yield batch  # type: ignore[misc]
 
 
 def select(tokens: np.ndarray, offsets: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

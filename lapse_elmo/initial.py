@@ -40,17 +40,16 @@ def initialise(parameters: Parameters, config: Config, file: VocabularyFile, wor
     :raises CorpusError: if the file of --init-embedding is not word vectors of the run's size.
     """
     given = config.initial
-    vocabulary = world.together(file.load) if given.init_from or given.init_embedding else None
     if given.init_accumulators == "kept" and not given.init_from:
         raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from too").on_every_rank()
     if given.init_from:
-        assert vocabulary is not None
+        vocabulary = world.together(file.load)
         stored = open_together(given.init_from, "", world)
         world.together(lambda: _require_same_sizes(stored, config))
         return _from_model(stored, parameters, vocabulary, given.init_accumulators)
     parameters.initialise()
     if given.init_embedding:
-        assert vocabulary is not None
+        vocabulary = world.together(file.load)
         found = world.together(lambda: _from_vectors(Path(given.init_embedding), parameters, vocabulary))
         parameters.settle()
         counts = world.sum_(np.array([found], np.float64))

@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 #: The most that deflate can shrink is 1 / 1032; text does not shrink to less than 1 / 20.
 _MOST_EXPANSION = 100
 MOST_VOCABULARY_BYTES = 1 << 30
+MOST_TOML_BYTES = 1 << 24
 MOST_JSON_BYTES = 1 << 28  # of a manifest of 100,000 ranks, and of the options or the words of a model
 UNCHECKED_BYTES = 64 << 20  # of expanded data: short texts may be of one word
 

@@ -92,7 +92,7 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
         library, reason = _first_that_loads(source, candidates, compiler)
         if library is not None:
             return library, ""
-    features = _features()
+    features = processor_features()
     ahead = [_path_ahead(folder, source, name) for name, _, needed in _TARGETS if needed <= features]
     library, _ = _first_that_loads(source, [(path, ()) for path in ahead if path.exists()], None)
     return library, "" if library is not None else reason
@@ -108,10 +108,7 @@ def _first_that_loads(
             if not path.exists() and compiler is not None:
                 _build(source, path, compiler, options)
         except (subprocess.SubprocessError, OSError) as error:
-            status = getattr(error, "returncode", None)
-            output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
-            lines = output.strip().splitlines() or [str(error)]
-            reason = reason or f"{compiler} cannot build {source.name}: {lines[0]}"
+            reason = reason or f"{compiler} cannot build {source.name}: {_first_line(error)}"
             if isinstance(error, subprocess.TimeoutExpired):
                 break  # it would hang with other options, too
             continue
@@ -120,6 +117,13 @@ def _first_that_loads(
         except OSError as error:
             reason = reason or f"the library of {source.name} does not load: {error}"
     return None, reason
+
+
+def _first_line(error: subprocess.SubprocessError | OSError) -> str:
+    """What a compiler said first of why it failed; if it said nothing, how it ended."""
+    status = getattr(error, "returncode", None)
+    output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
+    return (output.strip().splitlines() or [str(error)])[0]
 
 
 def find_compiler() -> str | None:
@@ -145,8 +149,7 @@ def build_ahead(source: Path) -> dict[str, str]:
                     _build(source, path, compiler, (*_OPTIONS, *target, threads))
                 break
             except (subprocess.SubprocessError, OSError) as error:
-                output = getattr(error, "stderr", None) or str(error)
-                reasons[name] = reasons[name] or output.strip().splitlines()[0]
+                reasons[name] = reasons[name] or _first_line(error)
         if path.exists():
             reasons[name] = ""
     return reasons
@@ -208,7 +211,8 @@ def _version(compiler: str) -> str:
     return run.stdout
 
 
-def _features() -> frozenset[str]:
+@functools.cache
+def processor_features() -> frozenset[str]:
     """The processor's features as Linux names them."""
     for line in _processor().splitlines():
         if line.startswith(("flags", "Features")):

@@ -112,9 +112,8 @@ class RowTable:
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """All weights as (first row, (n, size)) in ascending chunks, without ever holding all rows."""
-        for first in range(0, self.segment.num_rows, _CHUNK_ROWS):
-            end = min(first + _CHUNK_ROWS, self.segment.num_rows)
-            yield first, self.pull(np.arange(first, end)).weights
+        for rows, weights in self.chunks_of(np.arange(self.segment.num_rows)):
+            yield int(rows[0]), weights
 
     def chunks_of(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Weights of the distinct ``rows`` (n,) as (some of these rows (k,), (k, size)), in their order."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lapse_elmo import checkpoint
-from lapse_elmo.batches import Batch, read_ahead
+from lapse_elmo.ahead import read_ahead
+from lapse_elmo.batches import Batch
 from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB, Config, parse_train

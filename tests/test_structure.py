@@ -17,8 +17,8 @@ from tests.mpi import ROOT
 # A package stands for its modules. Within a package imports are free; two packages of a floor do not know each other.
 FLOORS = [
     [
-        "addresses", "cores", "divergence", "errors", "growth", "inputs", "mpich", "native", "progress", "signals",
-        "streams", "__init__",
+        "addresses", "ahead", "cores", "divergence", "errors", "growth", "inputs", "mpich", "native", "progress",
+        "signals", "streams", "__init__",
     ],
     ["launcher", "output"],
     ["mpi_start"],

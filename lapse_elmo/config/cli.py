@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lapse_elmo.errors import ConfigError, in_one_line
-from lapse_elmo.inputs import read_small
+from lapse_elmo.inputs import MOST_TOML_BYTES, read_small
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,7 +28,6 @@ else:
 T = TypeVar("T")
 _MOST_INTEGER = 1 << 53  # exact in a float64, too
 _MOST_FLOAT = 3.4e38  # of a float32
-_MOST_TOML_BYTES = 1 << 24
 
 
 def option(
@@ -242,7 +241,7 @@ def _build(schema: type[T], namespace: argparse.Namespace) -> T:
 
 def _from_file(schema: type, path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(read_small(path, _MOST_TOML_BYTES).decode())
+        tables = tomllib.loads(read_small(path, MOST_TOML_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too

@@ -11,12 +11,12 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
+from lapse_elmo.ahead import read_ahead
 from lapse_elmo.corpus.compressed import DamagedError, expanded, format_of
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.inputs import open_regular
@@ -157,15 +157,7 @@ def read_blocks(part: Part) -> Iterator[Block]:
     :raises CorpusError: for damaged compressed data, a line longer than :data:`MAX_LINE_BYTES`, and whatever the system
         reports.
     """
-    return _ahead(_read(part)) if part.end is None else _read(part)
-
-
-def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, blocks, None)
-        while (block := following.result()) is not None:
-            following = pool.submit(next, blocks, None)
-            yield block
+    return read_ahead(_read(part), depth=1) if part.end is None else _read(part)
 
 
 def _read(part: Part) -> Iterator[Block]:

@@ -10,8 +10,6 @@ The steps of an LSTM multiply few rows by the same weights again and again: a :c
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,20 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lapse_elmo import native
 from lapse_elmo.model.packed import ANY_NUMBER, PackedFactor, Range, kernels, rows_packed
 
 PRECISIONS = ("fp32", "bf16")
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-@functools.cache
 def cpu_multiplies_bf16() -> bool:
     """Whether this processor has instructions for products of bfloat16."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
-        for line in info:
-            if line.startswith(("flags", "Features")):
-                return not _BF16_FEATURES.isdisjoint(line.split())
-    return False
+    return not _BF16_FEATURES.isdisjoint(native.processor_features())
 
 
 class Factor(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lapse_elmo.errors import ConfigError, UserError
-from lapse_elmo.inputs import read_small
+from lapse_elmo.inputs import MOST_TOML_BYTES, read_small
 from lapse_elmo.metrics.run_log import METRICS
 from lapse_elmo.trained import load
 
@@ -24,7 +24,7 @@ Records = list[dict[str, Any]]
 TOKENS = "train/trained_tokens"
 PHASES = ("pull", "compute", "agree", "push", "save")
 _NUM_WORDS, _NUM_NEIGHBOURS = 8, 6
-_MOST_METRICS_BYTES, _MOST_TOML_BYTES = 1 << 33, 1 << 24
+_MOST_METRICS_BYTES = 1 << 33
 _LEAST_LETTERS = 4  # of the words whose neighbours are shown: shorter ones are mostly function words
 
 
@@ -127,7 +127,7 @@ def read_metrics(run_dir: Path) -> Records:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_small(path, _MOST_TOML_BYTES).decode())
+        return tomllib.loads(read_small(path, MOST_TOML_BYTES).decode())
     except (OSError, ValueError, RecursionError):  # a run folder that was copied in part still has its metrics
         return {}
 

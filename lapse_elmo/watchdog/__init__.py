@@ -161,10 +161,9 @@ class _Group:
     def look(self, seconds: float) -> None:
         """Note how far all ranks are; end the job if none has come further for too long. ``seconds`` have passed."""
         view, rank = self._view, self._world.rank
-        self._arrays["progress"][self._world.local_rank, BEAT] += 1
         if self._post is not None:
             self._post.receive(view)
-        view.take(self._ranks, self._arrays["progress"].copy(), self._arrays["phases"].copy())
+        self._beat()
         view.tick(seconds)
         silent = view.still_s > max(_STILL_TICKS * self._tick_s, _STILL_SHARE * self._limit_s)
         first = rank == self._ranks[~silent[self._ranks]].min(initial=rank)
@@ -187,12 +186,16 @@ class _Group:
         elif first and (guilty or idle_s > 2 * self._limit_s):  # where the two that collect are gone, too
             self._end(silent, np.isin(np.arange(self._world.size), self._ranks))
 
+    def _beat(self) -> None:
+        """Give a sign of life, and note how far the node's ranks are."""
+        self._arrays["progress"][self._world.local_rank, BEAT] += 1
+        self._view.take(self._ranks, self._arrays["progress"].copy(), self._arrays["phases"].copy())
+
     def _stay(self, seconds: float) -> None:
         """Let time pass, with signs of life."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            self._arrays["progress"][self._world.local_rank, BEAT] += 1
-            self._view.take(self._ranks, self._arrays["progress"].copy(), self._arrays["phases"].copy())
+            self._beat()
             if self._post is not None:
                 self._post.send(self._ranks, self._view)
             time.sleep(self._tick_s)
