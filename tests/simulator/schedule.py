@@ -44,6 +44,7 @@ class Schedule:
     alone: bool = False  # worker 0 alone has rows moved
     poll_s: float = 4e-4
     outgoing_scale: int = 1
+    hot: bool = False  # all workers announce, push and pull the same rows in each clock, as training does
 
     @classmethod
     def of(cls, seed: int) -> Schedule:
@@ -70,6 +71,7 @@ class Schedule:
             alone=random.random() < 0.2,
             poll_s=random.choice((4e-4, 2e-3, 2e-3)),
             outgoing_scale=random.choice((1, 1, 1 << 20)),
+            hot=random.random() < 0.2,
         )
 
     def smaller(self) -> Iterator[Schedule]:
@@ -79,6 +81,7 @@ class Schedule:
             ("clocks_per_phase", (1, 2, 3)), ("calls_per_clock", (1, 2)), ("scheme", ("naive",)),
             ("outgoing_scale", (1,)), ("piece_bytes", (1 << 20,)), ("ring_bytes", (1 << 14,)), ("crowded", (False,)),
             ("stall_share", (0.0,)), ("preemption", (0.0,)), ("slow_share", (0.0,)),
+            ("hot", (False,)),
         )
         for name, values in simplest:
             present: Any = getattr(self, name)

@@ -89,6 +89,8 @@ class Worker:
             calls += [self.intent, self.intent, self.localize, self.sample]
         for phase in range(schedule.phases):
             for _ in range(schedule.clocks_per_phase):
+                if schedule.hot:
+                    self.use_hot_rows()
                 for _ in range(self.random.randint(0, schedule.calls_per_clock)):
                     self.random.choice(calls)()
                 self.reached.append(self.ledger.at_owners.copy())
@@ -101,15 +103,29 @@ class Worker:
             self.after_quiesce(phase)
         self.server.close()
 
-    def rows(self) -> np.ndarray:
-        """Return some distinct rows of "counts", frequent ones more often."""
+    def use_hot_rows(self) -> None:
+        """Announce the rows that everybody uses for one clock, in time or late, push to them and pull them.
+
+        Their replicas are refreshed in each round, and between two announcements they are about to be dropped.
+        """
+        if not self.schedule.alone:
+            late = self.random.randint(0, 1)
+            keys = self.ledger.layout["counts"].keys(np.arange(min(self.schedule.num_rows, 3)))
+            self.server.intent(keys, self.server.clock + 1 - late, self.server.clock + 2 - late)
+        self.push(hot=True)
+        self.pull(hot=True)
+
+    def rows(self, hot: bool = False) -> np.ndarray:
+        """Return some distinct rows of "counts", frequent ones more often, or those that everybody uses."""
+        if hot:
+            return np.arange(min(self.schedule.num_rows, 3))
         number = self.random.randint(1, self.schedule.num_rows)
         rows = [min(int(self.random.expovariate(0.3)), self.schedule.num_rows - 1) for _ in range(number)]
         return np.array(list(dict.fromkeys(rows)), np.int64)
 
-    def push(self) -> None:
+    def push(self, hot: bool = False) -> None:
         """Begin to push ones."""
-        rows = self.rows()
+        rows = self.rows(hot)
         deltas = np.zeros((rows.size, self.ledger.begun.shape[0]), np.float32)
         deltas[:, self.rank] = 1
         self.ledger.begun[self.rank, rows] += 1
@@ -118,9 +134,9 @@ class Worker:
         self.ledger.pushing -= 1
         self._under_way(self.pushes, ticket, rows)
 
-    def pull(self) -> None:
+    def pull(self, hot: bool = False) -> None:
         """Begin to pull."""
-        rows, ledger = self.rows(), self.ledger
+        rows, ledger = self.rows(hot), self.ledger
         out = np.full((rows.size, ledger.begun.shape[0]), np.nan, np.float32)
         if self.schedule.technique in ONE_COPY:
             least = np.maximum(ledger.complete, self.seen)[:, rows].copy()
@@ -177,15 +193,25 @@ class Worker:
 
     def localize(self) -> None:
         """Begin to bring some rows here; where nobody else moves rows, wait until they are here."""
-        rows = self.rows()
         if self.schedule.alone and self.schedule.technique == "relocation":
-            self.server.localize(rows)
-            here = self.server.is_local("counts")
-            assert here is not None and here[rows].all(), f"rows {rows.tolist()} were localized and are not all local"
+            self.localize_two_segments()
             return
+        rows = self.rows()
         ticket = self.server.localize_async(rows)
         if ticket != DONE:
             self.localizes.append(ticket)
+
+    def localize_two_segments(self) -> None:
+        """Bring rows of two segments here at the same time, and see each call end when its own rows are here."""
+        steps = np.arange(self.ledger.layout["steps"].num_rows)
+        calls = [("counts", self.rows()), ("steps", self.random.choice((steps, steps[:0])))]
+        self.random.shuffle(calls)
+        tickets = [self.server.localize_async(self.ledger.layout[name].keys(rows)) for name, rows in calls]
+        for (name, rows), ticket in zip(calls, tickets, strict=True):
+            if ticket != DONE:
+                self.server.wait(ticket)
+            here = self.server.is_local(name)
+            assert here is not None and here[rows].all(), f"{name}: {rows.tolist()} were localized, not all are local"
 
     def push_gradients(self) -> None:
         """Have steps taken."""
