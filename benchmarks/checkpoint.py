@@ -27,8 +27,9 @@ from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.cursor import Cursor, Progress
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.world import World, launch, solo
 from preprocess.shards import make_shards
 from preprocess.vocab import make_vocabulary
 

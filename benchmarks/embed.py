@@ -154,7 +154,7 @@ def memory(path: Path, folder: Path, sentences: list[list[str]]) -> None:
         text = folder / f"text{megabytes}"
         text.write_text(line * (megabytes * 1_000_000 // len(line) + 1), encoding="utf-8")
         code = (
-            "import sys, resource; from lapse_elmo import embed; from lapse_elmo.world import solo;"
+            "import sys, resource; from lapse_elmo import embed; from lapse_elmo.mpi.world import solo;"
             "embed.main([*sys.argv[1:], '--pool', 'mean', '--overwrite', '--threads', '1'], solo);"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

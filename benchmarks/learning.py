@@ -55,7 +55,7 @@ def steps_until(sentences: float, num_ranks: int, options: Sequence[str], shards
     """(steps until all ranks together have trained so many sentences, epochs of that), with bin/train's ``options``."""
     from lapse_elmo.config.training import parse_train
     from lapse_elmo.cursor import batch_streams
-    from lapse_elmo.world import solo
+    from lapse_elmo.mpi.world import solo
 
     (stream, *_) = batch_streams(parse_train([*options, "--accumulate", str(num_ranks)]), solo(), shards)
     epoch, steps = 0, 0

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.world import World, launch
 
 PACKAGES = ("lapse", "adapm")
 _ROWS, _WIDTH, _KEYS, _REPEATS = 65_536, 256, 8_192, 3

@@ -41,7 +41,7 @@ _MB = 1_000_000
 # Peak memory is of a whole process, so each run is one; the interpreter's own part shows in the first line.
 _RUN = """
 import sys, time
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from preprocess.cli import main
 start, used = time.perf_counter(), time.process_time()
 if len(sys.argv) > 1:

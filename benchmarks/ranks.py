@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from lapse_elmo.model.products import cpu_multiplies_bf16
-from lapse_elmo.world import usable_cores
+from lapse_elmo.mpi.host import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 _STEPS, _WARM_UP = 13, 3

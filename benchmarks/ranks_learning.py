@@ -29,8 +29,8 @@ from typing import Any
 
 from benchmarks.learning import steps_until
 from lapse_elmo.config.cli import option, parse
-from lapse_elmo.cores import usable_cores
 from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.mpi.host import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = 12  # of a run, in addition to those at the ends of epochs

@@ -23,10 +23,11 @@ import torch
 
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.wire import pieces
-from lapse_elmo.world import World, launch
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import PRESETS, ModelConfig
-from lapse_elmo.cores import usable_cores
 from lapse_elmo.devices import remarks, speed_up_float32
 from lapse_elmo.model import reference
 from lapse_elmo.model.initial_values import initialize_lstm
@@ -32,6 +31,7 @@ from lapse_elmo.model.lstm import FusedElmoLstm
 from lapse_elmo.model.packing import Packing
 from lapse_elmo.model.products import PRECISIONS, Products, cpu_multiplies_bf16
 from lapse_elmo.model.softmax import sampled_softmax_nll
+from lapse_elmo.mpi.host import usable_cores
 
 MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.3, 250  # of a batch that is sorted by length with noise (batches.py)
 

@@ -8,7 +8,7 @@ import signal
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C meanwhile ends the program, without a trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Slurm's warning would end a rank that is still importing torch: it waits until lapse_elmo.world.enter lets it through.
+# Slurm's warning would end a rank that is still importing torch: it stays blocked until lapse_elmo.mpi.start.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 import importlib.util  # noqa: E402 (these take a moment)
 import os  # noqa: E402

@@ -15,7 +15,7 @@ from lapse_elmo.batches import Batch, BatchStream, WorkerPart
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.growth import BatchGrowth
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 
 @dataclass(frozen=True)

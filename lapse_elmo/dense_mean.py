@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lapse_elmo.addresses import own_address
 from lapse_elmo.errors import in_one_line
-from lapse_elmo.world import World
+from lapse_elmo.mpi.host import own_address
+from lapse_elmo.mpi.world import World
 
 _START_S = 60.0
 

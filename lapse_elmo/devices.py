@@ -14,7 +14,7 @@ from lapse_elmo.errors import ConfigError
 from lapse_elmo.model import packed
 from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import cpu_multiplies_bf16
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 _FEW_THREADS, _THREADS_PER_CORE = 64, 4  # the most that --threads may ask for: the larger of them
 _FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off

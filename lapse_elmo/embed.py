@@ -27,12 +27,12 @@ from lapse_elmo.corpus.files import made_whole, refuse_existing, write_failed
 from lapse_elmo.corpus.hdf5 import Hdf5Output
 from lapse_elmo.corpus.text import find_texts
 from lapse_elmo.devices import choose_device
+from lapse_elmo.mpi.world import World
 from lapse_elmo.rounds import run_rounds
 from lapse_elmo.trained import TrainedModel
 from lapse_elmo.trained.model import mean_of_words
 from lapse_elmo.trained.opening import open_together
 from lapse_elmo.trained.targets import TargetVectors, read_targets
-from lapse_elmo.world import World
 
 INDEX, MEANS = "sentence_to_index", "means"
 

@@ -60,7 +60,7 @@ def in_one_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """Lines on stderr, in one write: ``print`` makes two of them, between which a launcher puts other ranks' words."""
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed stream must not end what is reported on
         sys.stderr.write(f"{text}\n")

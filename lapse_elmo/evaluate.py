@@ -21,10 +21,10 @@ from lapse_elmo.corpus.vocabulary import END, UNKNOWN
 from lapse_elmo.devices import choose_device
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.mpi.world import World
 from lapse_elmo.node_softmax import NodeSoftmax
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import predicting_vectors
-from lapse_elmo.world import World
 
 HELD_BYTES = 256 * 2**20  # of predicting vectors, for one walk through the softmax rows; twice that while they meet
 

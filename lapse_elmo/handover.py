@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from lapse_elmo.errors import UserError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 T = TypeVar("T")
 

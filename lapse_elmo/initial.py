@@ -23,11 +23,11 @@ from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary, VocabularyFile
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.tables import RowTable
 from lapse_elmo.trained.opening import open_together
 from lapse_elmo.trained.stored import StoredModel, Table
-from lapse_elmo.world import World
 
 _CHUNK_ROWS = 16384
 _SIZES = ("projection_size", "cell_size", "num_layers", "context")
@@ -51,7 +51,7 @@ def initialise(parameters: Parameters, config: Config, file: VocabularyFile, wor
     if given.init_embedding:
         vocabulary = world.together(file.load)
         found = world.together(lambda: _from_vectors(Path(given.init_embedding), parameters, vocabulary))
-        parameters.settle()
+        parameters.sync_parameters()
         counts = world.sum_(np.array([found], np.float64))
         return [f"--init-embedding: {int(counts[0]):,} of {len(vocabulary.words):,} words start with given vectors"]
     return []
@@ -83,7 +83,7 @@ def _from_model(
                 table.server.set(table.segment.keys(rows), start)
     if kept:
         _keep_dense_accumulators(stored.path / DENSE, parameters)
-    parameters.settle()
+    parameters.sync_parameters()
     shared = int((source[UNKNOWN:] >= 0).sum())
     new, left_out = (len(words.words) - shared for words in (vocabulary, stored.vocabulary))
     lines = [

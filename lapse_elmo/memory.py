@@ -16,10 +16,10 @@ import numpy as np
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
 from lapse_elmo.ps.sampling import Distribution
 from lapse_elmo.tables import DENSE_ROW, rule_of
-from lapse_elmo.world import World
 
 _LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
 _ROW_INDEX_BYTES = 45  # what every node knows of each row of a table, wherever the row is

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lapse_elmo.config.using import parse_nearest
+from lapse_elmo.mpi.world import World
 from lapse_elmo.trained import load
-from lapse_elmo.world import World
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:

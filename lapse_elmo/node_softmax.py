@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.model.full_softmax import SoftmaxParts, nll_of, softmax_parts
+from lapse_elmo.mpi.world import World
 from lapse_elmo.tables import RowTable
-from lapse_elmo.world import World
 
 
 class NodeSoftmax:

@@ -11,12 +11,12 @@ import torch
 from lapse_elmo.config.training import Config, ModelConfig
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.optimizers import DenseOptimizer
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.rng import torch_stream
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
-from lapse_elmo.world import World
 
 
 def build_model(config: ModelConfig, seed: int) -> BiLM:
@@ -106,7 +106,7 @@ class Parameters:
             self.dense_table.initialise()
         self.server.quiesce()
 
-    def settle(self) -> None:
+    def sync_parameters(self) -> None:
         """Collective: every push is visible, and the model holds the newest dense parameters."""
         self.server.quiesce()
         if self.dense_table is not None:

@@ -8,9 +8,9 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, product_lines, remarks
 from lapse_elmo.metrics.run_log import table
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.engines import server_remarks
 from lapse_elmo.run_folder import Corpus, Start
-from lapse_elmo.world import World
 
 
 def plan_lines(

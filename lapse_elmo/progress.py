@@ -1,7 +1,7 @@
 """How far a rank has come, for a watchdog to see: a few numbers that its own threads write and others read.
 
-Whatever takes long says so: every collective of :class:`lapse_elmo.world.World`, every part of a step, every piece of
-an evaluation, of a checkpoint, of a restored table. A rank that does none of it for long is stuck.
+Everything that takes long reports here: each collective call (:mod:`lapse_elmo.mpi.collectives`), each phase of a step,
+each piece of an evaluation, of a checkpoint, of a restored table. A rank that reports nothing for long is stuck.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from lapse_elmo.corpus.text import cut_into_parts, read_blocks
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.handover import hand_to_first
 from lapse_elmo.metrics.terminal import stderr_is_terminal
+from lapse_elmo.mpi.world import World
 from lapse_elmo.trained.sentences import windows
-from lapse_elmo.world import World
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
 from lapse_elmo.metrics.versions import versions
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 # What must be as it was for a run to go on: it decides the shapes of the parameters, or what they mean.
 _FIXED = {

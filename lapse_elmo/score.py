@@ -20,10 +20,10 @@ from lapse_elmo.corpus.files import made_whole, refuse_existing, write_failed, w
 from lapse_elmo.corpus.text import find_texts
 from lapse_elmo.devices import choose_device
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.rounds import run_rounds
 from lapse_elmo.trained import SentenceScore, Totals, TrainedModel
 from lapse_elmo.trained.opening import open_together
-from lapse_elmo.world import World
 
 HEADER = "sentence\tposition\tword\tforward_bits\tbackward_bits\tunknown\n"
 

@@ -19,10 +19,10 @@ from lapse_elmo.errors import TrainingError
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.optimizers import sum_of_squares
 from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.rng import torch_stream
 from lapse_elmo.tables import PulledRows
-from lapse_elmo.world import World
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,16 @@ from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog
 from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.milestones import Milestones
+from lapse_elmo.mpi.exit import abort
+from lapse_elmo.mpi.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import Corpus, Hold, Start, find_start, name_run, prepare
 from lapse_elmo.run_state import EpochResult, RunState, summary
 from lapse_elmo.schedule import Schedule
-from lapse_elmo.signals import COMPLETE, INTERRUPTED, RESUMABLE, StopSignals
 from lapse_elmo.step import AnnouncedBatch, TrainingStep
 from lapse_elmo.watchdog import Watchdog
-from lapse_elmo.world import World
 
 # What a rank says to all at a step, in addition to the saver's own flags: save, end for good, or save and end for now.
 SAVE, END, SIGNAL = 4, 8, 16
@@ -46,7 +47,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     config = parse_train(argv)
     with StopSignals() as stop, Watchdog(config.run.stall_minutes, "bin/train") as watchdog:
         world = enter()
-        stop.at_once = lambda: world.abort(INTERRUPTED, quietly=True)
+        stop.at_once = lambda: abort(world, INTERRUPTED, quietly=True)
         if config.server.nodes > 1:
             world.split(config.server.nodes)
         watchdog.join(world)
@@ -126,9 +127,9 @@ class Training:
         """Collective: log who does what, and what is about to be trained."""
         plan = plan_lines(self.config, self.world, self.corpus, self.device, self.cursor, self.start)
         for line in (*plan, *memory):
-            self.log.say(line)
+            self.log.log_line(line)
         for emulated in self.parameters.server.emulated:
-            self.log.say(f"--ps {self.config.server.ps}: {emulated}")
+            self.log.log_line(f"--ps {self.config.server.ps}: {emulated}")
 
     def run(self) -> int:
         """Train until the epochs, steps, minutes or patience are over, or a signal asks for an end; the exit status."""
@@ -136,7 +137,7 @@ class Training:
         targets = sentence_targets(self.config, self.corpus.train)
         step_once = TrainingStep(self.config, self.world, self.parameters, self.device.device, targets, self.flag)
         if step_once.remark:
-            log.say(step_once.remark)
+            log.log_line(step_once.remark)
         profile = StepProfile(self.run_dir, every.profile, self.world.rank)
         signalled = False
         with self.saver:
@@ -179,7 +180,7 @@ class Training:
         profile.close()
         step_once.close()
         if signalled:
-            log.say(farewell(self.stop.asked, cursor.step, self.run_dir))
+            log.log_line(farewell(self.stop.asked, cursor.step, self.run_dir))
         log.close()
         return RESUMABLE if signalled else COMPLETE
 
@@ -249,7 +250,7 @@ class Training:
         state, cursor, log, whole = self.state, self.cursor, self.log, self.state.whole
         tokens_per_s = whole.tokens_per_s
         self.world.progress.enter(f"evaluation at step {cursor.step}")
-        self.parameters.settle()
+        self.parameters.sync_parameters()
         start = time.perf_counter()
         with self.server_meter.aside():
             heldout = evaluate(
@@ -273,12 +274,12 @@ class Training:
                 "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
             },
         )
-        log.say(
+        log.log_line(
             f"step {cursor.step:,}, {cursor.epochs_done:.2f} epochs: loss {whole.loss:.3f}, held-out perplexity "
             f"{heldout.mean:.1f} (forward {heldout.forward:.1f}, backward {heldout.backward:.1f})"
         )
         if whole.num_cut:
-            log.say(f"{whole.num_cut:,} sentences were cut at --max-length {self.config.data.max_length}")
+            log.log_line(f"{whole.num_cut:,} sentences were cut at --max-length {self.config.data.max_length}")
         state.results.append(
             EpochResult(cursor.step, cursor.epochs_done, whole.num_tokens, tokens_per_s, whole.loss, heldout)
         )

@@ -13,7 +13,7 @@ from lapse_elmo.config.preprocessing import (
     ShardsOptions,
     VocabOptions,
 )
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 from preprocess.demo_text import make_demo_text
 from preprocess.download import download
 from preprocess.inspect import inspect_shards

@@ -25,7 +25,7 @@ from pathlib import Path
 from lapse_elmo.config.preprocessing import DemoTextOptions
 from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.errors import CorpusError
-from lapse_elmo.world import World, solo
+from lapse_elmo.mpi.world import World, solo
 from preprocess.progress import bar, say
 from preprocess.prose import near_key, sentences
 from preprocess.staging import Staging

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lapse_elmo.config.preprocessing import DownloadOptions
 from lapse_elmo.corpus.files import sync_directory, write_failed, write_whole
 from lapse_elmo.errors import CorpusError, OutputError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 URLS = {
     "benchmark": "http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz",

@@ -10,7 +10,7 @@ from lapse_elmo.config.preprocessing import InspectOptions
 from lapse_elmo.corpus.shards import ShardFile, find_shards
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CorpusError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 _BAR_WIDTH = 50
 _MANY = 1 << 18  # sentence offsets read at a time

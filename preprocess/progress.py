@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 
 def bar(world: World, total: int, unit: str, description: str) -> tqdm:

@@ -19,7 +19,7 @@ from lapse_elmo.corpus.text import Part, cut_into_parts, find_texts, share
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import Ids, new_ids, problem
 from lapse_elmo.errors import ConfigError, CorpusError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 from preprocess.pieces import Piece, encode_part, piece_paths, read_group, residue_of
 from preprocess.progress import bar, say
 from preprocess.staging import Staging

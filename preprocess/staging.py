@@ -19,7 +19,7 @@ from typing import BinaryIO, TypeVar
 
 from lapse_elmo.corpus.files import refuse_existing, sync_directory, write_failed
 from lapse_elmo.errors import OutputError, UserError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 T = TypeVar("T")
 

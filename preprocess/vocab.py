@@ -16,7 +16,7 @@ from lapse_elmo.corpus.text import Part, cut_into_parts, find_texts, read_blocks
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.corpus.words import Counts, most_frequent, new_counts, problem
 from lapse_elmo.errors import CorpusError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 from preprocess.progress import bar, say
 from preprocess.staging import Staging
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lapse_elmo.world import World
+from lapse_elmo.mpi.exit import abort
+from lapse_elmo.mpi.world import World
 from tests.mpi import mpirun
 
 
@@ -36,7 +37,7 @@ def run(
             file.write(json.dumps([name, error, round(time.perf_counter() - start, 3)]) + "\n")
             file.flush()
             if error and not local(name):
-                world.abort(1)
+                abort(world, 1)
             world.barrier()
 
 

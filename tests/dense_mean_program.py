@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lapse_elmo import dense_mean
 from lapse_elmo.dense_mean import DenseMean, MpiMean, TorchMean, open_dense_mean, open_torch_mean
-from lapse_elmo.world import World, launch
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from tests import collective
 
 CPU = torch.device("cpu")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.node_softmax import NodeSoftmax
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.tables import RowTable
-from lapse_elmo.world import World, launch
 from tests import collective
 
 CLASSES, SIZE = 1000, 17

@@ -13,9 +13,9 @@ from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.memory import check_memory, dense_size, estimate
+from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import build_model
 from lapse_elmo.ps import node_state
-from lapse_elmo.world import World, solo
 from tests import memory_program
 from tests.mpi import mpirun
 from tests.training.conftest import small  # noqa: F401 (a fixture)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lapse_elmo.mpich import settle_before_init
+from lapse_elmo.mpi.start import choose_mpich_network
 
 NETWORK = "MPIR_CVAR_CH4_NETMOD"
 
@@ -23,11 +23,11 @@ NETWORK = "MPIR_CVAR_CH4_NETMOD"
 )
 def test_libfabric_where_there_is_a_choice(monkeypatch: pytest.MonkeyPatch, version: str, chosen: str | None) -> None:
     monkeypatch.setattr(os, "environ", {})
-    settle_before_init(version)
+    choose_mpich_network(version)
     assert os.environ.get(NETWORK) == chosen
 
 
 def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {NETWORK: "ucx"})
-    settle_before_init("MPICH Device:       ch4:ucx ofi\n")
+    choose_mpich_network("MPICH Device:       ch4:ucx ofi\n")
     assert os.environ[NETWORK] == "ucx"

@@ -19,9 +19,9 @@ import pytest
 from lapse_elmo import report
 from lapse_elmo.errors import ConfigError, OutputError
 from lapse_elmo.metrics.server_meter import band_ends
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.report.charts import _draw_bands, _draw_local_share, _draw_owners, charts_of, figure_of
 from lapse_elmo.report.runs import Run, read_run
-from lapse_elmo.world import solo
 
 CONFIG = '[data]\nshards = "corpus/shards"\n[model]\nprojection_size = 16\n[training]\nseed = 7\n'
 

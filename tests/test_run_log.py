@@ -23,7 +23,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lapse_elmo.config.training import RunConfig
-from lapse_elmo.errors import say
+from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.step import StepResult
@@ -58,7 +58,7 @@ def four_steps(folder: Path) -> None:
         if step % 2 == 0:
             log.report(step, meter, {}, {})
             meter = Meter()
-    log.say("said in between")
+    log.log_line("said in between")
     log.close()
 
 
@@ -230,5 +230,5 @@ def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Raw()), line_buffering=True))
-        say("one\ntwo")
+        log_line("one\ntwo")
     assert writes == [b"one\ntwo\n"]

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from lapse_elmo import signals
-from lapse_elmo.signals import StopSignals
+from lapse_elmo.mpi import signals
+from lapse_elmo.mpi.signals import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lapse_elmo.config.training import OptimizerConfig
 from lapse_elmo.errors import CheckpointError
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.rng import torch_stream
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
-from lapse_elmo.world import solo
 
 ROWS, SIZE = 50, 7
 ADAGRAD, SGD = OptimizerConfig(row_accumulators="element"), OptimizerConfig(optimizer="sgd")

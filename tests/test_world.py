@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.launcher import launcher_rank_and_size
-from lapse_elmo.world import launch, solo
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.launcher import launcher_rank_and_size
+from lapse_elmo.mpi.world import solo
 from tests import collective, world_program
 from tests.mpi import ROOT, mpirun
 
@@ -143,7 +144,7 @@ def test_what_launchers_tell(
 
 
 def test_solo_needs_no_mpi() -> None:
-    code = "import sys; from lapse_elmo.world import solo; solo().barrier(); print('mpi4py' in sys.modules)"
+    code = "import sys; from lapse_elmo.mpi.world import solo; solo().barrier(); print('mpi4py' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
     assert solo().allgather("x") == ["x"]
 
@@ -152,7 +153,7 @@ def test_reader_that_leaves_ends_the_program_quietly(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from lapse_elmo.world import launch\n"
+        "from lapse_elmo.mpi.launch import launch\n"
         "launch(lambda argv, enter: [print('x' * 1000, flush=True) for _ in range(10_000)], [], 'program')\n"
     )
     done = subprocess.run(

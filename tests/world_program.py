@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lapse_elmo.errors import ConfigError, CorpusError, UserError
-from lapse_elmo.world import World, launch
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from tests import collective
 
 

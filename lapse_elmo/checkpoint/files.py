@@ -16,9 +16,9 @@ from lapse_elmo.checkpoint.manifest import DENSE, Manifest, rank_file, sha256_of
 from lapse_elmo.corpus.files import H5_ERRORS, ErrorKeepingFile
 from lapse_elmo.cursor import Progress, SavedCursor
 from lapse_elmo.errors import CheckpointError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.tables import RowTable
-from lapse_elmo.world import World
 
 _CHUNK_ROWS = 16384
 _BLOCK_BYTES = 1 << 22
@@ -38,7 +38,7 @@ class Snapshot:
 
     def take(self, parameters: Parameters, sentences: tuple[np.ndarray, np.ndarray] | None, world: World) -> None:
         """Collective: copy this rank's share; all ranks have copied theirs on return."""
-        parameters.settle()
+        parameters.sync_parameters()
         owned = {table.segment.name: parameters.server.owned_rows(table.segment.name) for table in parameters.tables}
         for table in parameters.tables:
             segment = table.segment
@@ -138,7 +138,7 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
 
     world.together(lambda: guarded(read_rows))
     world.together(lambda: guarded(lambda: _read_dense(path / DENSE, parameters)))
-    parameters.settle()
+    parameters.sync_parameters()
 
 
 def saved_cursor(path: Path, manifest: Manifest) -> SavedCursor:

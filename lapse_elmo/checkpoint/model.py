@@ -20,8 +20,8 @@ from lapse_elmo.checkpoint.manifest import (
 )
 from lapse_elmo.config.training import Config, ServerConfig
 from lapse_elmo.corpus.vocabulary import VocabularyFile
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.world import World
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, VERSION, Man
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.world import World
 
 WRITTEN, FAILED = 1, 2  # flags of a rank, for all to see at the next step
 NUM_NEWEST = 2

@@ -18,7 +18,7 @@ from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
 from lapse_elmo.errors import CorpusError
 
 if TYPE_CHECKING:
-    from lapse_elmo.world import World
+    from lapse_elmo.mpi.world import World
 
 __all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "find_shards", "shard_name"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lapse_elmo.config.using import ExportConfig, parse_export
 from lapse_elmo.export import elmo, huggingface, word2vec
+from lapse_elmo.mpi.world import World
 from lapse_elmo.trained.opening import open_together
 from lapse_elmo.trained.stored import StoredModel
-from lapse_elmo.world import World
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
 from lapse_elmo.corpus.files import write_failed, write_whole
-from lapse_elmo.errors import say
+from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step import StepResult
 
@@ -151,7 +151,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         if first_step:
-            take_back(run_dir / METRICS, first_step)
+            truncate_after(run_dir / METRICS, first_step)
         mode = "a" if first_step else "w"
         self._file = open(run_dir / METRICS, mode, encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
         self._writer = SummaryWriter(str(run_dir / EVENTS), purge_step=first_step + 1 if first_step else None)
@@ -192,7 +192,7 @@ class RunLog:
             elapsed = time.perf_counter() - self._whole.start
             done = max(step - self._first_step, 1)
             left = min(elapsed / done * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
-            self.say(
+            self.log_line(
                 f"epoch {self.epoch}  step {step:,}/{self._num_steps:,}  "
                 f"{meter.tokens_per_s:,.0f} tokens/s  loss {meter.loss:.3f}  ETA {_clock(left)}"
                 f"{self._straggler(meter, phases)}"
@@ -238,14 +238,14 @@ class RunLog:
             if "/" in name and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
-    def say(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """A line on stderr that a progress bar does not break."""
         if not self.active:
             return
         if self._bar is not None:
             self._bar.write(f"{line}\n", file=sys.stderr, end="")
         else:
-            say(line)
+            log_line(line)
 
     def close(self) -> None:
         if not self.active:
@@ -256,7 +256,7 @@ class RunLog:
         self._writer.close()
 
 
-def take_back(path: Path, last_step: int) -> None:
+def truncate_after(path: Path, last_step: int) -> None:
     """Remove what metrics.jsonl says of steps after ``last_step``, and a line that was cut off."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

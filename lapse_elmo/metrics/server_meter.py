@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import NodeStats, ParameterServer, SegmentStats
-from lapse_elmo.world import World
 
 NUM_BANDS = 32
 _WORKER = ("pulled_rows", "pushed_rows", "remote_pulled_rows", "remote_pushed_rows", "wait_s", "sent_bytes")

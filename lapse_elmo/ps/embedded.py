@@ -30,6 +30,7 @@ from functools import partial
 import numpy as np
 
 from lapse_elmo.errors import ServerError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.directory import MAX_NODES
 from lapse_elmo.ps.layout import Layout, Segment, distinct
@@ -46,7 +47,6 @@ from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, NativeRows, 
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Backoff
 from lapse_elmo.ps.wire import growing_pieces, new, pieces
-from lapse_elmo.world import World
 
 
 class EmbeddedServer(ParameterServer):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lapse_elmo import native
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Sampler
-from lapse_elmo.world import World
 
 
 def server_remarks(name: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.world import World
+from lapse_elmo.mpi.world import World
 
 _FOLDER = "/dev/shm"
 _ALIGNMENT = 4096

@@ -25,11 +25,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lapse_elmo.addresses import own_address
 from lapse_elmo.errors import ConfigError, LaunchError, ServerError, in_one_line
+from lapse_elmo.mpi.host import own_address
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
-from lapse_elmo.world import World
 
 START_S = 120.0
 _MARK = "_lapse_elmo_started"  # on the package's module

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from lapse_elmo.errors import ConfigError, ServerError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer, SegmentStats
 from lapse_elmo.ps.layout import Layout, Segment, distinct, distinct_and_places, turns
 from lapse_elmo.ps.package_node import PackageNode
 from lapse_elmo.ps.rules import Rule
 from lapse_elmo.ps.sampling import Sampler
-from lapse_elmo.world import World
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lapse_elmo import native
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.locked_rows import open_rows
 from lapse_elmo.ps.memory import NodeMemory
@@ -18,7 +19,6 @@ from lapse_elmo.ps.mpi_transport import MpiTransport
 from lapse_elmo.ps.node_state import Memory
 from lapse_elmo.ps.rows import SOURCE, Rows
 from lapse_elmo.ps.transport import Transport
-from lapse_elmo.world import World
 
 if TYPE_CHECKING:
     from mpi4py import MPI

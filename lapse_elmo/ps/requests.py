@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import Call
 from lapse_elmo.ps.directory import groups, learn, node_of
 from lapse_elmo.ps.layout import Segment
@@ -16,7 +17,6 @@ from lapse_elmo.ps.messages import Done, Message, Pull, Push, Rows
 from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
 from lapse_elmo.ps.wire import new
-from lapse_elmo.world import World
 
 _MOST_REQUESTED_BYTES = 1 << 26  # of values that a worker has asked for or is sending; it waits before it adds to them
 _RECORD_HEADER_BYTES = 256  # more than any message has in addition to its rows

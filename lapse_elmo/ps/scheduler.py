@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 
-from lapse_elmo.errors import say
+from lapse_elmo.errors import log_line
 
 STARTS, UP, ENDS = b"s", b"u", b"e"
 _END_S = 20.0  # for the scheduler to end once the nodes shut down
@@ -95,6 +95,6 @@ def _end(scheduler: int, living: int) -> int:
 
 def _end_job(parent: int, why: str) -> None:
     """Say ``why`` and end rank 0, and with it the job: it cannot do so itself while it is blocked in C++."""
-    say(f"lapse-elmo: error: {why}")
+    log_line(f"lapse-elmo: error: {why}")
     with contextlib.suppress(ProcessLookupError):
         os.kill(parent, signal.SIGTERM)

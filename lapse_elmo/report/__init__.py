@@ -11,9 +11,9 @@ from typing import Any
 
 from lapse_elmo.config.using import parse_report
 from lapse_elmo.corpus.files import write_whole
+from lapse_elmo.mpi.world import World
 from lapse_elmo.report.charts import charts_of
 from lapse_elmo.report.runs import Run, read_run
-from lapse_elmo.world import World
 
 PAGE = "report.html"
 

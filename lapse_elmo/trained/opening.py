@@ -25,10 +25,10 @@ from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.model.bilm import BiLMOptions
+from lapse_elmo.mpi.world import World
 from lapse_elmo.trained.elmo_files import holds_elmo_files, open_elmo_files
 from lapse_elmo.trained.huggingface_files import holds_huggingface_files, open_huggingface_files
 from lapse_elmo.trained.stored import StoredModel
-from lapse_elmo.world import World
 
 
 def open_stored(

@@ -21,14 +21,15 @@ from types import TracebackType
 
 import numpy as np
 
-from lapse_elmo.errors import say
-from lapse_elmo.launcher import launcher_rank_and_size
+from lapse_elmo.errors import log_line
+from lapse_elmo.mpi.exit import abort
+from lapse_elmo.mpi.launcher import launcher_rank_and_size
+from lapse_elmo.mpi.signals import STALLED
+from lapse_elmo.mpi.world import World
 from lapse_elmo.progress import BEAT, NUM_FIELDS, PHASE_TYPE, Progress
 from lapse_elmo.ps.memory import NodeMemory
-from lapse_elmo.signals import STALLED
 from lapse_elmo.watchdog.report import describe, stack_lines, stacks_of_this_process
 from lapse_elmo.watchdog.view import Post, View
-from lapse_elmo.world import World
 
 NOTES = "LAPSE_ELMO_STALLS"  # names a file for the report of a stall, in addition to stderr
 _NOTE_S = 3.0  # its file system may be what hangs
@@ -102,7 +103,7 @@ class Watchdog:
             f"is slow or away; the job ends with status {STALLED}"
         )
         text = "\n".join([head, *stack_lines([rank], [stacks_of_this_process()])])
-        say(text)
+        log_line(text)
         _leave_note(text)
         os._exit(STALLED)  # the launcher ends the other ranks
 
@@ -212,11 +213,11 @@ class _Group:
             *describe(self._view, silent, known, self._hosts, self._here),
             *stack_lines(alive, [stacks[rank] for rank in alive]),
         ]
-        say("\n".join(lines))
+        log_line("\n".join(lines))
         _leave_note("\n".join(lines))
         if self._post is not None:
             self._stay(_GRACE_S + _STILL_TICKS * self._tick_s)  # another node may know more
         killer = threading.Timer(_ABORT_S, os._exit, [STALLED])  # the MPI library may be what hangs
         killer.daemon = True
         killer.start()
-        self._world.abort(STALLED, quietly=True)
+        abort(self._world, STALLED, quietly=True)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lapse_elmo.addresses import own_address
+from lapse_elmo.mpi.host import own_address
+from lapse_elmo.mpi.world import World
 from lapse_elmo.progress import BEAT, DONE, NUM_FIELDS, PHASE_TYPE, WAITING
-from lapse_elmo.world import World
 
 _RECORD = np.dtype([("rank", np.int64), ("numbers", np.int64, (NUM_FIELDS,)), ("phase", PHASE_TYPE)])
 _AT_ONCE = 12  # records of a datagram, which then needs no fragments

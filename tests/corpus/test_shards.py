@@ -21,7 +21,7 @@ from lapse_elmo.corpus import shard_file
 from lapse_elmo.corpus.shards import Header, ShardFile, ShardSet, ShardWriter, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CorpusError
-from lapse_elmo.world import World, solo
+from lapse_elmo.mpi.world import World, solo
 
 VOCABULARY = Vocabulary.from_words(["a", "b", "c", "d"])
 

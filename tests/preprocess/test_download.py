@@ -14,7 +14,7 @@ import pytest
 
 from lapse_elmo.config.preprocessing import DownloadOptions
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from preprocess.download import download
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.config.preprocessing import DemoTextOptions
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from preprocess import demo_text
 from preprocess.demo_text import documents, make_demo_text, split
 from preprocess.prose import near_key, sentences, tokenise

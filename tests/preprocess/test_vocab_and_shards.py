@@ -158,7 +158,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next(
     v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
     script = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from preprocess import shards, cli; "
-        "from lapse_elmo.world import solo; "
+        "from lapse_elmo.mpi.world import solo; "
         "shards.read_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL); cli.main(sys.argv[2:], solo)"
     )
     arguments = ["shards", train, "--heldout", heldout, "--vocab", v, "--output", out, "--num-shards", "2"]
@@ -194,7 +194,8 @@ def test_a_file_size_limit(tmp_path: Path, limit: int) -> None:
 
     script = (  # alone, since MPI needs larger files itself
         "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); limit = int(sys.argv[2]); "
-        "from lapse_elmo.world import launch, solo; from preprocess.cli import main; "
+        "from lapse_elmo.mpi.launch import launch; from lapse_elmo.mpi.world import solo; "
+        "from preprocess.cli import main; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
         "launch(lambda argv, _: main(argv, solo), sys.argv[3:], 'bin/preprocess')"
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from preprocess.shards import make_shards
 from preprocess.vocab import make_vocabulary
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
-from lapse_elmo.world import World
 from tests.ps.layout import LAYOUT, NUM_SAMPLED, every_key, ones, pulled
 
 STALENESS = 8  # clocks, the engines' default

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Segment
-from lapse_elmo.world import World
 from tests.ps.layout import LAYOUT, every_key, ones, pulled
 
 RULED = ("adagrad", "per row", "descent")  # segments

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lapse_elmo.errors import ServerError
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, ParameterServer
-from lapse_elmo.world import World
 from tests.ps.layout import LAYOUT, WIDTH, every_key, ones, pulled
 
 _ARRIVAL_S = 10.0

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from lapse_elmo.errors import ServerError
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.manager import TECHNIQUES
 from lapse_elmo.ps.sampling import Distribution, Sampler
-from lapse_elmo.world import World, launch
 from tests import collective
 from tests.ps.checks_of_moves import Moves
 from tests.ps.checks_of_rules import Rules

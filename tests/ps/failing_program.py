@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.world import World, launch
 from tests.mpi import mpirun
 
 RANKS = 4

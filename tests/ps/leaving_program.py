@@ -13,11 +13,12 @@ from collections.abc import Callable
 import mpi4py
 import numpy as np
 
-from lapse_elmo.cores import LOCAL_SIZE_VARIABLES
 from lapse_elmo.errors import TrainingError
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.launcher import LOCAL_SIZE_VARIABLES
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.world import World, launch
 
 ROWS, WIDTH, CLOCKS = 4000, 64, 10
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.ring import RING_BYTES
-from lapse_elmo.world import World, launch
 from tests import collective
 
 RANKS, NODES = 4, 2

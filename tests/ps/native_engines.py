@@ -6,9 +6,9 @@ import importlib
 import importlib.util
 from typing import Any
 
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.world import World
 
 # By (package, check): why it is not asked of the package.
 EXCEPTIONS: dict[tuple[str, str], str] = {

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lapse_elmo.errors import ServerError, TrainingError
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.world import World, launch
 
 
 def main(argv: list[str], join: Callable[[], World]) -> None:

@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, ParameterServer
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Sampler
-from lapse_elmo.world import World, launch
 from tests import mpi
 
 ANSWER_S = 15  # far above what any call takes on a busy machine

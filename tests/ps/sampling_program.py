@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import POOL_REUSE, SCHEMES, SHARING, Distribution, Sampler
-from lapse_elmo.world import World, launch
 from tests import collective
 from tests.ps.test_sampling import chi_square_is_plausible
 

@@ -45,7 +45,7 @@ def test_contract(report: dict[str, str], name: str) -> None:
 
 def test_hosts_are_nodes(hosts: Hosts, tmp_path: Path) -> None:
     code = (
-        "import json, pathlib, sys; from lapse_elmo.world import enter; w = enter();"
+        "import json, pathlib, sys; from lapse_elmo.mpi.launch import enter; w = enter();"
         "pathlib.Path(sys.argv[1], str(w.rank)).write_text(json.dumps([w.node, w.num_nodes, w.local_rank, w.host]))"
     )
     job = mpirun(4, ["-c", code, tmp_path], env=ENVIRONMENT, launcher=hosts.launcher)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lapse_elmo.errors import ServerError
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.api import DONE
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.lapse_package import LapseServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.rules import Rule
-from lapse_elmo.world import solo
 
 WIDTH, ROWS = 5, 20
 RULES = {"sgd": Rule("sgd"), "adagrad": Rule("adagrad"), "per row": Rule("adagrad", per_row=True)}

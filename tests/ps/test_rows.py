@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lapse_elmo import native
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.layout import Layout, Segment, turns
 from lapse_elmo.ps.locked_rows import LockedRows
 from lapse_elmo.ps.memory import NodeMemory
 from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, shapes_of
 from lapse_elmo.ps.rules import Rule
-from lapse_elmo.world import solo
 
 ROWS = 60
 WIDTHS = (1, 2, 7, 16, 129, 1027)

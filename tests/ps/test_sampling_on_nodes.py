@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from tests import collective
 from tests.ps import sampling_program
 

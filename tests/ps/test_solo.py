@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lapse_elmo.errors import ConfigError, ServerError
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import SCHEMES, Distribution, Sampler
-from lapse_elmo.world import solo
 
 LAYOUT = Layout.of(("a", 7, 2), ("b", 1, 5), ("c", 30, 3))
 SEGMENTS = st.sampled_from(LAYOUT.segments)

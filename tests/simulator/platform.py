@@ -85,7 +85,7 @@ class Job:
 
 
 class SimWorld:
-    """One rank's view of the job; what the engine needs of :class:`lapse_elmo.world.World`."""
+    """One rank's view of the job; what the engine needs of :class:`lapse_elmo.mpi.world.World`."""
 
     comm = None
     oversubscribed = True

@@ -13,7 +13,7 @@ import numpy as np
 
 from lapse_elmo import evaluate, train
 from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from preprocess.shards import make_shards
 from preprocess.vocab import make_vocabulary
 from tests import mpi

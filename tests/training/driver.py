@@ -19,8 +19,10 @@ import torch
 from lapse_elmo import embed, evaluate, export, score, train
 from lapse_elmo.config.training import Config
 from lapse_elmo.errors import UserError
+from lapse_elmo.mpi.exit import abort
+from lapse_elmo.mpi.launch import enter
+from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.world import World, enter
 
 
 def train_with_a_poisoned_gradient(argv: list[str], enter: Callable[[], World]) -> None:
@@ -78,7 +80,7 @@ def main() -> None:
         results = [world.allgather(run_case(case, world)) for case in json.loads(Path(sys.argv[1]).read_text())]
     except BaseException:
         traceback.print_exc()
-        world.abort(1)
+        abort(world, 1)
     if world.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import files, saver
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
 from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
-from lapse_elmo.world import World, launch
 
 
 def die(*_: Any) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 from lapse_elmo import checkpoint, evaluate, train
 from lapse_elmo.checkpoint import files
-from lapse_elmo.launcher import launcher_rank_and_size
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.launcher import launcher_rank_and_size
+from lapse_elmo.mpi.world import World
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.watchdog import _Group
-from lapse_elmo.world import World, launch
 
 
 def stop() -> None:

@@ -26,8 +26,8 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import Cursor, Progress
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.evaluate import Perplexity
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
-from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, records, train_alone
 

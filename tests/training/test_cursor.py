@@ -11,7 +11,7 @@ from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import Cursor, SavedCursor
-from lapse_elmo.world import World, solo
+from lapse_elmo.mpi.world import World, solo
 from tests.training.corpora import TINY, Prepared, prepare, random_sentences
 
 

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from lapse_elmo.signals import RESUMABLE
+from lapse_elmo.mpi.signals import RESUMABLE
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints
 

@@ -16,8 +16,8 @@ from lapse_elmo import export
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.export import word2vec
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained.stored import ArrayTable, StoredModel
-from lapse_elmo.world import solo
 from tests.training.corpora import Prepared, train_alone
 from tests.training.other_python import run_in_other_python
 

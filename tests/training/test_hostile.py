@@ -26,8 +26,8 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError, CorpusError, UserError
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained.targets import read_targets
-from lapse_elmo.world import solo
 from preprocess.vocab import make_vocabulary
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, train_alone

@@ -13,7 +13,7 @@ import lapse_elmo
 from lapse_elmo import export, train
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.errors import CheckpointError, ConfigError, CorpusError, UserError
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from tests.training.conftest import Drive
 from tests.training.corpora import (
     TINY,

@@ -13,10 +13,10 @@ from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import batch_streams
 from lapse_elmo.errors import TrainingError
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.train import sentence_targets
-from lapse_elmo.world import solo
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, train_alone
 
@@ -39,7 +39,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
             own = [p.detach().clone() for p in parameters.model.parameters()]
             return [*tables, *own, *(a.clone() for a in parameters.dense_optimizer.accumulators)]
 
-        parameters.settle()
+        parameters.sync_parameters()
         before = state()
         with pytest.raises(TrainingError, match=r"loss is not finite at step 7 \(sentences \d+, .*nothing was pushed"):
             step([step.announce(batch, 0)], 7, 0.2)

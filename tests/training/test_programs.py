@@ -16,7 +16,7 @@ import pytest
 import lapse_elmo
 from lapse_elmo import embed, nearest, score
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError, UserError
-from lapse_elmo.world import solo
+from lapse_elmo.mpi.world import solo
 from tests.mpi import ROOT
 from tests.training.conftest import Drive
 from tests.training.corpora import Prepared, evaluate_alone, random_sentences, train_alone
@@ -153,7 +153,7 @@ def refused(program: object, argv: list[str], error: type[UserError], says: str)
 def test_memory_does_not_grow_with_the_text(run: Path, tmp_path: Path) -> None:
     """Five times as many lines take as much memory, but for a few MB; the vectors of the larger text are 61 MB."""
     program = (
-        "import sys, resource; from lapse_elmo import embed, score; from lapse_elmo.world import solo\n"
+        "import sys, resource; from lapse_elmo import embed, score; from lapse_elmo.mpi.world import solo\n"
         "run, text, output = sys.argv[1:]\n"
         "embed.main([run, text, '--output', output + '.hdf5', '--threads', '1'], solo)\n"
         "score.main([run, text, '--output', output + '.tsv', '--threads', '1'], solo)\n"

@@ -121,7 +121,7 @@ def test_a_rank_without_native_code_and_the_slowest_rank_are_named(small: Prepar
     code = (
         "import os, sys\n"
         f"if os.environ['PMI_RANK'] == '1': os.environ[{SWITCH!r}] = '0'\n"
-        "from lapse_elmo import train\nfrom lapse_elmo.world import launch\n"
+        "from lapse_elmo import train\nfrom lapse_elmo.mpi.launch import launch\n"
         "launch(train.main, sys.argv[1:], prog='bin/train')\n"
     )
     run_dir = tmp_path / "run"

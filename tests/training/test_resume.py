@@ -19,9 +19,9 @@ from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import CheckpointError, OutputError
+from lapse_elmo.mpi.signals import RESUMABLE
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.run_folder import Hold
-from lapse_elmo.signals import RESUMABLE
-from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import (

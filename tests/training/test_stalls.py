@@ -17,11 +17,11 @@ import pytest
 from lapse_elmo import checkpoint
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.signals import STALLED
+from lapse_elmo.mpi.signals import STALLED
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.watchdog import Watchdog
 from lapse_elmo.watchdog.report import ranks_in_words, stack_lines, stacks_of_this_process
 from lapse_elmo.watchdog.view import View
-from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, records, train_job
 from tests.training.test_failures import newest_whole

@@ -18,8 +18,8 @@ import torch
 import lapse_elmo
 from lapse_elmo import export
 from lapse_elmo.errors import CheckpointError, CorpusError, UserError
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained import Totals, model, module
-from lapse_elmo.world import solo
 from tests.mpi import ROOT
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, evaluate_alone, train_alone

@@ -18,8 +18,8 @@ import torch
 from lapse_elmo import embed, export, rounds
 from lapse_elmo.errors import CorpusError, OutputError, UserError
 from lapse_elmo.model import reference
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained import StoredModel, opening
-from lapse_elmo.world import solo
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import Prepared, evaluate_alone, random_sentences, train_alone

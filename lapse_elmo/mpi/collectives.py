@@ -1,0 +1,172 @@
+"""Collective calls, and agreement between ranks on results and errors.
+
+All waiting polls, with short sleeps once a wait gets long: MPI libraries spin in blocking calls, which starves the
+ranks that compute as soon as there are more ranks than cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from lapse_elmo.errors import UserError
+from lapse_elmo.progress import Progress
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+_SPIN_S = 0.002  # a rank with a core of its own spins this long before it starts to sleep
+_LONGEST_SLEEP_S = 0.001
+
+
+class Collectives:
+    """Calls that all ranks of the job (or of a node) make together, in the same order.
+
+    They must come from the main thread. ``obj`` arguments are anything that pickles; arrays are sent as they are.
+
+    Attributes:
+        comm: The communicator of all ranks; None for a process without MPI, where every call returns at once.
+        node_comm: The communicator of this node's ranks; None without MPI.
+        rank: This rank.
+        size: The number of ranks.
+        oversubscribed: Whether this machine has more ranks than cores for them, so that waits should not spin.
+        progress: What this rank is doing, for the watchdog.
+    """
+
+    def __init__(self, comm: MPI.Comm | None) -> None:
+        self.comm = comm
+        self.node_comm: MPI.Intracomm | None = None
+        self.rank, self.size = (comm.rank, comm.size) if comm is not None else (0, 1)
+        self.oversubscribed = False
+        self.progress = Progress()
+
+    def wait(self, request: MPI.Request) -> None:
+        """Complete a nonblocking operation without keeping a core busy."""
+        if not request.Test():
+            self.progress.waits()
+            start = time.perf_counter()
+            sleep_s = 1e-5
+            while not request.Test():
+                if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
+                    time.sleep(sleep_s)
+                    sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+        self.progress.made()
+
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+        if self.comm is not None:
+            self.wait(self.comm.Ibarrier())
+
+    def node_barrier(self) -> None:
+        """Return once every rank of this node has called this."""
+        if self.node_comm is not None:
+            self.wait(self.node_comm.Ibarrier())
+
+    def bcast(self, obj: T, root: int = 0) -> T:
+        """Return rank ``root``'s ``obj`` on every rank."""
+        return obj if self.comm is None else self._bcast_on(self.comm, obj, root)
+
+    def node_bcast(self, obj: T) -> T:
+        """Return the ``obj`` of this node's first rank on every rank of the node."""
+        return obj if self.node_comm is None else self._bcast_on(self.node_comm, obj, 0)
+
+    def _bcast_on(self, comm: MPI.Comm, obj: T, root: int) -> T:
+        data = bytearray(pickle.dumps(obj)) if comm.rank == root else bytearray()
+        length = np.array([len(data)], np.int64)
+        self.wait(comm.Ibcast(length, root))
+        if comm.rank != root:
+            data = bytearray(int(length[0]))
+        self.wait(comm.Ibcast(data, root))
+        return obj if comm.rank == root else pickle.loads(data)
+
+    def allgather(self, obj: T) -> list[T]:
+        """Return every rank's ``obj``, ordered by rank, on every rank."""
+        return self._gathered(obj, everywhere=True)
+
+    def gather(self, obj: T) -> list[T]:
+        """Return every rank's ``obj``, ordered by rank, on rank 0; an empty list on the others."""
+        return self._gathered(obj, everywhere=False)
+
+    def _gathered(self, obj: T, *, everywhere: bool) -> list[T]:
+        if self.comm is None:
+            return [obj]
+        from mpi4py import MPI
+
+        data = pickle.dumps(obj)
+        lengths = self.gather_numbers(np.array([len(data)]))[:, 0]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        here = everywhere or self.rank == 0
+        buffer = bytearray(int(starts[-1]) if here else 0)
+        into = [buffer, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]
+        self.wait(self.comm.Iallgatherv(data, into) if everywhere else self.comm.Igatherv(data, into if here else None))
+        return [pickle.loads(buffer[a:b]) for a, b in itertools.pairwise(starts)] if here else []
+
+    def gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        """Return every rank's ``numbers`` (k,) as an array (size, k), in one small message.
+
+        Cheaper than :meth:`allgather`: for what the ranks exchange at each step.
+        """
+        out = np.empty((self.size, *numbers.shape), numbers.dtype)
+        if self.comm is None:
+            out[0] = numbers
+        else:
+            self.wait(self.comm.Iallgather(np.ascontiguousarray(numbers), out))
+        return out
+
+    def sum_(self, array: np.ndarray) -> np.ndarray:
+        """Add up the ranks' contiguous arrays in place; every rank gets the same bits."""
+        self.start_sum(array)()
+        return array
+
+    def start_sum(self, array: np.ndarray) -> Callable[[], None]:
+        """Begin :meth:`sum_`.
+
+        Returns:
+            A function that waits for the sum. ``array`` must not be touched before it returns.
+        """
+        if self.comm is None:
+            return lambda: None
+        from mpi4py import MPI
+
+        request = self.comm.Iallreduce(MPI.IN_PLACE, array)
+        return lambda: self.wait(request)
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0 alone, and return its result, or raise its UserError, on every rank."""
+        result: T | None = None
+        error: UserError | None = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except UserError as caught:
+                error = caught
+        result, error = self.bcast((result, error))
+        if error is not None:
+            raise error.on_every_rank()
+        return result  # type: ignore[return-value]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every rank; if it raises a UserError on any, raise the first one on all.
+
+        The message names the rank it comes from, unless all ranks raise the same one.
+        """
+        result: T | None = None
+        error: UserError | None = None
+        try:
+            result = function()
+        except UserError as caught:
+            error = caught
+        errors = self.allgather((error, str(self)))
+        for other, where in errors:
+            if other is not None:
+                alike = all(str(e) == str(other) for e, _ in errors)
+                raised = other if alike else type(other)(f"[{where}] {other}")
+                raise raised.on_every_rank()
+        return result  # type: ignore[return-value]
