@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import PRESETS, ModelConfig
-from lapse_elmo.devices import remarks, speed_up_float32
+from lapse_elmo.devices import speed_up_float32
+from lapse_elmo.fallbacks import model_fallbacks
 from lapse_elmo.model import reference
 from lapse_elmo.model.initial_values import initialize_lstm
 from lapse_elmo.model.lanes import both
@@ -257,8 +258,8 @@ def main(argv: list[str]) -> None:
     """Print the table."""
     options = parse(StepOptions, argv, prog="python -m benchmarks.step", description="Time the parts of a step.")
     speed_up_float32()
-    for remark in remarks(ModelConfig(precision=options.precisions[-1]), torch.device("cpu")):
-        print(remark)
+    for warning in model_fallbacks(ModelConfig(precision=options.precisions[-1]), torch.device("cpu")):
+        print(warning)
     head = f"{'threads':>7}  {'forward and backward pass':<34}{'words/s':>10}{'GFLOP/s':>9}{'share':>8}"
     print(head + f"{'peer':>10}{'ratio':>7}" * options.peers)
     for threads in options.threads:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from lapse_elmo import native
-from lapse_elmo.config.training import DeviceConfig, ModelConfig
+from lapse_elmo.config.training import DeviceConfig
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.model import packed
-from lapse_elmo.model.pointwise import SOURCE, triton_problem
-from lapse_elmo.model.products import cpu_multiplies_bf16
 from lapse_elmo.mpi.world import World
 
 _FEW_THREADS, _THREADS_PER_CORE = 64, 4  # the most that --threads may ask for: the larger of them
@@ -60,58 +54,6 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
     device = torch.device("cuda", ids[world.host_rank % len(ids)])
     torch.cuda.set_device(device)
     return Device(device, threads)
-
-
-def product_lines(config: ModelConfig, device: torch.device) -> list[str]:
-    """What multiplies in the steps of the LSTM on this machine, for a plan."""
-    fused_here = config.lstm == "fused" and device.type == "cpu"
-    return [packed.describe(config.precision)] if fused_here else []
-
-
-class Uplink:
-    """Brings rows from the host's memory to ``device``: on a GPU through pinned memory, on a stream of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def send(self, rows: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring ``rows``, strided or not; the result gives them, contiguous, and perhaps the same on the CPU.
-
-        With a GPU ``rows`` are free again at once, and work that is queued after they were taken waits on the device,
-        not on the host.
-        """
-        stream = self._stream
-        if stream is None:
-            return lambda: rows.to(self.device).contiguous()
-        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
-        with torch.cuda.stream(stream):
-            copy = pinned.to(self.device, non_blocking=True)
-        arrived = stream.record_event()  # of this copy: waiting for the stream would be for later copies too
-
-        def take() -> Tensor:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(arrived)
-            copy.record_stream(here)  # its memory, of the other stream, is not given away before this one is done
-            return copy
-
-        return take
-
-
-def remarks(config: ModelConfig, device: torch.device) -> list[str]:
-    """What a log should say about how this machine computes: slower ways that were taken, and why."""
-    lines = []
-    for what, source in (("pointwise parts", SOURCE), ("products of few rows", packed.PACKED_SOURCE)):
-        if device.type == "cpu" and native.load(source) is None:
-            lines.append(f"the model's {what} run in torch, which is slower than C: {native.problem(source)}")
-    if device.type == "cuda" and (why := triton_problem(device)):
-        lines.append(f"the LSTM's pointwise parts run in torch, which is slower than Triton: {why}")
-    if config.precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
-        lines.append(
-            "this processor has no bfloat16 products: --precision bf16 rounds the factors and multiplies in float32, "
-            "at the speed of float32"
-        )
-    return lines
 
 
 def speed_up_float32() -> bool:

@@ -1,146 +1,22 @@
-"""Held-out perplexity by full softmax, over all ranks; and the unigram perplexity to hold it against."""
+"""``bin/evaluate``: the perplexity of a saved model on any shards."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
-import torch
-
-from lapse_elmo.batches import Batch, evaluation_batches
 from lapse_elmo.checkpoint import SavedModel
-from lapse_elmo.config.training import DataConfig
 from lapse_elmo.config.using import parse_evaluate
 from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.corpus.vocabulary import END, UNKNOWN
 from lapse_elmo.devices import choose_device
-from lapse_elmo.errors import ConfigError
-from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.mpi.world import World
-from lapse_elmo.node_softmax import NodeSoftmax
-from lapse_elmo.parameters import Parameters
-from lapse_elmo.step import predicting_vectors
-
-HELD_BYTES = 256 * 2**20  # of predicting vectors, for one walk through the softmax rows; twice that while they meet
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Summed nll (nats) of each direction over ``num_targets`` targets a direction, on all ranks."""
-
-    forward_nll: float
-    backward_nll: float
-    num_targets: int
-
-    @property
-    def forward(self) -> float:
-        return _exp(self.forward_nll / self.num_targets)
-
-    @property
-    def backward(self) -> float:
-        return _exp(self.backward_nll / self.num_targets)
-
-    @property
-    def mean(self) -> float:
-        return _exp((self.forward_nll + self.backward_nll) / (2 * self.num_targets))
-
-
-def _exp(loss: float) -> float:
-    """exp, infinite where it overflows: a model that has diverged has a perplexity too."""
-    return math.exp(loss) if not loss > 700 else math.inf
-
-
-@torch.no_grad()
-def evaluate(
-    parameters: Parameters, shards: ShardSet, data: DataConfig, batch_size: int, world: World, device: torch.device
-) -> Perplexity:
-    """Collective: perplexity over every sentence of ``shards``, each with state zero at its start.
-
-    The softmax rows are read in chunks, so that memory does not grow with the vocabulary, and once for as many batches
-    as ``HELD_BYTES`` of predicting vectors are. On several nodes each reads its own (:class:`NodeSoftmax`).
-
-    :raises ConfigError: if no sentence has a target (single tokens without boundaries).
-    """
-    model, softmax = parameters.model, parameters.softmax
-    model.eval()
-    sums = np.zeros(3)
-    batches = evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries)
-    if world.num_nodes == 1:
-        for context, target in _held(batches, parameters, device, HELD_BYTES):
-            chunks = ((first, rows.to(device)) for first, rows in softmax.chunks())
-            sums += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
-    else:
-        across = NodeSoftmax(softmax, world, device)
-        held = _held(batches, parameters, device, HELD_BYTES // world.num_nodes)  # as many come from the other nodes
-        nothing = torch.empty(0, softmax.size - 1, device=device), torch.empty(0, dtype=torch.int64, device=device)
-        while True:  # as often as the rank that has most
-            mine = next(held, None)
-            if not world.sum_(np.array([mine is not None], np.int64))[0]:
-                break
-            sums += _sums(across.nll(*(mine or nothing)))
-    model.train()
-    world.sum_(sums)
-    if not sums[2]:
-        raise ConfigError("the held-out sentences have no targets: single tokens need --boundaries")
-    return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]))
-
-
-def _held(
-    batches: Iterator[Batch], parameters: Parameters, device: torch.device, most_bytes: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield predicting vectors (2 n, D) and targets (2 n,), forward ones first, of as many batches as are held."""
-    held: list[tuple[torch.Tensor, np.ndarray]] = []
-    num_bytes = 0
-    for batch in parameters.world.progress.counted(batches):
-        if not batch.num_targets:
-            continue
-        embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
-        context = predicting_vectors(parameters.model, embedding, batch, None)
-        held.append((context, batch.target_rows))
-        num_bytes += context.nbytes
-        if num_bytes >= most_bytes:
-            yield _joined(held, device)
-            held, num_bytes = [], 0
-    if held:
-        yield _joined(held, device)
-
-
-def _joined(held: list[tuple[torch.Tensor, np.ndarray]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicting vectors and targets of batches, which are forgotten: forward ones, then backward ones."""
-    halves = [half for context, _ in held for half in context.chunk(2)]
-    targets = [half for _, target in held for half in np.split(target, 2)]
-    held.clear()
-    target = torch.from_numpy(np.concatenate(targets[::2] + targets[1::2]))
-    return torch.cat(halves[::2] + halves[1::2]), target.to(device)
-
-
-def _sums(nll: torch.Tensor) -> np.ndarray:
-    """Summed forward and backward nll, and the targets of a direction."""
-    forward, backward = nll.chunk(2) if len(nll) else (nll, nll)
-    return np.array([float(forward.sum()), float(backward.sum()), len(forward)])
-
-
-def unigram_perplexity(train: ShardSet, heldout: ShardSet, boundaries: bool, world: World) -> float:
-    """Collective: perplexity of the held-out text under the word frequencies of the training text.
-
-    A model must be far below it to have learnt more than frequencies. Targets are words and, with ``boundaries``, one
-    end of sentence each; a class that the training text lacks counts as if it had come once.
-    """
-    counts, targets = (shards.unigram_counts(world).astype(np.float64) for shards in (train, heldout))
-    if boundaries:
-        counts[END], targets[END] = train.num_sentences, heldout.num_sentences
-    counts[UNKNOWN:] = np.maximum(counts[UNKNOWN:], 1)
-    log_probability = np.log(np.maximum(counts, 1e-300) / counts.sum())
-    return math.exp(-float((targets * log_probability).sum()) / float(targets.sum()))
+from lapse_elmo.perplexity import measure_perplexity
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """``bin/evaluate``: perplexity of a saved model on any shards."""
+    """Parse, open the model and the shards, measure and report perplexity."""
     options = parse_evaluate(argv)
     world = enter()
     if options.output:
@@ -152,7 +28,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     with ShardSet.open_on_all(world, folder, options.split, saved.vocabulary) as shards:
         parameters = saved.parameters(world, device)
         start = time.perf_counter()
-        result = evaluate(parameters, shards, data, options.batch_size, world, device)
+        result = measure_perplexity(parameters, shards, data, options.batch_size, world, device)
         seconds = time.perf_counter() - start
         parameters.server.close()
     if options.output:

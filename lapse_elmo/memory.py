@@ -16,9 +16,9 @@ import numpy as np
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
-from lapse_elmo.ps.sampling import Distribution
 from lapse_elmo.tables import DENSE_ROW, rule_of
 
 _LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
@@ -104,7 +104,7 @@ def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Worl
         return 0, 0
     steps, workers = config.training.lookahead + 1, world.local_size
     drawers = workers if config.softmax.share_samples == "none" else 1
-    probabilities = Distribution("log-uniform", num_classes).probabilities
+    probabilities = log_uniform_probability(np.arange(num_classes), num_classes)
 
     def distinct(draws: int) -> float:
         return float(-np.expm1(-draws * probabilities).sum())

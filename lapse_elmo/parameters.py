@@ -6,9 +6,11 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from lapse_elmo.config.training import Config, ModelConfig
+from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.optimizers import DenseOptimizer
 from lapse_elmo.mpi.world import World
@@ -93,7 +95,7 @@ class Parameters:
             generator = torch_stream(seed, "initial embedding", first)
             return torch.randn(end - first, size, generator=generator)
 
-        log_probabilities = torch.from_numpy(Distribution("log-uniform", rows).probabilities).log().float()
+        log_probabilities = torch.from_numpy(log_uniform_probability(np.arange(rows), rows)).log().float()
 
         def softmax(first: int, end: int) -> torch.Tensor:
             generator = torch_stream(seed, "initial softmax", first)

@@ -19,14 +19,13 @@ from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.files import write_whole
-from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
+from lapse_elmo.training_data import TrainingData
 
 # What must be as it was for a run to go on: it decides the shapes of the parameters, or what they mean.
 _FIXED = {
@@ -41,20 +40,7 @@ _FREE = {
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What a run reads."""
-
-    vocabulary: VocabularyFile
-    train: ShardSet
-    heldout: ShardSet
-
-    def names(self) -> dict[str, str]:
-        """By what the shards are for, what names the set."""
-        return {"training": self.train.set_sha256, "held-out": self.heldout.set_sha256}
-
-
-@dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run starts: at a checkpoint, or (all empty) at the beginning.
 
     :ivar notes: what the user should know about it.
@@ -81,7 +67,7 @@ def name_run(config: Config, world: World) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=folder))
 
 
-class Hold:
+class RunLock:
     """A context in which no other job trains in the same folder (collective). A folder that stays empty goes again.
 
     The lock is of the folder itself: it leaves no file, and it goes with the process, however that ends. On file
@@ -94,7 +80,7 @@ class Hold:
         self._active = active
         self._handle: int | None = None
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> RunLock:
         if self._active:
             self._world.agree(self._take)
         return self
@@ -125,14 +111,14 @@ def _cannot_write(run_dir: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write to --run-dir {run_dir}: {error.strerror}; choose another")
 
 
-def find_start(config: Config, corpus: Corpus, world: World) -> Start:
+def find_resume_point(config: Config, data: TrainingData, world: World) -> ResumePoint:
     """Collective: the checkpoint to go on from, whole and fit for this run, as --resume and --overwrite want it.
 
     :raises CheckpointError: if one was asked for, or is there, that cannot serve.
     """
     run, run_dir = config.run, Path(config.run.run_dir)
     if run.resume == "never" or (run.resume == "auto" and run.overwrite):
-        return Start()
+        return ResumePoint()
     notes: list[str] = []
     if run.resume == "auto":
         found = world.agree(lambda: [p for p in checkpoint.candidates(run_dir) if p.is_dir()])
@@ -147,14 +133,14 @@ def find_start(config: Config, corpus: Corpus, world: World) -> Start:
         world.agree(lambda: _refuse_later(path, run_dir, run.overwrite))
         chosen = path, _verified(path, world)
     if chosen is None:
-        return Start()
+        return ResumePoint()
     path, manifest = chosen
-    changed = world.agree(lambda: require_same(path, manifest, config, corpus))
+    changed = world.agree(lambda: require_same(path, manifest, config, data))
     notes += [f"other options than before: {', '.join(changed)}"] if changed else []
     if any(option.startswith("--row-accumulators") for option in changed):
         how = "their row's mean" if config.optimizer.row_accumulators == "row" else "copies of their row's"
         notes.append(f"the checkpoint's accumulators are converted: they become {how}")
-    return Start(path, manifest, world.together(lambda: checkpoint.saved_cursor(path, manifest)), tuple(notes))
+    return ResumePoint(path, manifest, world.together(lambda: checkpoint.saved_cursor(path, manifest)), tuple(notes))
 
 
 def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Path, Manifest] | None:
@@ -186,15 +172,15 @@ def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
         )
 
 
-def require_same(path: Path, manifest: Manifest, config: Config, corpus: Corpus) -> list[str]:
+def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingData) -> list[str]:
     """Refuse to go on from ``path`` as another model or on another corpus; the options that differ otherwise.
 
     :raises CheckpointError: naming every difference.
     """
-    checkpoint.require_vocabulary(manifest, corpus.vocabulary, path)
+    checkpoint.require_vocabulary(manifest, data.vocabulary, path)
     saved, now = as_tables(checkpoint.config_of(manifest, path)), as_tables(config)
     refused = _differences(saved, now, _FIXED)
-    for kind, name in corpus.names().items():
+    for kind, name in data.names().items():
         if manifest["corpus"][kind] != name:
             refused.append(f"other {kind} shards (set {manifest['corpus'][kind][:16]}..., now {name[:16]}...)")
     if refused:
@@ -221,7 +207,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tu
     ]
 
 
-def prepare(run_dir: Path, config: Config, start: Start) -> None:
+def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
     """Make the folder of a run, with its resolved config, versions and vocabulary, or ready it for going on.
 
     :raises OutputError: if there is a run already that may be neither gone on with nor overwritten, or the folder
@@ -252,3 +238,21 @@ def prepare(run_dir: Path, config: Config, start: Start) -> None:
         write_whole(run_dir / "vocab.txt", vocabulary, overwrite=True)
     except OSError as error:
         raise _cannot_write(run_dir, error) from None
+
+
+def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int) -> checkpoint.Saver:
+    """Return the saver of a run, which keeps the checkpoint that the run resumes from and the best one of the run.
+
+    Args:
+        run_dir: The folder of the run.
+        world: The world.
+        start: Where the run starts.
+        num_newest: How many of the newest checkpoints are kept.
+    """
+    if start.path is None or start.path.parent.parent.resolve() != run_dir.resolve():
+        return checkpoint.Saver(run_dir, world, num_newest=num_newest)
+    best = start.manifest["best"]
+    path = checkpoint.path_of(run_dir, best["step"]) if best else None
+    known = (best["perplexity"], path) if path is not None and path.is_dir() else None
+    kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other.name <= start.path.name]
+    return checkpoint.Saver(run_dir, world, kept[-num_newest:], known, num_newest)

@@ -1,21 +1,17 @@
-"""What a run has done so far: sums since the last report and of the epoch, evaluations, and the table at its end."""
+"""What a run has done so far: sums since the last report and of the epoch, and its evaluations."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lapse_elmo import checkpoint
 from lapse_elmo.divergence import Watch
 from lapse_elmo.errors import CheckpointError, in_one_line
-from lapse_elmo.evaluate import Perplexity
-from lapse_elmo.metrics.run_log import Meter, table
+from lapse_elmo.metrics.run_log import Meter
+from lapse_elmo.perplexity import Perplexity
 from lapse_elmo.step import StepResult
-
-_SHOWN = 20  # rows of the final table
 
 
 @dataclass(frozen=True)
@@ -87,27 +83,3 @@ class RunState:
             Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],
             plain["served"], Watch(**plain.get("watch", {})),
         )
-
-
-def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
-    """The final table, of the last evaluations."""
-    head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
-    rows = [
-        (
-            *(f"{r.epoch:.2f}".removesuffix(".00"), f"{r.num_tokens:,}"),
-            *(f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
-            *(f"{value:.1f}" for value in (r.heldout.forward, r.heldout.backward, r.heldout.mean, unigram)),
-        )
-        for r in results[-_SHOWN:]
-    ]
-    best = min(results, key=lambda result: result.heldout.mean) if results else None
-    lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]
-    if best is not None:
-        path = run_dir / checkpoint.BEST
-        lines += [
-            f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
-            f"To evaluate it: bin/evaluate {path} [--shards DIR]",
-            f"To export it:   bin/export {path} --output DIR    (for AllenNLP, bilm-tf)",
-            f"To embed text:  bin/embed {path} TEXT... --output FILE.hdf5",
-        ]
-    return "\n".join(["", *lines])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import Config
+from lapse_elmo.context import context_vectors
 from lapse_elmo.dense_mean import DenseMean, open_dense_mean
-from lapse_elmo.devices import Uplink
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.optimizers import sum_of_squares
@@ -22,7 +22,9 @@ from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.rng import torch_stream
+from lapse_elmo.step_report import RankReport, Tally, Vote, exchange_reports
 from lapse_elmo.tables import PulledRows
+from lapse_elmo.upload import Uploader
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class AnnouncedBatch:
 class StepResult:
     """What a step did, over all ranks: sums of nll (nats), targets, tokens; the gradient norm before clipping.
 
-    ``flags`` are what each rank had to say to all at this step. ``seconds`` are this rank's, by phase: pull, compute,
+    ``votes`` are those that the ranks cast at this step. ``seconds`` are this rank's, by phase: pull, compute,
     agree (waiting for other ranks), push. ``compute_s`` (ranks,) are the compute seconds of every rank. ``signal`` and
     ``noise`` are parts of the gradient noise scale (:func:`noise_of`), 0 where the step cannot tell.
     """
@@ -51,7 +53,7 @@ class StepResult:
     learning_rate: float
     signal: float
     noise: float
-    flags: tuple[int, ...]
+    votes: Tally
     seconds: dict[str, float]
     compute_s: np.ndarray
 
@@ -90,9 +92,9 @@ class TrainingStep:
     the dense gradients are averaged over all parts of all ranks, and the rows' gradients are pushed part by part.
 
     :param sentence_targets: how many targets, of both directions, a sentence has on average.
-    :param flag: a number asked for once a step on every rank; ``StepResult.flags`` has those of all ranks, on all.
+    :param vote: called once per step on every rank; ``StepResult.votes`` counts the votes of all ranks.
     :ivar tells_noise: whether there are several gradients of the same parameters to tell the noise from.
-    :ivar remark: what a log should say of how dense gradients are summed, if anything.
+    :ivar dense_fallback: a warning about the slow way in which dense gradients are summed, or "".
     """
 
     def __init__(
@@ -102,24 +104,24 @@ class TrainingStep:
         parameters: Parameters,
         device: torch.device,
         sentence_targets: float,
-        flag: Callable[[], int],
+        vote: Callable[[], Vote],
     ) -> None:
         self.config = config
         self.world = world
         self.parameters = parameters
         self.model: BiLM = parameters.model
         self.device = device
-        self.uplink = Uplink(device)
+        self.uploader = Uploader(device)
         self.sentence_factor = config.optimizer.loss_scale / sentence_targets
-        self.flag = flag
+        self.vote = vote
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
         self._mean: DenseMean | None = None
-        self.remark = ""
+        self.dense_fallback = ""
         self.tells_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
         if parameters.dense_table is None:
-            self._mean, self.remark = open_dense_mean(world, device, sum(p.numel() for p in self._dense))
+            self._mean, self.dense_fallback = open_dense_mean(world, device, sum(p.numel() for p in self._dense))
 
     def close(self) -> None:
         """Collective: no step follows."""
@@ -149,31 +151,37 @@ class TrainingStep:
         sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts)
         dense = dense_mean()
         dense_square = _square(0.0, *dense)
-        mine = np.array(
-            [
-                *(sum(part.nll for part in parts), *_counts(parts), sparse + dense_square, square, self.flag()),
-                timer.seconds["compute"],
-            ],
-            np.float64,
+        report = RankReport(
+            nll=sum(part.nll for part in parts),
+            num_targets=sum(part.batch.num_targets for part in parts),
+            num_tokens=sum(part.batch.num_tokens for part in parts),
+            num_cut=sum(part.batch.num_cut for part in parts),
+            num_sentences=sum(part.batch.sentences.size for part in parts),
+            gradient_square=sparse + dense_square,
+            dense_square=square,
+            compute_s=timer.seconds["compute"],
         )
-        ranks = self.world.gather_numbers(mine)
-        # The mean over the ranks, so that all of them take the same factor, and the same way here.
-        norm = math.sqrt(float(ranks[:, 5].mean()))
-        if not (math.isfinite(norm) and np.isfinite(ranks).all()):
+        reports = exchange_reports(self.world, report, self.vote())
+        # The mean over the ranks: all of them must clip by the same factor, and agree on whether it is finite.
+        norm = math.sqrt(float(reports.ranks["gradient_square"].mean()))
+        if not (math.isfinite(norm) and reports.finite):
             self._refuse(parts, step, gradients)
         timer.next("push")
         self._push(parts, dense, self._clip_factor(norm), rate)
         self.parameters.server.advance_clock()
         timer.end()
-        total = ranks.sum(0)
+        total = reports.total
         signal, noise = 0.0, 0.0
         if self.tells_noise:
             num_parts = self.world.size * len(parts)
-            signal, noise = noise_of(float(total[6]) / self.world.size, dense_square, num_parts, float(total[2]))
+            signal, noise = noise_of(
+                total["dense_square"] / self.world.size, dense_square, num_parts, total["num_tokens"]
+            )
         return StepResult(
-            nll=float(total[0]), num_targets=int(total[1]), num_tokens=int(total[2]), num_cut=int(total[3]),
-            num_sentences=int(total[4]), gradient_norm=norm, learning_rate=rate, signal=signal, noise=noise,
-            flags=tuple(ranks[:, 7].astype(int).tolist()), seconds=timer.seconds, compute_s=ranks[:, 8],
+            nll=total["nll"], num_targets=int(total["num_targets"]), num_tokens=int(total["num_tokens"]),
+            num_cut=int(total["num_cut"]), num_sentences=int(total["num_sentences"]), gradient_norm=norm,
+            learning_rate=rate, signal=signal, noise=noise, votes=reports.votes, seconds=timer.seconds,
+            compute_s=reports.ranks["compute_s"],
         )
 
     def _parts(
@@ -221,10 +229,10 @@ class TrainingStep:
         if not batch.num_targets:
             return 0.0, *(torch.zeros(w.shape, device=self.device) for w in weights)  # type: ignore[return-value]
         # On a GPU the softmax rows cross while the LSTM computes.
-        take_embedding, take_softmax = (self.uplink.send(w) for w in weights)
+        take_embedding, take_softmax = (self.uploader.start(w) for w in weights)
         dropout = torch_stream(self.config.training.seed, "dropout", worker, step)
         embedding = take_embedding().requires_grad_()
-        context = predicting_vectors(self.model, embedding, batch, dropout)
+        context = context_vectors(self.model, embedding, batch, dropout)
         softmax = take_softmax().requires_grad_()
         nll = sampled_softmax_nll(
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
@@ -312,23 +320,6 @@ class TrainingStep:
         return torch.from_numpy(array).to(self.device)
 
 
-def predicting_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: torch.Generator | None) -> Tensor:
-    """Predicting vectors (N, D) of a batch, forward targets first.
-
-    :param embedding: (U, D) weights of ``batch.input_rows``.
-    """
-    device = embedding.device
-    embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(device), embedding)
-    forward, backward = model(embedded, torch.from_numpy(batch.mask), dropout)
-    size = forward.shape[-1]
-    return torch.cat(
-        [
-            forward.reshape(-1, size)[torch.from_numpy(batch.forward_places).to(device)],
-            backward.reshape(-1, size)[torch.from_numpy(batch.backward_places).to(device)],
-        ]
-    )
-
-
 def noise_of(mean_square: float, square: float, num_parts: int, num_tokens: float) -> tuple[float, float]:
     """(signal, noise) of a step: unbiased estimates of the true gradient's squared norm, and of the squared deviation
     from it of the gradient of a single token.
@@ -342,12 +333,6 @@ def noise_of(mean_square: float, square: float, num_parts: int, num_tokens: floa
     """
     signal = (num_parts * square - mean_square) / (num_parts - 1)
     return signal, (mean_square - square) * num_tokens / (num_parts - 1)
-
-
-def _counts(parts: Sequence[_Part]) -> np.ndarray:
-    """Targets, tokens, cut sentences and sentences of the parts."""
-    batches = [part.batch for part in parts]
-    return np.array([[b.num_targets, b.num_tokens, b.num_cut, b.sentences.size] for b in batches]).sum(0)
 
 
 def _square(before: float, *tensors: Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lapse_elmo import devices, native
+from lapse_elmo import devices, fallbacks, native
 from lapse_elmo.config.training import ModelConfig
 
 
@@ -39,12 +39,12 @@ def test_narrower_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
 
 
-def test_slower_ways_are_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallbacks_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(devices, "cpu_multiplies_bf16", lambda: True)
-    fast = devices.remarks(ModelConfig(precision="bf16"), cpu)
-    monkeypatch.setattr(devices, "cpu_multiplies_bf16", lambda: False)
-    assert len(devices.remarks(ModelConfig(precision="bf16"), cpu)) == len(fast) + 1
-    assert len(devices.remarks(ModelConfig(), cpu)) == len(fast)
+    monkeypatch.setattr(fallbacks, "cpu_multiplies_bf16", lambda: True)
+    fast = fallbacks.model_fallbacks(ModelConfig(precision="bf16"), cpu)
+    monkeypatch.setattr(fallbacks, "cpu_multiplies_bf16", lambda: False)
+    assert len(fallbacks.model_fallbacks(ModelConfig(precision="bf16"), cpu)) == len(fast) + 1
+    assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == len(fast)
     monkeypatch.setenv(native.SWITCH, "0")
-    assert len(devices.remarks(ModelConfig(), cpu)) == 2
+    assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == 2

@@ -27,11 +27,12 @@ from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.step import StepResult
+from lapse_elmo.step_report import Tally
 from tests.mpi import MPIRUN, ROOT, mpirun
 
 RESULT = StepResult(
     nll=200.0, num_targets=100, num_tokens=50, num_cut=1, num_sentences=4, gradient_norm=3.0, learning_rate=0.2,
-    signal=2.0, noise=300.0, flags=(0,), seconds={"pull": 0.5, "compute": 1.0}, compute_s=np.array([1.0, 1.0, 2.5]),
+    signal=2.0, noise=300.0, votes=Tally(1), seconds={"pull": 0.5, "compute": 1.0}, compute_s=np.array([1.0, 1.0, 2.5]),
 )
 IS_TERMINAL = "from lapse_elmo.metrics.terminal import stderr_is_terminal; print(stderr_is_terminal(), flush=True)"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -31,10 +31,10 @@ from lapse_elmo.checkpoint.manifest import (
 )
 from lapse_elmo.checkpoint.model import SavedModel
 from lapse_elmo.checkpoint.saved_rows import SavedTable
-from lapse_elmo.checkpoint.saver import FAILED, WRITTEN, Saver, save
+from lapse_elmo.checkpoint.saver import Saver, save
 
 __all__ = [
-    "BEST", "FAILED", "FOLDER", "MANIFEST", "WRITTEN", "Manifest", "SavedModel", "SavedTable",
+    "BEST", "FOLDER", "MANIFEST", "Manifest", "SavedModel", "SavedTable",
     "Saver", "candidates", "check_files",
     "clear", "config_of", "find", "path_of", "read_manifest", "require_vocabulary", "restore", "save", "saved_cursor",
     "vocabulary_path",

@@ -1,6 +1,6 @@
 """Saving in the background: a quick copy while all ranks stand still, then a thread that writes while they train.
 
-A save passes through three states, at steps at which all ranks look at each other's flags: every rank's thread writes
+A save passes through three states, at steps at which all ranks see each other's votes: every rank's thread writes
 its files; when all have, rank 0's thread writes the manifest, gives the folder its name and removes old ones. There is
 one save at a time.
 """
@@ -22,8 +22,8 @@ from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
+from lapse_elmo.step_report import Tally
 
-WRITTEN, FAILED = 1, 2  # flags of a rank, for all to see at the next step
 NUM_NEWEST = 2
 
 
@@ -57,11 +57,14 @@ class Saver:
         self._written = self._cancelled = False
 
     @property
-    def flag(self) -> int:
-        """What this rank has to say about the save under way."""
-        if self._error is not None:
-            return FAILED
-        return WRITTEN if self._final is not None and self._written else 0
+    def written(self) -> bool:
+        """Whether this rank has written its files of the save under way."""
+        return not self.failed and self._final is not None and self._written
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its files."""
+        return self._error is not None
 
     def start(self, parameters: Parameters, cursor: Cursor, manifest: Manifest, perplexity: float | None) -> Path:
         """Begin to save; the folder that it will be, once :meth:`look` or :meth:`finish` has said so.
@@ -85,15 +88,15 @@ class Saver:
         self._run(final, self._write)
         return final
 
-    def look(self, flags: Sequence[int]) -> None:
+    def look(self, votes: Tally) -> None:
         """After a step: let rank 0 finish a save that all ranks have written.
 
-        :param flags: every rank's :attr:`flag` at this step.
+        :param votes: how many ranks were :attr:`written` and :attr:`failed` at this step.
         :raises OutputError: on every rank, if a rank has failed.
         """
-        if any(flag & FAILED for flag in flags):
+        if votes.failed:
             self.finish()
-        if self._final is not None and all(flag & WRITTEN for flag in flags):
+        if self._final is not None and votes.written == votes.num_ranks:
             self._commit()
 
     def finish(self) -> None:

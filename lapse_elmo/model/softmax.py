@@ -13,22 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.lanes import both
 from lapse_elmo.model.pointwise import pointwise
 from lapse_elmo.model.products import Products
 
 _NEWTON_STEPS = 100
-
-
-def log_uniform_probability(classes: Tensor, num_classes: int) -> Tensor:
-    """P(k) = log((k + 2) / (k + 1)) / log(V + 1), the chance that one log-uniform draw gives class k.
-
-    This is TensorFlow's log-uniform candidate sampler: nearly Zipf's law for classes in the order of frequency.
-
-    :param classes: integer classes in [0, V), any shape.
-    :return: float64, of the same shape.
-    """
-    return torch.log1p(1.0 / (classes.to(torch.float64) + 1.0)) / math.log(num_classes + 1.0)
 
 
 @functools.lru_cache(maxsize=64)

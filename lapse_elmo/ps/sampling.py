@@ -37,6 +37,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.rng import stream
 
 SCHEMES = ("naive", "preloc", "pool", "local")
@@ -47,10 +48,7 @@ POOL_REUSE = 2
 
 @dataclass(frozen=True)
 class Distribution:
-    """A distribution over rows 0 .. ``num_rows`` - 1; log-uniform supposes the most frequent row first.
-
-    Source of the log-uniform law: TensorFlow's candidate sampler, P(k) = log((k + 2) / (k + 1)) / log(num_rows + 1).
-    """
+    """A distribution over rows 0 .. ``num_rows`` - 1; log-uniform supposes the most frequent row first."""
 
     name: str
     num_rows: int
@@ -60,8 +58,7 @@ class Distribution:
         """P (num_rows,) float64."""
         if self.name == "uniform":
             return np.full(self.num_rows, 1.0 / self.num_rows)
-        rows = np.arange(self.num_rows, dtype=np.float64)
-        return np.log1p(1.0 / (rows + 1.0)) / np.log(self.num_rows + 1.0)
+        return log_uniform_probability(np.arange(self.num_rows), self.num_rows)
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """``count`` rows (count,) int64, drawn independently (with replacement)."""

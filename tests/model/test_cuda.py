@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lapse_elmo.devices import Uplink
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.model.pointwise import triton_problem
 from lapse_elmo.model.softmax import sampled_softmax_nll
+from lapse_elmo.upload import Uploader
 from tests.model.test_precision import LENGTHS, MASK, SIZE, random
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -80,10 +80,10 @@ def test_the_time_loop_never_waits_for_the_host() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_rows_cross_whole(device: str) -> None:
     """Strided parts of rows arrive contiguous, also where their memory is used anew before they are taken."""
-    uplink = Uplink(torch.device(device))
+    uploader = Uploader(torch.device(device))
     rows = torch.from_numpy(np.arange(50_000 * 8, dtype=np.float32).reshape(-1, 8))
     kept = rows.clone()
-    first, second = uplink.send(rows[:, :3]), uplink.send(rows[:, 4:])
+    first, second = uploader.start(rows[:, :3]), uploader.start(rows[:, 4:])
     if device == "cuda":
         rows.zero_()
     for take, columns in ((second, slice(4, None)), (first, slice(0, 3))):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model import full_softmax, reference
 from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.model.softmax import (
     expected_num_tries,
     log_expected_count,
-    log_uniform_probability,
     sampled_softmax_nll,
 )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lapse_elmo import checkpoint, evaluate, train
+from lapse_elmo import checkpoint, perplexity, train
 from lapse_elmo.checkpoint import files
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.launcher import launcher_rank_and_size
@@ -42,7 +42,7 @@ def read() -> None:
 
 WAYS: dict[str, Callable[[], None]] = {"stop": stop, "loop": loop, "read": read}
 PLACES: dict[str, tuple[Any, str]] = {
-    "step": (TrainingStep, "_compute"), "save": (files, "_write_at"), "evaluation": (evaluate, "predicting_vectors"),
+    "step": (TrainingStep, "_compute"), "save": (files, "_write_at"), "evaluation": (perplexity, "context_vectors"),
 }
 
 

@@ -25,9 +25,9 @@ from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import Cursor, Progress
 from lapse_elmo.errors import CheckpointError, OutputError
-from lapse_elmo.evaluate import Perplexity
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
+from lapse_elmo.perplexity import Perplexity
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, records, train_alone
 
@@ -173,7 +173,7 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     keys = parameters.embedding.segment.keys(np.arange(43))
     parameters.server.push(keys, np.ones((43, parameters.embedding.size), np.float32))
     assert not np.array_equal(parameters.embedding.read(0, 43).numpy(), before)
-    assert background.flag == 0
+    assert not background.written and not background.failed
     go_on.set()
     background.finish()
     checkpoint.restore(path, checkpoint.read_manifest(path), parameters, solo())

@@ -16,7 +16,8 @@ from lapse_elmo.errors import TrainingError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import TrainingStep
-from lapse_elmo.train import sentence_targets
+from lapse_elmo.step_report import Vote
+from lapse_elmo.training_data import sentence_targets
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, train_alone
 
@@ -32,7 +33,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
         row = batch.input_rows[5:6]
         size = parameters.embedding.segment.row_width
         parameters.server.set(parameters.embedding.segment.keys(row), np.full((1, size), np.nan, np.float32))
-        step = TrainingStep(config, world, parameters, cpu, sentence_targets(config, shards), lambda: 0)
+        step = TrainingStep(config, world, parameters, cpu, sentence_targets(config, shards), Vote)
 
         def state() -> list[torch.Tensor]:
             tables = [table.read(0, table.segment.num_rows) for table in parameters.tables]

@@ -21,7 +21,7 @@ from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.signals import RESUMABLE
 from lapse_elmo.mpi.world import solo
-from lapse_elmo.run_folder import Hold
+from lapse_elmo.run_folder import RunLock
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import (
@@ -306,7 +306,7 @@ def test_an_evaluation_that_a_signal_put_off(
 
 def test_one_job_at_a_time_trains_in_a_folder(small: Prepared, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with Hold(run_dir, solo()), pytest.raises(OutputError, match="another job is training in"):
+    with RunLock(run_dir, solo()), pytest.raises(OutputError, match="another job is training in"):
         train_alone(small, run_dir, "--max-steps", "1")
     assert not run_dir.exists()
     train_alone(small, run_dir, "--max-steps", "1")

@@ -1,0 +1,49 @@
+"""The last words of a run: a table of its evaluations and what to do with the model, or how to resume it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lapse_elmo import checkpoint
+from lapse_elmo.metrics.run_log import table
+from lapse_elmo.run_state import EpochResult
+
+_MAX_ROWS = 20
+
+
+def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
+    """Return what a completed run prints: a table of its last evaluations, and commands for its best model.
+
+    Args:
+        results: All evaluations of the run.
+        unigram: Held-out perplexity of word frequencies alone.
+        run_dir: The folder of the run.
+    """
+    head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
+    rows = [
+        (
+            *(f"{r.epoch:.2f}".removesuffix(".00"), f"{r.num_tokens:,}"),
+            *(f"{r.tokens_per_s:,.0f}", f"{r.training_loss:.3f}"),
+            *(f"{value:.1f}" for value in (r.heldout.forward, r.heldout.backward, r.heldout.mean, unigram)),
+        )
+        for r in results[-_MAX_ROWS:]
+    ]
+    best = min(results, key=lambda result: result.heldout.mean) if results else None
+    lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]
+    if best is not None:
+        path = run_dir / checkpoint.BEST
+        lines += [
+            f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
+            f"To evaluate it: bin/evaluate {path} [--shards DIR]",
+            f"To export it:   bin/export {path} --output DIR    (for AllenNLP, bilm-tf)",
+            f"To embed text:  bin/embed {path} TEXT... --output FILE.hdf5",
+        ]
+    return "\n".join(["", *lines])
+
+
+def stop_message(signal: str, step: int, run_dir: Path) -> str:
+    """Return the line that a run prints which a signal has stopped; ``signal`` is "" if another rank got it."""
+    return (
+        f"{signal or 'a signal to another rank'} ended the run: a checkpoint of step {step:,} is saved; the same "
+        f"command with --run-dir {run_dir} resumes from it"
+    )
