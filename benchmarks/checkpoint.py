@@ -26,7 +26,7 @@ from lapse_elmo import checkpoint
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
 from lapse_elmo.config.training import parse_train
-from lapse_elmo.cursor import Cursor, Progress
+from lapse_elmo.cursor import Cursor, Position
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import Parameters
@@ -43,7 +43,7 @@ _BLOCK = 1 << 22
 class Standing:
     """A cursor that stays where it is, between two epochs."""
 
-    progress = Progress(1, 1, 0)
+    position = Position(1, 1, 0)
     step = 1
 
     def sentences(self) -> None:

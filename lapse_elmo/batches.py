@@ -1,16 +1,18 @@
 """Deterministic batches of one worker: which sentences, in which order, with which targets.
 
-The sentences of a shard set are numbered through. A worker owns a contiguous range of the numbers, so it reads only its
-own part of the shards; the ranges differ by at most one sentence, so all workers take the same number of steps. An
-epoch's order is random at two levels, for reading in runs: the worker's range is cut into blocks of ``BLOCK`` sentences
-whose order is shuffled; the sentences of ``POOL_BATCHES`` batches form a pool, in which they are sorted by length, with
-noise, and cut into batches, whose order is shuffled, alike on all workers. A batch thus holds sentences of like length
-from many places of the corpus, the workers have like work at a step, and every sentence comes once an epoch. Sorting
-without noise is a little faster but learns less: where all sentences of a batch end at one place, each step teaches
-that place (benchmarks/learning.md).
+The sentences of a shard set are numbered consecutively. A worker owns a contiguous range of the numbers, so it
+reads only its own part of the shards. The ranges differ by at most one sentence, so all workers take the same number of
+steps.
 
-The size of the batches may grow from pool to pool (growth.py). It is a function of the number of sentences that all
-workers together have trained before the pool, so every worker knows it without asking, and a resumed run repeats it.
+The order of an epoch is shuffled at two levels, so that sentences are read in runs: the worker's range is cut into
+blocks of ``BLOCK`` sentences, whose order is shuffled. The sentences of ``POOL_BATCHES`` batches form a pool, in which
+they are sorted by length, with noise, and cut into batches. The order of these is shuffled, in the same way on all
+workers. So a batch holds sentences of similar length from many places of the corpus, the workers have similar work at
+each step, and every sentence is used once per epoch. Sorting without noise is slightly faster but learns less: if all
+sentences of a batch end at the same position, a step mostly learns about that position (benchmarks/learning.md).
+
+The size of the batches may grow from pool to pool (growth.py). It depends only on the number of sentences that all
+workers have trained before the pool, so every worker computes it alone, and a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -31,30 +33,31 @@ T = TypeVar("T")
 
 BLOCK = 256
 POOL_BATCHES = 64
-LENGTH_NOISE = 0.3  # deviation of the noise on the logarithm of the length
+LENGTH_NOISE = 0.3  # standard deviation of the noise that is added to the logarithm of the length
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B sentences of at most T positions, with what each direction predicts.
+    """B sentences of at most T positions, with the targets of both directions.
 
-    Rows of the tables are classes (id - 1). Targets are numbered forward first, then backward: N = forward + backward.
+    Table rows are classes (id - 1). There are N targets, the forward ones first, then the backward ones.
     """
 
-    ids: np.ndarray  # (B, T) int64, padded by 0
-    num_tokens: int  # words, without boundaries and padding
-    num_cut: int  # sentences longer than the limit
+    ids: np.ndarray  # (B, T) int64, padded with 0
+    num_tokens: int  # words, without boundaries or padding
+    num_cut: int  # sentences that were cut because they are longer than the limit
     input_rows: np.ndarray  # (U,) int64: distinct rows of the embedding table, ascending
     input_index: np.ndarray  # (B, T) int64 into input_rows, 0 where padded
     mask: np.ndarray  # (B, T) bool
-    forward_places: np.ndarray  # (Nf,) int64 into the flattened (B * T): positions that predict the next token
-    backward_places: np.ndarray  # (Nb,) likewise: positions that predict the previous one
+    forward_places: np.ndarray  # (N forward,) int64 into the flattened (B * T): positions that predict the next token
+    backward_places: np.ndarray  # (N backward,) likewise: positions that predict the previous token
     target_rows: np.ndarray  # (N,) int64: rows of the softmax table
-    sentences: np.ndarray  # (B,) int64: numbers in the shard set, for error messages
-    size: int  # sentences of a full batch at this step; B is smaller where a worker runs out of sentences
+    sentences: np.ndarray  # (B,) int64: their numbers in the shard set
+    size: int  # sentences of a full batch at this step; B is smaller if a worker runs out of sentences
 
     @property
     def num_targets(self) -> int:
+        """N, the number of targets of both directions."""
         return self.target_rows.size
 
     @property
@@ -66,18 +69,28 @@ class Batch:
 def make_batch(
     tokens: np.ndarray, offsets: np.ndarray, sentences: np.ndarray, max_length: int, boundaries: bool, size: int = 0
 ) -> Batch:
-    """The batch of the sentences ``tokens[offsets[i]:offsets[i + 1]]``; ``size`` is a full batch's (0: this one's).
+    """Return the batch of the sentences ``tokens[offsets[i]:offsets[i + 1]]``.
 
-    A direction predicts at each position but its last: with boundaries a sentence of n tokens has n + 1 targets a
-    direction, without them n - 1.
+    Each direction predicts at all of its positions except the last one: with boundaries a sentence of n tokens has
+    n + 1 targets per direction, without them n - 1.
+
+    Args:
+        tokens: Token ids of all sentences, one after another.
+        offsets: (B + 1,) where each sentence begins, and the end of the last one.
+        sentences: (B,) numbers of the sentences in the shard set.
+        max_length: Longer sentences are cut to this many tokens.
+        boundaries: Whether to put <S> and </S> around each sentence.
+        size: Sentences of a full batch at this step; 0 for those of this batch.
     """
-    full = np.diff(offsets)
+    full = np.diff(offsets)  # uncut lengths
     lengths = np.minimum(full, max_length)
     extra = 2 if boundaries else 0
-    widths = lengths + extra
+    widths = lengths + extra  # positions of each sentence
     ids = np.full((lengths.size, int(widths.max(initial=0))), PADDING, np.int64)
     columns = np.arange(ids.shape[1])
     mask = columns < widths[:, None]
+    # `inside` marks the positions of words in the padded matrix, `kept` the tokens that were not cut off: in the same
+    # order, so one assignment copies all sentences.
     inside = (columns >= extra // 2) & (columns < (widths - extra // 2)[:, None])
     kept = np.arange(tokens.size) - np.repeat(offsets[:-1], full) < np.repeat(lengths, full)
     ids[inside] = tokens[kept]
@@ -87,9 +100,10 @@ def make_batch(
     input_rows, inverse = np.unique(ids[mask] - 1, return_inverse=True)
     index = np.zeros(ids.shape, np.int64)
     index[mask] = inverse
-    forward = np.flatnonzero(mask[:, 1:] & mask[:, :-1])  # numbered in rows of T - 1
+    # Pairs of neighbouring positions: the left one predicts forward, the right one backward.
+    forward = np.flatnonzero(mask[:, 1:] & mask[:, :-1])  # flat indices into (B, T - 1)
     rows, columns = np.divmod(forward, max(ids.shape[1] - 1, 1))
-    places = rows * ids.shape[1] + columns
+    places = rows * ids.shape[1] + columns  # flat indices of the left positions into (B, T)
     flat = ids.reshape(-1)
     return Batch(
         ids=ids, num_tokens=int(lengths.sum()), num_cut=int((full > max_length).sum()), input_rows=input_rows,
@@ -101,21 +115,27 @@ def make_batch(
 
 @dataclass(frozen=True)
 class WorkerPart:
-    """The range [first, end) of sentence numbers that one of ``num_workers`` workers owns."""
+    """The range [first, end) of sentence numbers that a worker owns."""
 
     first: int
     end: int
 
     @classmethod
     def of(cls, num_sentences: int, worker: int, num_workers: int) -> WorkerPart:
+        """Return the range of ``worker``, one of ``num_workers``."""
         return cls(num_sentences * worker // num_workers, num_sentences * (worker + 1) // num_workers)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool of an epoch: the worker's sentences from ``first`` (in the epoch's order) on, in batches of ``size``.
+    """A pool of an epoch: consecutive sentences in the worker's order of the epoch, cut into batches.
 
-    ``number`` counts the pools of the epoch, ``first_step`` and ``num_steps`` say which of its steps take them.
+    Attributes:
+        number: Index of the pool in the epoch.
+        first: Index of its first sentence in the order of the epoch.
+        size: Sentences per batch.
+        first_step: The first step of the epoch that takes a batch of this pool.
+        num_steps: Steps that take its batches.
     """
 
     number: int
@@ -128,10 +148,16 @@ class Pool:
 class BatchStream:
     """The training batches of one worker.
 
-    :param shards: the training shards. :param worker: this worker of ``num_workers``.
-    :param growth: how many sentences a step takes.
-    :param rest: for an epoch that another number of workers has begun: the sentences (ascending) of all workers that
-        are left of it; None for whole epochs.
+    Args:
+        shards: The training shards.
+        worker: Index of this worker.
+        num_workers: The number of workers.
+        growth: The number of sentences per step.
+        seed: The seed of the run.
+        max_length: Longer sentences are cut to this many tokens.
+        boundaries: Whether to put <S> and </S> around each sentence.
+        rest: When resuming an epoch that another number of workers has begun: the sentences (ascending) of all workers
+            that are left of it. None for whole epochs.
     """
 
     def __init__(
@@ -154,28 +180,28 @@ class BatchStream:
         self.boundaries = boundaries
         self.num_all = shards.num_sentences if rest is None else rest.size  # sentences of all workers
         self.part = WorkerPart.of(self.num_all, worker, num_workers)
-        self.longest = -(-self.num_all // num_workers)  # sentences of the largest part: decides the steps of all
+        self.longest = -(-self.num_all // num_workers)  # sentences of the largest part
         self._rest = None if rest is None else rest[self.part.first : self.part.end]
-        self._pools: tuple[int, list[Pool]] = (-1, [])  # of the epoch asked for last
+        self._pools: tuple[int, list[Pool]] = (-1, [])  # those of the epoch requested last
 
     def pools(self, epoch: int) -> list[Pool]:
-        """The pools of an epoch, the same on all workers but for the last sentence."""
-        made = self._pools  # read once: another thread may be reading ahead in the next epoch
+        """Return the pools of an epoch, which are the same on all workers except for the last sentence."""
+        made = self._pools  # read once: a thread that reads ahead may replace it by the next epoch's
         if made[0] != epoch:
             self._pools = made = epoch, self._make_pools(epoch)
         return made[1]
 
     def steps_of(self, epoch: int) -> int:
-        """Steps of an epoch, equal on all workers."""
+        """Return the number of steps of an epoch, which is the same on all workers."""
         pools = self.pools(epoch)
         return pools[-1].first_step + pools[-1].num_steps if pools else 0
 
     def trained_before(self, epoch: int, step: int) -> int:
-        """Sentences of all workers, of all epochs, that are trained before ``step`` of ``epoch``."""
+        """Return the sentences that all workers have trained, in all epochs, before ``step`` of ``epoch``."""
         return self._before(epoch) + min(self._taken(epoch, step) * self.num_workers, self.num_all)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from ``first_step`` on; a worker with fewer sentences ends with an empty batch."""
+        """Yield the batches of an epoch from ``first_step`` on; empty ones once this worker has no sentences left."""
         order = self._block_order(epoch)
         for pool in self.pools(epoch):
             if pool.first_step + pool.num_steps <= first_step:
@@ -186,7 +212,7 @@ class BatchStream:
                 yield self._batch(tokens, offsets, numbers, places, pool.size)
 
     def sentences_before(self, epoch: int, step: int) -> np.ndarray:
-        """This worker's sentences (ascending) in an epoch's batches before ``step``."""
+        """Return this worker's sentences (ascending) in the batches of an epoch before ``step``."""
         order = self._block_order(epoch)
         found = [order[:0]]
         for pool in self.pools(epoch):
@@ -205,11 +231,11 @@ class BatchStream:
         return np.arange(self.part.first, self.part.end) if self._rest is None else self._rest
 
     def _before(self, epoch: int) -> int:
-        """Sentences of all workers trained before this stream's share of ``epoch``."""
+        """Return the sentences that all workers have trained before this stream's share of ``epoch``."""
         return (epoch + 1) * self.shards.num_sentences - self.num_all
 
     def _taken(self, epoch: int, step: int) -> int:
-        """Sentences of the worker with the most of them that are taken before ``step``."""
+        """Return the sentences taken before ``step`` by the worker that has the most."""
         pools = self.pools(epoch)
         place = bisect_right(pools, step, key=lambda pool: pool.first_step) - 1
         return min(pools[place].first + (step - pools[place].first_step) * pools[place].size, self.longest)
@@ -226,7 +252,7 @@ class BatchStream:
         return pools
 
     def _block_order(self, epoch: int) -> np.ndarray:
-        """The part's sentence numbers, blocks shuffled."""
+        """Return the part's sentence numbers, in shuffled blocks."""
         sentences = self.sentences
         rng = stream(self.seed, "block order", epoch, self.worker)
         starts = rng.permutation(np.arange(0, sentences.size, BLOCK))
@@ -236,20 +262,20 @@ class BatchStream:
     def _pool(
         self, epoch: int, order: np.ndarray, pool: Pool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
-        """A pool's sentence numbers (ascending), their tokens and offsets, and its batches as places in the pool."""
+        """Return a pool's sentence numbers (ascending), their tokens and offsets, and its batches as indices."""
         numbers = np.sort(order[pool.first : pool.first + pool.size * pool.num_steps])
         tokens, offsets = self.shards.read(numbers)
         return numbers, tokens, offsets, self._pool_batches(epoch, pool, np.diff(offsets))
 
     def _pool_batches(self, epoch: int, pool: Pool, lengths: np.ndarray) -> list[np.ndarray]:
-        """The pool's batches as arrays of places in the pool."""
+        """Return the pool's batches as arrays of indices into its sentences."""
         size = pool.size
         rng = stream(self.seed, "length noise", epoch, self.worker, pool.number)
         noise = rng.normal(0.0, LENGTH_NOISE, lengths.size)
         by_length = np.argsort(np.log(np.maximum(lengths, 1)) + noise)
-        # The same on all workers: at a step all have sentences of like length, and none waits long for the others.
+        # The same on all workers: at each step all have sentences of similar length, and none waits long for others.
         rng = stream(self.seed, "batch order", epoch, pool.number)
-        # The incomplete batch, if any, should not always hold the longest sentences: let it start anywhere.
+        # Cut at a random place, so that the incomplete batch, if any, does not always hold the longest sentences.
         rotated = np.roll(by_length, -size * int(rng.integers(max(lengths.size // size, 1))))
         batches = [rotated[i : i + size] for i in range(0, lengths.size, size)]
         full = [b for b in batches if b.size == size]
@@ -265,7 +291,7 @@ class BatchStream:
 def evaluation_batches(
     shards: ShardSet, worker: int, num_workers: int, batch_size: int, max_length: int, boundaries: bool
 ) -> Iterator[Batch]:
-    """Every sentence of this worker's part once, in order."""
+    """Yield batches of every sentence of this worker's part once, in order."""
     part = WorkerPart.of(shards.num_sentences, worker, num_workers)
     for first in range(part.first, part.end, batch_size):
         numbers = np.arange(first, min(first + batch_size, part.end))
@@ -273,7 +299,7 @@ def evaluation_batches(
 
 
 def select(tokens: np.ndarray, offsets: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and offsets of the sentences ``members``, in their order."""
+    """Return the tokens and offsets of the sentences ``members``, in the order of ``members``."""
     lengths = offsets[members + 1] - offsets[members]
     ends = np.cumsum(lengths)
     places = np.arange(int(lengths.sum())) + np.repeat(offsets[members] - (ends - lengths), lengths)

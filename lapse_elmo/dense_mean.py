@@ -1,4 +1,4 @@
-"""The mean over the ranks of the gradients of the dense parameters: over MPI, or between GPUs over NCCL."""
+"""The mean over the ranks of the dense parameters' gradients: over MPI, or between GPUs over NCCL."""
 
 from __future__ import annotations
 
@@ -19,24 +19,30 @@ _START_S = 60.0
 
 
 class DenseMean(Protocol):
-    """Means of gradients (collective, on every rank in the same order)."""
+    """Averages gradients over the ranks (collective: every rank makes the same calls in the same order)."""
 
     def start(self, gradients: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begin the mean of ``gradients``, which stay as they are.
+        """Begin to average ``gradients``, which are not changed.
 
-        The result gives the means, of the same shapes and with the same bits on every rank. They lie in memory that the
-        next start uses again.
+        Returns:
+            A function that waits for and returns the means, of the same shapes and with the same bits on every rank.
+            Their memory is reused by the next ``start``.
         """
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release its resources."""
 
 
 def open_dense_mean(world: World, device: torch.device, numbers: int) -> tuple[DenseMean, str]:
-    """The fastest way for gradients of ``numbers`` float32 in all that lie on ``device`` (collective).
+    """Open the fastest means of averaging: NCCL if every rank has a GPU of its own, else MPI (collective).
 
-    That is NCCL where every rank has a GPU of its own, and else MPI. A log should tell the second part of the result,
-    why several GPUs do not use NCCL, unless it is empty.
+    Args:
+        world: The world.
+        device: Where the gradients are.
+        numbers: How many float32 numbers all gradients have together.
+
+    Returns:
+        The averager, and the reason why several GPUs do not use NCCL (to be logged), or "".
     """
     over_mpi = MpiMean(world, device, numbers)
     gpus = world.allgather(_gpu(device))
@@ -51,7 +57,7 @@ def open_dense_mean(world: World, device: torch.device, numbers: int) -> tuple[D
 
 
 def _gpu(device: torch.device) -> str | None:
-    """What tells the GPU from all others."""
+    """Return an identifier of the GPU; None for another device."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
@@ -79,19 +85,27 @@ class MpiMean:
         return finish
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Do nothing: there is nothing to release."""
 
 
 def open_torch_mean(
     world: World, device: torch.device, numbers: int, backend: str, start_s: float = _START_S
 ) -> tuple[TorchMean | None, str]:
-    """A :class:`TorchMean` of torch.distributed's ``backend`` that has been tried, or None and why (collective).
+    """Open and try a :class:`TorchMean` (collective).
 
-    :param start_s: seconds within which the ranks must have found each other.
+    Args:
+        world: The world.
+        device: Where the gradients are.
+        numbers: How many float32 numbers all gradients have together.
+        backend: A backend of torch.distributed.
+        start_s: Seconds within which the ranks must have found each other.
+
+    Returns:
+        The averager and "", or None and the reason why the backend cannot be used.
     """
     mean = TorchMean(world, device, numbers)
     address, port = own_address(world.allgather(world.host)) or world.host, 0
-    # One after another, each only if all ranks have come so far: a backend waits without a limit for those that fail.
+    # One step after another, each only once all ranks have done the one before: backends wait forever for a rank.
     why = _attempt(world, lambda: mean.find(address, port, start_s) if world.rank == 0 else None)
     if not why:
         address, port = world.bcast((address, mean.port))
@@ -104,7 +118,7 @@ def open_torch_mean(
 
 
 def _attempt(world: World, step: Callable[[], None]) -> str:
-    """Collective: run ``step`` on every rank; the first problem that torch had with it, and where, or nothing."""
+    """Run ``step`` on every rank (collective); return torch's first error with its rank, or ""."""
     problem = ""
     try:
         step()
@@ -114,7 +128,7 @@ def _attempt(world: World, step: Callable[[], None]) -> str:
 
 
 class TorchMean:
-    """Between the ranks' devices, by torch.distributed; see :func:`open_torch_mean`."""
+    """Averages between the ranks' devices, over torch.distributed; see :func:`open_torch_mean`."""
 
     def __init__(self, world: World, device: torch.device, numbers: int) -> None:
         self._world = world
@@ -123,20 +137,22 @@ class TorchMean:
 
     @property
     def port(self) -> int:
-        """Where this rank's store is; 0 without one."""
+        """The port of this rank's store; 0 without one."""
         return self._store.port if self._store is not None else 0
 
     def find(self, address: str, port: int, start_s: float) -> None:
-        """Open (on rank 0, at a free port) or reach the store by which the ranks find each other."""
+        """Open the store through which the ranks find each other (on rank 0, at a free port), or connect to it."""
         timeout = datetime.timedelta(seconds=start_s)
         self._store = dist.TCPStore(
             address, port, self._world.size, self._world.rank == 0, timeout, wait_for_workers=False
         )
 
     def join(self, backend: str) -> None:
-        """Collective: form the group, and try it.
+        """Form the process group, and try it (collective).
 
-        :raises RuntimeError, ValueError: torch's, or if the sum is wrong.
+        Raises:
+            RuntimeError: From torch, or if a trial sum is wrong.
+            ValueError: From torch.
         """
         world, device = self._world, self._flat.device
         dist.init_process_group(

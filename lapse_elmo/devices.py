@@ -1,4 +1,4 @@
-"""Where a rank computes: its device and its threads."""
+"""Choose the device and the number of threads with which a rank computes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from lapse_elmo.config.training import DeviceConfig
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.world import World
 
-_FEW_THREADS, _THREADS_PER_CORE = 64, 4  # the most that --threads may ask for: the larger of them
-_FLOAT32_ERROR = 2e-6  # of float32 products, relative to the largest; those on bfloat16 or TF32 parts are 1e-3 off
+_MAX_THREADS, _MAX_THREADS_PER_CORE = 64, 4  # --threads may be at most the larger of the two limits
+_FLOAT32_ERROR = 2e-6  # largest relative error of true float32 products; with bfloat16 or TF32 it is about 1e-3
 
 
 @dataclass(frozen=True)
 class Device:
-    """``device`` of this rank, and its number of CPU ``threads``, which torch has been set to."""
+    """The device of this rank, and the number of CPU threads that torch uses."""
 
     device: torch.device
     threads: int
 
 
 def choose_device(config: DeviceConfig, world: World) -> Device:
-    """Collective: a node's ranks take its GPUs round robin, or the CPU; its cores are split evenly.
+    """Choose this rank's device and set torch's number of threads (collective).
 
-    :raises ConfigError: if a GPU is asked for that is not there.
+    The ranks of a machine take its GPUs (all, or those of --device-ids) in turn, or the CPU, and share its cores evenly
+    unless --threads is given.
+
+    Raises:
+        ConfigError: On every rank, if a machine lacks a GPU that was asked for, or --threads is far above its cores.
     """
     available = torch.cuda.device_count() if config.device != "cpu" and torch.cuda.is_available() else 0
 
@@ -34,14 +38,14 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
         for number in wanted:
             if number >= available:
                 raise ConfigError(
-                    f"GPU {number} is asked for but {world.host} has {available}: give --device cpu or other "
+                    f"GPU {number} was asked for, but {world.host} has {available} GPUs: give --device cpu or other "
                     "--device-ids"
                 )
 
-        if config.threads > max(_FEW_THREADS, _THREADS_PER_CORE * world.cores):
+        if config.threads > max(_MAX_THREADS, _MAX_THREADS_PER_CORE * world.cores):
             raise ConfigError(
                 f"--threads is {config.threads:,}, but {world.host} has {world.cores} cores: give at most "
-                f"{max(_FEW_THREADS, _THREADS_PER_CORE * world.cores)}"
+                f"{max(_MAX_THREADS, _MAX_THREADS_PER_CORE * world.cores)}"
             )
 
     world.together(check)
@@ -57,10 +61,11 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
 
 
 def speed_up_float32() -> bool:
-    """Let torch take oneDNN's float32 products where they are as exact as its default's; whether they are.
+    """Enable oneDNN's float32 matrix products if they are as accurate as torch's default; return whether they are.
 
-    Its setting for that, "bf16", allows bfloat16 products inside, which some processors take: so one product is
-    compared with float64. The setting is oneDNN's alone, a GPU's products keep their precision.
+    torch uses oneDNN for them only with the setting "bf16", which also allows bfloat16 products inside, and some
+    processors have these. So one product is compared with float64, and the setting is undone if it is too far off. It
+    concerns oneDNN alone: the products of a GPU keep their precision.
     """
     generator = torch.Generator().manual_seed(1)
     first, second = torch.randn(64, 512, generator=generator), torch.randn(512, 256, generator=generator)

@@ -1,7 +1,7 @@
-"""Whether a run diverges: it is stopped then, for what it would save later is worth nothing.
+"""Detect that a run diverges, so that it can be stopped instead of training a useless model.
 
-A model without any training predicts about as well as the word frequencies, whose loss is the unigram's. One whose loss
-is far above that, for long, has lost what it knew and does not find back; nor does one whose gradients have exploded.
+An untrained model predicts about as well as the word frequencies, whose loss is the unigram loss. A model whose loss
+stays far above that has lost what it had learnt and does not recover; nor does one whose gradients have exploded.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import math
 from dataclasses import dataclass
 
 MARGIN_NATS = 2.0  # above the unigram's loss: a perplexity 7.4 times as high
-ABSURD_NATS = 3.0  # further above, a held-out loss says so after any number of steps: no untrained model has it
-PATIENCE_STEPS = 30  # training steps in a row
-NORM_GROWTH = 1e4  # times the lowest mean norm so far
-_SMOOTHING = 0.1  # of a norm in the running mean
+ABSURD_NATS = 3.0  # more than the margin: not even an untrained model has such a held-out loss
+PATIENCE_STEPS = 30  # consecutive bad steps after which a run is stopped
+NORM_GROWTH = 1e4  # a norm is bad if it is this many times the lowest mean norm so far
+_SMOOTHING = 0.1  # the weight of the newest norm in the running mean
 
 
 @dataclass
 class Watch:
-    """Looks at every step; plain values, which a checkpoint holds.
+    """Follows the loss and the gradient norm of every step; its fields are stored in checkpoints.
 
-    :ivar bound: training loss in nats above which a step counts as bad; set when the run starts.
-    :ivar bad_steps: such steps in a row, up to now. :ivar steps: steps seen. :ivar norm: running mean of the gradient
-        norm. :ivar lowest_norm: the lowest that it was after ``PATIENCE_STEPS`` steps. :ivar wild_steps: steps in a row
-        with a running mean of ``NORM_GROWTH`` times the lowest.
+    Attributes:
+        bound: Training loss in nats per target above which a step counts as bad; set when the run starts.
+        bad_steps: Consecutive bad steps up to now.
+        steps: Steps seen.
+        norm: Running mean of the gradient norm.
+        lowest_norm: Lowest value of ``norm`` after the first ``PATIENCE_STEPS`` steps.
+        wild_steps: Consecutive steps up to now with ``norm`` above ``NORM_GROWTH`` times ``lowest_norm``.
     """
 
     bound: float = math.inf
@@ -34,7 +37,7 @@ class Watch:
     wild_steps: int = 0
 
     def add(self, loss: float, norm: float) -> None:
-        """After a step: its loss in nats per target, and its gradient norm before clipping."""
+        """Count a step, with its loss in nats per target and its gradient norm before clipping."""
         self.steps += 1
         self.bad_steps = self.bad_steps + 1 if loss > self.bound else 0
         self.norm = norm if self.steps == 1 else self.norm + _SMOOTHING * (norm - self.norm)
@@ -44,11 +47,11 @@ class Watch:
 
     @property
     def suspicious(self) -> bool:
-        """Whether the last step was bad: a checkpoint of it should not push a good one out."""
+        """Whether the last step was bad: a checkpoint of it should not replace a good one."""
         return self.bad_steps > 0 or self.wild_steps > 0
 
     def seen(self) -> str:
-        """What shows that the training diverges, or nothing."""
+        """Return the evidence that the training diverges, or an empty string."""
         if self.bad_steps >= PATIENCE_STEPS:
             return (
                 f"the training loss of the last {self.bad_steps} steps was above {self.bound:.2f} nats, "
@@ -62,7 +65,10 @@ class Watch:
         return ""
 
     def seen_heldout(self, loss: float) -> str:
-        """What a held-out loss in nats shows: a high one once enough steps are trained, an absurd one at once."""
+        """Return the evidence in a held-out loss (nats per target), or an empty string.
+
+        In the first ``PATIENCE_STEPS`` steps only an absurd loss counts, later any that is above the bound.
+        """
         bound = self.bound if self.steps >= PATIENCE_STEPS else self.bound + ABSURD_NATS
         if loss <= bound:
             return ""
@@ -73,7 +79,7 @@ class Watch:
 
 
 def advice(learning_rate: float) -> str:
-    """What to change."""
+    """Return a suggestion of options to change."""
     return (
         f"lower --learning-rate (now {learning_rate:g}) or --loss-scale, or give --warmup-tokens or a smaller "
         "--first-batch"

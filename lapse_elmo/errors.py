@@ -1,8 +1,8 @@
-"""Every exception that lapse-elmo raises for something a user can mend.
+"""The exceptions that lapse-elmo raises for mistakes that a user can correct, and lines on stderr.
 
 The message of a :class:`UserError` is one line: what is wrong, what was found, what was expected, what to do next.
-The programs in ``bin/`` print that line without a traceback and end with status 2. Anything else is a bug of ours and
-keeps its traceback (status 1).
+The programs in ``bin/`` print that line without a traceback and exit with status 2. Any other exception is a bug and is
+printed with its traceback (status 1).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake, or a state of the machine, that the user can mend.
+    """A mistake, or a state of the machine, that the user can correct.
 
-    ``everywhere`` is true when every rank is known to raise the same error at the same point (a wrong option, or a
-    check made by one rank and agreed by all): such an error is printed once and the job ends in order. Any other ends
-    the job by an abort that names the rank.
+    Attributes:
+        everywhere: Whether every rank is known to raise the same error at the same point (a wrong option, or a check
+            made by one rank whose result was broadcast). Such an error is printed once and the job ends in order. Any
+            other error ends the job by an abort, and its message names the rank.
     """
 
     everywhere = False
 
     def on_every_rank(self) -> UserError:
-        """This error, marked as one that every rank raises at this point."""
+        """Return this error, marked as one that every rank raises at this point."""
         self.everywhere = True
         return self
 
@@ -36,32 +37,35 @@ class LaunchError(UserError):
 
 
 class CorpusError(UserError):
-    """A text, vocabulary or shard file is missing, damaged, foreign or does not fit the others."""
+    """A text, vocabulary or shard file is missing, damaged, of another format, or does not fit the others."""
 
 
 class OutputError(UserError):
-    """An output exists already, or cannot be written (permissions, a full disk)."""
+    """An output exists already, or cannot be written (no permission, a full disk)."""
 
 
 class CheckpointError(UserError):
-    """A saved model is missing, incomplete, damaged or of another configuration."""
+    """A saved model is missing, incomplete, damaged, or was trained with another configuration."""
 
 
 class ServerError(UserError):
-    """A parameter server was called with keys or buffers that it must refuse, or out of turn."""
+    """A parameter server was called with invalid keys or buffers, or in the wrong order."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on, for instance because the loss is not finite."""
+    """Training cannot continue, for instance because the loss is not finite."""
 
 
 def in_one_line(error: object) -> str:
-    """The first line of what ``error`` says; of an exception that says nothing, its kind."""
+    """Return the first line of the message, or the class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def log_line(text: str) -> None:
-    """Lines on stderr, in one write: ``print`` makes two of them, between which a launcher puts other ranks' words."""
-    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed stream must not end what is reported on
+    """Write ``text`` and a line break to stderr in one call.
+
+    ``print`` issues two writes, which a launcher may interleave with other ranks' output.
+    """
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed stream must not end the program
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

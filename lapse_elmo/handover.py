@@ -1,4 +1,4 @@
-"""Results of all ranks for the one that writes the file: one item at a time, so that no rank holds those of all."""
+"""Hand the results of all ranks to rank 0, which writes them, one item at a time: no rank holds the results of all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ _END = -1
 
 
 def hand_to_first(world: World, items: Sequence[T], take: Callable[[T], None]) -> None:
-    """Collective: rank 0 calls ``take`` with every item (anything that pickles) of rank 0, then of rank 1, and so on.
+    """Have rank 0 call ``take`` with every item of rank 0, then of rank 1, and so on (collective).
 
-    :raises UserError: on every rank, the first that ``take`` raised; later items are not taken.
+    Items may be anything that pickles.
+
+    Raises:
+        UserError: On every rank, the first one that ``take`` raised; later items are dropped.
     """
     error: UserError | None = None
 

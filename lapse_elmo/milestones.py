@@ -1,4 +1,4 @@
-"""Checkpoints that stay because so many tokens were trained (``--save-at-tokens``), and the count of those tokens."""
+"""Checkpoints that are kept because a given number of tokens was trained (``--save-at-tokens``)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any
 
 
 class Milestones:
-    """Which numbers of tokens a run has passed, and at which steps.
+    """Counts the tokens of a run, and remembers the steps at which it passed the wanted numbers.
 
-    :param wanted: numbers of tokens of all ranks, in any order.
-    :param saved: what :meth:`plain` gave when the run was saved, or None at its beginning.
+    Attributes:
+        num_tokens: Tokens that all ranks have trained.
+        reached: The step at which each number of tokens was passed.
+
+    Args:
+        wanted: Numbers of tokens of all ranks, in any order.
+        saved: The result of :meth:`plain` when the run was saved; None for a new run.
     """
 
     def __init__(self, wanted: Sequence[int], saved: dict[str, Any] | None = None) -> None:
@@ -19,7 +24,7 @@ class Milestones:
         self._left = sorted(tokens for tokens in set(wanted) if tokens > self.num_tokens)
 
     def add(self, num_tokens: int, step: int) -> bool:
-        """Count a step's tokens; whether the checkpoint of this step is one to save and keep."""
+        """Count the tokens of a step; return whether a checkpoint must be saved at this step and kept."""
         self.num_tokens += num_tokens
         passed = [tokens for tokens in self._left if tokens <= self.num_tokens]
         self._left = self._left[len(passed) :]
@@ -28,9 +33,9 @@ class Milestones:
 
     @property
     def steps(self) -> set[int]:
-        """The steps whose checkpoints stay."""
+        """The steps whose checkpoints are kept."""
         return set(self.reached.values())
 
     def plain(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return plain values for the manifest."""
         return {"num_tokens": self.num_tokens, "reached": [list(pair) for pair in self.reached.items()]}

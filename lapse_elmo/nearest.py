@@ -1,4 +1,4 @@
-"""``bin/nearest``: the neighbours of words in a model's table. A program of one process, without MPI."""
+"""``bin/nearest``: the nearest neighbours of words in a model's table. Runs as one process, without MPI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lapse_elmo.trained import load
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Parse, open the model, print a line a word: the word, then its neighbours with their cosines."""
+    """Parse, open the model, and print one line per word: the word, then its neighbours with their cosines."""
     options = parse_nearest(argv)
     model = load(options.model, vocab=options.vocab)
     for word in options.words:

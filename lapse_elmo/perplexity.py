@@ -1,4 +1,4 @@
-"""Held-out perplexity by full softmax, over all ranks; and the unigram perplexity to hold it against."""
+"""Held-out perplexity by full softmax, computed by all ranks, and the unigram perplexity as a baseline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.node_softmax import NodeSoftmax
 from lapse_elmo.parameters import Parameters
 
-HELD_BYTES = 256 * 2**20  # of context vectors, for one walk through the softmax rows; twice that while they meet
+HELD_BYTES = 256 * 2**20  # context vectors per pass over the softmax rows; joining them takes twice that for a moment
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Summed nll (nats) of each direction over ``num_targets`` targets a direction, on all ranks."""
+    """Summed nll (nats) of each direction over ``num_targets`` targets per direction, of all ranks."""
 
     forward_nll: float
     backward_nll: float
@@ -33,19 +33,22 @@ class Perplexity:
 
     @property
     def forward(self) -> float:
+        """Perplexity of the forward direction."""
         return _exp(self.forward_nll / self.num_targets)
 
     @property
     def backward(self) -> float:
+        """Perplexity of the backward direction."""
         return _exp(self.backward_nll / self.num_targets)
 
     @property
     def mean(self) -> float:
+        """Perplexity over the targets of both directions."""
         return _exp((self.forward_nll + self.backward_nll) / (2 * self.num_targets))
 
 
 def _exp(loss: float) -> float:
-    """exp, infinite where it overflows: a model that has diverged has a perplexity too."""
+    """Return exp(loss), or infinity where it overflows: a model that has diverged has a perplexity too."""
     return math.exp(loss) if not loss > 700 else math.inf
 
 
@@ -53,12 +56,21 @@ def _exp(loss: float) -> float:
 def measure_perplexity(
     parameters: Parameters, shards: ShardSet, data: DataConfig, batch_size: int, world: World, device: torch.device
 ) -> Perplexity:
-    """Collective: perplexity over every sentence of ``shards``, each with state zero at its start.
+    """Measure perplexity over every sentence of ``shards``, each with a zero initial state (collective).
 
-    The softmax rows are read in chunks, so that memory does not grow with the vocabulary, and once for as many batches
-    as ``HELD_BYTES`` of context vectors are. On several nodes each reads its own (:class:`NodeSoftmax`).
+    The softmax rows are read in chunks, so that memory does not grow with the vocabulary, in one pass for each
+    ``HELD_BYTES`` of context vectors. With several nodes each reads only its own rows (:class:`NodeSoftmax`).
 
-    :raises ConfigError: if no sentence has a target (single tokens without boundaries).
+    Args:
+        parameters: The model.
+        shards: The sentences; each rank computes its share.
+        data: How sentences are cut and whether they have boundaries.
+        batch_size: Sentences per batch.
+        world: The world.
+        device: Where this rank computes.
+
+    Raises:
+        ConfigError: If no sentence has a target (single tokens without boundaries).
     """
     model, softmax = parameters.model, parameters.softmax
     model.eval()
@@ -70,9 +82,10 @@ def measure_perplexity(
             sums += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
     else:
         across = NodeSoftmax(softmax, world, device)
-        held = _held(batches, parameters, device, HELD_BYTES // world.num_nodes)  # as many come from the other nodes
+        # A rank receives as many vectors from each other node as it sends.
+        held = _held(batches, parameters, device, HELD_BYTES // world.num_nodes)
         nothing = torch.empty(0, softmax.size - 1, device=device), torch.empty(0, dtype=torch.int64, device=device)
-        while True:  # as often as the rank that has most
+        while True:  # as often as the rank with the most batches needs
             mine = next(held, None)
             if not world.sum_(np.array([mine is not None], np.int64))[0]:
                 break
@@ -87,7 +100,7 @@ def measure_perplexity(
 def _held(
     batches: Iterator[Batch], parameters: Parameters, device: torch.device, most_bytes: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield context vectors (2 n, D) and targets (2 n,), forward ones first, of as many batches as are held."""
+    """Yield context vectors (2 n, D) and targets (2 n,), forward ones first, of ``most_bytes`` of batches at a time."""
     held: list[tuple[torch.Tensor, np.ndarray]] = []
     num_bytes = 0
     for batch in parameters.world.progress.counted(batches):
@@ -105,7 +118,7 @@ def _held(
 
 
 def _joined(held: list[tuple[torch.Tensor, np.ndarray]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Context vectors and targets of batches, which are forgotten: forward ones, then backward ones."""
+    """Return the context vectors and targets of all batches, forward ones first, and empty ``held``."""
     halves = [half for context, _ in held for half in context.chunk(2)]
     targets = [half for _, target in held for half in np.split(target, 2)]
     held.clear()
@@ -114,16 +127,16 @@ def _joined(held: list[tuple[torch.Tensor, np.ndarray]], device: torch.device) -
 
 
 def _sums(nll: torch.Tensor) -> np.ndarray:
-    """Summed forward and backward nll, and the targets of a direction."""
+    """Return the summed forward and backward nll, and the number of targets per direction."""
     forward, backward = nll.chunk(2) if len(nll) else (nll, nll)
     return np.array([float(forward.sum()), float(backward.sum()), len(forward)])
 
 
 def unigram_perplexity(train: ShardSet, heldout: ShardSet, boundaries: bool, world: World) -> float:
-    """Collective: perplexity of the held-out text under the word frequencies of the training text.
+    """Return the perplexity of the held-out text under the word frequencies of the training text (collective).
 
-    A model must be far below it to have learnt more than frequencies. Targets are words and, with ``boundaries``, one
-    end of sentence each; a class that the training text lacks counts as if it had come once.
+    A model that has learnt more than frequencies is far below it. Targets are words and, with ``boundaries``, the end
+    of each sentence; a class that does not occur in the training text counts as if it had occurred once.
     """
     counts, targets = (shards.unigram_counts(world).astype(np.float64) for shards in (train, heldout))
     if boundaries:

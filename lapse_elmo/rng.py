@@ -1,4 +1,4 @@
-"""Random streams keyed by what they are for: no global generator, nothing depends on the order of calls elsewhere."""
+"""Random generators keyed by their purpose: none is global, so no draw depends on draws made elsewhere."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 
 
 def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """The NumPy generator of ``purpose`` and ``indices`` (epoch, rank, chunk ... all from 0 to 2**32 - 1)."""
+    """Return the NumPy generator for ``purpose`` and ``indices`` (epoch, rank, chunk, ...; each below 2**32)."""
     return np.random.Generator(np.random.Philox(_sequence(seed, purpose, indices)))
 
 
 def torch_stream(seed: int, purpose: str, *indices: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """The torch generator of ``purpose`` and ``indices``."""
+    """Return the torch generator for ``purpose`` and ``indices``."""
     generator = torch.Generator(device)
     generator.manual_seed(int(_sequence(seed, purpose, indices).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return generator
 
 
 def _sequence(seed: int, purpose: str, indices: tuple[int, ...]) -> np.random.SeedSequence:
-    assert all(0 <= index < 2**32 for index in indices), indices  # a larger one would be taken for two
+    # SeedSequence would split a larger index into two words, so that two keys could be the same.
+    assert all(0 <= index < 2**32 for index in indices), indices
     return np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *indices))

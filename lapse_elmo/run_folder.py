@@ -53,7 +53,7 @@ class ResumePoint:
 
     @property
     def step(self) -> int:
-        return self.cursor.progress.step if self.cursor else 0
+        return self.cursor.position.step if self.cursor else 0
 
 
 def name_run(config: Config, world: World) -> Config:

@@ -11,7 +11,7 @@ from lapse_elmo.divergence import Watch
 from lapse_elmo.errors import CheckpointError, in_one_line
 from lapse_elmo.metrics.run_log import Meter
 from lapse_elmo.perplexity import Perplexity
-from lapse_elmo.step import StepResult
+from lapse_elmo.step_report import StepResult
 
 
 @dataclass(frozen=True)

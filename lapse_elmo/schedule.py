@@ -1,4 +1,4 @@
-"""The learning rate of a step, as a function of the tokens trained: a pure function, so a resumed run repeats it."""
+"""The learning rate as a pure function of the tokens trained, so that a resumed run repeats it exactly."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from lapse_elmo.config.training import OptimizerConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then constant, or falling linearly, by half a cosine, or with the inverse square root of the tokens.
+    """Warm-up, then a constant rate, or one that decays linearly, by half a cosine or by the inverse square root.
 
-    :ivar config: the options; see their help. :ivar run_tokens: tokens of the whole run, over which linear and cosine
-        fall where ``--decay-tokens`` does not say otherwise.
+    Attributes:
+        config: The options; see their help texts.
+        run_tokens: Tokens of the whole run, over which linear and cosine decay unless ``--decay-tokens`` is given.
     """
 
     config: OptimizerConfig
     run_tokens: float
 
     def rate(self, tokens: float, step_tokens: float) -> float:
-        """The learning rate of the step that is trained after ``tokens`` tokens.
+        """Return the learning rate of the next step.
 
-        :param step_tokens: tokens of this step: the warm-up counts them, so that the first step's rate is not 0.
+        Args:
+            tokens: Tokens trained before it.
+            step_tokens: Tokens of the step itself. Warm-up counts them, so that the rate of the first step is not 0.
         """
         config = self.config
         warm, rate = config.warmup_tokens, config.learning_rate

@@ -1,4 +1,4 @@
-"""One training step: pull rows, compute, agree between the ranks, push."""
+"""One training step: pull rows, compute, exchange reports between the ranks, push gradients."""
 
 from __future__ import annotations
 
@@ -16,51 +16,34 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.context import context_vectors
 from lapse_elmo.dense_mean import DenseMean, open_dense_mean
 from lapse_elmo.errors import TrainingError
+from lapse_elmo.gradient_noise import noise_of
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.optimizers import sum_of_squares
 from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.rng import torch_stream
-from lapse_elmo.step_report import RankReport, Tally, Vote, exchange_reports
+from lapse_elmo.step_report import RankReport, StepResult, Vote, exchange_reports
 from lapse_elmo.tables import PulledRows
 from lapse_elmo.upload import Uploader
 
 
 @dataclass(frozen=True)
 class AnnouncedBatch:
-    """A batch whose intent went out: ``sample`` is the handle of its negative samples (None for the full softmax)."""
+    """A batch that was announced to the server.
+
+    Attributes:
+        batch: The batch.
+        sample: The handle of its negative samples; None for the full softmax.
+    """
 
     batch: Batch
     sample: int | None
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step did, over all ranks: sums of nll (nats), targets, tokens; the gradient norm before clipping.
-
-    ``votes`` are those that the ranks cast at this step. ``seconds`` are this rank's, by phase: pull, compute,
-    agree (waiting for other ranks), push. ``compute_s`` (ranks,) are the compute seconds of every rank. ``signal`` and
-    ``noise`` are parts of the gradient noise scale (:func:`noise_of`), 0 where the step cannot tell.
-    """
-
-    nll: float
-    num_targets: int
-    num_tokens: int
-    num_cut: int
-    num_sentences: int
-    gradient_norm: float
-    learning_rate: float
-    signal: float
-    noise: float
-    votes: Tally
-    seconds: dict[str, float]
-    compute_s: np.ndarray
-
-
-@dataclass(frozen=True)
 class _Part:
-    """What a part of the step has computed: its rows as pulled, and their gradients."""
+    """What a part of the step has computed: its rows as pulled, and the gradients of these."""
 
     batch: Batch
     pulled: _Pulled
@@ -71,7 +54,15 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Pulled:
-    """The rows of one step; ``samples`` and ``targets`` index ``softmax``."""
+    """The rows of one part of a step.
+
+    Attributes:
+        embedding: Rows of the embedding (U, D).
+        softmax: Distinct rows of the softmax (R, D + 1), for targets and samples.
+        softmax_rows: (R,) their row numbers.
+        targets: (N,) indices into ``softmax``.
+        samples: (S,) indices into ``softmax``.
+    """
 
     embedding: PulledRows
     softmax: PulledRows
@@ -83,18 +74,25 @@ class _Pulled:
 class TrainingStep:
     """Trains a batch of each of the rank's parts per call, on every rank at the same time (collective).
 
-    The loss whose gradient is taken is nll / targets of an average batch of the same number of sentences, so each
-    target weighs the same, as with bilm-tf, whose batches are equally large. With nll / targets of the batch, one of
-    very short sentences would move the parameters as far as one of long ones, and towards ending every sentence at
-    once.
+    The loss is nll divided by the mean number of targets in a batch of as many sentences, so every target has the same
+    weight, as in bilm-tf, whose batches all have the same number of targets. If nll were divided by the batch's own
+    number of targets, a batch of very short sentences would move the parameters as far as one of long sentences, and
+    towards ending every sentence at once.
 
-    With K parts (``--accumulate``) a rank does what K ranks would: all parts are computed with the same parameters,
+    With K parts (``--accumulate``) a rank does the work of K ranks: all parts are computed with the same parameters,
     the dense gradients are averaged over all parts of all ranks, and the rows' gradients are pushed part by part.
 
-    :param sentence_targets: how many targets, of both directions, a sentence has on average.
-    :param vote: called once per step on every rank; ``StepResult.votes`` counts the votes of all ranks.
-    :ivar tells_noise: whether there are several gradients of the same parameters to tell the noise from.
-    :ivar dense_fallback: a warning about the slow way in which dense gradients are summed, or "".
+    Attributes:
+        measures_noise: Whether there are several gradients of the same parameters, which show the gradient noise.
+        dense_fallback: A warning about a slow way of summing dense gradients, or "".
+
+    Args:
+        config: The options.
+        world: The world.
+        parameters: The model and its tables.
+        device: Where this rank computes.
+        sentence_targets: Mean number of targets, of both directions, per sentence.
+        vote: Called once per step on every rank; ``StepResult.votes`` counts the votes of all ranks.
     """
 
     def __init__(
@@ -119,17 +117,17 @@ class TrainingStep:
         self._dense: list[nn.Parameter] = list(self.model.parameters())
         self._mean: DenseMean | None = None
         self.dense_fallback = ""
-        self.tells_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
+        self.measures_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
         if parameters.dense_table is None:
             self._mean, self.dense_fallback = open_dense_mean(world, device, sum(p.numel() for p in self._dense))
 
     def close(self) -> None:
-        """Collective: no step follows."""
+        """Release resources after the last step (collective)."""
         if self._mean is not None:
             self._mean.close()
 
     def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
-        """Send the intent of a batch that will be trained at ``clock``, and have its samples drawn."""
+        """Announce a batch that will be trained at ``clock`` to the server, and have its samples drawn."""
         server = self.parameters.server
         self.parameters.embedding.intent(batch.input_rows, clock, clock + 1)
         self.parameters.softmax.intent(np.unique(batch.target_rows), clock, clock + 1)
@@ -138,15 +136,21 @@ class TrainingStep:
         return AnnouncedBatch(batch, server.prepare_sample(self.config.softmax.num_samples, clock, clock + 1))
 
     def __call__(self, announced: Sequence[AnnouncedBatch], step: int, rate: float) -> StepResult:
-        """Train the step's batches, one of each part, at the learning rate ``rate``.
+        """Train one step.
 
-        :raises TrainingError: on every rank, before anything is pushed, if a gradient is not finite.
+        Args:
+            announced: One batch for each part.
+            step: The number of the step, from 1.
+            rate: The learning rate.
+
+        Raises:
+            TrainingError: On every rank, before anything is pushed, if a loss or gradient is not finite.
         """
         timer = _Timer("pull", lambda phase: self.world.progress.enter(f"step {step}, {phase}"))
         parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
         dense_mean = self._start_mean(gradients)
-        if self.tells_noise and len(parts) == 1:
+        if self.measures_noise and len(parts) == 1:
             square = _square(0.0, *gradients)  # while the ranks' gradients are being summed
         sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts)
         dense = dense_mean()
@@ -172,7 +176,7 @@ class TrainingStep:
         timer.end()
         total = reports.total
         signal, noise = 0.0, 0.0
-        if self.tells_noise:
+        if self.measures_noise:
             num_parts = self.world.size * len(parts)
             signal, noise = noise_of(
                 total["dense_square"] / self.world.size, dense_square, num_parts, total["num_tokens"]
@@ -187,7 +191,11 @@ class TrainingStep:
     def _parts(
         self, announced: Sequence[AnnouncedBatch], step: int, timer: _Timer
     ) -> tuple[list[_Part], list[Tensor], float]:
-        """Compute every part: the parts, the mean of their dense gradients, the mean of these' squared norms."""
+        """Compute every part.
+
+        Returns:
+            The parts; the mean of their dense gradients; the mean of the squared norms of these (0 for a single part).
+        """
         parts: list[_Part] = []
         sums: list[Tensor] = []
         square = 0.0
@@ -202,11 +210,12 @@ class TrainingStep:
             if len(announced) == 1:
                 return parts, gradients, 0.0
             square += _square(0.0, *gradients)
-            # The next part's backward pass makes new ones: these are free to hold the sums.
+            # The next part's backward pass allocates new gradients, so these can be reused for the sums.
             sums = [total.add_(one) for total, one in zip(sums, gradients, strict=True)] if number else gradients
         return parts, [total.div_(len(announced)) for total in sums], square / len(announced)
 
     def _pull(self, announced: AnnouncedBatch) -> _Pulled:
+        """Pull the rows of a batch, and the dense parameters if they are in the server."""
         batch, softmax = announced.batch, self.parameters.softmax
         if self.parameters.dense_table is not None:
             self.parameters.dense_table.pull()
@@ -222,13 +231,23 @@ class TrainingStep:
         return _Pulled(embedding, softmax.pull(rows), rows, targets, samples)
 
     def _compute(self, batch: Batch, pulled: _Pulled, worker: int, step: int) -> tuple[float, Tensor, Tensor]:
-        """(nll, gradient of the embedding rows, of the softmax rows); dense gradients are left in ``.grad``."""
+        """Compute loss and gradients; dense gradients are left in ``.grad``.
+
+        Args:
+            batch: The batch.
+            pulled: Its rows.
+            worker: Number of the part over all ranks, which keys its dropout.
+            step: The number of the step, likewise.
+
+        Returns:
+            The nll (nats), the gradient of the embedding rows (U, D) and that of the softmax rows (R, D + 1).
+        """
         for parameter in self._dense:
             parameter.grad = None
         weights = pulled.embedding.weights, pulled.softmax.weights
         if not batch.num_targets:
             return 0.0, *(torch.zeros(w.shape, device=self.device) for w in weights)  # type: ignore[return-value]
-        # On a GPU the softmax rows cross while the LSTM computes.
+        # On a GPU the softmax rows are copied while the LSTM computes.
         take_embedding, take_softmax = (self.uploader.start(w) for w in weights)
         dropout = torch_stream(self.config.training.seed, "dropout", worker, step)
         embedding = take_embedding().requires_grad_()
@@ -242,7 +261,7 @@ class TrainingStep:
         return float(nll.detach()), _gradient(embedding), _gradient(softmax)
 
     def _log_expected(self, rows: np.ndarray) -> Tensor | None:
-        """log of the expected count of each row (U,) in a sample; None where it is the same for all of them."""
+        """Return the log of the expected count of each row (R,) in a sample; None if it is the same for all rows."""
         softmax = self.config.softmax
         if not self.samples_softmax or softmax.distribution == "uniform":
             return None
@@ -252,8 +271,10 @@ class TrainingStep:
         )
 
     def _start_mean(self, gradients: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begin the mean of the ranks' dense gradients, which the result gives; they stay as they are where the server
-        adds them up."""
+        """Begin to average the dense gradients over the ranks; return a function that waits for the means.
+
+        If the dense parameters are in the server, it returns this rank's own gradients, which the server adds up.
+        """
         return self._mean.start(gradients) if self._mean is not None else lambda: gradients
 
     def _clip_factor(self, norm: float) -> float:
@@ -261,6 +282,7 @@ class TrainingStep:
         return bound / norm if bound and norm > bound else 1.0
 
     def _push(self, parts: Sequence[_Part], dense: list[Tensor], scale: float, rate: float) -> None:
+        """Update rows and dense parameters with ``scale`` times their gradients."""
         parameters = self.parameters
         parameters.set_learning_rate(rate)
 
@@ -271,7 +293,7 @@ class TrainingStep:
                 parameters.softmax.push(part.pulled.softmax, part.softmax, of_rows)
 
         if self.config.training.sync:
-            # All have pulled (the gradients were summed since), and now push one after another.
+            # All ranks have pulled by now (their gradients were summed), and push one after another.
             for rank in range(self.world.size):
                 if rank == self.world.rank:
                     push_rows()
@@ -279,24 +301,31 @@ class TrainingStep:
         else:
             push_rows()
         if parameters.dense_table is not None:
-            # The ranks' steps add up in the server: with gradients of 1 / R they go as far as one on the mean.
+            # The server adds up the ranks' steps: with gradients divided by the number of ranks their sum is a mean.
             parameters.dense_table.push(dense, scale / self.world.size)
         else:
             parameters.dense_optimizer.step(dense, scale)
 
     def _row_factor(self, batch: Batch) -> float:
-        """What makes of the rows' gradients of the mean loss those of the summed loss, times --row-scale."""
+        """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
         optimizer = self.config.optimizer
-        factor = optimizer.row_scale if optimizer.optimizer == "adagrad" else 0.0  # plain descent has no such measure
+        # Adagrad divides by the size of past gradients, so their scale matters little; with plain descent it does.
+        factor = optimizer.row_scale if optimizer.optimizer == "adagrad" else 0.0
         return factor / self._loss_factor(batch) if factor else 1.0
 
     def _loss_factor(self, batch: Batch) -> float:
         return self.sentence_factor / batch.size
 
     def _refuse(self, parts: Sequence[_Part], step: int, gradients: Sequence[Tensor]) -> None:
-        """Collective: end the run before anything is pushed, naming rank, step and sentences.
+        """Raise an error that names the rank, the step and the sentences that are not finite (collective).
 
-        :param gradients: this rank's dense ones, not the ranks' sum, which does not say whose was not finite.
+        Args:
+            parts: The parts of this rank.
+            step: The number of the step.
+            gradients: This rank's own dense gradients: the sum over the ranks would not show whose was not finite.
+
+        Raises:
+            TrainingError: On every rank.
         """
 
         def check() -> None:
@@ -320,23 +349,8 @@ class TrainingStep:
         return torch.from_numpy(array).to(self.device)
 
 
-def noise_of(mean_square: float, square: float, num_parts: int, num_tokens: float) -> tuple[float, float]:
-    """(signal, noise) of a step: unbiased estimates of the true gradient's squared norm, and of the squared deviation
-    from it of the gradient of a single token.
-
-    Their ratio is the gradient noise scale in tokens (McCandlish et al. 2018, arXiv:1812.06162, appendix A): the batch
-    at which half of an averaged gradient's squared norm is noise. Each is noisy, and the signal may be below 0: sum
-    both over many steps before dividing.
-
-    :param mean_square: mean over the parts of the squared norm of a part's gradient. :param square: squared norm of the
-        mean of these gradients. :param num_parts: 2 or more. :param num_tokens: of all parts.
-    """
-    signal = (num_parts * square - mean_square) / (num_parts - 1)
-    return signal, (mean_square - square) * num_tokens / (num_parts - 1)
-
-
 def _square(before: float, *tensors: Tensor) -> float:
-    """``before`` and the sum of all squares."""
+    """Return ``before`` plus the sum of all squares."""
     return sum(map(sum_of_squares, tensors), before)
 
 
@@ -345,23 +359,25 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 class _Timer:
-    """Seconds by phase, and the phases as ranges of a profile; ``tell`` is called with each."""
+    """Measures seconds by phase, marks the phases in a profile, and calls ``enter`` with each."""
 
-    def __init__(self, phase: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, phase: str, enter: Callable[[str], None]) -> None:
         self.seconds: dict[str, float] = {}
-        self._tell = tell
+        self._enter = enter
         self._begin(phase)
 
     def next(self, phase: str) -> None:
+        """End the current phase and begin ``phase``."""
         self.end()
         self._begin(phase)
 
     def end(self) -> None:
+        """End the current phase."""
         self._range.__exit__(None, None, None)
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
 
     def _begin(self, phase: str) -> None:
         self._phase, self._start = phase, time.perf_counter()
-        self._tell(phase)
-        self._range = torch.profiler.record_function(f"{phase}, but what is named")
+        self._enter(phase)
+        self._range = torch.profiler.record_function(f"{phase} (other)")
         self._range.__enter__()

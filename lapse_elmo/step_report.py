@@ -1,4 +1,4 @@
-"""What the ranks tell each other at every step: numbers to add up, and votes on what happens next.
+"""What the ranks report to each other at every step: numbers to add up, and votes on what happens next.
 
 Each rank packs its :class:`RankReport` into one float64 vector; one all-gather per step makes it known to all ranks.
 """
@@ -98,3 +98,37 @@ def exchange_reports(world: World, report: RankReport, vote: Vote) -> StepReport
     """Return what all ranks report at this step; every rank gets the same (collective)."""
     numbers = [getattr(report, name) for name in _REPORT] + [getattr(vote, name) for name in _VOTE]
     return StepReports(world.gather_numbers(np.array(numbers, np.float64)))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The result of a step, the same on all ranks except for ``seconds``.
+
+    Attributes:
+        nll: Summed over all targets, in nats.
+        num_targets: Targets of both directions.
+        num_tokens: Words, without boundaries.
+        num_cut: Sentences that were cut at --max-length.
+        num_sentences: Sentences.
+        gradient_norm: Norm of the gradient before clipping.
+        learning_rate: The rate of this step.
+        signal: With ``noise``, the parts of the gradient noise scale (:mod:`lapse_elmo.gradient_noise`), or 0 if the
+            step does not show it.
+        noise: See ``signal``.
+        votes: What the ranks voted for.
+        seconds: This rank's seconds by phase: pull, compute, agree (waiting for other ranks), push.
+        compute_s: (ranks,) the compute seconds of every rank.
+    """
+
+    nll: float
+    num_targets: int
+    num_tokens: int
+    num_cut: int
+    num_sentences: int
+    gradient_norm: float
+    learning_rate: float
+    signal: float
+    noise: float
+    votes: Tally
+    seconds: dict[str, float]
+    compute_s: np.ndarray

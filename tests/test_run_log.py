@@ -26,8 +26,7 @@ from lapse_elmo.config.training import RunConfig
 from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
 from lapse_elmo.metrics.versions import versions
-from lapse_elmo.step import StepResult
-from lapse_elmo.step_report import Tally
+from lapse_elmo.step_report import StepResult, Tally
 from tests.mpi import MPIRUN, ROOT, mpirun
 
 RESULT = StepResult(

@@ -14,7 +14,7 @@ import torch
 
 from lapse_elmo.checkpoint.manifest import DENSE, Manifest, rank_file, sha256_of
 from lapse_elmo.corpus.files import H5_ERRORS, ErrorKeepingFile
-from lapse_elmo.cursor import Progress, SavedCursor
+from lapse_elmo.cursor import Position, SavedCursor
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
@@ -143,7 +143,7 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
 
 def saved_cursor(path: Path, manifest: Manifest) -> SavedCursor:
     """Where the run was that wrote a verified checkpoint. :raises CheckpointError: if it cannot be read."""
-    progress = Progress(*(int(manifest[name]) for name in ("step", "epoch", "step_in_epoch")))
+    position = Position(*(int(manifest[name]) for name in ("step", "epoch", "step_in_epoch")))
     parts: list[np.ndarray] = []
     left: list[np.ndarray] = []
     try:
@@ -155,7 +155,7 @@ def saved_cursor(path: Path, manifest: Manifest) -> SavedCursor:
                         found.append(np.flatnonzero(np.unpackbits(dataset[:])) + int(dataset.attrs["first"]))
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
-    return SavedCursor(progress, parts, left)
+    return SavedCursor(position, parts, left)
 
 
 def _chunks(path: Path, manifest: Manifest, parameters: Parameters) -> Iterator[tuple[RowTable, h5py.Group, int]]:

@@ -79,7 +79,7 @@ class Saver:
             self.best = perplexity, final
         best = {"step": int(self.best[1].name.removeprefix("step-")), "perplexity": self.best[0]} if self.best else None
         self._manifest = {
-            "format": FORMAT, "version": VERSION, **vars(cursor.progress), "world_size": self._world.size, **manifest,
+            "format": FORMAT, "version": VERSION, **vars(cursor.position), "world_size": self._world.size, **manifest,
             "best": best, "versions": versions() if self._world.rank == 0 else {},
         }
         self._world.agree(lambda: self._guarded(final, lambda: _make(partial_of(final))))

@@ -19,7 +19,7 @@ from lapse_elmo.config.training import RunConfig
 from lapse_elmo.corpus.files import write_failed, write_whole
 from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.terminal import stderr_is_terminal
-from lapse_elmo.step import StepResult
+from lapse_elmo.step_report import StepResult
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"

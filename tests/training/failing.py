@@ -15,7 +15,8 @@ from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import files, saver
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
-from lapse_elmo.step import AnnouncedBatch, StepResult, TrainingStep
+from lapse_elmo.step import AnnouncedBatch, TrainingStep
+from lapse_elmo.step_report import StepResult
 
 
 def die(*_: Any) -> None:

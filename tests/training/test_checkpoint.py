@@ -23,7 +23,7 @@ from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import Cursor, Progress
+from lapse_elmo.cursor import Cursor, Position
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
@@ -90,7 +90,7 @@ def test_the_manifest_tells_everything(
     checkpoint.check_files(folder, read)
     assert checkpoint.config_of(read, folder) == config
     saved = checkpoint.saved_cursor(folder, read)
-    assert saved.progress == Progress(9, 1, 2)
+    assert saved.position == Position(9, 1, 2)
     np.testing.assert_array_equal(saved.parts[0], np.arange(203))
     assert saved.left[0].size == 203 - 64
 
@@ -101,7 +101,7 @@ def test_between_epochs_no_sentences_are_saved(
     with ShardSet.open(small.shards) as shards:
         folder = save(tmp_path, parameters, cursor_at(config, shards, 7))
     saved = checkpoint.saved_cursor(folder, checkpoint.read_manifest(folder))
-    assert (saved.progress, saved.parts, saved.left) == (Progress(7, 1, 0), [], [])
+    assert (saved.position, saved.parts, saved.left) == (Position(7, 1, 0), [], [])
 
 
 @pytest.mark.parametrize("step", [(files, "_write_at"), (files, "_laid_out"), (saver, "encode"), (saver, "put")])

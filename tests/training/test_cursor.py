@@ -43,7 +43,7 @@ def play(config_options: Sequence[str], sizes: Sequence[tuple[int, int]], shards
                 cursor.trained(batches)
                 trained[-1] += sentences_of(batches)
         both = [pair for cursor in cursors if (pair := cursor.sentences()) is not None]
-        saved = SavedCursor(cursors[0].progress, [part for part, _ in both], [left for _, left in both])
+        saved = SavedCursor(cursors[0].position, [part for part, _ in both], [left for _, left in both])
     return trained
 
 
