@@ -15,7 +15,7 @@ __all__ = ["TrainedModel", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what uses a model when it is first asked for: ``import lapse_elmo`` alone stays free of torch."""
+    """Import the model's API on first use, so that ``import lapse_elmo`` alone does not import torch."""
     if name in ("TrainedModel", "load"):
         import importlib
 

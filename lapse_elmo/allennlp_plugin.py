@@ -1,6 +1,6 @@
 """A trained model in AllenNLP 2: a token indexer and a token embedder, both of type ``lapse-elmo``.
 
-AllenNLP finds them with ``--include-package lapse_elmo.allennlp_plugin``, or in a program by importing this module. In
+They are registered by ``--include-package lapse_elmo.allennlp_plugin``, or in a program by importing this module. In
 a configuration:
 
 .. code-block:: json
@@ -11,8 +11,8 @@ a configuration:
                "text_field_embedder": {"token_embedders": {
                    "elmo": {"type": "lapse-elmo", "model": "runs/first", "dropout": 0.5}}}}}
 
-Without a registry: ``Elmo(None, None, n, module=AllenNlpModule(lapse_elmo.load(PATH)))`` takes the ids that
-``LapseElmoIndexer`` makes.
+Without the registry: ``Elmo(None, None, n, module=AllenNlpModule(lapse_elmo.load(PATH)))`` takes the ids that
+``LapseElmoIndexer`` returns.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ _KEY = "lapse_elmo_ids"
 
 @TokenIndexer.register("lapse-elmo")
 class LapseElmoIndexer(TokenIndexer):
-    """Ids of words in the model's own vocabulary; AllenNLP's vocabulary has no part in it.
+    """Indexes words by the model's own vocabulary; AllenNLP's vocabulary is not used.
 
-    :param model: where the model is, as :func:`lapse_elmo.load` takes it.
-    :param vocabulary_file: its vocabulary, where that does not lie with it.
+    Args:
+        model: Path of the model, as for :func:`lapse_elmo.load`.
+        vocabulary_file: Its vocabulary, if that is not stored with it.
+        token_min_padding_length: As for AllenNLP's ``TokenIndexer``.
     """
 
     def __init__(self, model: str, vocabulary_file: str = "", token_min_padding_length: int = 0) -> None:
@@ -48,40 +50,50 @@ class LapseElmoIndexer(TokenIndexer):
         self._vocabulary = load(model, vocab=vocabulary_file).vocabulary
 
     def count_vocab_items(self, token: Token, counter: dict[str, dict[str, int]]) -> None:
-        """Nothing to count."""
+        """Do nothing: the vocabulary is the model's."""
 
     def get_empty_token_list(self) -> IndexedTokenList:
+        """Return the index of no tokens."""
         return {_KEY: []}
 
     def tokens_to_indices(self, tokens: list[Token], vocabulary: Vocabulary) -> IndexedTokenList:
+        """Return the ids of ``tokens``; ``vocabulary`` is not used."""
         return {_KEY: self._vocabulary.encode(token.ensure_text() for token in tokens)}
 
     def as_padded_tensor_dict(self, tokens: IndexedTokenList, padding_lengths: dict[str, int]) -> dict[str, Tensor]:
+        """Return the ids as a tensor, padded with 0."""
         ids = pad_sequence_to_length(tokens[_KEY], padding_lengths[_KEY], default_value=lambda: PADDING)
         return {_KEY: torch.tensor(ids, dtype=torch.int64)}
 
 
 class AllenNlpModule(nn.Module):
-    """What AllenNLP's ``Elmo(None, None, n, module=...)`` expects of a biLM.
+    """The biLM that AllenNLP's ``Elmo(None, None, n, module=...)`` takes.
 
-    :param model: an opened model with boundaries; ``Elmo`` takes two positions of each sentence away.
-    :param requires_grad: whether the LSTM is trained further.
-    :raises ValueError: for a model that was trained without boundaries.
+    Args:
+        model: An opened model.
+        requires_grad: Whether the LSTM is trained further.
+
+    Raises:
+        ValueError: For a model that was trained without boundaries: ``Elmo`` removes the first and the last position
+            of each sentence.
     """
 
     def __init__(self, model: TrainedModel, requires_grad: bool = False) -> None:
         super().__init__()
         if not model.stored.boundaries:
-            raise ValueError(f"{model.stored.path} was trained without <S> and </S>, which AllenNLP's Elmo takes away")
+            raise ValueError(f"{model.stored.path} was trained without <S> and </S>, which AllenNLP's Elmo expects")
         self.elmo = ElmoModule(model.stored, requires_grad=requires_grad)
         self.num_layers = self.elmo.num_layers
 
     def get_output_dim(self) -> int:
-        """2D."""
+        """Return 2D, the size of a vector."""
         return self.elmo.output_dim
 
     def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, Any]:
-        """:param inputs: ids (B, T), padded with 0. :param word_inputs: not used."""
+        """Return all layers (each (B, T, 2D)) and the mask (B, T) of the ids ``inputs`` (B, T), padded with 0.
+
+        ``word_inputs`` is not used.
+        """
         layers, mask = self.elmo.activations(inputs)
         return {"activations": list(layers), "mask": mask}
 
@@ -90,13 +102,14 @@ class AllenNlpModule(nn.Module):
 class LapseElmoEmbedder(TokenEmbedder):
     """A trainable scalar mix of all layers, with dropout.
 
-    :param model: where the model is, as :func:`lapse_elmo.load` takes it. A saved AllenNLP model does not contain the
-        word table, so it is needed there too.
-    :param vocabulary_file: its vocabulary, where that does not lie with it.
-    :param dropout: on the mixed vectors.
-    :param requires_grad: whether the LSTM is trained further; the word table never is.
-    :param do_layer_norm: of each layer before it is mixed.
-    :param scalar_mix_parameters: fixed weights of the mix, before the softmax; trained from 0 if None.
+    Args:
+        model: Path of the model, as for :func:`lapse_elmo.load`. A saved AllenNLP model does not contain the word
+            table, so the model is also needed to load that.
+        vocabulary_file: Its vocabulary, if that is not stored with it.
+        dropout: Dropout of the mixed vectors.
+        requires_grad: Whether the LSTM is trained further; the word table never is.
+        do_layer_norm: Whether each layer is normalised before it is mixed.
+        scalar_mix_parameters: Fixed weights of the mix, before the softmax; None for weights trained from 0.
     """
 
     def __init__(
@@ -111,14 +124,15 @@ class LapseElmoEmbedder(TokenEmbedder):
         super().__init__()
         bilm: Any = AllenNlpModule(load(model, vocab=vocabulary_file), requires_grad)
         fixed: Any = scalar_mix_parameters
-        no_file: Any = None  # which AllenNLP wants here, though it annotates a string
+        no_file: Any = None  # AllenNLP takes None here, although the annotation says str
         self._elmo = Elmo(
             no_file, no_file, 1, dropout=dropout, do_layer_norm=do_layer_norm, scalar_mix_parameters=fixed, module=bilm
         )
 
     def get_output_dim(self) -> int:
+        """Return 2D, the size of a vector."""
         return self._elmo.get_output_dim()
 
     def forward(self, lapse_elmo_ids: Tensor) -> Tensor:
-        """(B, T) ids to (B, T, 2D)."""
+        """Return the mixed vectors (B, T, 2D) of ids (B, T)."""
         return self._elmo(lapse_elmo_ids)["elmo_representations"][0]

@@ -69,6 +69,7 @@ class MpiMean:
         self._flat = np.empty(numbers if world.size > 1 else 0, np.float32)
 
     def start(self, gradients: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to average ``gradients``; see :meth:`DenseMean.start`."""
         if self._world.size == 1:
             return lambda: list(gradients)
         start = 0
@@ -165,6 +166,7 @@ class TorchMean:
             raise RuntimeError(f"its sum of the ranks' numbers is wrong: {trial.tolist()}")
 
     def start(self, gradients: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin to average ``gradients``; see :meth:`DenseMean.start`."""
         torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._flat)
         work = dist.all_reduce(self._flat, async_op=True)
 
@@ -176,6 +178,7 @@ class TorchMean:
         return finish
 
     def close(self) -> None:
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

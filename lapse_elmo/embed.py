@@ -1,15 +1,16 @@
-"""``bin/embed``: contextual vectors of text, in the layouts that other programs read.
+"""``bin/embed``: contextual vectors of text, in the formats that other programs read.
 
-Of words (the default): an HDF5 file as bilm-tf's and AllenNLP's, with one float32 dataset a line of text, named by the
-line's number from 0 on through all texts: (L + 1, T, 2D) for T words, the word vectors first, forward halves before
-backward ones; or (T, 2D), if only the top layer or the average of all is wanted. A line without words has a dataset
-with T = 0. The vectors of the sentence boundaries that the model has read are left out, as by bilm-tf. With
-``--sentence-to-index`` also ``sentence_to_index`` (1,), a JSON string that maps each line to the name of its dataset.
+Words (the default): an HDF5 file like bilm-tf's and AllenNLP's, with one float32 dataset per line of text, named by the
+number of the line, counted from 0 through all texts. Its shape is (L + 1, T, 2D) for T words, with the word vectors
+first and forward halves before backward ones, or (T, 2D) if only the top layer or the average of all is wanted. A line
+without words has a dataset with T = 0. The vectors of sentence boundaries are left out, as in bilm-tf. With
+``--sentence-to-index`` the file also has ``sentence_to_index`` (1,), a JSON string that maps each line to the name of
+its dataset.
 
-Of sentences (``--pool mean``): an HDF5 file with one dataset ``means``, (N, 2D) or (N, L + 1, 2D), row i of line i.
+Sentences (``--pool mean``): an HDF5 file with one dataset ``means``, (N, 2D) or (N, L + 1, 2D), row i for line i.
 
-Of target words (``--words FILE``): a NumPy archive (.npz) with an array (n, 2D) or (n, L + 1, 2D) for each word of the
-file, its n occurrences in the order of the text.
+Target words (``--words FILE``): a NumPy archive (.npz) with an array (n, 2D) or (n, L + 1, 2D) for each word in FILE:
+its n occurrences in the order of the text.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Write = Callable[[int, "list[str]", np.ndarray], None]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Parse, open the model, embed the lines."""
+    """Parse, open the model, embed the lines of the texts, and write the vectors."""
     options = parse_embed(argv)
     world = enter()
     world.agree(lambda: refuse_existing(options.output, options.overwrite))
@@ -73,7 +74,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def _writer(options: EmbedConfig, targets: list[str], model: TrainedModel, stack: contextlib.ExitStack) -> Write:
-    """What writes one line's result; ``stack`` completes the file when it is closed."""
+    """Return a function that writes the result of one line; closing ``stack`` completes the file."""
     hidden = stack.enter_context(made_whole(options.output, options.overwrite))
     try:
         if targets:

@@ -1,9 +1,9 @@
-"""Where a new run's initial values come from: drawn, another model's (``--init-from``), or given word vectors.
+"""Initial values of a new run: random, those of another model (``--init-from``), or given word vectors.
 
-With ``--init-from`` the LSTM is the model's. A word of the run's vocabulary that the model knows too, and ``<S>``,
-``</S>`` and ``<UNK>``, start with the model's rows of both tables; other words start as in any run: the embedding drawn
-from N(0, 1), the softmax row from N(0, 1/D), its bias at the log-uniform law's log probability. The model's other words
-are left out. Accumulators start anew, or with ``--init-accumulators kept`` as the model left them.
+With ``--init-from`` the LSTM is copied from the model. ``<S>``, ``</S>``, ``<UNK>`` and the words of both vocabularies
+start with the model's rows of both tables. Other words of the run's vocabulary start as in any run: the embedding drawn
+from N(0, 1), the softmax row from N(0, 1/D), its bias at the log probability of the log-uniform law. Other words of the
+model are left out. Accumulators start at their initial value, or with ``--init-accumulators kept`` at the model's.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ _SIZES = ("projection_size", "cell_size", "num_layers", "context")
 
 
 def initialise(parameters: Parameters, config: Config, file: VocabularyFile, world: World) -> list[str]:
-    """Collective: give a new run its initial values; lines for its log that say where they come from.
+    """Set the initial values of a new run (collective).
 
-    :raises CheckpointError: if the model of --init-from cannot be read or has other sizes.
-    :raises CorpusError: if the file of --init-embedding is not word vectors of the run's size.
+    Returns:
+        Lines for the log that report where the values come from.
+
+    Raises:
+        ConfigError: On every rank, if the options contradict each other.
+        CheckpointError: On every rank, if the model of --init-from cannot be read or has other sizes.
+        CorpusError: On every rank, if the file of --init-embedding has no word vectors of the run's size.
     """
     given = config.initial
     if given.init_accumulators == "kept" and not given.init_from:
-        raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from too").on_every_rank()
+        raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from").on_every_rank()
     if given.init_from:
         vocabulary = world.together(file.load)
         stored = open_together(given.init_from, "", world)
@@ -91,14 +96,14 @@ def _from_model(
         f"rows, {new:,} are new, {left_out:,} of its words are left out; accumulators {init_accumulators}"
     ]
     if stored.softmax is None:
-        lines.append("--init-from: the model came without a softmax, which starts as in any run")
+        lines.append("--init-from: the model has no softmax; it starts as in any run")
     if stored.boundaries != parameters.config.data.boundaries:
         lines.append(f"--init-from: the model was trained with{'' if stored.boundaries else 'out'} boundaries")
     return lines
 
 
 def source_rows(theirs: Vocabulary, ours: Vocabulary) -> np.ndarray:
-    """For each of our classes (V,) the class of the same word in ``theirs``; -1 where they lack it."""
+    """Return, for each class (V,) of ``ours``, the class of the same word in ``theirs``; -1 if there is none."""
     found = np.array(theirs.encode(ours.words), np.int64) - 1
     found[found == UNKNOWN - 1] = -1
     return np.concatenate([np.arange(UNKNOWN), found])
@@ -107,7 +112,7 @@ def source_rows(theirs: Vocabulary, ours: Vocabulary) -> np.ndarray:
 def _shared(
     table: RowTable, theirs: Table, source: np.ndarray, world: World, kept: bool
 ) -> Iterator[tuple[np.ndarray, Tensor | np.ndarray]]:
-    """This worker's rows that the model has: their numbers (n,), and what they start as, accumulators included."""
+    """Yield chunks of this worker's rows that the model has: row numbers (n,) and initial rows (n, row_width)."""
     if kept and not isinstance(theirs, SavedTable):
         raise ConfigError("--init-accumulators kept: only runs and checkpoints have accumulators; give fresh")
     for number, first in enumerate(range(0, table.segment.num_rows, _CHUNK_ROWS)):
@@ -134,7 +139,7 @@ def _keep_dense_accumulators(path: Path, parameters: Parameters) -> None:
 
 
 def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) -> int:
-    """Set this worker's rows of the words that ``path`` has vectors of; how many they are."""
+    """Set this worker's rows of the words for which ``path`` has vectors; return their number."""
     world, table = parameters.world, parameters.embedding
     known = set(vocabulary.words)
     rows: list[int] = []
@@ -143,7 +148,7 @@ def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) ->
 
     def put() -> None:
         nonlocal num_set
-        distinct = dict(zip(rows, vectors, strict=True))  # of a repeated word the last counts
+        distinct = dict(zip(rows, vectors, strict=True))  # the last vector of a repeated word wins
         weights = torch.from_numpy(np.stack(list(distinct.values())).astype(np.float32))
         table.server.set(table.segment.keys(np.array(list(distinct), np.int64)), table.initial_rows(weights))
         num_set += len(distinct)

@@ -1,8 +1,8 @@
-"""Opening files that a user names: regular files only, and small ones only as large as such a file may be.
+"""Open files that a user names, but only regular files, and only up to a limit where a file is read as a whole.
 
-A named pipe would make the program wait for ever, a device such as /dev/zero gives bytes without end, and a sparse file
-may be larger than any memory. What is refused here raises an OSError, whose ``strerror`` says why: callers report it as
-they report a file that is missing.
+A named pipe would make the program wait forever, a device such as /dev/zero never ends, and a sparse file may be larger
+than memory. These are refused by an OSError whose ``strerror`` gives the reason, so that callers report it as they
+report a missing file.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ import os
 import stat
 from typing import BinaryIO, cast
 
-#: The most that deflate can shrink is 1 / 1032; text does not shrink to less than 1 / 20.
+# Deflate can expand by a factor of 1,032, but text does not compress by more than 20.
 _MOST_EXPANSION = 100
 MOST_VOCABULARY_BYTES = 1 << 30
 MOST_TOML_BYTES = 1 << 24
-MOST_JSON_BYTES = 1 << 28  # of a manifest of 100,000 ranks, and of the options or the words of a model
-UNCHECKED_BYTES = 64 << 20  # of expanded data: short texts may be of one word
+MOST_JSON_BYTES = 1 << 28  # enough for the manifest of 100,000 ranks, and for the options and the words of a model
+UNCHECKED_BYTES = 64 << 20  # expanded size up to which any ratio is allowed: a short text may repeat one word
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading.
 
-    :raises OSError: if it cannot be opened, or is a folder, a pipe, a socket or a device.
+    Raises:
+        OSError: If it cannot be opened, or is a folder, a pipe, a socket or a device.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # which does not wait for a pipe's other end
+    # O_NONBLOCK: do not wait for the other end of a pipe.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(handle).st_mode
         if stat.S_ISDIR(mode):
@@ -40,23 +42,31 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what :func:`open_regular` refuses, for a library that opens the file itself. :raises OSError: so."""
+    """Check a file that a library is going to open itself.
+
+    Raises:
+        OSError: Where :func:`open_regular` does.
+    """
     open_regular(path).close()
 
 
 def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:
-    """Return the bytes of a regular file. :raises OSError: also if it has more than ``most_bytes``."""
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: Where :func:`open_regular` does, and if the file has more than ``most_bytes``.
+    """
     with open_regular(path) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise OSError(errno.EFBIG, f"it has more than {most_bytes >> 20:,} MiB, which no such file has", str(path))
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes >> 20:,} MiB, the limit for such files", str(path))
     return data
 
 
 def open_gzip(file: BinaryIO) -> BinaryIO:
-    """Return the expanded data of a gzip ``file``.
+    """Return a stream of the expanded data of a gzip ``file``.
 
-    Reading raises gzip.BadGzipFile where it expands to far more than text does, which would fill memory and disks.
+    Reading raises gzip.BadGzipFile once the data has expanded far more than text can: it would fill memory and disks.
     """
     return cast(BinaryIO, _TextGzip(fileobj=file))
 
@@ -65,7 +75,7 @@ class _TextGzip(gzip.GzipFile):
     def _checked(self, data: bytes) -> bytes:
         expanded, packed = self.tell(), self.fileobj.tell()  # type: ignore[union-attr]
         if expanded > max(UNCHECKED_BYTES, _MOST_EXPANSION * packed):
-            raise gzip.BadGzipFile(f"{packed:,} bytes expand to more than {expanded:,}: this is no text")
+            raise gzip.BadGzipFile(f"{packed:,} bytes expand to more than {expanded:,}: this is not text")
         return data
 
     def read(self, size: int | None = -1) -> bytes:

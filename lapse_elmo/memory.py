@@ -1,6 +1,6 @@
-"""What a run will take of a machine's memory, and what the machine has, before anything is taken.
+"""Estimate the memory that a run needs, and refuse a run that does not fit before anything is allocated.
 
-An estimate, rather too high than too low for what grows with the options; what libraries take is measured.
+The estimate errs on the high side for what grows with the options; the memory of libraries is measured.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
 from lapse_elmo.tables import DENSE_ROW, rule_of
 
-_LONG_BATCH = 3  # the longest batches hold so many times the mean number of tokens: batches are sorted by length
-_ROW_INDEX_BYTES = 45  # what every node knows of each row of a table, wherever the row is
-_CHUNK_BYTES = 1 << 24  # by which a node reserves memory for rows (lapse_elmo/ps/node_state.py)
-_CHUNK_TARGETS = 256  # of the softmax, whose logits are never all in memory
+_LONG_BATCH = 3  # tokens of the longest batches, in multiples of the mean: sentences are sorted by length
+_ROW_INDEX_BYTES = 45  # bookkeeping of every node for each row of a table, wherever the row is
+_CHUNK_BYTES = 1 << 24  # a node reserves memory for rows in chunks of this size (lapse_elmo/ps/node_state.py)
+_CHUNK_TARGETS = 256  # targets whose logits are in memory at the same time
 _CGROUPS = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank, and of the memory that a machine's ranks share.
+    """Bytes of one rank, and of the memory that the ranks of its machine share.
 
-    ``rows`` all rows with their accumulators; ``shared`` this machine's share of them, the replicas of other nodes'
-    rows and what its nodes know of where rows are; ``dense`` parameters,
-    accumulators, gradients; ``activations`` of a long batch with the rows it pulls; ``copy`` that a checkpoint is
-    written from; ``libraries`` what the process has taken before.
+    Attributes:
+        rows: All rows of the job, with their accumulators.
+        shared: The machine's share of the rows, replicas of other nodes' rows, and the bookkeeping of its nodes.
+        dense: Dense parameters, their accumulators and gradients.
+        activations: Activations of a long batch, with the rows it pulls.
+        copy: The copy that a checkpoint is written from.
+        libraries: What the process had allocated before.
     """
 
     rows: int
@@ -48,11 +51,12 @@ class Estimate:
 
     @property
     def rank(self) -> int:
+        """Private memory of one rank."""
         return self.dense + self.activations + self.copy + self.libraries
 
 
 def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -> Estimate:
-    """What the run will take."""
+    """Estimate the memory of a run, for this rank and its machine."""
     model, size = config.model, config.model.projection_size
     rule = rule_of(config.optimizer)
     row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
@@ -75,12 +79,16 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
 
 
 def _room_bytes(config: Config, num_classes: int, positions: int, world: World) -> int:
-    """Of what a node of several reserves beyond its share of the rows: for rows that move to it and for replicas.
+    """Return what a node reserves beyond its share of the rows, for rows that move to it and for replicas.
 
-    A replica is two rows, its values and what it has yet to send. Room is reserved by chunks, ahead of need, so small
-    tables take several times their size.
+    A replica takes two rows: its values, and updates not yet sent. Memory is reserved in chunks, ahead of need, so
+    small tables take several times their size.
 
-    :param positions: of a long batch; each has one input word and up to two targets.
+    Args:
+        config: The options.
+        num_classes: V.
+        positions: Positions of a long batch; each has one input word and up to two targets.
+        world: The world.
     """
     if config.server.ps != "embedded" or world.num_nodes == 1:
         return 0
@@ -96,9 +104,10 @@ def _room_bytes(config: Config, num_classes: int, positions: int, world: World) 
 
 
 def _borrowed_rows(config: Config, num_classes: int, positions: int, world: World) -> tuple[int, int]:
-    """Rows of other nodes, of both tables, that the node's workers have announced at once, if all become replicas.
+    """Return how many rows of other nodes a node replicates at once, of the embedding and of the softmax.
 
-    Intents of ``lookahead`` + 1 steps overlap. Words are taken to follow the log-uniform law.
+    All rows that its workers have announced are counted. The intents of ``lookahead`` + 1 steps overlap; words are
+    assumed to follow the log-uniform law.
     """
     if config.server.technique_for(config.training.sync) not in ("adaptive", "replication"):
         return 0, 0
@@ -116,15 +125,19 @@ def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Worl
 
 
 def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:
-    """How many numbers the LSTM of both directions has."""
+    """Return the number of parameters of the LSTM, of both directions."""
     cell = 4 * cell_size * (2 * projection_size + 1) + cell_size * projection_size
     return 2 * num_layers * cell + num_layers + 2
 
 
 def check_memory(config: Config, num_classes: int, shards: ShardSet, world: World) -> tuple[str, ...]:
-    """Collective: what the run takes of each machine and what that has, as a line each.
+    """Check that the run fits into the memory of each machine (collective).
 
-    :raises ConfigError: on every rank, if it cannot fit; the message says what would.
+    Returns:
+        One line per machine, for the log: what the run needs and what is free.
+
+    Raises:
+        ConfigError: On every rank, if it does not fit; the message suggests settings that do.
     """
     own = estimate(config, num_classes, shards, world)
     free = free_memory_bytes()
@@ -136,9 +149,9 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
         private = sum(rank.rank - rank.libraries for rank in ranks)
         needed = ranks[0].shared + private
         lines.append(
-            f"memory on {host}: {_gb(needed)} GB of {_gb(room)} GB that are free: tables {_gb(ranks[0].shared)} "
+            f"memory on {host}: {_gb(needed)} GB needed of {_gb(room)} GB free: tables {_gb(ranks[0].shared)} "
             f"(shared, of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} ranks with {_gb(ranks[0].dense)} dense, "
-            f"{_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for checkpoints each"
+            f"{_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for checkpoints per rank"
         )
         if needed > room or ranks[0].shared > shared_room:
             refused.append((host, ranks, room, shared_room, needed))
@@ -146,14 +159,14 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
         short = "shared memory" if ranks[0].shared > shared_room else "memory"
         has, takes = (shared_room, ranks[0].shared) if short == "shared memory" else (room, needed)
         raise ConfigError(
-            f"the run takes about {_gb(takes)} GB of {short} on {host}, which has {_gb(has)} GB free: "
+            f"the run takes about {_gb(takes)} GB of {short} on {host}, where {_gb(has)} GB are free: "
             f"{_what_fits(ranks, room, shared_room, num_classes, config.training.batch_size)}"
         ).on_every_rank()
     return tuple(lines)
 
 
 def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: int, batch_size: int) -> str:
-    """A change with which the run would fit."""
+    """Return a change of settings with which the run would fit."""
     own, count = ranks[0], len(ranks)
     fixed = own.shared + count * (own.dense + own.copy)
     if own.shared <= shared_room:
@@ -164,7 +177,8 @@ def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: 
         if 1 <= fit < count:
             return f"{fit} ranks there would fit"
     per_class = own.rows / max(num_classes, 1)
-    shares = own.shared / max(own.rows, 1) + count * own.copy / max(own.rows, 1)  # of the rows, in this machine
+    # Memory on this machine per byte of rows.
+    shares = own.shared / max(own.rows, 1) + count * own.copy / max(own.rows, 1)
     left = min(shared_room * own.rows / max(own.shared, 1), (room - count * (own.dense + own.activations)) / shares)
     classes = int(0.9 * left / max(per_class, 1)) // 1000 * 1000
     if classes > 0:
@@ -173,7 +187,7 @@ def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: 
 
 
 def free_memory_bytes() -> int:
-    """Memory that this process and its siblings may still take: of the machine, or of the cgroups they are in."""
+    """Return the memory that this process and its siblings may still allocate, on the machine or in its cgroups."""
     free = _NO_LIMIT
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
@@ -182,7 +196,7 @@ def free_memory_bytes() -> int:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """What is left in each of this process's memory cgroups (of version 2 or 1) that has a limit."""
+    """Yield what is left in each of this process's memory cgroups (version 2 or 1) that has a limit."""
     try:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -212,7 +226,7 @@ def _number(path: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of file cache that count as used but can be had back."""
+    """Return the bytes of file cache, which count as used but can be reclaimed."""
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:

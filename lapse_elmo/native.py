@@ -1,17 +1,18 @@
-"""Small C sources, compiled at first use where they run and called by ctypes; everything works without them.
+"""Compile small C sources at first use, and load them with ctypes. Everything also works without them, more slowly.
 
-A source is one C file without includes of its own. It is compiled by the system's ``cc`` for the processor at hand into
-a cache folder (``$LAPSE_ELMO_CACHE``, else ``$XDG_CACHE_HOME/lapse-elmo``, else ``~/.cache/lapse-elmo``) under a name
-that is a hash of the source, the compiler and its version, its options, the C library and the processor's features, so
-that machines of different kinds may share the folder. ``LAPSE_ELMO_NATIVE=0`` turns all of it off.
+A source is one C file without includes of its own. The system's ``cc`` compiles it for the processor at hand into a
+cache folder (``$LAPSE_ELMO_CACHE``, else ``$XDG_CACHE_HOME/lapse-elmo``, else ``~/.cache/lapse-elmo``). The name of the
+library contains a hash of the source, the compiler and its version, its options, the C library and the processor's
+features, so machines of different kinds may share the folder. ``LAPSE_ELMO_NATIVE=0`` turns native code off.
 
-For nodes without a compiler ``python -m lapse_elmo.native`` (``make native``) builds every source ahead, for this
-machine and for common instruction sets; such a node takes the best that it has the instructions for.
+For nodes without a compiler, ``python -m lapse_elmo.native`` (``make native``) compiles every source ahead, for this
+machine and for common instruction sets; such a node loads the best library that it can run.
 
-The compiler's options keep NaN, infinity and the order of operations as written, but for sums and maxima marked by
-``#pragma omp simd reduction``. ``-ffast-math`` would set flush-to-zero for the whole process where it is linked, and
-turn a NaN into whatever a comparison makes of it. ``#pragma omp parallel for`` runs on the threads that torch has
-already (its OpenMP library is found in the process, for two of them fight over the cores), or on one.
+The compiler options preserve NaN, infinity and the order of operations, except for sums and maxima marked by
+``#pragma omp simd reduction``. ``-ffast-math`` is not used: when linked, it sets flush-to-zero for the whole process,
+and comparisons with NaN become undefined. ``#pragma omp parallel for`` runs on the OpenMP threads that torch has
+started already, because those of a second OpenMP library would compete for the cores; without torch's it
+runs on one thread.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from pathlib import Path
 SWITCH = "LAPSE_ELMO_NATIVE"
 CACHE = "LAPSE_ELMO_CACHE"
 _OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-# What a compiler may refuse, and what needs symbols that the process may lack: the first that loads is taken.
+# Options from best to safest: a compiler may reject some, and the library may need symbols that the process lacks.
+# The first variant that compiles and loads is used.
 _VARIANTS = (
     ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
     ("-march=native", "-fopenmp"),
     ("-march=native", "-fopenmp-simd"),
     ("-fopenmp-simd",),
 )
-# What is built ahead, best first: a name, the compiler's options and the processor's features that it needs.
+# Targets of compilation ahead of time, best first: name, compiler options, and the processor features that it needs.
 _V3 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
@@ -56,21 +58,21 @@ _SHOWS_VERSION_S = 10
 
 
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library compiled from ``source``, or None where native code is switched off or cannot be had here.
+    """Return the library compiled from ``source``, or None if native code is switched off or not available here.
 
-    The caller falls back to its twin in torch and says :func:`problem` in the log. Any number of processes and threads
-    may call this at once. Pointers handed to the library's functions are not checked: wrap them in checks of one's own.
+    The caller then uses its fallback in torch, and logs :func:`problem`. Any number of processes and threads may call
+    this at the same time. ctypes does not check the pointers that are passed to the library: callers must.
     """
     return _load(Path(source).resolve())[0] if enabled() else None
 
 
 def problem(source: Path) -> str:
-    """Why :func:`load` gave None, as one line; empty where it gave a library."""
+    """Return in one line why :func:`load` returned None; empty if it returned a library."""
     return _load(Path(source).resolve())[1] if enabled() else f"switched off by {SWITCH}={os.environ[SWITCH]}"
 
 
 def enabled() -> bool:
-    """False where the environment switches native code off."""
+    """Return whether native code is enabled: the environment may switch it off."""
     return os.environ.get(SWITCH, "1").lower() not in ("0", "no", "off", "false")
 
 
@@ -83,7 +85,7 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"no folder for compiled code: {error}"
     compiler = find_compiler()
-    reason = "there is no C compiler (cc, gcc or clang) and nothing built ahead that runs here (make native)"
+    reason = "there is no C compiler (cc, gcc or clang), and no library compiled ahead (make native) runs here"
     if compiler is not None:
         candidates = [
             (folder / f"{source.stem}-{_key(source, compiler, options)}.so", options)
@@ -101,7 +103,7 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
 def _first_that_loads(
     source: Path, candidates: Sequence[tuple[Path, tuple[str, ...]]], compiler: str | None
 ) -> tuple[ctypes.CDLL | None, str]:
-    """Load the first of (library, options) that can be, built where it is missing; and why the first could not."""
+    """Load the first of (library, options) that loads, compiling missing ones; also return why the first one failed."""
     reason = ""
     for path, options in candidates:
         try:
@@ -110,7 +112,7 @@ def _first_that_loads(
         except (subprocess.SubprocessError, OSError) as error:
             reason = reason or f"{compiler} cannot build {source.name}: {_first_line(error)}"
             if isinstance(error, subprocess.TimeoutExpired):
-                break  # it would hang with other options, too
+                break  # it would probably hang with other options, too
             continue
         try:
             return ctypes.CDLL(str(path)), ""
@@ -120,21 +122,25 @@ def _first_that_loads(
 
 
 def _first_line(error: subprocess.SubprocessError | OSError) -> str:
-    """What a compiler said first of why it failed; if it said nothing, how it ended."""
+    """Return the first line of a compiler's error message, or its exit status if there is none."""
     status = getattr(error, "returncode", None)
     output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
     return (output.strip().splitlines() or [str(error)])[0]
 
 
 def find_compiler() -> str | None:
-    """The path of ``$CC``, cc, gcc or clang; None where there is none."""
+    """Return the path of ``$CC``, cc, gcc or clang; None if there is none."""
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
 
 
 def build_ahead(source: Path) -> dict[str, str]:
-    """Compile for all targets; by target an empty text, or the compiler's reason why not.
+    """Compile ``source`` for all targets.
 
-    :raises OSError: if there is no compiler or no folder.
+    Returns:
+        For each target an empty string, or the reason why it was not compiled.
+
+    Raises:
+        OSError: If there is no compiler or no cache folder.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -156,9 +162,10 @@ def build_ahead(source: Path) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """A folder of this user's for compiled code, made where it is missing.
+    """Return this user's folder for compiled code, and create it if it is missing.
 
-    :raises OSError: if it cannot be made, or others may write to it: what lies there is executed.
+    Raises:
+        OSError: If it cannot be created, or if others may write to it: its contents are executed.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     wanted = [Path(os.environ.get(CACHE) or Path(base) / "lapse-elmo")]
@@ -178,8 +185,8 @@ def cache_folder() -> Path:
 
 
 def share_openmp() -> None:
-    """Make the OpenMP library that torch brought along visible to libraries loaded later."""
-    import torch  # noqa: F401 (loads it; here, because programs without a model start faster without torch)
+    """Make torch's own OpenMP library visible to libraries that are loaded later."""
+    import torch  # noqa: F401 (loads its library; not at the top, since programs without a model start faster without it)
 
     with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
         for path in {line.split(maxsplit=5)[5].strip() for line in maps if "libgomp" in line}:
@@ -193,14 +200,14 @@ def _key(source: Path, compiler: str, options: tuple[str, ...]) -> str:
 
 
 def _path_ahead(folder: Path, source: Path, target: str) -> Path:
-    """Of a library that any machine with the target's instructions may load: its name says nothing of the builder."""
+    """Return the path of a library that any machine with the target's instructions may load."""
     parts = (source.read_text(encoding="utf-8"), *_OPTIONS, target, platform.machine())
     return folder / f"{source.stem}-{target}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
 @functools.cache
 def _version(compiler: str) -> str:
-    """What the compiler says of itself; empty if it says nothing."""
+    """Return the compiler's version; empty if it does not print one."""
     try:
         run = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=_SHOWS_VERSION_S,
@@ -213,7 +220,7 @@ def _version(compiler: str) -> str:
 
 @functools.cache
 def processor_features() -> frozenset[str]:
-    """The processor's features as Linux names them."""
+    """Return the processor's features as Linux names them."""
     for line in _processor().splitlines():
         if line.startswith(("flags", "Features")):
             return frozenset(line.partition(":")[2].split())
@@ -221,7 +228,7 @@ def processor_features() -> frozenset[str]:
 
 
 def _processor() -> str:
-    """Model and features, on which ``-march=native`` depends."""
+    """Return the processor's model and features, on which ``-march=native`` depends."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
         kinds = ("flags", "Features", "model", "cpu family", "CPU ")
         return "\n".join(line for line in info.read().split("\n\n")[0].splitlines() if line.startswith(kinds))
@@ -229,16 +236,16 @@ def _processor() -> str:
 
 
 def _build(source: Path, library: Path, compiler: str, options: tuple[str, ...]) -> None:
-    """Compile and link; the library appears whole or not at all, and of many callers one does the work.
+    """Compile and link, atomically; of several processes that call this, one does the work.
 
-    Linking is a step of its own, without ``-fopenmp``: it would bring in the system's OpenMP library beside torch's.
+    Linking is a separate step without ``-fopenmp``, which would load a second OpenMP library in addition to torch's.
     """
     with _only_one(library.with_suffix(".lock")):
         if library.exists():
             return
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            thing, linked = f"{scratch}/object.o", f"{scratch}/library.so"
-            for command in ([*options, "-c", str(source), "-o", thing], ["-shared", thing, "-o", linked, "-lm"]):
+            built, linked = f"{scratch}/object.o", f"{scratch}/library.so"
+            for command in ([*options, "-c", str(source), "-o", built], ["-shared", built, "-o", linked, "-lm"]):
                 subprocess.run(
                     [compiler, *command], check=True, capture_output=True, text=True, errors="replace",
                     timeout=_COMPILER_TIME_S, stdin=subprocess.DEVNULL,
@@ -248,7 +255,7 @@ def _build(source: Path, library: Path, compiler: str, options: tuple[str, ...])
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; where the file system has none, several do the same work."""
+    """Hold a lock between processes; on a file system without locks several of them do the same work."""
     with open(path, "w") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -256,7 +263,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """``make native``: build every C source of the package; 1 if one could not be built for this machine."""
+    """Compile every C source of the package (``make native``); return 1 if one fails for this machine, else 0."""
     status = 0
     print(f"compiled code goes to {cache_folder()}")
     for source in sorted(Path(__file__).parent.rglob("*.c")):

@@ -1,8 +1,8 @@
-"""The softmax over all words, for evaluation on several nodes: vectors travel to the rows, not rows to the vectors.
+"""The softmax over all words on several nodes, for evaluation: vectors are sent to the rows, not rows to the vectors.
 
-Each rank sends its predicting vectors to one rank of every node. There they meet the rows that the node owns, which lie
-in its memory, and what these add to the softmax comes back. So the vectors of the job come into a node once, whatever
-the vocabulary, and no rank walks through other rows than its node's.
+Each rank sends its context vectors to one rank of every node. That rank computes the part of the softmax over the rows
+that its node owns, which are in its memory, and sends the result back. So each vector enters a node once, whatever the
+size of the vocabulary, and no rank reads rows of another node.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ from lapse_elmo.tables import RowTable
 
 
 class NodeSoftmax:
-    """The nll of targets, computed by all nodes together (collective: made, and called, on every rank alike).
+    """Computes the nll of targets on all nodes together (collective: every rank constructs and calls it).
 
-    :param table: the softmax rows. Until it is made, nothing may move them
-        (:meth:`~lapse_elmo.ps.api.ParameterServer.owned_rows`).
+    Args:
+        table: The softmax rows. No row may move between the server's last ``quiesce`` and the construction, because it
+            calls :meth:`~lapse_elmo.ps.api.ParameterServer.owned_rows`.
+        world: The world.
+        device: Where this rank computes.
     """
 
     def __init__(self, table: RowTable, world: World, device: torch.device) -> None:
         self._table, self._world, self._device = table, world, device
         nodes = world.gather_numbers(np.array([world.node]))[:, 0]
         ranks_by_node = [np.flatnonzero(nodes == node) for node in range(world.num_nodes)]
-        # One rank of each node, in the order of nodes; those of a node divide the other nodes' ranks among them.
+        # This rank's partner on each node, in the order of nodes. The ranks of a node share the work evenly.
         self._partners = [int(ranks[world.local_rank % ranks.size]) for ranks in ranks_by_node]
         share = table.server.owned_rows(table.segment.name)
         shares = exchange(world, {int(rank): share for rank in ranks_by_node[world.node]})
         self._rows = np.sort(np.concatenate([share[:0], *(part.view(np.int64) for part in shares.values())]))
 
     def nll(self, context: Tensor, target: Tensor) -> Tensor:
-        """Collective: nll (n,) float64 of this rank's targets, in nats.
+        """Return the nll (n,) float64 of this rank's targets, in nats (collective).
 
-        :param context: (n, D) predicting vectors of this rank; ranks may have different n, and none.
-        :param target: (n,) int64.
+        Args:
+            context: (n, D) context vectors of this rank; n may differ between ranks and may be 0.
+            target: (n,) int64, the rows of the targets.
         """
         vectors = _bytes(context.cpu().contiguous())
         came = exchange(self._world, dict.fromkeys(self._partners, vectors))
@@ -59,7 +63,7 @@ class NodeSoftmax:
         return nll_of([SoftmaxParts(*part.unbind(1)) for part in by_node])
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The node's rows, as :func:`~lapse_elmo.model.full_softmax.softmax_parts` takes them."""
+        """Yield the node's rows in the form that :func:`~lapse_elmo.model.full_softmax.softmax_parts` takes."""
         for keys, weights in self._world.progress.counted(self._table.chunks_of(self._rows)):
             yield torch.from_numpy(keys).to(self._device), weights.to(self._device)
 
@@ -69,9 +73,10 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 
 def exchange(world: World, given: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """Collective: send arrays to some ranks; return what came from which, in the order of ranks, as flat bytes.
+    """Send an array to each of some ranks (collective); empty arrays are not sent.
 
-    Empty arrays are not sent.
+    Returns:
+        What was received as flat bytes, keyed by the sender, in the order of ranks.
     """
     blocks = {rank: np.ascontiguousarray(given[rank]).reshape(-1).view(np.uint8) for rank in sorted(given)}
     if world.comm is None:

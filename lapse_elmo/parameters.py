@@ -1,4 +1,4 @@
-"""All parameters of a model: two tables and (by a switch) the dense part in the server, the rest on every rank."""
+"""All parameters of a model: two tables in the server, and the dense part in the server or on every rank (--dense)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 
 
 def build_model(config: ModelConfig, seed: int) -> BiLM:
-    """The biLM with its initial values, equal on every rank."""
+    """Return the biLM with its initial values, which are equal on every rank."""
     wanted = {field.name for field in dataclasses.fields(BiLMOptions)}
     options = {name: value for name, value in dataclasses.asdict(config).items() if name in wanted}
     return BiLM(BiLMOptions(**options), torch_stream(seed, "initial lstm"))
 
 
 class Parameters:
-    """Tables, model and dense optimizer of one rank (collective: every rank makes and closes its own together).
+    """Tables, model and dense optimizer of one rank (collective: all ranks construct and close theirs together).
 
-    :param num_classes: V, rows of both tables.
-    :param first_sample: number of the first negative sample, for a run that goes on.
+    Args:
+        config: The options.
+        num_classes: V, the number of rows of both tables.
+        world: The world.
+        device: Where this rank computes.
+        first_sample: Number of the first negative sample; a resumed run continues the numbering.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Parameters:
         size = config.model.projection_size
         shapes = [
             ("embedding", num_classes, size, rule),
-            ("softmax", num_classes, size + 1, rule),  # the bias is a row's last weight
+            ("softmax", num_classes, size + 1, rule),  # the last weight of a row is the bias
         ]
         in_server = config.training.dense == "ps"
         if in_server:
@@ -72,22 +76,23 @@ class Parameters:
 
     @property
     def tables(self) -> list[RowTable]:
-        """Everything in the server, in the order of its segments."""
+        """All tables in the server, in the order of its segments."""
         tables = [self.embedding, self.softmax]
         return [*tables, self.dense_table.table] if self.dense_table else tables
 
     def set_learning_rate(self, rate: float) -> None:
-        """The learning rate of this rank's steps from now on, of rows and dense parameters alike."""
+        """Set the learning rate of this rank's steps, for rows and dense parameters alike."""
         for table in self.tables:
             self.server.set_rate(table.segment.name, rate)
         self.dense_optimizer.learning_rate = rate
 
     def initialise(self) -> None:
-        """Collective: initial values, which depend on the seed alone and not on the world.
+        """Set the initial values, which depend on the seed but not on the number of ranks (collective).
 
-        The embedding is N(0, 1) (lapse-elmo, torch.nn.Embedding; with bilm-tf's Glorot bound, which shrinks with the
-        vocabulary, it learns far slower), the softmax normal with deviation 1/sqrt(D) (bilm-tf). The softmax bias
-        starts at the log-uniform law's log probabilities, so that the first predictions are near word frequencies.
+        The embedding is drawn from N(0, 1), as in lapse-elmo and torch.nn.Embedding; with bilm-tf's Glorot bound, which
+        shrinks with the vocabulary, it learns far slower. The softmax weights are normal with standard deviation
+        1/sqrt(D), as in bilm-tf. The softmax bias starts at the log probabilities of the log-uniform law, so that the
+        first predictions are close to word frequencies.
         """
         seed, size, rows = self.config.training.seed, self.config.model.projection_size, self.num_classes
 
@@ -109,7 +114,7 @@ class Parameters:
         self.server.quiesce()
 
     def sync_parameters(self) -> None:
-        """Collective: every push is visible, and the model holds the newest dense parameters."""
+        """Make every push visible, and update the model's dense parameters (collective)."""
         self.server.quiesce()
         if self.dense_table is not None:
             self.dense_table.pull()
@@ -118,7 +123,8 @@ class Parameters:
     def _sampler(self) -> Sampler:
         softmax, world = self.config.softmax, self.world
         distribution = Distribution(softmax.distribution, self.num_classes)
-        # To a package each rank is a node: ranks of a machine that drew alike would take the rows from each other.
+        # For the packages each rank is a node: if ranks of a machine drew the same rows, they would keep relocating
+        # them from each other.
         node = world.node if self.config.server.ps == "embedded" else world.rank
         return Sampler(
             distribution, softmax.sampling_scheme, softmax.replacement, self.config.training.seed, world.rank, node,

@@ -1,4 +1,4 @@
-"""What a run is going to do, for the user to read before it does: ranks, corpus, steps, memory."""
+"""What a run is about to do, for the user to read before it starts: ranks, corpus, steps, warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lapse_elmo.training_data import TrainingData
 def plan_lines(
     config: Config, world: World, data: TrainingData, device: Device, cursor: Cursor, start: ResumePoint
 ) -> list[str]:
-    """Collective: the table of ranks, and what is about to be trained."""
+    """Return the table of ranks and a description of what is about to be trained (collective)."""
     part = cursor.part
     numbers = data.train.shards_of(part.first, part.end)
     files = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
@@ -36,8 +36,8 @@ def plan_lines(
     )
     lines += start.notes
     if start.path is not None:
-        how = "with the same batches" if cursor.exact else "with what is left of the epoch, shared out anew"
-        lines.append(f"goes on from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
+        how = "with the same batches" if cursor.exact else "what is left of the epoch is shared out anew"
+        lines.append(f"resumes from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
     own = [*model_fallbacks(config.model, device.device), *server_remarks(config.server.ps)]
     lines += lines_of_all(world, [*own, *product_lines(config.model, device.device)])
     if config.softmax.num_samples >= data.vocabulary.size:
@@ -48,23 +48,23 @@ def plan_lines(
     return lines
 
 
-def lines_of_all(world: World, remarks: list[str]) -> list[str]:
-    """Collective: the remarks of every rank, each distinct one once, with the ranks it is about unless all make it."""
-    makers: dict[str, list[str]] = {}
-    for theirs, where in world.allgather((remarks, str(world))):
-        for remark in theirs:
-            makers.setdefault(remark, []).append(where)
+def lines_of_all(world: World, own: list[str]) -> list[str]:
+    """Return the distinct lines of all ranks (collective); those not of all ranks say which ranks they are from."""
+    senders: dict[str, list[str]] = {}
+    for lines, where in world.allgather((own, str(world))):
+        for line in lines:
+            senders.setdefault(line, []).append(where)
     size = world.size
     return [
-        remark if len(ranks) == size else f"{remark} ({len(ranks)} of {size} ranks, the first is {ranks[0]})"
-        for remark, ranks in makers.items()
+        line if len(ranks) == size else f"{line} ({len(ranks)} of {size} ranks, the first is {ranks[0]})"
+        for line, ranks in senders.items()
     ]
 
 
 def show_plan(
     config: Config, world: World, data: TrainingData, device: Device, start: ResumePoint, memory: tuple[str, ...]
 ) -> None:
-    """Collective: what ``--dry-run`` prints."""
+    """Print what ``--dry-run`` shows (collective)."""
     cursor = Cursor(config, world, data.train, start.cursor)
     lines = [*plan_lines(config, world, data, device, cursor, start), *memory]
     if world.rank == 0:

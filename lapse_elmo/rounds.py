@@ -1,7 +1,8 @@
-"""Text through a model on all ranks, round after round: each rank computes a window of lines, rank 0 writes them all.
+"""Run text through a model on all ranks, in rounds: each rank computes a window of lines, rank 0 writes all results.
 
-Every rank reads the text and computes every size-th window of its lines; rank 0 gets the results one line at a time,
-in the order of the lines. Memory depends on the window (lapse_elmo.trained.sentences), not on the text.
+Every rank reads the whole text and computes every ``world.size``-th window of lines; rank 0 receives the results one
+line at a time, in the order of the lines. Memory depends on the size of a window (lapse_elmo.trained.sentences), not on
+the size of the text.
 """
 
 from __future__ import annotations
@@ -21,18 +22,27 @@ from lapse_elmo.trained.sentences import windows
 
 T = TypeVar("T")
 
-LONGEST = 10_000  # words of a line: a longer one is no sentence, and its vectors would not fit a machine's memory
+LONGEST = 10_000  # words per line: longer lines are rejected, since their vectors would not fit into memory
 
 
 def run_rounds(
     texts: Sequence[str], batch_size: int, world: World, compute: Callable[[list[list[str]]], list[T]],
     write: Callable[[int, list[str], T], None],
 ) -> tuple[int, int]:
-    """Collective: ``write(number, words, result)`` on rank 0 for each line of the texts, numbered from 0 on.
+    """Call ``write(number, words, result)`` on rank 0 for each line of the texts, numbered from 0 (collective).
 
-    :param compute: the results of a window of lines, in their order.
-    :return: the numbers of lines and words.
-    :raises UserError: on every rank, for what is no text, and for whatever ``write`` raises.
+    Args:
+        texts: Paths of the texts.
+        batch_size: Lines per batch of the model.
+        world: The world.
+        compute: Returns the results of a window of lines, in their order.
+        write: Writes the result of one line.
+
+    Returns:
+        The numbers of lines and words.
+
+    Raises:
+        UserError: On every rank, for a file that is not text, and any UserError that ``write`` raises.
     """
     source = windows(read_lines(texts), batch_size)
     num_lines = num_words = 0
@@ -55,9 +65,10 @@ def run_rounds(
 
 
 def read_lines(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The words of each line of the texts.
+    """Yield the words of each line of the texts.
 
-    :raises CorpusError: for a line of more than ``LONGEST`` words, and for whatever is no text.
+    Raises:
+        CorpusError: For a line of more than ``LONGEST`` words, and for a file that is not text.
     """
     number = 0
     for part in cut_into_parts(texts):

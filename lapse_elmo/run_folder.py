@@ -1,4 +1,4 @@
-"""The folder of a run: made new, replaced, or gone on with from a checkpoint that fits."""
+"""The folder of a run: created, replaced, or resumed from a compatible checkpoint."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
 from lapse_elmo.training_data import TrainingData
 
-# What must be as it was for a run to go on: it decides the shapes of the parameters, or what they mean.
+# Options that must not change when a run resumes: they determine the shapes or the meaning of the parameters.
 _FIXED = {
     "data": ("boundaries",), "model": ("projection_size", "cell_size", "num_layers", "context"),
     "optimizer": ("optimizer",), "training": ("dense",),
 }
-# What may change without a word: where things are, how long to train, how fast.
+# Options that may change without a notice: where files are, how long and how fast to train.
 _FREE = {
     "data": ("shards", "vocab", "heldout"), "model": ("preset", "lstm"),
     "training": ("epochs", "max_steps", "max_minutes", "evaluate_every", "patience"),
@@ -41,9 +41,13 @@ _FREE = {
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run starts: at a checkpoint, or (all empty) at the beginning.
+    """Where a run starts: at a checkpoint, or (with the default values) at the beginning.
 
-    :ivar notes: what the user should know about it.
+    Attributes:
+        path: The checkpoint.
+        manifest: Its manifest.
+        cursor: Its position in the corpus.
+        notes: Lines for the log.
     """
 
     path: Path | None = None
@@ -53,11 +57,12 @@ class ResumePoint:
 
     @property
     def step(self) -> int:
+        """Steps done so far."""
         return self.cursor.position.step if self.cursor else 0
 
 
 def name_run(config: Config, world: World) -> Config:
-    """The config with a folder for the run where none was given: that of --resume, or one named by the time."""
+    """Return the config with a folder for the run: if none is given, that of --resume or one named by the time."""
     if config.run.run_dir:
         return config
     if config.run.resume in ("auto", "never"):
@@ -68,10 +73,18 @@ def name_run(config: Config, world: World) -> Config:
 
 
 class RunLock:
-    """A context in which no other job trains in the same folder (collective). A folder that stays empty goes again.
+    """Exclusive lock on the folder of a run, as a context (collective); removes the folder on exit if it is empty.
 
-    The lock is of the folder itself: it leaves no file, and it goes with the process, however that ends. On file
-    systems that cannot lock folders there is none.
+    The folder itself is locked, so no lock file is left behind, and the lock ends with the process in any case. File
+    systems that cannot lock folders give no protection.
+
+    Args:
+        run_dir: The folder, created if it is missing.
+        world: The world; rank 0 holds the lock.
+        active: False for a context that does nothing.
+
+    Raises:
+        OutputError: On entry, if another job holds the lock or the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path, world: World, *, active: bool = True) -> None:
@@ -103,7 +116,7 @@ class RunLock:
             raise OutputError(
                 f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
             ) from None
-        except OSError:
+        except OSError:  # the file system cannot lock folders
             pass
 
 
@@ -112,9 +125,11 @@ def _cannot_write(run_dir: Path, error: OSError) -> OutputError:
 
 
 def find_resume_point(config: Config, data: TrainingData, world: World) -> ResumePoint:
-    """Collective: the checkpoint to go on from, whole and fit for this run, as --resume and --overwrite want it.
+    """Find the checkpoint to resume from, according to --resume and --overwrite, and verify it (collective).
 
-    :raises CheckpointError: if one was asked for, or is there, that cannot serve.
+    Raises:
+        CheckpointError: If the checkpoint that was asked for, or all that were found, are damaged or do not fit the
+            options of this run.
     """
     run, run_dir = config.run, Path(config.run.run_dir)
     if run.resume == "never" or (run.resume == "auto" and run.overwrite):
@@ -126,7 +141,7 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
         if found and chosen is None:
             raise CheckpointError(
                 f"none of the {len(found)} checkpoints of {run_dir} is whole ({'; '.join(notes)}): give --overwrite to "
-                "start anew"
+                "start from scratch"
             ).on_every_rank()
     else:
         path = world.agree(lambda: checkpoint.find(Path(run.resume)))
@@ -144,7 +159,7 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
 
 
 def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Path, Manifest] | None:
-    """The first of ``found`` that is whole; ``notes`` gets a line for each one that is not."""
+    """Return the first of ``found`` that is whole, if any; append a line to ``notes`` for each one that is not."""
     for path in found:
         try:
             return path, _verified(path, world)
@@ -154,28 +169,32 @@ def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Pa
 
 
 def _verified(path: Path, world: World) -> Manifest:
-    """Collective: the manifest of a checkpoint that is whole; the ranks share the reading of its files."""
+    """Return the manifest of a checkpoint after checking its files, which the ranks share (collective)."""
     manifest = world.agree(lambda: checkpoint.read_manifest(path))
     world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
     return manifest
 
 
 def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
-    """Going on from an older checkpoint in its own folder would lose the later ones."""
+    """Refuse to resume from an older checkpoint in its own folder, which would lose the later ones."""
     if path.parent.parent != run_dir.resolve() or overwrite:
         return
     later = [other.name for other in checkpoint.candidates(run_dir) if other.name > path.name]
     if later:
         raise CheckpointError(
-            f"{run_dir} has checkpoints after {path.name}, the newest is {later[0]}: give another --run-dir to go on "
-            "from the older one there, or --overwrite to lose what came after it"
+            f"{run_dir} has checkpoints after {path.name}, the newest is {later[0]}: give another --run-dir to "
+            "resume from the older one there, or --overwrite to discard the later ones"
         )
 
 
 def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingData) -> list[str]:
-    """Refuse to go on from ``path`` as another model or on another corpus; the options that differ otherwise.
+    """Check that a run may resume from ``path``: the same kind of model, on the same corpus.
 
-    :raises CheckpointError: naming every difference.
+    Returns:
+        Other options that differ, for a notice.
+
+    Raises:
+        CheckpointError: If it may not; the message names every difference.
     """
     checkpoint.require_vocabulary(manifest, data.vocabulary, path)
     saved, now = as_tables(checkpoint.config_of(manifest, path)), as_tables(config)
@@ -185,7 +204,7 @@ def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingD
             refused.append(f"other {kind} shards (set {manifest['corpus'][kind][:16]}..., now {name[:16]}...)")
     if refused:
         raise CheckpointError(
-            f"cannot go on from {path}: it was trained with {', '.join(refused)}; give the same, or another --run-dir"
+            f"cannot resume from {path}: it was trained with {', '.join(refused)}; give the same, or another --run-dir"
         )
     groups = ("data", "model", "softmax", "optimizer", "training")
     others = {
@@ -199,7 +218,7 @@ def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingD
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tuple[str, ...]]) -> list[str]:
-    """``--option OLD, now NEW`` for each of the named options that differs."""
+    """Return ``--option OLD (now NEW)`` for each of the named options that differs."""
     return [
         f"--{name.replace('_', '-')} {saved[group].get(name)} (now {now[group].get(name)})"
         for group, members in names.items() for name in members
@@ -208,21 +227,22 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tu
 
 
 def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
-    """Make the folder of a run, with its resolved config, versions and vocabulary, or ready it for going on.
+    """Create the folder of a run with its resolved config, versions and vocabulary, or prepare it for resuming.
 
-    :raises OutputError: if there is a run already that may be neither gone on with nor overwritten, or the folder
-        cannot be written.
+    Raises:
+        OutputError: If the folder holds a run that may be neither resumed nor overwritten, or cannot be written.
     """
     here = start.path is not None and start.path.parent.parent.resolve() == run_dir.resolve()
     holds_run = bool(checkpoint.candidates(run_dir)) or (run_dir / METRICS).exists()
     may_replace = config.run.overwrite or (config.run.resume == "auto" and not checkpoint.candidates(run_dir))
     if holds_run and not here and not may_replace:
         raise OutputError(
-            f"{run_dir} holds a run already: choose another --run-dir, give --resume auto to go on with it, or "
+            f"{run_dir} holds a run already: choose another --run-dir, give --resume auto to resume it, or "
             "--overwrite to replace it"
         )
     try:
-        vocabulary = read_small(config.data.vocab, MOST_VOCABULARY_BYTES)  # perhaps that of the run which is replaced
+        # Read before anything is removed: it may belong to the run that is replaced.
+        vocabulary = read_small(config.data.vocab, MOST_VOCABULARY_BYTES)
         if here:
             assert start.path is not None
             later = {path for path in checkpoint.candidates(run_dir) if path.name > start.path.name}

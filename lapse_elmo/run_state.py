@@ -16,10 +16,10 @@ from lapse_elmo.step_report import StepResult
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One row of the final table."""
+    """The result of one evaluation, a row of the final table."""
 
     step: int
-    epoch: float  # epochs done so far; a fraction within one
+    epoch: float  # epochs done so far, with a fraction within an epoch
     num_tokens: int
     tokens_per_s: float
     training_loss: float
@@ -28,12 +28,17 @@ class EpochResult:
 
 @dataclass
 class RunState:
-    """What a run knows in addition to its parameters and its place in the corpus; a checkpoint holds it.
+    """Mutable state of a run other than parameters and cursor; stored in checkpoints.
 
-    :ivar meter: since the last report. :ivar whole: since the start of the epoch.
-    :ivar evaluation_due: whether a signal kept an evaluation from happening.
-    :ivar trained_s: seconds of training before this process. :ivar served: the server meter's counts.
-    :ivar watch: looks out for divergence.
+    Attributes:
+        meter: Sums since the last report.
+        whole: Sums since the start of the epoch.
+        results: All evaluations so far.
+        evaluation_due: Whether an evaluation was skipped because a signal stopped the run.
+        trained_s: Seconds of training before this process.
+        served: The server meter's counts since the last report.
+        watch: Detects divergence.
+        start: When this process began, by the monotonic clock.
     """
 
     meter: Meter = field(default_factory=Meter)
@@ -47,20 +52,22 @@ class RunState:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training in all."""
+        """Seconds of training, in all processes of the run."""
         return self.trained_s + time.monotonic() - self.start
 
     def add(self, result: StepResult) -> None:
+        """Count a step."""
         self.meter.add(result)
         self.whole.add(result)
         self.watch.add(result.nll / max(result.num_targets, 1), result.gradient_norm)
 
     def out_of_patience(self, patience: int) -> bool:
-        """Whether ``patience`` evaluations in a row, the last ones, were no better than one before."""
+        """Return whether none of the last ``patience`` evaluations was better than the best one before; 0: never."""
         measured = [result.heldout.mean for result in self.results]
         return 0 < patience < len(measured) and min(measured[-patience:]) >= min(measured[:-patience])
 
     def plain(self) -> dict[str, Any]:
+        """Return plain values for the manifest."""
         return {
             "meter": self.meter.state(), "whole": self.whole.state(),
             "results": [dataclasses.asdict(result) for result in self.results],
@@ -70,7 +77,11 @@ class RunState:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> RunState:
-        """The state whose :meth:`plain` this is. :raises CheckpointError: if it is not."""
+        """Return the state from the result of :meth:`plain`.
+
+        Raises:
+            CheckpointError: If it is damaged.
+        """
         try:
             return cls._of(plain)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

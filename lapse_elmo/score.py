@@ -1,9 +1,9 @@
-"""``bin/score``: the surprisal of every word of a text, and totals by which models of different vocabularies compare.
+"""``bin/score``: the surprisal of every word of a text, and totals that can be compared between vocabularies.
 
-The table has one line a word, tab-separated, after a line of names: ``sentence`` and ``position`` (both from 0 on),
-``word``, ``forward_bits`` and ``backward_bits`` (surprisal, -log2 p(word | words before) and (word | words after)), and
-``unknown``, 1 for a word that the vocabulary lacks: the surprisal is then that of ``<UNK>``. ``nan`` stands where
-nothing predicts the word (a model without boundaries). The totals count the ends of sentences too.
+The table has one line per word, tab-separated, after a line of column names: ``sentence`` and ``position`` (both from
+0), ``word``, ``forward_bits`` and ``backward_bits`` (surprisal, -log2 p(word | words before) and (word | words after)),
+and ``unknown``, 1 for a word that is not in the vocabulary: its surprisal is then that of ``<UNK>``. A value is ``nan``
+where nothing predicts the word (in a model without boundaries). The totals include the ends of sentences.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADER = "sentence\tposition\tword\tforward_bits\tbackward_bits\tunknown\n"
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Parse, open the model, score the lines."""
+    """Parse, open the model, score the lines of the texts, and write the table and the totals."""
     options = parse_score(argv)
     world = enter()
     for output in filter(None, (options.output, options.totals)):
@@ -82,13 +82,17 @@ def _flush(file: IO[str]) -> None:
 
 
 def require_targets(totals: Totals) -> None:
-    """:raises CorpusError: if nothing was predicted, so that there is no perplexity."""
+    """Check that something was predicted, so that there is a perplexity.
+
+    Raises:
+        CorpusError: If not.
+    """
     if not totals.num_targets:
         raise CorpusError("the text has no words that the model predicts: there is nothing to score")
 
 
 def lines_of(number: int, score: SentenceScore) -> list[str]:
-    """The lines of the table of one sentence."""
+    """Return the table lines of one sentence."""
     columns = zip(score.words, score.forward_bits, score.backward_bits, score.unknown, strict=True)
     return [
         f"{number}\t{position}\t{word}\t{forward:.4f}\t{backward:.4f}\t{int(unknown)}\n"
@@ -97,7 +101,7 @@ def lines_of(number: int, score: SentenceScore) -> list[str]:
 
 
 def summary(totals: Totals) -> dict[str, float | int]:
-    """The totals by name."""
+    """Return the totals by name."""
     return {
         "sentences": totals.num_sentences, "words": totals.num_words, "unknown_words": totals.num_unknown,
         "unknown_share": totals.unknown_share, "characters": totals.num_characters,

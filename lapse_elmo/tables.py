@@ -1,7 +1,7 @@
-"""The only bridge between the server's rows and torch's tensors: tables of weights, updated through pushes.
+"""Tables of weights in the parameter server: the only bridge between its rows and torch's tensors.
 
-A row in the server holds the weights and, after them, the state of the update rule: ``[weights | accumulators]``. Pulls
-give the weights, pushes are gradients, and the server takes the step.
+A row in the server holds the weights, followed by the state of the update rule: ``[weights | accumulators]``. A pull
+returns the weights; a push sends gradients, and the server applies the update rule.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.rules import Rule
 
-DENSE_ROW = 1024  # weights in a row of the dense table: long enough to move fast, short enough to lock for a short time
+DENSE_ROW = 1024  # weights per row of the dense table: long enough to copy fast, short enough to lock briefly
 _CHUNK_ROWS = 16384
 
 
 def rule_of(config: OptimizerConfig, *, per_row: bool | None = None) -> Rule:
-    """The update rule of rows.
+    """Return the update rule of rows.
 
-    :param per_row: whether Adagrad has one accumulator per row; None for what ``--row-accumulators`` says.
+    Args:
+        config: The options.
+        per_row: Whether Adagrad has one accumulator per row instead of one per weight; None for the choice of
+            --row-accumulators.
     """
     one = config.row_accumulators == "row" if per_row is None else per_row
     return Rule("sgd" if config.optimizer == "sgd" else "adagrad", one, config.epsilon)
@@ -34,18 +37,21 @@ def rule_of(config: OptimizerConfig, *, per_row: bool | None = None) -> Rule:
 
 @dataclass(frozen=True)
 class PulledRows:
-    """Distinct rows as they were pulled: ``keys`` (n,) and ``weights`` (n, size)."""
+    """Distinct rows as they were pulled: ``keys`` (n,) int64 and ``weights`` (n, size) float32."""
 
     keys: np.ndarray
     weights: Tensor
 
 
 class RowTable:
-    """``num_rows`` x ``size`` weights that live in one segment of the server, which has an update rule.
+    """Weights (num_rows, size) in one segment of the server, which has an update rule.
 
-    The learning rate of its pushes is that of ``server.set_rate``.
+    The learning rate of its pushes is set by ``server.set_rate``.
 
-    :param initial_accumulator: what Adagrad's accumulators start at.
+    Args:
+        server: The server.
+        segment: The segment of the table.
+        initial_accumulator: Initial value of Adagrad's accumulators.
     """
 
     def __init__(self, server: ParameterServer, segment: Segment, initial_accumulator: float) -> None:
@@ -55,14 +61,14 @@ class RowTable:
         self.initial_accumulator = initial_accumulator
 
     def pull(self, rows: np.ndarray) -> PulledRows:
-        """The weights of the distinct ``rows`` (n,) int64."""
+        """Return the weights of the distinct ``rows`` (n,) int64."""
         keys = self.segment.keys(rows)
         weights = torch.empty(keys.size, self.size)
         self.server.pull(keys, weights)
         return PulledRows(keys, weights)
 
     def push(self, pulled: PulledRows, gradient: Tensor, scale: float) -> None:
-        """One step of the update rule with ``scale * gradient`` (n, size)."""
+        """Apply the update rule once, with ``scale * gradient`` (n, size)."""
         gradient = gradient.detach().to("cpu")
         self.server.push(pulled.keys, (gradient * scale if scale != 1 else gradient).contiguous())
 
@@ -71,9 +77,13 @@ class RowTable:
         self.server.intent(self.segment.keys(rows), start, end)
 
     def initialise(self, worker: int, num_workers: int, weights: Callable[[int, int], Tensor]) -> None:
-        """Set this worker's share of the rows. ``weights(first, end)`` gives rows of one chunk as (n, size).
+        """Set this worker's share of the rows to their initial values.
 
-        Chunks have the same bounds in every world, so the values may be keyed by them.
+        Args:
+            worker: Index of this worker.
+            num_workers: The number of workers.
+            weights: ``weights(first, end)`` returns rows [first, end) as (n, size). It is called for chunks that have
+                the same bounds for any number of workers, so random values may be keyed by ``first``.
         """
         for number, first in enumerate(range(0, self.segment.num_rows, _CHUNK_ROWS)):
             if number % num_workers == worker:
@@ -81,22 +91,29 @@ class RowTable:
                 self.server.set(self.segment.keys(np.arange(first, end)), self.initial_rows(weights(first, end)))
 
     def initial_rows(self, weights: Tensor) -> Tensor:
-        """Whole rows (n, row_width) of ``weights`` (n, size) before the first step."""
+        """Return whole rows (n, row_width): ``weights`` (n, size) and initial accumulators."""
         state = weights.new_full((len(weights), self.segment.row_width - self.size), self.initial_accumulator)
         return torch.cat([weights, state], 1)
 
     def read(self, first: int, end: int) -> Tensor:
-        """Whole rows [first, end), accumulators included, as (n, row_width)."""
+        """Return rows [first, end), accumulators included, as (n, row_width)."""
         values = torch.empty(end - first, self.segment.row_width)
         self.server.pull_rows(self.segment.keys(np.arange(first, end)), values)
         return values
 
     def restored(self, values: np.ndarray) -> np.ndarray:
-        """Whole rows (n, row_width) of saved rows (n, any), whose accumulators may be per element or per row.
+        """Convert saved rows to rows of this table, whose accumulators may be per weight or per row.
 
-        Those per element become their mean; that of a row becomes each element's.
+        Accumulators per weight are replaced by their mean, an accumulator per row by copies of it.
 
-        :raises CheckpointError: if they are the rows of another table.
+        Args:
+            values: (n, width) saved rows, accumulators included.
+
+        Returns:
+            The rows as (n, row_width).
+
+        Raises:
+            CheckpointError: If their width does not fit this table.
         """
         wanted, found = self.segment.row_width - self.size, values.shape[1] - self.size
         if found == wanted:
@@ -111,21 +128,21 @@ class RowTable:
         )
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """All weights as (first row, (n, size)) in ascending chunks, without ever holding all rows."""
+        """Yield all weights in ascending chunks as (first row, (n, size)), without ever holding all rows."""
         for rows, weights in self.chunks_of(np.arange(self.segment.num_rows)):
             yield int(rows[0]), weights
 
     def chunks_of(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Weights of the distinct ``rows`` (n,) as (some of these rows (k,), (k, size)), in their order."""
+        """Yield the weights of the distinct ``rows`` (n,) in chunks, in their order, as (rows (k,), (k, size))."""
         for first in range(0, rows.size, _CHUNK_ROWS):
             some = rows[first : first + _CHUNK_ROWS]
             yield some, self.pull(some).weights
 
 
 class DenseTable:
-    """Dense parameters kept in the server, flattened into rows of ``DENSE_ROW`` weights (zeros fill the last).
+    """Dense parameters in the server, flattened into rows of ``DENSE_ROW`` weights (the last one padded with zeros).
 
-    Such a row is a cut through matrices and biases, so its rule should have an accumulator per element.
+    A row may span matrices and biases, so its update rule should have an accumulator per weight.
     """
 
     def __init__(self, table: RowTable, parameters: Sequence[Tensor]) -> None:
@@ -136,10 +153,11 @@ class DenseTable:
 
     @staticmethod
     def num_rows(parameters: Sequence[Tensor]) -> int:
+        """Return how many rows ``parameters`` take."""
         return -(-sum(p.numel() for p in parameters) // DENSE_ROW)
 
     def initialise(self) -> None:
-        """Set the rows to the parameters' values; for one worker to call."""
+        """Set the rows to the parameters' values; one worker must call this."""
         keys = self.table.segment.keys(self._rows)
         self.table.server.set(keys, self.table.initial_rows(self._flat(self.parameters)))
 
@@ -154,7 +172,7 @@ class DenseTable:
             start += parameter.numel()
 
     def push(self, gradients: Sequence[Tensor], scale: float) -> None:
-        """One step of the update rule on the rows pulled last."""
+        """Apply the update rule once to the rows pulled last, with ``scale`` times the gradients."""
         assert self._pulled is not None
         self.table.push(self._pulled, self._flat(gradients), scale)
 

@@ -1,19 +1,19 @@
-"""Signals that ask for an end, and the exit statuses of every program in ``bin/``, for scripts to rely on.
+"""Signals that ask a program to stop, and the exit statuses of all programs in ``bin/``, on which scripts may rely.
 
 =======  ==============================================================================================================
 status   meaning
 =======  ==============================================================================================================
-0        complete: the epochs, steps or minutes are over, or the patience
-1        a failure of ours, or of a rank that was lost; what is known is on stderr, with rank and host
-2        something that the user can mend; one line on stderr says what
-75       (EX_TEMPFAIL of sysexits.h) bin/train saved a checkpoint after SIGTERM, SIGINT or SIGUSR1 and is to be resumed:
-         the same command with the same --run-dir and ``--resume auto`` (the default) goes on from there
+0        complete: the epochs, steps or minutes are over, or --patience ended the run
+1        a bug, or a rank that was lost; stderr has what is known, with rank and host
+2        a mistake that the user can correct; one line on stderr says what
+75       (EX_TEMPFAIL of sysexits.h) bin/train saved a checkpoint after SIGTERM, SIGINT or SIGUSR1 and can be resumed:
+         the same command with the same --run-dir and ``--resume auto`` (the default) continues from there
 76       no rank made progress for ``--stall-minutes``; stderr says which rank is silent and where the others wait. The
-         last checkpoint is whole, and the same command resumes from it, as after 75
-130      a second SIGINT: stopped at once, nothing saved (128 + the signal's number)
+         same command resumes from the last checkpoint, as after 75
+130      a second SIGINT: stopped at once, nothing was saved (128 + the number of the signal)
 =======  ==============================================================================================================
 
-A rank that is killed ends the job with a status that the launcher chooses, neither 0 nor 2 nor 75.
+If a rank is killed, the launcher chooses the status; it is neither 0 nor 2 nor 75.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from typing import Any
 
 COMPLETE, FAILED, USER_ERROR, RESUMABLE, STALLED, INTERRUPTED = 0, 1, 2, 75, 76, 130
 
-_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_SAME_KEY_S = 0.3  # a launcher may pass on a Ctrl-C that the terminal has sent to the ranks already
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAME_KEY_S = 0.3  # one Ctrl-C may arrive twice: from the terminal, and forwarded by the launcher
 
 
 class StopSignals:
-    """While entered, notes the signals that ask this rank for an end, instead of dying of them.
+    """A context in which signals that ask this rank to stop are recorded instead of ending the process.
 
-    :ivar asked: name of the first that came, or "".
-    :ivar at_once: called by a second SIGINT.
+    Attributes:
+        asked: Name of the first signal received, or "".
+        at_once: Called on a second SIGINT.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in _ASKING}
+        self._before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,12 +64,12 @@ class StopSignals:
 
 
 def ignore_stop_signals() -> None:
-    """For a process that is about to end anyway, with a status that a signal should not change."""
-    for number in _ASKING:
+    """Ignore signals, in a process that is about to end with a status that they should not change."""
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def catch_interrupts() -> None:
-    """Have SIGINT raise KeyboardInterrupt, where it is not ignored; bin/_venv.py let it end the program."""
+    """Have SIGINT raise KeyboardInterrupt, unless it is ignored; until now bin/_venv.py let it end the program."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

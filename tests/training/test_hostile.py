@@ -211,7 +211,7 @@ def test_a_gzip_bomb(tmp_path: Path) -> None:
     assert path.stat().st_size < 1 << 20
     with pytest.raises(CorpusError) as caught:
         READERS["text"](path)
-    one_line(caught.value, "this is no text")
+    one_line(caught.value, "this is not text")
     assert [other.name for other in tmp_path.iterdir()] == ["bomb.gz"]
 
 
