@@ -1,14 +1,15 @@
 """Imported first by every program here: find the repository, and the virtual environment that ``make setup`` made.
 
 So that ``bin/train`` works without activating anything, also below ``mpirun``: where the running Python lacks torch and
-is not that of ``.venv``, the program is started again with the one that has it.
+is not that of ``.venv``, the program is started again with the one that has it. A Python that is too old for lapse_elmo
+gets that far, too, so nothing of lapse_elmo is imported here.
 """
 
 import signal
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C meanwhile ends the program, without a trace
+# As lapse_elmo.program.prepare_process, which also runs in an installed lapse-elmo, but without waiting for imports.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Slurm's warning would end a rank that is still importing torch: it stays blocked until lapse_elmo.mpi.start.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 import importlib.util  # noqa: E402 (these take a moment)
 import os  # noqa: E402
@@ -24,7 +25,3 @@ if importlib.util.find_spec("torch") is None or importlib.util.find_spec("mpi4py
     sys.exit(f"{name}: error: torch and mpi4py are not installed for {sys.executable}: run 'make setup' first")
 
 sys.path.insert(0, str(root))
-
-# Read when OpenMP is loaded, with torch. Its threads spin while they wait by default, which on cores shared with other
-# ranks or programs made a step up to ten times slower (benchmarks/README.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

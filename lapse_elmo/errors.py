@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import sys
 
+from lapse_elmo.program import as_called
+
 
 class UserError(Exception):
     """A mistake, or a state of the machine, that the user can correct.
@@ -67,5 +69,5 @@ def log_line(text: str) -> None:
     ``print`` issues two writes, which a launcher may interleave with other ranks' output.
     """
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed stream must not end the program
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{as_called(text)}\n")
         sys.stderr.flush()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lapse_elmo import checkpoint
 from lapse_elmo.metrics.run_log import table
+from lapse_elmo.program import as_called
 from lapse_elmo.run_state import EpochResult
 
 _MAX_ROWS = 20
@@ -38,7 +39,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
             f"To export it:   bin/export {path} --output DIR    (for AllenNLP, bilm-tf)",
             f"To embed text:  bin/embed {path} TEXT... --output FILE.hdf5",
         ]
-    return "\n".join(["", *lines])
+    return as_called("\n".join(["", *lines]))
 
 
 def stop_message(signal: str, step: int, run_dir: Path) -> str:

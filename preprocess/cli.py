@@ -14,11 +14,12 @@ from lapse_elmo.config.preprocessing import (
     VocabOptions,
 )
 from lapse_elmo.mpi.world import World
-from preprocess.demo_text import make_demo_text
-from preprocess.download import download
-from preprocess.inspect import inspect_shards
-from preprocess.shards import make_shards
-from preprocess.vocab import make_vocabulary
+
+from .demo_text import make_demo_text
+from .download import download
+from .inspect import inspect_shards
+from .shards import make_shards
+from .vocab import make_vocabulary
 
 _COMMANDS: dict[str, tuple[type, str]] = {
     "vocab": (VocabOptions, "make a vocabulary from text"),

@@ -26,9 +26,10 @@ from lapse_elmo.config.preprocessing import DemoTextOptions
 from lapse_elmo.corpus.files import refuse_existing, write_whole
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.mpi.world import World, solo
-from preprocess.progress import bar, say
-from preprocess.prose import near_key, sentences
-from preprocess.staging import Staging
+
+from .progress import bar, say
+from .prose import near_key, sentences
+from .staging import Staging
 
 _MAX_HELDOUT = 2_500
 _HELDOUT_SHARE = 0.02

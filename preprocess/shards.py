@@ -20,9 +20,10 @@ from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import Ids, new_ids, problem
 from lapse_elmo.errors import ConfigError, CorpusError
 from lapse_elmo.mpi.world import World
-from preprocess.pieces import Piece, encode_part, piece_paths, read_group, residue_of
-from preprocess.progress import bar, say
-from preprocess.staging import Staging
+
+from .pieces import Piece, encode_part, piece_paths, read_group, residue_of
+from .progress import bar, say
+from .staging import Staging
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.corpus.words import Counts, most_frequent, new_counts, problem
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.mpi.world import World
-from preprocess.progress import bar, say
-from preprocess.staging import Staging
+
+from .progress import bar, say
+from .staging import Staging
 
 
 def make_vocabulary(options: VocabOptions, world: World) -> None:

@@ -40,7 +40,7 @@ def test_everything_imported_is_required_and_the_other_way_round() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
                     imported |= {alias.name.split(".")[0] for alias in node.names}
-                elif isinstance(node, ast.ImportFrom) and node.module:
+                elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
                     imported.add(node.module.split(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {"lapse_elmo", "preprocess"} - OPTIONAL
     packages = {MODULES.get(name, name) for name in foreign}

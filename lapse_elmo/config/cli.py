@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from lapse_elmo.errors import ConfigError, in_one_line
 from lapse_elmo.inputs import MOST_TOML_BYTES, read_small
+from lapse_elmo.program import as_called
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            self.error(_unknown("option", unknown[0].split("=")[0], known))
+            self.error(unknown_name("option", unknown[0].split("=")[0], known))
         return namespace
 
 
@@ -83,6 +84,7 @@ def parse_command(
     commands: Mapping[str, tuple[type, str]], argv: Sequence[str], *, prog: str, description: str
 ) -> tuple[str, Any]:
     """As :func:`parse` for a program with sub-commands, ``{name: (schema, description)}``: its name and options."""
+    prog = as_called(prog)
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"usage: {prog} COMMAND [OPTION ...]", "", description, "", "commands:"]
         lines += [f"  {name:<12}{text}" for name, (_, text) in commands.items()]
@@ -91,7 +93,7 @@ def parse_command(
         raise SystemExit(0 if argv else 2)
     name, *rest = argv
     if name not in commands:
-        raise ConfigError(f"{_unknown('command', name, list(commands))} (see {prog} --help)")
+        raise ConfigError(f"{unknown_name('command', name, list(commands))} (see {prog} --help)")
     schema, text = commands[name]
     return name, parse(schema, rest, prog=f"{prog} {name}", description=text)
 
@@ -120,13 +122,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+    """Return a message about an unknown name, with the nearest known one if there is one."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown {kind} {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
 def _parser(schema: type, prog: str, description: str) -> _Parser:
-    parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = _Parser(
+        prog=as_called(prog), description=as_called(description), formatter_class=_Help, allow_abbrev=False
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     hints = typing.get_type_hints(schema)
     has_groups = any(group for group, _, _ in options_of(schema))
@@ -146,7 +151,7 @@ def _parser(schema: type, prog: str, description: str) -> _Parser:
 def _add(target: argparse._ActionsContainer, field: dataclasses.Field, hint: Any) -> None:
     many, base = _element(hint)
     meta = field.metadata
-    kwargs: dict[str, Any] = {"help": meta["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
+    kwargs: dict[str, Any] = {"help": as_called(meta["help"]).replace("%", "%%"), "default": argparse.SUPPRESS}
     if meta["choices"]:
         kwargs["choices"] = [choice for choice in meta["choices"] if choice]  # nothing: leave the option away
     required = field.default is dataclasses.MISSING
@@ -261,7 +266,7 @@ def _from_file(schema: type, path: Path) -> dict[str, Any]:
                     raise ConfigError(f"config file {path}: option {name!r} belongs into the table [{home}]")
                 names = [n for g, n in known if g == group] + ([] if group else sorted(groups))
                 where = f"[{group}] of config file {path}" if group else f"config file {path}"
-                raise ConfigError(f"{where}: {_unknown('option', str(name), names)}")
+                raise ConfigError(f"{where}: {unknown_name('option', str(name), names)}")
             field, hint = known[group, name]
             converted = checked(content, hint, f"{path}: {name}", field.metadata["choices"])
             (values.setdefault(group, {}) if group else values)[name] = converted

@@ -18,10 +18,11 @@ If a rank is killed, the launcher chooses the status; it is neither 0 nor 2 nor 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -73,3 +74,14 @@ def catch_interrupts() -> None:
     """Have SIGINT raise KeyboardInterrupt, unless it is ignored; until now bin/_venv.py let it end the program."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def interrupts_end_the_process() -> Iterator[None]:
+    """Let SIGINT end the process, as by default in other languages, instead of raising KeyboardInterrupt."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, before)
