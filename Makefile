@@ -57,7 +57,7 @@ native: .venv/.installed
 	.venv/bin/python -m lapse_elmo.native
 
 test: .venv/.installed-dev
-	.venv/bin/python -m pytest $(TEST_OPTIONS)
+	.venv/bin/python -m pytest --durations=25 --durations-min=1 $(TEST_OPTIONS)
 
 soak: .venv/.installed-dev
 	.venv/bin/python -m tests.training.soak $(SEED)
