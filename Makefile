@@ -3,6 +3,7 @@
 #   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy and shellcheck
 #   make train   a first model on English that is on the machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare the bits
+#   make quick   the tests without MPI jobs, about a minute: run them after each change
 #   make simulate MINUTES=10   the server under schedules drawn by seeds, and without each of its guards (make mutants)
 #   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
 #   make native  compile the C code ahead, for compute nodes without a compiler that share the cache folder
@@ -19,7 +20,7 @@ TRANSPORTS_OPTIONS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup native train test soak simulate mutants transports lint bench clean dev
+.PHONY: setup native train test quick soak simulate mutants transports lint bench clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -27,7 +28,7 @@ setup: .venv/.installed
 
 # The stamp is written last: a set-up that was interrupted is done again.
 .venv/.installed: requirements.txt requirements-nodeps.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"lapse-elmo needs Python 3.10, 3.11 or 3.12, but $(PYTHON) is {v[0]}.{v[1]}: give another one by PYTHON=")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"lapse-elmo needs Python 3.10 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: give another one by PYTHON=")'
 	@echo "Installing into .venv: one to three minutes, 1.2 GB without CUDA"
 	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made: install your system's python3-venv, or give another Python by PYTHON="; exit 1; }
 	@$(PIP) -r requirements.txt
@@ -58,6 +59,12 @@ native: .venv/.installed
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest --durations=25 --durations-min=1 $(TEST_OPTIONS)
+
+QUICK_TESTS = tests/config tests/corpus tests/model/test_bilm.py tests/model/test_softmax.py tests/model/test_optimizers.py \
+	tests/ps/test_solo.py tests/ps/test_rows.py tests/ps/test_protocol_document.py tests/test_batches.py tests/test_requirements.py \
+	tests/test_rng.py tests/test_schedule.py tests/test_structure.py tests/test_tables.py
+quick: .venv/.installed-dev
+	.venv/bin/python -m pytest $(QUICK_TESTS) $(TEST_OPTIONS)
 
 soak: .venv/.installed-dev
 	.venv/bin/python -m tests.training.soak $(SEED)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import lapse_elmo
 from lapse_elmo import native
 from lapse_elmo.commands import COMMANDS
 from lapse_elmo.program import PROGRAMS, as_called
@@ -155,6 +156,13 @@ def test_programs_and_commands_are_the_same(installed: Installed) -> None:
         assert here.returncode == there.returncode == 0
         assert f"usage: bin/{name}" in here.stdout and f"usage: lapse-elmo {name}" in there.stdout
         assert unwrapped(here.stdout.replace("bin/", "lapse-elmo ")) == unwrapped(there.stdout)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = (mpi.ROOT / "CITATION.cff").read_text()
+    (date,) = re.findall(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    assert f"\nversion: {lapse_elmo.__version__}\n" in citation
+    assert f"\n## [{lapse_elmo.__version__}] - {date}\n" in (mpi.ROOT / "CHANGELOG.md").read_text()
 
 
 def unwrapped(text: str) -> str:

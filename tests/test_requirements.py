@@ -33,6 +33,14 @@ def test_pyproject_and_requirements_name_the_same() -> None:
     assert names(project["dependencies"]) == required()
 
 
+def test_extras_are_in_the_lists_for_tests() -> None:
+    """The pinned lists say with which versions the extras were tested."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras) >= {"allennlp", "test", "docs"}
+    tested = names((ROOT / "requirements-dev.txt").read_text().splitlines())
+    assert names([*extras["allennlp"], *extras["test"]]) <= tested
+
+
 def test_everything_imported_is_required_and_the_other_way_round() -> None:
     imported: set[str] = set()
     for folder in ("lapse_elmo", "preprocess"):
