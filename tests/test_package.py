@@ -5,6 +5,8 @@ The wheel is installed into an environment of its own, which finds the dependenc
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -145,6 +147,14 @@ def test_from_text_to_a_plan_of_training(installed: Installed, tmp_path: Path) -
     assert not (installed.folder / "runs").exists()
     done = installed.run("preprocess", "inspect", "nowhere.h5", "--vocab", "vocab.txt")
     assert done.returncode == 2 and "with lapse-elmo preprocess shards" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_modules_of_commands_exist(name: str) -> None:
+    """They are named by strings, which mypy does not check."""
+    assert importlib.util.find_spec(COMMANDS[name].module) is not None
+    module, _, function = COMMANDS[name].parser.partition(":")
+    assert not module or callable(getattr(importlib.import_module(module), function))
 
 
 def test_programs_and_commands_are_the_same(installed: Installed) -> None:
