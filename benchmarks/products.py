@@ -20,8 +20,8 @@ from torch import Tensor
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import PRESETS
 from lapse_elmo.devices import speed_up_float32
-from lapse_elmo.model.packed import Kernels, PackedFactor, describe, kernels, rows_packed
-from lapse_elmo.model.products import PRECISIONS, Products, TorchFactor, cpu_multiplies_bf16
+from lapse_elmo.model.packed import Kernels, PrepackedWeight, describe, kernels, rows_packed
+from lapse_elmo.model.products import PRECISIONS, Matmul, TorchWeight, cpu_multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def seconds(run: Callable[[], object], at_least_s: float = 5e-4) -> float:
 def compare(found: Kernels, weight: Weight, storage: torch.dtype, options: ProductsOptions) -> list[float]:
     """Print a line; the ratios of what is chosen to torch, by number of rows."""
     second = weight.new(storage)
-    packed, by_torch = PackedFactor(found, second), TorchFactor(Products(storage), second)
-    pack_s = min(seconds(lambda: PackedFactor(found, second)) for _ in range(options.repeats))
+    packed, by_torch = PrepackedWeight(found, second), TorchWeight(Matmul(storage), second)
+    pack_s = min(seconds(lambda: PrepackedWeight(found, second)) for _ in range(options.repeats))
     chosen, ratios, parts = rows_packed(storage, weight.strided), [], []
     for num_rows in options.rows:
         first = torch.randn(num_rows, weight.num_terms).to(storage)
         out = torch.zeros(num_rows, weight.num_columns, dtype=storage)
         runs = [
-            (lambda factor=factor: factor.add_into(out, first) if weight.adds else factor.into(out, first))  # noqa: B023
+            (lambda factor=factor: factor.addmm_into(out, first) if weight.adds else factor.mm_into(out, first))  # noqa: B023
             for factor in (packed, by_torch)
         ]
         for run in runs:

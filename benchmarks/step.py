@@ -27,11 +27,11 @@ from lapse_elmo.devices import speed_up_float32
 from lapse_elmo.fallbacks import model_fallbacks
 from lapse_elmo.model import reference
 from lapse_elmo.model.initial_values import initialize_lstm
-from lapse_elmo.model.lanes import both
 from lapse_elmo.model.lstm import FusedElmoLstm
 from lapse_elmo.model.packing import Packing
-from lapse_elmo.model.products import PRECISIONS, Products, cpu_multiplies_bf16
+from lapse_elmo.model.products import PRECISIONS, Matmul, cpu_multiplies_bf16
 from lapse_elmo.model.softmax import sampled_softmax_nll
+from lapse_elmo.model.two_threads import run_two_threads
 from lapse_elmo.mpi.host import usable_cores
 
 MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.3, 250  # of a batch that is sorted by length with noise (batches.py)
@@ -106,7 +106,7 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
 
 def storage_of(precision: str) -> torch.dtype:
     """What products are stored in; float32 where bfloat16 is only emulated."""
-    return Products.of(precision, torch.empty(0)).weight(torch.empty(0)).dtype
+    return Matmul.of(precision, torch.empty(0)).cast_weight(torch.empty(0)).dtype
 
 
 def lstm_products(
@@ -141,7 +141,7 @@ def lstm_products(
 
 def in_halves(function: Callable[[int], None]) -> None:
     """Both halves, as a step runs them."""
-    both(function, torch.device("cpu"), "")
+    run_two_threads(function, torch.device("cpu"), "")
 
 
 def softmax_row(size: str, options: StepOptions, precision: str) -> Row:

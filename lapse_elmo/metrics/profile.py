@@ -11,11 +11,11 @@ import torch
 
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.metrics.run_log import table
-from lapse_elmo.model.packed import PACKED_PRODUCT
+from lapse_elmo.model.packed import PREPACKED_MATMUL
 
 FOLDER = "profile"
 WARM_UP = 3  # steps at the start of a run that are not profiled: they make buffers and fill caches
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::bmm", PACKED_PRODUCT)
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::bmm", PREPACKED_MATMUL)
 
 
 class StepProfile:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lapse_elmo.model.lanes import both
 from lapse_elmo.model.pointwise import pointwise
+from lapse_elmo.model.two_threads import run_two_threads
 
 TARGETS_AT_ONCE = 512
 CLASSES_AT_ONCE = 2048  # with 512 targets 4 MiB of float32 logits, which stay in the cache between passes
@@ -80,7 +80,7 @@ def softmax_parts(context: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], targ
         def add(part: int, weight: Tensor = weight, bias: Tensor = bias) -> None:
             _add_classes(context[halves[part]], weight, bias, largest[halves[part]], total[halves[part]])
 
-        both(add, context.device, "full softmax, but products")
+        run_two_threads(add, context.device, "full softmax (excl. matmul)")
     return SoftmaxParts(largest, total, target_logit)
 
 

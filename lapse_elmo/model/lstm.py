@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lapse_elmo.model.lstm_pass import Layer, LstmPass, Plan
 from lapse_elmo.model.packing import Packing
-from lapse_elmo.model.products import Products
+from lapse_elmo.model.products import Matmul
 
 _DIRECTIONS = ("forward", "backward")
 
@@ -133,7 +133,7 @@ class FusedElmoLstm(nn.Module):
                 weights += [cell.input_linearity.weight, cell.state_linearity.weight, cell.state_linearity.bias]
                 weights.append(cell.state_projection.weight)
         plan = Plan(
-            packing, Products.of(self.precision if self.training else "fp32", inputs), layers,
+            packing, Matmul.of(self.precision if self.training else "fp32", inputs), layers,
             self.memory_cell_clip_value or math.inf, self.state_projection_clip_value or math.inf,
         )
         outputs = LstmPass.apply(inputs, plan, *weights)

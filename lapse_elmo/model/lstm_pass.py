@@ -2,7 +2,7 @@
 
 All input products of a layer are one matrix product, the recurrent products go into preallocated buffers, and the
 backward pass turns the gates into their gradients in place, so that each weight gradient is one matrix product as well.
-The directions do not meet before the top: they run on a thread each (:mod:`lapse_elmo.model.lanes`).
+The directions do not meet before the top: they run on a thread each (:mod:`lapse_elmo.model.two_threads`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lapse_elmo.model.lanes import both
 from lapse_elmo.model.packing import Packing
 from lapse_elmo.model.pointwise import pointwise
 from lapse_elmo.model.pointwise_torch import wide_dtype
-from lapse_elmo.model.products import Products
+from lapse_elmo.model.products import Matmul
+from lapse_elmo.model.two_threads import run_two_threads
 
 NUM_WEIGHTS = 4
 
@@ -42,7 +42,7 @@ class Plan:
     """
 
     packing: Packing
-    products: Products
+    matmul: Matmul
     layers: list[list[Layer]]
     cell_clip: float
     projection_clip: float
@@ -66,7 +66,7 @@ class LstmPass(torch.autograd.Function):
             outputs = stacks[1].forward(inputs.index_select(0, mirror))
             return [output.index_select(0, mirror) for output in outputs]
 
-        forward, backward = both(run, inputs.device, "LSTM forward, but products")
+        forward, backward = run_two_threads(run, inputs.device, "LSTM forward (excl. matmul)")
         plan.finals = [[stack.passes[layer].final for stack in stacks] for layer in range(len(plan.layers))]
         ctx.stacks, ctx.mirror, ctx.device = stacks, mirror, inputs.device
         ctx.set_materialize_grads(False)
@@ -88,7 +88,9 @@ class LstmPass(torch.autograd.Function):
             d_inputs, gradients = stacks[1].backward(mirrored, ctx.needs_input_grad[0])
             return None if d_inputs is None else d_inputs.index_select(0, mirror), gradients
 
-        (d_forward, of_forward), (d_backward, of_backward) = both(run, ctx.device, "LSTM backward, but products")
+        (d_forward, of_forward), (d_backward, of_backward) = run_two_threads(
+            run, ctx.device, "LSTM backward (excl. matmul)"
+        )
         d_inputs = d_forward if d_backward is None else d_backward if d_forward is None else d_forward + d_backward
         gradients = [g for layer in zip(of_forward, of_backward, strict=True) for four in layer for g in four]
         return (d_inputs, None, *gradients)
@@ -135,85 +137,85 @@ class _LayerPass:
     """One layer in one direction: its forward pass, and what its backward pass needs of it."""
 
     def __init__(self, plan: Plan, starts: Layer, weights: tuple[Tensor, ...]) -> None:
-        self.packing, self.products = plan.packing, plan.products
+        self.packing, self.matmul = plan.packing, plan.matmul
         self.clips = plan.cell_clip, plan.projection_clip
         self.weights = tuple(weight.detach() for weight in weights)
-        wide = wide_dtype(self.products.storage)
+        wide = wide_dtype(self.matmul.storage)
         self.mask = None if starts.dropout_mask is None else starts.dropout_mask.to(wide)
-        self.first_hidden = None if starts.first_hidden is None else self.products.operand(starts.first_hidden)
+        self.first_hidden = None if starts.first_hidden is None else self.matmul.cast(starts.first_hidden)
         self.first_cells = None if starts.first_cells is None else starts.first_cells.to(wide).contiguous()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Projected states (N, D) in the storage dtype."""
-        products, sizes = self.products, self.packing.sizes
+        matmul, sizes = self.matmul, self.packing.sizes
         input_weight, state_weight, bias, projection = self.weights
         hidden_size, cell_size = projection.shape
         num_tokens, num_sentences = len(inputs), len(self.packing.order)
-        self.inputs = products.operand(inputs).detach()
+        self.inputs = matmul.cast(inputs).detach()
         # The input products of all steps; each step turns its rows into the activated gates.
-        self.gates = products.new(self.inputs, products.weight(input_weight).t())
-        self.cells = self.gates.new_empty(num_tokens, cell_size, dtype=wide_dtype(products.storage))
+        self.gates = matmul.mm(self.inputs, matmul.cast_weight(input_weight).t())
+        self.cells = self.gates.new_empty(num_tokens, cell_size, dtype=wide_dtype(matmul.storage))
         self.hidden = self.gates.new_empty(num_tokens, hidden_size)
-        exposed = self.gates.new_empty(num_sentences, cell_size)
-        to_gates, to_hidden = (products.factor(weight.t(), sizes) for weight in (state_weight, projection))
+        cell_output_buffer = self.gates.new_empty(num_sentences, cell_size)
+        to_gates, to_hidden = (matmul.prepare(weight.t(), sizes) for weight in (state_weight, projection))
         bias, (cell_clip, projection_clip) = bias.to(self.cells.dtype), self.clips
         kernels = pointwise(self.gates)
-        before, before_cells = self.first_hidden, self.first_cells
+        previous_hidden, previous_cells = self.first_hidden, self.first_cells
         steps = zip(sizes, self.gates.split(sizes), self.cells.split(sizes), self.hidden.split(sizes), strict=True)
         for size, gates, cells, hidden in steps:
-            if before is not None:
-                to_gates.add_into(gates, before[:size])
-            now = exposed[:size]
-            kernels.advance(gates, bias, before_cells, cells, now, cell_clip)
-            to_hidden.into(hidden, now)
-            kernels.limit(hidden, self.mask, projection_clip)
-            before, before_cells = hidden, cells
+            if previous_hidden is not None:
+                to_gates.addmm_into(gates, previous_hidden[:size])
+            cell_output = cell_output_buffer[:size]
+            kernels.cell_forward(gates, bias, previous_cells, cells, cell_output, cell_clip)
+            to_hidden.mm_into(hidden, cell_output)
+            kernels.clip_forward(hidden, self.mask, projection_clip)
+            previous_hidden, previous_cells = hidden, cells
         last = self.packing.last
         self.final = self.hidden.index_select(0, last), self.cells.index_select(0, last)
         return self.hidden
 
     def backward(self, d_output: Tensor, needs_inputs: bool) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Gradients of the inputs and of the four weights, in the dtype of ``d_output``."""
-        products = self.products
-        d_hidden = d_output.to(products.storage, copy=True, memory_format=torch.contiguous_format)
+        matmul = self.matmul
+        d_hidden = d_output.to(matmul.storage, copy=True, memory_format=torch.contiguous_format)
         # The cells are used up step by step: what the projection was given takes their place where it fits.
         fits = self.cells.dtype == self.gates.dtype
-        exposed = self.cells if fits else self.gates.new_empty(self.cells.shape)
-        self._through_steps(d_hidden, exposed)
+        cell_output = self.cells if fits else self.gates.new_empty(self.cells.shape)
+        self._through_steps(d_hidden, cell_output)
         # From here on gates holds the gradients of the gates before activation.
         gates, num_sentences = self.gates, len(self.packing.order)
-        d_input_weight = products.new(gates.t(), self.inputs)
+        d_input_weight = matmul.mm(gates.t(), self.inputs)
         # A step has read what the one before it gave, the first one what the batch began with.
-        d_state_weight = products.new(gates[num_sentences:].t(), self.hidden.index_select(0, self.packing.previous))
+        d_state_weight = matmul.mm(gates[num_sentences:].t(), self.hidden.index_select(0, self.packing.previous))
         if self.first_hidden is not None:
-            products.add_into(d_state_weight, gates[:num_sentences].t(), self.first_hidden)
+            matmul.addmm_into(d_state_weight, gates[:num_sentences].t(), self.first_hidden)
         d_bias = pointwise(gates).column_sums(gates).to(d_output.dtype)
-        d_projection = products.new(d_hidden.t(), exposed).to(d_output.dtype)
+        d_projection = matmul.mm(d_hidden.t(), cell_output).to(d_output.dtype)
         d_inputs = None
         if needs_inputs:
-            d_inputs = products.new(gates, products.weight(self.weights[0])).to(d_output.dtype)
+            d_inputs = matmul.mm(gates, matmul.cast_weight(self.weights[0])).to(d_output.dtype)
         return d_inputs, (d_input_weight.to(d_output.dtype), d_state_weight.to(d_output.dtype), d_bias, d_projection)
 
-    def _through_steps(self, d_hidden: Tensor, exposed: Tensor) -> None:
+    def _through_steps(self, d_hidden: Tensor, cell_output: Tensor) -> None:
         """From the last step to the first: ``d_hidden`` and the gates become gradients before clip and activation.
 
-        :param d_hidden: (N, D) gradient from above. ``exposed``: (N, C), written with what the projection was given.
+        :param d_hidden: (N, D) gradient from above. ``cell_output``: (N, C), written with o * tanh(cells).
         """
-        products, sizes, num_sentences = self.products, self.packing.sizes, len(self.packing.order)
-        to_earlier, to_exposed = (products.factor(self.weights[number], sizes) for number in (1, 3))
+        matmul, sizes, num_sentences = self.matmul, self.packing.sizes, len(self.packing.order)
+        to_previous, to_cell_output = (matmul.prepare(self.weights[number], sizes) for number in (1, 3))
         cell_clip, projection_clip = self.clips
         kernels = pointwise(self.gates)
         # What a step passes back to the one before it, which has as many sentences or more: zero for the further ones.
-        d_later = torch.zeros_like(d_hidden[:num_sentences])
+        d_recurrent = torch.zeros_like(d_hidden[:num_sentences])
         d_cells = self.cells.new_zeros(num_sentences, self.cells.shape[1])
-        d_exposed = self.gates.new_empty(d_cells.shape)
-        parts = (self.gates, self.cells, self.hidden, d_hidden, exposed)
+        d_cell_output = self.gates.new_empty(d_cells.shape)
+        parts = (self.gates, self.cells, self.hidden, d_hidden, cell_output)
         steps = list(zip(sizes, *(part.split(sizes) for part in parts), strict=True))
         for number in reversed(range(len(steps))):
-            size, gates, cells, hidden, now, shown = steps[number]
-            kernels.carry(now, d_later, hidden, self.mask, projection_clip)
-            d_shown = to_exposed.into(d_exposed[:size], now)
-            earlier = steps[number - 1][2] if number else self.first_cells
-            kernels.retreat(gates, earlier, cells, shown, d_shown, d_cells[:size], cell_clip)
+            size, gates, cells, hidden, d_step, step_output = steps[number]
+            kernels.clip_backward(d_step, d_recurrent, hidden, self.mask, projection_clip)
+            d_step_output = to_cell_output.mm_into(d_cell_output[:size], d_step)
+            previous_cells = steps[number - 1][2] if number else self.first_cells
+            kernels.cell_backward(gates, previous_cells, cells, step_output, d_step_output, d_cells[:size], cell_clip)
             if number:
-                to_earlier.into(d_later[:size], gates)
+                to_previous.mm_into(d_recurrent[:size], gates)

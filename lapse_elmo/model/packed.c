@@ -1,8 +1,8 @@
-/* Products of few rows with one matrix that many of them meet: (n, K) @ (K, N), n from 1 to some hundreds.
+/* Matmul of few rows with one matrix that many of them meet: (n, K) @ (K, N), n from 1 to some hundreds.
  *
  * The matrix is packed once, into panels of 2 * W columns in which a row's elements lie side by side (in bfloat16: those
  * of two rows, column by column, as the instruction takes them). A library that packs anew in every product spends more
- * on it than on such a product. The twin is torch's mm, by TorchFactor in products.py.
+ * on it than on such a product. The fallback is torch's mm, by TorchWeight in products.py.
  *
  * This file includes itself once for each kind: S is what is stored, sums are float, PAIR rows are taken at a time.
  */

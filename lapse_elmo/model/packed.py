@@ -22,7 +22,7 @@ from torch import Tensor
 from lapse_elmo import native
 
 PACKED_SOURCE = Path(__file__).parent / "packed.c"
-PACKED_PRODUCT = "packed product"  # its name in a profile
+PREPACKED_MATMUL = "prepacked matmul"  # its name in a profile
 ANY_NUMBER = 1 << 30
 _WIDEST_PANEL = 32  # columns that packed.c packs together
 # On processors with AMX (benchmarks/README.md; measured on Emerald Rapids). Elsewhere packed.c wins at any number.
@@ -43,7 +43,7 @@ class Kernels:
     tiles: bool = False
 
 
-class PackedFactor:
+class PrepackedWeight:
     """A (K, N) weight in the order in which packed.c reads it.
 
     :param second: (K, N), strided as it likes, in the storage dtype of ``kernels``; K a multiple of ``num_rows``.
@@ -56,13 +56,13 @@ class PackedFactor:
         self._packed = second.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
         kernels.pack(num_rows, num_columns, second.data_ptr(), *second.stride(), self._packed.data_ptr())
         # torch.profiler.record_function, which does the same, takes 20 times as long where nothing is recorded.
-        self._recorded = torch._C._profiler._RecordFunctionFast(PACKED_PRODUCT)
+        self._recorded = torch._C._profiler._RecordFunctionFast(PREPACKED_MATMUL)
 
-    def into(self, out: Tensor, first: Tensor) -> Tensor:
+    def mm_into(self, out: Tensor, first: Tensor) -> Tensor:
         """``out`` (n, N) = ``first`` (n, K) @ the weight, rounded to the storage."""
         return self._run(out, first, False)
 
-    def add_into(self, out: Tensor, first: Tensor) -> Tensor:
+    def addmm_into(self, out: Tensor, first: Tensor) -> Tensor:
         """``out`` += ``first`` @ the weight, rounded to the storage once."""
         return self._run(out, first, True)
 

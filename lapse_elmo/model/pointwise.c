@@ -1,6 +1,6 @@
 /* The row-wise parts of the LSTM and of the softmax, each as one pass over rows that lie in the cache.
  *
- * The twins in torch, which say the same in other words, are in pointwise_torch.py. This file includes itself for each
+ * The fallbacks in torch, with the same results, are in pointwise_torch.py. This file includes itself for each
  * kind of numbers: S is what is stored (float, double, or bfloat16 as its upper 16 bits), R what is computed with.
  * Comparisons are written so that a NaN passes through them. Names end in _f, _d or _b.
  */
@@ -94,14 +94,14 @@ static inline uint16_t narrow(float x) { /* to the nearest, ties to even; NaN st
 #else
 
 /* One step without its products, n sentences. gates (n, 4C): before activation and bias, replaced by i, f, g, o.
- * earlier (n, C): the cells of the step before, NULL for zero. cells, exposed (n, C): written. clip: INFINITY for none. */
-void NAME(lstm_advance)(long n, long C, S *restrict gates, const R *restrict bias, const R *restrict earlier,
-                        R *restrict cells, S *restrict exposed, double clip_) {
+ * previous_cells (n, C): the cells of the step before, NULL for zero. cells, cell_output (n, C): written. clip: INFINITY for none. */
+void NAME(lstm_cell_forward)(long n, long C, S *restrict gates, const R *restrict bias, const R *restrict previous_cells,
+                        R *restrict cells, S *restrict cell_output, double clip_) {
   R clip = (R)clip_;
 #pragma omp parallel for schedule(static) if (n * C > 16384)
   for (long row = 0; row < n; row++) {
-    S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = exposed + row * C;
-    const R *before = earlier ? earlier + row * C : 0;
+    S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = cell_output + row * C;
+    const R *before = previous_cells ? previous_cells + row * C : 0;
     R *now = cells + row * C;
 #pragma omp simd
     for (long k = 0; k < C; k++) {
@@ -120,16 +120,16 @@ void NAME(lstm_advance)(long n, long C, S *restrict gates, const R *restrict bia
   }
 }
 
-/* Its gradient. gates: activated, replaced by the gradients before activation. exposed: written with o * tanh(cells),
+/* Its gradient. gates: activated, replaced by the gradients before activation. cell_output: written with o * tanh(cells),
  * and may be cells itself. d_cells: from the step after this one, replaced by that for the step before. */
-void NAME(lstm_retreat)(long n, long C, S *restrict gates, const R *restrict earlier, const R *cells, S *exposed,
-                        const S *restrict d_exposed, R *restrict d_cells, double clip_) {
+void NAME(lstm_cell_backward)(long n, long C, S *restrict gates, const R *restrict previous_cells, const R *cells, S *cell_output,
+                        const S *restrict d_cell_output, R *restrict d_cells, double clip_) {
   R clip = (R)clip_;
 #pragma omp parallel for schedule(static) if (n * C > 16384)
   for (long row = 0; row < n; row++) {
-    S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = exposed + row * C;
-    const R *before = earlier ? earlier + row * C : 0, *now = cells + row * C;
-    const S *d_out = d_exposed + row * C;
+    S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = cell_output + row * C;
+    const R *before = previous_cells ? previous_cells + row * C : 0, *now = cells + row * C;
+    const S *d_out = d_cell_output + row * C;
     R *d_now = d_cells + row * C;
 #pragma omp simd
     for (long k = 0; k < C; k++) {
@@ -147,7 +147,7 @@ void NAME(lstm_retreat)(long n, long C, S *restrict gates, const R *restrict ear
 }
 
 /* hidden (n, D): clipped, then times mask (n, D) where there is one. */
-void NAME(lstm_limit)(long n, long D, S *restrict hidden, const R *restrict mask, double clip_) {
+void NAME(lstm_clip_forward)(long n, long D, S *restrict hidden, const R *restrict mask, double clip_) {
   R clip = (R)clip_;
 #pragma omp simd
   for (long k = 0; k < n * D; k++) {
@@ -158,43 +158,43 @@ void NAME(lstm_limit)(long n, long D, S *restrict hidden, const R *restrict mask
   }
 }
 
-/* d_hidden (n, D): to it is added d_later, which the step after this one passed back, and both go back through
- * lstm_limit; hidden is what that gave. */
-void NAME(lstm_carry)(long n, long D, S *restrict d_hidden, const S *restrict d_later, const S *restrict hidden,
+/* d_hidden (n, D): to it is added d_recurrent, which the step after this one passed back, and both go back through
+ * lstm_clip_forward; hidden is what that gave. */
+void NAME(lstm_clip_backward)(long n, long D, S *restrict d_hidden, const S *restrict d_recurrent, const S *restrict hidden,
                       const R *restrict mask, double clip_) {
   R clip = (R)clip_;
 #pragma omp simd
   for (long k = 0; k < n * D; k++) {
     R factor = mask ? mask[k] : 1, h = GET(hidden[k]), bound = GET(PUT(clip * factor));
-    R d = factor * (GET(d_hidden[k]) + GET(d_later[k]));
+    R d = factor * (GET(d_hidden[k]) + GET(d_recurrent[k]));
     d_hidden[k] = PUT((h < 0 ? -h : h) >= bound ? 0 : d);
   }
 }
 
-/* Sampled softmax of n targets against m samples. logits (n, m): before offset (m,), replaced by odds, exp(logit -
- * largest of the row). target (n,): the targets' own logits. nll, share (n,): written; share * odds are probabilities.
- * d_target (n,): written with the gradient of the target's logit. d_offset (m,): the gradient of offset is added. */
-void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict offset, const R *restrict target,
-                        R *restrict nll, R *restrict share, R *restrict d_target, R *restrict d_offset) {
+/* Sampled softmax of n targets against m samples. logits (n, m): before bias_minus_log_q (m,), replaced by exp_logits, exp(logit -
+ * largest of the row). target (n,): the targets' own logits. nll, inv_sum (n,): written; inv_sum * exp_logits are probabilities.
+ * d_target (n,): written with the gradient of the target's logit. d_bias (m,): the gradient of bias_minus_log_q is added. */
+void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict bias_minus_log_q, const R *restrict target,
+                        R *restrict nll, R *restrict inv_sum, R *restrict d_target, R *restrict d_bias) {
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < n; row++) {
     S *x = logits + row * m;
     R largest = target[row], total = 0;
 #pragma omp simd reduction(max : largest)
     for (long k = 0; k < m; k++) {
-      R v = GET(x[k]) + offset[k];
+      R v = GET(x[k]) + bias_minus_log_q[k];
       largest = v > largest ? v : largest;
     }
 #pragma omp simd reduction(+ : total)
     for (long k = 0; k < m; k++) {
-      R v = EXP(GET(x[k]) + offset[k] - largest);
+      R v = EXP(GET(x[k]) + bias_minus_log_q[k] - largest);
       total += v;
       x[k] = PUT(v);
     }
     R own = EXP(target[row] - largest);
     total += own;
     nll[row] = LOG(total) + largest - target[row];
-    share[row] = 1 / total;
+    inv_sum[row] = 1 / total;
     d_target[row] = own / total - 1;
   }
 #pragma omp parallel for schedule(static)
@@ -202,9 +202,9 @@ void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict of
     long end = first + 1024 < m ? first + 1024 : m;
     for (long row = 0; row < n; row++) {
       const S *x = logits + row * m;
-      R part = share[row];
+      R part = inv_sum[row];
 #pragma omp simd
-      for (long k = first; k < end; k++) d_offset[k] += part * GET(x[k]);
+      for (long k = first; k < end; k++) d_bias[k] += part * GET(x[k]);
     }
   }
 }

@@ -23,7 +23,8 @@ SOURCE = Path(__file__).parent / "pointwise.c"
 _KINDS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b"}
 # Of each function, after two sizes: the number of pointers, and whether a clip follows them.
 _FUNCTIONS = {
-    "lstm_advance": (5, True), "lstm_retreat": (6, True), "lstm_limit": (2, True), "lstm_carry": (4, True),
+    "lstm_cell_forward": (5, True), "lstm_cell_backward": (6, True), "lstm_clip_forward": (2, True),
+    "lstm_clip_backward": (4, True),
     "column_sums": (2, False), "softmax_rows": (7, False), "softmax_totals": (4, False),
 }
 
@@ -31,50 +32,52 @@ _FUNCTIONS = {
 class Pointwise(Protocol):
     """What all kinds do. All tensors are contiguous; n rows, of which buffers may have more."""
 
-    def advance(
-        self, gates: Tensor, bias: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, clip: float
+    def cell_forward(
+        self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
+        clip: float,
     ) -> None:
         """One step of an LSTM without its matrix products.
 
         :param gates: (n, 4C) before activation and bias; activated in place, in the order i, f, g, o.
-        :param bias: (4C,) wide. ``earlier``: (at least n, C) wide, cells of the step before; None for zero.
-        :param cells: (n, C) wide, written. ``exposed``: (n, C), written with o * tanh(cells).
+        :param bias: (4C,) wide. ``previous_cells``: (at least n, C) wide, cells of the step before; None for zero.
+        :param cells: (n, C) wide, written. ``cell_output``: (n, C), written with o * tanh(cells).
         :param clip: bound on cells; infinite for none.
         """
 
-    def retreat(
-        self, gates: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, d_exposed: Tensor,
+    def cell_backward(
+        self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        """The gradient of :meth:`advance`.
+        """The gradient of :meth:`cell_forward`.
 
         :param gates: (n, 4C) activated; replaced by the gradients before activation.
-        :param exposed: (n, C), written with o * tanh(cells); may be ``cells`` itself.
-        :param d_exposed: (n, C) gradient of ``exposed``; may be used up.
+        :param cell_output: (n, C), written with o * tanh(cells); may be ``cells`` itself.
+        :param d_cell_output: (n, C) gradient of ``cell_output``; may be used up.
         :param d_cells: (n, C) wide, from the step after this one; replaced by that for the step before.
         """
 
-    def limit(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
+    def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
         """Clip ``hidden`` (n, D) in place, then multiply by ``mask`` (at least n, D, wide) where there is one."""
 
-    def carry(
-        self, d_hidden: Tensor, d_later: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
+    def clip_backward(
+        self, d_hidden: Tensor, d_recurrent: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
-        """Add ``d_later`` (at least n, D) to ``d_hidden`` (n, D), and take both back through :meth:`limit`."""
+        """Add ``d_recurrent`` (at least n, D) to ``d_hidden`` (n, D); backpropagate through :meth:`clip_forward`."""
 
     def column_sums(self, rows: Tensor) -> Tensor:
         """Sums (m,) wide of the columns of ``rows`` (n, m)."""
 
     def softmax_rows(
-        self, logits: Tensor, offset: Tensor, target: Tensor, nll: Tensor, share: Tensor, d_target: Tensor,
-        d_offset: Tensor,
+        self, logits: Tensor, bias_minus_log_q: Tensor, target: Tensor, nll: Tensor, inv_sum: Tensor, d_target: Tensor,
+        d_bias: Tensor,
     ) -> None:
         """Sampled softmax of n targets against S samples.
 
-        :param logits: (n, S) before ``offset`` (S,) wide; replaced by odds, of which ``share`` times are probabilities.
+        :param logits: (n, S) before ``bias_minus_log_q`` (S,) wide is added; replaced by exp_logits =
+            exp(logit - largest); ``inv_sum * exp_logits`` are the probabilities.
         :param target: (n,) wide, the targets' logits.
-        :param nll: (n,) wide, written; so are ``share`` and ``d_target``, the gradient of ``target``.
-        :param d_offset: (S,) wide; the gradient of ``offset`` is added.
+        :param nll: (n,) wide, written; so are ``inv_sum`` and ``d_target``, the gradient of ``target``.
+        :param d_bias: (S,) wide; the gradient of ``bias_minus_log_q`` is added.
         """
 
     def softmax_totals(self, logits: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
@@ -132,36 +135,37 @@ class NativePointwise:
     """By pointwise.c. Sizes are taken from the first argument; the caller answers for the others."""
 
     def __init__(self, functions: dict[str, Callable[..., None]]) -> None:
-        self._advance, self._retreat = functions["lstm_advance"], functions["lstm_retreat"]
-        self._limit, self._carry = functions["lstm_limit"], functions["lstm_carry"]
+        self._cell_forward, self._cell_backward = functions["lstm_cell_forward"], functions["lstm_cell_backward"]
+        self._clip_forward, self._clip_backward = functions["lstm_clip_forward"], functions["lstm_clip_backward"]
         self._column_sums = functions["column_sums"]
         self._softmax_rows, self._softmax_totals = functions["softmax_rows"], functions["softmax_totals"]
 
-    def advance(
-        self, gates: Tensor, bias: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, clip: float
+    def cell_forward(
+        self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
+        clip: float,
     ) -> None:
-        self._advance(
-            *cells.shape, gates.data_ptr(), bias.data_ptr(), _pointer(earlier), cells.data_ptr(), exposed.data_ptr(),
-            clip,
+        self._cell_forward(
+            *cells.shape, gates.data_ptr(), bias.data_ptr(), _pointer(previous_cells), cells.data_ptr(),
+            cell_output.data_ptr(), clip,
         )
 
-    def retreat(
-        self, gates: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, d_exposed: Tensor,
+    def cell_backward(
+        self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        self._retreat(
-            *cells.shape, gates.data_ptr(), _pointer(earlier), cells.data_ptr(), exposed.data_ptr(),
-            d_exposed.data_ptr(), d_cells.data_ptr(), clip,
+        self._cell_backward(
+            *cells.shape, gates.data_ptr(), _pointer(previous_cells), cells.data_ptr(), cell_output.data_ptr(),
+            d_cell_output.data_ptr(), d_cells.data_ptr(), clip,
         )
 
-    def limit(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
-        self._limit(*hidden.shape, hidden.data_ptr(), _pointer(mask), clip)
+    def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
+        self._clip_forward(*hidden.shape, hidden.data_ptr(), _pointer(mask), clip)
 
-    def carry(
-        self, d_hidden: Tensor, d_later: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
+    def clip_backward(
+        self, d_hidden: Tensor, d_recurrent: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
-        self._carry(
-            *hidden.shape, d_hidden.data_ptr(), d_later.data_ptr(), hidden.data_ptr(), _pointer(mask), clip
+        self._clip_backward(
+            *hidden.shape, d_hidden.data_ptr(), d_recurrent.data_ptr(), hidden.data_ptr(), _pointer(mask), clip
         )
 
     def column_sums(self, rows: Tensor) -> Tensor:

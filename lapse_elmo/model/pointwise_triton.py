@@ -43,9 +43,9 @@ def _bounded(x, CLIP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _advance(  # type: ignore[no-untyped-def]
-    gates, bias, earlier, cells, exposed, C, CLIP: tl.constexpr, CLIPS: tl.constexpr, CONTINUES: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+def _cell_forward(  # type: ignore[no-untyped-def]
+    gates, bias, previous_cells, cells, cell_output, C, CLIP: tl.constexpr, CLIPS: tl.constexpr,
+    CONTINUES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = k < C, gates + row * 4 * C + k
@@ -55,11 +55,11 @@ def _advance(  # type: ignore[no-untyped-def]
     o = _sigmoid(tl.load(at + 3 * C, inside).to(WIDE) + tl.load(bias + 3 * C + k, inside))
     c = i * g
     if CONTINUES:
-        c += f * tl.load(earlier + row * C + k, inside)
+        c += f * tl.load(previous_cells + row * C + k, inside)
     if CLIPS:
         c = _bounded(c, CLIP)
     tl.store(cells + row * C + k, c, inside)
-    tl.store(exposed + row * C + k, o * _tanh(c), inside)
+    tl.store(cell_output + row * C + k, o * _tanh(c), inside)
     tl.store(at, i, inside)
     tl.store(at + C, f, inside)
     tl.store(at + 2 * C, g, inside)
@@ -67,8 +67,8 @@ def _advance(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _retreat(  # type: ignore[no-untyped-def]
-    gates, earlier, cells, exposed, d_exposed, d_cells, C, CLIP: tl.constexpr, CLIPS: tl.constexpr,
+def _cell_backward(  # type: ignore[no-untyped-def]
+    gates, previous_cells, cells, cell_output, d_cell_output, d_cells, C, CLIP: tl.constexpr, CLIPS: tl.constexpr,
     CONTINUES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,14 +76,14 @@ def _retreat(  # type: ignore[no-untyped-def]
     i, f = tl.load(at, inside).to(WIDE), tl.load(at + C, inside).to(WIDE)
     g, o = tl.load(at + 2 * C, inside).to(WIDE), tl.load(at + 3 * C, inside).to(WIDE)
     c = tl.load(cells + row * C + k, inside)
-    shown, d_shown = _tanh(c), tl.load(d_exposed + row * C + k, inside).to(WIDE)
+    shown, d_shown = _tanh(c), tl.load(d_cell_output + row * C + k, inside).to(WIDE)
     d_c = tl.load(d_cells + row * C + k, inside) + d_shown * o * (1 - shown * shown)
     if CLIPS:
         d_c = tl.where(tl.abs(c) >= tl.full(c.shape, CLIP, WIDE), 0.0, d_c)
-    tl.store(exposed + row * C + k, o * shown, inside)  # perhaps where the cells were
+    tl.store(cell_output + row * C + k, o * shown, inside)  # perhaps where the cells were
     tl.store(at, d_c * g * i * (1 - i), inside)
     if CONTINUES:
-        tl.store(at + C, d_c * tl.load(earlier + row * C + k, inside) * f * (1 - f), inside)
+        tl.store(at + C, d_c * tl.load(previous_cells + row * C + k, inside) * f * (1 - f), inside)
     else:
         tl.store(at + C, tl.full(f.shape, 0.0, WIDE), inside)
     tl.store(at + 2 * C, d_c * i * (1 - g * g), inside)
@@ -92,7 +92,7 @@ def _retreat(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _limit(  # type: ignore[no-untyped-def]
+def _clip_forward(  # type: ignore[no-untyped-def]
     hidden, mask, D, CLIP: tl.constexpr, CLIPS: tl.constexpr, DROPS: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -107,13 +107,13 @@ def _limit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _carry(  # type: ignore[no-untyped-def]
-    d_hidden, d_later, hidden, mask, D, CLIP: tl.constexpr, CLIPS: tl.constexpr, DROPS: tl.constexpr,
+def _clip_backward(  # type: ignore[no-untyped-def]
+    d_hidden, d_recurrent, hidden, mask, D, CLIP: tl.constexpr, CLIPS: tl.constexpr, DROPS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = k < D, tl.program_id(0).to(tl.int64) * D + k
-    d = tl.load(d_hidden + at, inside).to(WIDE) + tl.load(d_later + at, inside).to(WIDE)
+    d = tl.load(d_hidden + at, inside).to(WIDE) + tl.load(d_recurrent + at, inside).to(WIDE)
     kept = tl.full(d.shape, 1.0, WIDE)
     if DROPS:
         kept = tl.load(mask + at, inside)
@@ -127,35 +127,36 @@ def _carry(  # type: ignore[no-untyped-def]
 class TritonPointwise(TorchPointwise):
     """The steps of an LSTM by the kernels above, the rest by torch."""
 
-    def advance(
-        self, gates: Tensor, bias: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, clip: float
+    def cell_forward(
+        self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
+        clip: float,
     ) -> None:
-        _advance[_grid(cells)](
-            gates, bias, cells if earlier is None else earlier, cells, exposed, cells.shape[1],
-            **_how(gates, clip), CONTINUES=earlier is not None,
+        _cell_forward[_grid(cells)](
+            gates, bias, cells if previous_cells is None else previous_cells, cells, cell_output, cells.shape[1],
+            **_how(gates, clip), CONTINUES=previous_cells is not None,
         )
 
-    def retreat(
-        self, gates: Tensor, earlier: Tensor | None, cells: Tensor, exposed: Tensor, d_exposed: Tensor,
+    def cell_backward(
+        self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        _retreat[_grid(cells)](
-            gates, cells if earlier is None else earlier, cells, exposed, d_exposed, d_cells, cells.shape[1],
-            **_how(gates, clip), CONTINUES=earlier is not None,
+        _cell_backward[_grid(cells)](
+            gates, cells if previous_cells is None else previous_cells, cells, cell_output, d_cell_output, d_cells,
+            cells.shape[1], **_how(gates, clip), CONTINUES=previous_cells is not None,
         )
 
-    def limit(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
+    def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
         if mask is not None or clip < math.inf:
-            _limit[_grid(hidden)](
+            _clip_forward[_grid(hidden)](
                 hidden, hidden if mask is None else mask, hidden.shape[1],
                 **_how(hidden, clip), DROPS=mask is not None,
             )
 
-    def carry(
-        self, d_hidden: Tensor, d_later: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
+    def clip_backward(
+        self, d_hidden: Tensor, d_recurrent: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
-        _carry[_grid(hidden)](
-            d_hidden, d_later, hidden, hidden if mask is None else mask, hidden.shape[1],
+        _clip_backward[_grid(hidden)](
+            d_hidden, d_recurrent, hidden, hidden if mask is None else mask, hidden.shape[1],
             **_how(hidden, clip), DROPS=mask is not None,
         )
 
@@ -179,14 +180,14 @@ def check(device: torch.device) -> None:
     results = []
     for kind in (TritonPointwise(), TorchPointwise()):
         generator = torch.Generator().manual_seed(1)
-        gates, bias, earlier, cells, d_cells = (
+        gates, bias, previous_cells, cells, d_cells = (
             torch.randn(*shape, generator=generator).to(device) for shape in ((3, 20), (20,), (3, 5), (3, 5), (3, 5))
         )
-        exposed, d_exposed = torch.empty_like(cells), d_cells.clone()
-        kind.advance(gates, bias, earlier, cells, exposed, 0.5)
-        kind.limit(exposed, None, 0.4)
-        kind.carry(d_exposed, d_cells, exposed, None, 0.4)
-        kind.retreat(gates, earlier, cells, cells, d_exposed, d_cells, 0.5)
-        results.append(torch.cat([gates, cells, exposed, d_cells], 1))
+        cell_output, d_cell_output = torch.empty_like(cells), d_cells.clone()
+        kind.cell_forward(gates, bias, previous_cells, cells, cell_output, 0.5)
+        kind.clip_forward(cell_output, None, 0.4)
+        kind.clip_backward(d_cell_output, d_cells, cell_output, None, 0.4)
+        kind.cell_backward(gates, previous_cells, cells, cells, d_cell_output, d_cells, 0.5)
+        results.append(torch.cat([gates, cells, cell_output, d_cells], 1))
     if not torch.allclose(results[0], results[1], rtol=1e-4, atol=1e-5):
         raise RuntimeError("its results differ from torch's")

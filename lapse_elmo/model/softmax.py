@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lapse_elmo.log_uniform import log_uniform_probability
-from lapse_elmo.model.lanes import both
 from lapse_elmo.model.pointwise import pointwise
-from lapse_elmo.model.products import Products
+from lapse_elmo.model.products import Matmul
+from lapse_elmo.model.two_threads import run_two_threads
 
 _NEWTON_STEPS = 100
 
@@ -91,7 +91,7 @@ def sampled_softmax_nll(
     :param sample_index: (S,) int64 rows of the samples, in [0, U), repeats allowed; S may be 0.
     :param log_expected: (U,) :func:`log_expected_count` of each row; no gradient.
     :param chunk: targets at a time, at most; extra memory is about two times chunk * S floats, and four times S * D.
-    :param precision: of the products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
+    :param precision: of the matrix products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
     :return: a scalar, float64 for a float64 ``context`` and else float32.
     """
     return _SampledSoftmax.apply(context, weight, bias, target_index, sample_index, log_expected, chunk, precision)
@@ -107,10 +107,11 @@ class _SampledSoftmax(torch.autograd.Function):
     ) -> Tensor:
         likes = context, weight, bias
         wide = torch.float64 if context.dtype == torch.float64 else torch.float32
-        context, weight, offset = (value.detach().to(wide) for value in likes)
+        context, weight, bias_minus_log_q = (value.detach().to(wide) for value in likes)
         if log_expected is not None:
-            offset = offset - log_expected.to(wide)
-        problem = _Problem(context, weight, offset, target_index, sample_index, Products.of(precision, context), chunk)
+            bias_minus_log_q = bias_minus_log_q - log_expected.to(wide)
+        matmul = Matmul.of(precision, context)
+        problem = _Problem(context, weight, bias_minus_log_q, target_index, sample_index, matmul, chunk)
         nll, *gradients = problem.solve()
         ctx.save_for_backward(*(g.to(like.dtype) for g, like in zip(gradients, likes, strict=True)))
         return nll
@@ -126,70 +127,73 @@ class _SampledSoftmax(torch.autograd.Function):
 
 
 class _Problem:
-    """One call: the summed nll, and its gradients for ``context``, ``weight`` and ``offset`` (bias less log count)."""
+    """One call: the summed nll, and its gradients with respect to ``context``, ``weight`` and the bias."""
 
     def __init__(
-        self, context: Tensor, weight: Tensor, offset: Tensor, target_index: Tensor, sample_index: Tensor,
-        products: Products, chunk: int,
+        self, context: Tensor, weight: Tensor, bias_minus_log_q: Tensor, target_index: Tensor, sample_index: Tensor,
+        matmul: Matmul, chunk: int,
     ) -> None:
-        self.context, self.weight, self.offset = context, weight, offset
+        self.context, self.weight, self.bias_minus_log_q = context, weight, bias_minus_log_q
         self.target_index, self.sample_index = target_index, sample_index
-        self.products = products
+        self.matmul = matmul
         # Two halves of as many chunks, all about equally large.
         num_chunks = 2 * -(-len(context) // (2 * chunk))
         self.chunk = chunk = -(-len(context) // num_chunks) if num_chunks else chunk
         samples = weight.index_select(0, sample_index)
-        self.sample_weight = products.weight(samples)
-        self.sample_offset = offset.index_select(0, sample_index)
+        self.sample_weight = matmul.cast_weight(samples)
+        self.sample_bias_minus_log_q = bias_minus_log_q.index_select(0, sample_index)
         self.target_weight = weight.index_select(0, target_index)
-        self.target_logit = (context * self.target_weight).sum(1).add_(offset.index_select(0, target_index))
-        self.hits = _hits(target_index, sample_index, chunk)
+        self.target_logit = (context * self.target_weight).sum(1).add_(bias_minus_log_q.index_select(0, target_index))
+        self.accidental_hits = _accidental_hits(target_index, sample_index, chunk)
         self.nll, self.d_target = torch.empty_like(self.target_logit), torch.empty_like(self.target_logit)
         self.d_context = torch.empty_like(context)
 
     def solve(self) -> tuple[Tensor, ...]:
-        """(nll, gradient of context, of weight, of offset)."""
+        """(nll, gradient of context, of weight, of bias)."""
         starts = range(0, len(self.context), self.chunk)
         halves = starts[: -(-len(starts) // 2)], starts[-(-len(starts) // 2) :]
-        (d_weight, d_offset), (more_weight, more_offset) = both(
-            lambda half: self._half(halves[half]), self.context.device, "softmax, but products"
+        (d_weight, d_bias), (more_weight, more_bias) = run_two_threads(
+            lambda half: self._half(halves[half]), self.context.device, "softmax (excl. matmul)"
         )
         self.d_context.addcmul_(self.d_target[:, None], self.target_weight)
-        to_weight, to_offset = torch.zeros_like(self.weight), torch.zeros_like(self.offset)
+        to_weight, to_bias = torch.zeros_like(self.weight), torch.zeros_like(self.bias_minus_log_q)
         to_weight.index_add_(0, self.sample_index, d_weight.add_(more_weight))
-        to_offset.index_add_(0, self.sample_index, d_offset.add_(more_offset))
+        to_bias.index_add_(0, self.sample_index, d_bias.add_(more_bias))
         to_weight.index_add_(0, self.target_index, self.target_weight.copy_(self.context).mul_(self.d_target[:, None]))
-        to_offset.index_add_(0, self.target_index, self.d_target)
-        return self.nll.sum(), self.d_context, to_weight, to_offset
+        to_bias.index_add_(0, self.target_index, self.d_target)
+        return self.nll.sum(), self.d_context, to_weight, to_bias
 
     def _half(self, starts: range) -> tuple[Tensor, Tensor]:
         """The chunks that begin at ``starts``; what they add to the gradients of the samples' weights and offsets."""
-        products, (hit_rows, hit_columns, hit_ends) = self.products, self.hits
+        matmul, (hit_rows, hit_columns, hit_ends) = self.matmul, self.accidental_hits
         d_weight = self.context.new_zeros(self.sample_weight.shape)
-        d_offset = torch.zeros_like(self.sample_offset)
-        buffer = self.context.new_empty(min(self.chunk, len(self.context)), len(d_weight), dtype=products.storage)
+        d_bias = torch.zeros_like(self.sample_bias_minus_log_q)
+        buffer = self.context.new_empty(min(self.chunk, len(self.context)), len(d_weight), dtype=matmul.storage)
         kernels, transposed = pointwise(buffer), self.sample_weight.t()
         for start in starts:
             rows = slice(start, min(start + self.chunk, len(self.context)))
             some = self.context[rows]
-            odds = products.into(buffer[: len(some)], products.operand(some), transposed)
+            logits = matmul.mm_into(buffer[: len(some)], matmul.cast(some), transposed)
             number = start // self.chunk
             hits = slice(hit_ends[number], hit_ends[number + 1])
             if hits.stop > hits.start:
-                odds[hit_rows[hits] - start, hit_columns[hits]] = -math.inf
-            share = torch.empty_like(self.nll[rows])
+                logits[hit_rows[hits] - start, hit_columns[hits]] = -math.inf
+            inv_sum = torch.empty_like(self.nll[rows])
             kernels.softmax_rows(
-                odds, self.sample_offset, self.target_logit[rows], self.nll[rows], share, self.d_target[rows], d_offset
+                logits, self.sample_bias_minus_log_q, self.target_logit[rows], self.nll[rows], inv_sum,
+                self.d_target[rows], d_bias,
             )
-            # The gradient of a logit is its probability, odds * share (less 1 for the target). Multiplying the narrow
-            # factors by the shares spares a pass over the (chunk, S) matrix.
-            self.d_context[rows] = products.new(odds, self.sample_weight)
-            self.d_context[rows].mul_(share[:, None])
-            products.add_into(d_weight, odds.t(), products.operand(some * share[:, None]))
-        return d_weight, d_offset
+            # softmax_rows has replaced the logits by exp(logit - max) in place.
+            exp_logits = logits
+            # d nll / d logit is the sample's probability, exp_logits * inv_sum (minus 1 for the target). Scaling the
+            # (chunk, D) factors by inv_sum instead of the (chunk, S) matrix saves a pass over the larger one.
+            self.d_context[rows] = matmul.mm(exp_logits, self.sample_weight)
+            self.d_context[rows].mul_(inv_sum[:, None])
+            matmul.addmm_into(d_weight, exp_logits.t(), matmul.cast(some * inv_sum[:, None]))
+        return d_weight, d_bias
 
 
-def _hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> tuple[Tensor, Tensor, list[int]]:
+def _accidental_hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> tuple[Tensor, Tensor, list[int]]:
     """Each (target, sample) pair of equal rows, by target, and where each chunk's pairs end (starting with 0)."""
     ordered, columns = torch.sort(sample_index, stable=True)
     first = torch.searchsorted(ordered, target_index)

@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from lapse_elmo.model import pointwise_triton
 
 # Of each kernel: its pointers, to what is stored (s) or wide (w), and the constant that says whether there is one more.
-KERNELS = {"_advance": ("swwws", "CONTINUES"), "_retreat": ("swwssw", "CONTINUES"), "_limit": ("sw", "DROPS")}
-KERNELS |= {"_carry": ("sssw", "DROPS")}
+KERNELS = {"_cell_forward": ("swwws", "CONTINUES"), "_cell_backward": ("swwssw", "CONTINUES")}
+KERNELS |= {"_clip_forward": ("sw", "DROPS"), "_clip_backward": ("sssw", "DROPS")}
 STORAGES = {"fp32": ("fp32", tl.float32), "bf16": ("fp32", tl.float32), "fp64": ("fp64", tl.float64)}
 
 

@@ -1,4 +1,4 @@
-"""The row-wise parts in C and in Triton against their twins in torch, in every storage dtype; NaN stays NaN.
+"""The row-wise parts in C and in Triton against their fallbacks in torch, in every storage dtype; NaN stays NaN.
 
 Without a GPU Triton's kernels are interpreted here, and compiled for two GPUs; with one, test_cuda.py runs them.
 """
@@ -82,38 +82,38 @@ def both(
 def test_lstm_step(kernels: Callable, storage: torch.dtype, clip: float, first: bool) -> None:
     wide = wide_dtype(storage)
     gates = random(ROWS, 4 * CELLS, seed=1, dtype=storage, scale=4.0)
-    bias, earlier = random(4 * CELLS, seed=2, dtype=wide), random(ROWS + 2, CELLS, seed=3, dtype=wide)
-    cells, exposed = torch.zeros(ROWS, CELLS, dtype=wide), torch.zeros(ROWS, CELLS, dtype=storage)
-    before = None if first else earlier
+    bias, previous_cells = random(4 * CELLS, seed=2, dtype=wide), random(ROWS + 2, CELLS, seed=3, dtype=wide)
+    cells, cell_output = torch.zeros(ROWS, CELLS, dtype=wide), torch.zeros(ROWS, CELLS, dtype=storage)
+    before = None if first else previous_cells
 
-    def advance(kind: Pointwise, t: list[Tensor]) -> None:
-        kind.advance(t[0], bias, before, t[1], t[2], clip)
+    def cell_forward(kind: Pointwise, t: list[Tensor]) -> None:
+        kind.cell_forward(t[0], bias, before, t[1], t[2], clip)
 
-    both(advance, kernels(storage), [gates, cells, exposed])
-    start = [gates, cells, exposed]
-    advance(TorchPointwise(), start)
-    d_exposed, d_cells = random(ROWS, CELLS, seed=4, dtype=storage), random(ROWS, CELLS, seed=5, dtype=wide)
+    both(cell_forward, kernels(storage), [gates, cells, cell_output])
+    start = [gates, cells, cell_output]
+    cell_forward(TorchPointwise(), start)
+    d_cell_output, d_cells = random(ROWS, CELLS, seed=4, dtype=storage), random(ROWS, CELLS, seed=5, dtype=wide)
 
-    def retreat(kind: Pointwise, t: list[Tensor]) -> None:
+    def cell_backward(kind: Pointwise, t: list[Tensor]) -> None:
         shown = t[1] if storage == wide else t[2]
-        kind.retreat(t[0], before, t[1], shown, t[3].clone(), t[4], clip)
+        kind.cell_backward(t[0], before, t[1], shown, t[3].clone(), t[4], clip)
 
-    both(retreat, kernels(storage), [*start, d_exposed, d_cells])
+    both(cell_backward, kernels(storage), [*start, d_cell_output, d_cells])
 
 
 @pytest.mark.parametrize("kernels", ["C", "Triton"], indirect=True)
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @pytest.mark.parametrize("clip", [0.5, math.inf])
 @pytest.mark.parametrize("masked", [False, True])
-def test_limit_and_carry(kernels: Callable, storage: torch.dtype, clip: float, masked: bool) -> None:
+def test_clip_forward_and_backward(kernels: Callable, storage: torch.dtype, clip: float, masked: bool) -> None:
     wide = wide_dtype(storage)
     hidden = random(ROWS, CELLS, seed=1, dtype=storage)
     drawn = random(ROWS + 3, CELLS, seed=2, dtype=wide)
     mask = (drawn > 0).to(wide).div_(0.7) if masked else None
-    both(lambda kind, t: kind.limit(t[0], mask, clip), kernels(storage), [hidden])
-    TorchPointwise().limit(hidden, mask, clip)
+    both(lambda kind, t: kind.clip_forward(t[0], mask, clip), kernels(storage), [hidden])
+    TorchPointwise().clip_forward(hidden, mask, clip)
     upstream, later = random(ROWS, CELLS, seed=3, dtype=storage), random(ROWS + 1, CELLS, seed=4, dtype=storage)
-    both(lambda kind, t: kind.carry(t[0], later, hidden, mask, clip), kernels(storage), [upstream])
+    both(lambda kind, t: kind.clip_backward(t[0], later, hidden, mask, clip), kernels(storage), [upstream])
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -122,11 +122,11 @@ def test_softmax_rows(compiled: Callable, storage: torch.dtype, num_samples: int
     wide = wide_dtype(storage)
     logits = random(ROWS, num_samples, seed=1, dtype=storage, scale=5.0)
     logits[:, ::3] = -math.inf
-    offset, target = random(num_samples, seed=2, dtype=wide), random(ROWS, seed=3, dtype=wide, scale=5.0)
-    target[0] = 500.0  # all odds of the samples vanish
+    bias_minus_log_q, target = random(num_samples, seed=2, dtype=wide), random(ROWS, seed=3, dtype=wide, scale=5.0)
+    target[0] = 500.0  # all exp_logits of the samples vanish
     outputs = [torch.zeros(ROWS, dtype=wide) for _ in range(3)]
     both(
-        lambda kind, t: kind.softmax_rows(t[0], offset, target, *t[1:]), compiled(storage),
+        lambda kind, t: kind.softmax_rows(t[0], bias_minus_log_q, target, *t[1:]), compiled(storage),
         [logits, *outputs, random(num_samples, seed=4, dtype=wide)], CLOSE[storage],
     )
 
@@ -158,18 +158,18 @@ def test_column_sums(compiled: Callable, storage: torch.dtype) -> None:
 
 
 def test_exponentials_are_exact_to_the_last_places(compiled: Callable) -> None:
-    """Through the only doors that there are: the softmax's odds, the gates and the exposed cell."""
+    """Through the only doors that there are: the softmax's exp_logits, the gates and the cell output."""
     x = torch.cat([torch.linspace(-104.0, 0.0, 400_001), torch.linspace(-1e-3, 0.0, 4_001)])
-    odds, out = x[None].clone(), [torch.empty(1) for _ in range(3)]
-    compiled(torch.float32).softmax_rows(odds, torch.zeros_like(x), torch.zeros(1), *out, torch.zeros_like(x))
+    exp_logits, out = x[None].clone(), [torch.empty(1) for _ in range(3)]
+    compiled(torch.float32).softmax_rows(exp_logits, torch.zeros_like(x), torch.zeros(1), *out, torch.zeros_like(x))
     exact = x.double().exp()
     normal = exact > 2e-38
-    assert float((odds[0].double() / exact - 1)[normal].abs().max()) < 2e-7
-    assert not odds[0][x < -87.4].any()
+    assert float((exp_logits[0].double() / exact - 1)[normal].abs().max()) < 2e-7
+    assert not exp_logits[0][x < -87.4].any()
     x = torch.cat([torch.linspace(-20.0, 20.0, 400_001), torch.linspace(-0.01, 0.01, 4_001)])
     gates = torch.cat([x, x, x, x])[None].clone()
-    cells, exposed = torch.empty(1, len(x)), torch.empty(1, len(x))
-    compiled(torch.float32).advance(gates, torch.zeros(4 * len(x)), None, cells, exposed, math.inf)
+    cells, cell_output = torch.empty(1, len(x)), torch.empty(1, len(x))
+    compiled(torch.float32).cell_forward(gates, torch.zeros(4 * len(x)), None, cells, cell_output, math.inf)
     i, _, g, _ = gates[0].double().chunk(4)
     assert float((i / x.double().sigmoid() - 1).abs().max()) < 4e-7
     tanh = x.double().tanh()
@@ -182,19 +182,19 @@ def test_nan_passes_through(kernels: Callable, storage: torch.dtype) -> None:
     """A model that has diverged must be seen to: no clip, maximum or mask may hide it."""
     wide, kind = wide_dtype(storage), kernels(storage)
     nan = torch.full((1, 5), math.nan)
-    gates, cells, exposed = torch.zeros(1, 20), torch.empty(1, 5, dtype=wide), torch.empty(1, 5, dtype=storage)
+    gates, cells, cell_output = torch.zeros(1, 20), torch.empty(1, 5, dtype=wide), torch.empty(1, 5, dtype=storage)
     gates[:, :5] = math.nan
     gates = gates.to(storage)
-    kind.advance(gates, torch.zeros(20, dtype=wide), None, cells, exposed, 3.0)
-    assert cells.isnan().all() and exposed.isnan().all()
+    kind.cell_forward(gates, torch.zeros(20, dtype=wide), None, cells, cell_output, 3.0)
+    assert cells.isnan().all() and cell_output.isnan().all()
     d_cells = torch.zeros(1, 5, dtype=wide)
-    kind.retreat(gates, None, cells, exposed, torch.ones(1, 5, dtype=storage), d_cells, 3.0)
+    kind.cell_backward(gates, None, cells, cell_output, torch.ones(1, 5, dtype=storage), d_cells, 3.0)
     assert gates[:, :5].isnan().all() and d_cells.isnan().all()
     hidden = nan.to(storage)
-    kind.limit(hidden, None, 3.0)
+    kind.clip_forward(hidden, None, 3.0)
     assert hidden.isnan().all()
     upstream = torch.ones(1, 5, dtype=storage)
-    kind.carry(upstream, nan.to(storage), torch.zeros(1, 5, dtype=storage), None, 3.0)
+    kind.clip_backward(upstream, nan.to(storage), torch.zeros(1, 5, dtype=storage), None, 3.0)
     assert upstream.isnan().all()
     outputs = [torch.empty(2, dtype=wide) for _ in range(3)]
     logits = torch.zeros(2, 9, dtype=storage)

@@ -12,9 +12,9 @@ from torch import Tensor
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model import products
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
-from lapse_elmo.model.lanes import both
-from lapse_elmo.model.products import Products
+from lapse_elmo.model.products import Matmul
 from lapse_elmo.model.softmax import sampled_softmax_nll
+from lapse_elmo.model.two_threads import run_two_threads
 
 LENGTHS = torch.tensor([9, 4, 12, 1, 0, 7, 12, 3])
 MASK = torch.arange(12)[None, :] < LENGTHS[:, None]
@@ -77,8 +77,8 @@ def test_bf16_is_the_same_however_it_is_multiplied(monkeypatch: pytest.MonkeyPat
 
 def test_bf16_keeps_everything_outside_in_float32(has_bf16: bool) -> None:
     assert all(value.dtype == torch.float32 for value in step("bf16").values())
-    assert Products.of("bf16", torch.empty(1)).emulated is not has_bf16
-    assert Products.of("bf16", torch.empty(1, dtype=torch.float64)).storage == torch.float64
+    assert Matmul.of("bf16", torch.empty(1)).emulated is not has_bf16
+    assert Matmul.of("bf16", torch.empty(1, dtype=torch.float64)).storage == torch.float64
 
 
 def test_evaluation_is_not_narrowed() -> None:
@@ -120,7 +120,7 @@ def test_halves_share_the_threads_and_an_error_comes_through() -> None:
 
     for count, expected in ((1, (1, 1)), (2, (1, 1)), (5, (3, 2))):
         torch.set_num_threads(count)
-        assert both(look, torch.device("cpu"), "") == ((0, expected[0], False), (1, expected[1], False))
+        assert run_two_threads(look, torch.device("cpu"), "") == ((0, expected[0], False), (1, expected[1], False))
         assert torch.get_num_threads() == count and torch.is_grad_enabled()
 
     def fail(half: int) -> float:
@@ -129,18 +129,18 @@ def test_halves_share_the_threads_and_an_error_comes_through() -> None:
     for count in (1, 2):
         torch.set_num_threads(count)
         with pytest.raises(ZeroDivisionError):
-            both(fail, torch.device("cpu"), "")
+            run_two_threads(fail, torch.device("cpu"), "")
         assert torch.get_num_threads() == count
 
 
 def test_products_round_once() -> None:
     a, b = random(5, 40, seed=1), random(40, 3, seed=2)
     exact = a.bfloat16().double() @ b.bfloat16().double()
-    for kind in (Products(torch.bfloat16), Products(torch.bfloat16, emulated=True)):
-        found = kind.new(kind.operand(a), kind.weight(b))
+    for kind in (Matmul(torch.bfloat16), Matmul(torch.bfloat16, emulated=True)):
+        found = kind.mm(kind.cast(a), kind.cast_weight(b))
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
         total = torch.full((5, 3), 100.0)
-        kind.add_into(total, kind.operand(a), kind.weight(b))
+        kind.addmm_into(total, kind.cast(a), kind.cast_weight(b))
         torch.testing.assert_close(total.double(), exact + 100, rtol=3e-3, atol=1e-6)
-    assert math.isclose(float(Products(torch.float32).new(a, b)[0, 0]), float((a @ b)[0, 0]), rel_tol=1e-6)
+    assert math.isclose(float(Matmul(torch.float32).mm(a, b)[0, 0]), float((a @ b)[0, 0]), rel_tol=1e-6)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lapse_elmo import native
 from lapse_elmo.model import packed
-from lapse_elmo.model.packed import PACKED_SOURCE, Kernels, PackedFactor, Range
-from lapse_elmo.model.products import EitherFactor, Products, TorchFactor
+from lapse_elmo.model.packed import PACKED_SOURCE, Kernels, PrepackedWeight, Range
+from lapse_elmo.model.products import HybridWeight, Matmul, TorchWeight
 
 KINDS = {"float32": torch.float32, "bfloat16 vectors": torch.bfloat16, "bfloat16 tiles": torch.bfloat16}
 
@@ -66,26 +66,26 @@ def test_products_of_all_shapes(
     second = second.t().contiguous().t() if transposed else second
     first = random(num_rows, num_terms, seed=seed + 1, storage=storage)
     start = random(num_rows, num_columns, seed=seed + 2, storage=storage)
-    factor = PackedFactor(kernels, second)
+    prepacked = PrepackedWeight(kernels, second)
     guarded = torch.full((num_rows + 2, num_columns), 7.0, dtype=storage)
-    assert_close(factor.into(guarded[1:-1], first), first, second)
+    assert_close(prepacked.mm_into(guarded[1:-1], first), first, second)
     assert bool((guarded[[0, -1]] == 7.0).all())  # nothing is written before the first row or behind the last
-    assert_close(factor.add_into(start.clone(), first), first, second, start.double())
+    assert_close(prepacked.addmm_into(start.clone(), first), first, second, start.double())
 
 
 def test_a_row_has_the_same_bits_whatever_comes_with_it(kernels: Kernels) -> None:
     """So results depend neither on the batch around a sentence nor on the number of threads."""
     storage = storage_of(kernels)
     for num_terms in (256, 2100):
-        factor = PackedFactor(kernels, random(num_terms, 1000, seed=1, storage=storage))
+        prepacked = PrepackedWeight(kernels, random(num_terms, 1000, seed=1, storage=storage))
         first = random(50, num_terms, seed=2, storage=storage)
-        together = factor.into(first.new_empty(50, 1000), first)
+        together = prepacked.mm_into(first.new_empty(50, 1000), first)
         for row in range(50):
-            assert torch.equal(factor.into(first.new_empty(1, 1000), first[row : row + 1])[0], together[row])
+            assert torch.equal(prepacked.mm_into(first.new_empty(1, 1000), first[row : row + 1])[0], together[row])
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(3)
-            assert torch.equal(factor.into(first.new_empty(50, 1000), first), together)
+            assert torch.equal(prepacked.mm_into(first.new_empty(50, 1000), first), together)
         finally:
             torch.set_num_threads(threads)
 
@@ -94,31 +94,31 @@ def test_nan_and_infinity_pass_through(kernels: Kernels) -> None:
     storage = storage_of(kernels)
     second = random(4, 40, seed=1, storage=storage)
     second[2, 5], second[1, 33] = float("nan"), float("inf")
-    out = PackedFactor(kernels, second).into(second.new_empty(3, 40), torch.ones(3, 4, dtype=storage))
+    out = PrepackedWeight(kernels, second).mm_into(second.new_empty(3, 40), torch.ones(3, 4, dtype=storage))
     assert out[:, 5].isnan().all() and out[:, 33].isinf().all()
     assert out.isfinite().sum() == 3 * 38
 
 
 def test_wrong_operands_do_not_reach_c(kernels: Kernels) -> None:
     storage = storage_of(kernels)
-    factor = PackedFactor(kernels, torch.ones(4, 40, dtype=storage))
+    prepacked = PrepackedWeight(kernels, torch.ones(4, 40, dtype=storage))
     first, out = torch.ones(3, 4, dtype=storage), torch.ones(3, 40, dtype=storage)
     for bad_out, bad_first in (
         (out[:2], first), (out, first[:, :2]), (out[:, :39], first), (torch.ones(40, 3, dtype=storage).t(), first),
         (out, torch.ones(4, 3, dtype=storage).t()), (out.double(), first), (out, first.double()),
     ):
         with pytest.raises(AssertionError):
-            factor.into(bad_out, bad_first)
+            prepacked.mm_into(bad_out, bad_first)
 
 
 def test_torch_takes_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(Products(torch.float64).factor(torch.ones(4, 4, dtype=torch.float64)), TorchFactor)
-    assert isinstance(Products(torch.bfloat16).factor(torch.ones(3, 4)), TorchFactor)  # rows go in pairs
+    assert isinstance(Matmul(torch.float64).prepare(torch.ones(4, 4, dtype=torch.float64)), TorchWeight)
+    assert isinstance(Matmul(torch.bfloat16).prepare(torch.ones(3, 4)), TorchWeight)  # rows go in pairs
     monkeypatch.setenv(native.SWITCH, "0")
-    factor = Products(torch.float32).factor(torch.eye(4))
-    assert isinstance(factor, TorchFactor)
+    unpacked = Matmul(torch.float32).prepare(torch.eye(4))
+    assert isinstance(unpacked, TorchWeight)
     first = random(2, 4, seed=1, storage=torch.float32)
-    assert torch.equal(factor.add_into(first.clone(), first), 2 * first)
+    assert torch.equal(unpacked.addmm_into(first.clone(), first), 2 * first)
 
 
 class TestChoice:
@@ -131,17 +131,17 @@ class TestChoice:
 
     def test_the_number_of_rows_decides(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lapse_elmo.model.products.rows_packed", lambda storage, strided: Range(2, 4))
-        products, weight = Products(torch.float32), random(6, 8, seed=1, storage=torch.float32)
-        within, above, below = (products.factor(weight, sizes) for sizes in ([4, 2], [9, 5], [1, 1]))
-        assert isinstance(within, PackedFactor) and isinstance(above, TorchFactor) and isinstance(below, TorchFactor)
+        matmul, weight = Matmul(torch.float32), random(6, 8, seed=1, storage=torch.float32)
+        within, above, below = (matmul.prepare(weight, sizes) for sizes in ([4, 2], [9, 5], [1, 1]))
+        assert isinstance(within, PrepackedWeight) and isinstance(above, TorchWeight) and isinstance(below, TorchWeight)
         for sizes in ([5, 1], [3, 1], [5, 3], []):
-            either = products.factor(weight, sizes)
-            assert isinstance(either, EitherFactor)
+            either = matmul.prepare(weight, sizes)
+            assert isinstance(either, HybridWeight)
             for size in (1, 2, 4, 5):
                 first = random(size, 6, seed=2, storage=torch.float32)
                 side, start = within if 2 <= size <= 4 else above, torch.ones(size, 8)
-                assert torch.equal(either.into(start.clone(), first), side.into(start.clone(), first))
-                assert torch.equal(either.add_into(start.clone(), first), side.add_into(start.clone(), first))
+                assert torch.equal(either.mm_into(start.clone(), first), side.mm_into(start.clone(), first))
+                assert torch.equal(either.addmm_into(start.clone(), first), side.addmm_into(start.clone(), first))
 
     @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("tiles", [False, True])

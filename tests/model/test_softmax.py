@@ -37,9 +37,9 @@ def plain_nll(
     log_expected: Tensor | None,
 ) -> Tensor:
     """What sampled_softmax_nll computes, by autograd over the whole (N, S) matrix."""
-    offset = bias if log_expected is None else bias - log_expected
-    true = (context * weight[target_index]).sum(1) + offset[target_index]
-    logits = context @ weight[sample_index].t() + offset[sample_index]
+    bias_minus_log_q = bias if log_expected is None else bias - log_expected
+    true = (context * weight[target_index]).sum(1) + bias_minus_log_q[target_index]
+    logits = context @ weight[sample_index].t() + bias_minus_log_q[sample_index]
     logits = logits.masked_fill(sample_index == target_index[:, None], -math.inf)
     return -torch.log_softmax(torch.cat([true[:, None], logits], 1), 1)[:, 0].sum()
 

@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 
 
-def both(function: Callable[[int], T], device: torch.device, label: str) -> tuple[T, T]:
+def run_two_threads(function: Callable[[int], T], device: torch.device, label: str) -> tuple[T, T]:
     """``function(0)`` and ``function(1)``, without gradient recording; the halves must not write to the same memory.
 
     With two or more of torch's threads on the CPU each half runs on a thread of its own with half of torch's. Matrix
