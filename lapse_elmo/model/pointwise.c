@@ -93,24 +93,41 @@ static inline uint16_t narrow(float x) { /* to the nearest, ties to even; NaN st
 
 #else
 
-/* One step without its products, n sentences. gates (n, 4C): before activation and bias, replaced by i, f, g, o.
- * previous_cells (n, C): the cells of the step before, NULL for zero. cells, cell_output (n, C): written. clip: INFINITY for none. */
-void NAME(lstm_cell_forward)(long n, long C, S *restrict gates, const R *restrict bias, const R *restrict previous_cells,
-                        R *restrict cells, S *restrict cell_output, double clip_) {
+/* The LSTM with projection of ELMo (Peters et al. 2018; the cell of Sak et al. 2014 without peepholes). For one step,
+ * with a = W x + U h' the gates' pre-activations, which matrix products have computed already:
+ *
+ *   i, f, o = sigmoid(a + bias),  g = tanh(a + bias)
+ *   c = clip(i * g + f * c')         c': the cells of the previous step
+ *   m = o * tanh(c)                  the cell output, input of the projection
+ *   h = mask * clip(P m)             the hidden state; P m is a matrix product
+ *
+ * Backward, with d_x the gradient of the loss with respect to x, and t = tanh(c):
+ *
+ *   d_c = d_m * o * (1 - t^2) + d_c(next step), 0 where |c| >= clip
+ *   before activation: i: d_c * g * i * (1 - i)     f: d_c * c' * f * (1 - f)
+ *                      g: d_c * i * (1 - g^2)       o: d_m * t * o * (1 - o)
+ *   d_c' = d_c * f
+ */
+
+/* Forward of one step for n sentences. gates (n, 4C): pre-activations without bias, replaced by i, f, g, o.
+ * previous_cells (n, C): c', NULL for zero. cells, cell_output (n, C): c and m, written. clip: INFINITY for none. */
+void NAME(lstm_cell_forward)(long n, long C, S *restrict gates, const R *restrict bias,
+                             const R *restrict previous_cells, R *restrict cells, S *restrict cell_output,
+                             double clip_) {
   R clip = (R)clip_;
 #pragma omp parallel for schedule(static) if (n * C > 16384)
   for (long row = 0; row < n; row++) {
     S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = cell_output + row * C;
-    const R *before = previous_cells ? previous_cells + row * C : 0;
-    R *now = cells + row * C;
+    const R *c_prev = previous_cells ? previous_cells + row * C : 0;
+    R *c_row = cells + row * C;
 #pragma omp simd
     for (long k = 0; k < C; k++) {
       R i = 1 / (1 + EXP(-(GET(gi[k]) + bias[k]))), f = 1 / (1 + EXP(-(GET(gf[k]) + bias[C + k])));
       R g = TANH(GET(gg[k]) + bias[2 * C + k]), o = 1 / (1 + EXP(-(GET(go[k]) + bias[3 * C + k])));
-      R c = i * g + (before ? f * before[k] : 0);
+      R c = i * g + (c_prev ? f * c_prev[k] : 0);
       c = c < -clip ? -clip : c;
       c = c > clip ? clip : c;
-      now[k] = c;
+      c_row[k] = c;
       gi[k] = PUT(i);
       gf[k] = PUT(f);
       gg[k] = PUT(g);
@@ -120,24 +137,25 @@ void NAME(lstm_cell_forward)(long n, long C, S *restrict gates, const R *restric
   }
 }
 
-/* Its gradient. gates: activated, replaced by the gradients before activation. cell_output: written with o * tanh(cells),
- * and may be cells itself. d_cells: from the step after this one, replaced by that for the step before. */
-void NAME(lstm_cell_backward)(long n, long C, S *restrict gates, const R *restrict previous_cells, const R *cells, S *cell_output,
-                        const S *restrict d_cell_output, R *restrict d_cells, double clip_) {
+/* Backward of lstm_cell_forward. gates: i, f, g, o, replaced by the gradients of the pre-activations. cell_output: m is
+ * recomputed into it, so that the forward pass need not keep it; may be cells itself. d_cells: d_c from the next step,
+ * replaced by d_c' for the previous one. */
+void NAME(lstm_cell_backward)(long n, long C, S *restrict gates, const R *restrict previous_cells, const R *cells,
+                              S *cell_output, const S *restrict d_cell_output, R *restrict d_cells, double clip_) {
   R clip = (R)clip_;
 #pragma omp parallel for schedule(static) if (n * C > 16384)
   for (long row = 0; row < n; row++) {
     S *gi = gates + row * 4 * C, *gf = gi + C, *gg = gf + C, *go = gg + C, *out = cell_output + row * C;
-    const R *before = previous_cells ? previous_cells + row * C : 0, *now = cells + row * C;
+    const R *c_prev = previous_cells ? previous_cells + row * C : 0, *c_row = cells + row * C;
     const S *d_out = d_cell_output + row * C;
     R *d_now = d_cells + row * C;
 #pragma omp simd
     for (long k = 0; k < C; k++) {
-      R i = GET(gi[k]), f = GET(gf[k]), g = GET(gg[k]), o = GET(go[k]), c = now[k], t = TANH(c), d_m = GET(d_out[k]);
+      R i = GET(gi[k]), f = GET(gf[k]), g = GET(gg[k]), o = GET(go[k]), c = c_row[k], t = TANH(c), d_m = GET(d_out[k]);
       R d_c = d_m * o * (1 - t * t) + d_now[k];
       d_c = (c < 0 ? -c : c) >= clip ? 0 : d_c;
       gi[k] = PUT(d_c * g * i * (1 - i));
-      gf[k] = PUT(d_c * (before ? before[k] : 0) * f * (1 - f));
+      gf[k] = PUT(d_c * (c_prev ? c_prev[k] : 0) * f * (1 - f));
       gg[k] = PUT(d_c * i * (1 - g * g));
       go[k] = PUT(d_m * t * o * (1 - o));
       d_now[k] = d_c * f;
@@ -146,7 +164,7 @@ void NAME(lstm_cell_backward)(long n, long C, S *restrict gates, const R *restri
   }
 }
 
-/* hidden (n, D): clipped, then times mask (n, D) where there is one. */
+/* hidden (n, D): clipped, then multiplied by the dropout mask (n, D) unless that is NULL, in place. */
 void NAME(lstm_clip_forward)(long n, long D, S *restrict hidden, const R *restrict mask, double clip_) {
   R clip = (R)clip_;
 #pragma omp simd
@@ -158,10 +176,11 @@ void NAME(lstm_clip_forward)(long n, long D, S *restrict hidden, const R *restri
   }
 }
 
-/* d_hidden (n, D): to it is added d_recurrent, which the step after this one passed back, and both go back through
- * lstm_clip_forward; hidden is what that gave. */
-void NAME(lstm_clip_backward)(long n, long D, S *restrict d_hidden, const S *restrict d_recurrent, const S *restrict hidden,
-                      const R *restrict mask, double clip_) {
+/* Backward of lstm_clip_forward. d_hidden (n, D): gradient from the layer above; d_recurrent (n, D): from the next
+ * step. d_hidden becomes the gradient of P m. hidden: the output of lstm_clip_forward, from which the clip is recognised: its
+ * bound is clip * mask, rounded to S as hidden was. */
+void NAME(lstm_clip_backward)(long n, long D, S *restrict d_hidden, const S *restrict d_recurrent,
+                              const S *restrict hidden, const R *restrict mask, double clip_) {
   R clip = (R)clip_;
 #pragma omp simd
   for (long k = 0; k < n * D; k++) {
@@ -171,10 +190,12 @@ void NAME(lstm_clip_backward)(long n, long D, S *restrict d_hidden, const S *res
   }
 }
 
-/* Sampled softmax of n targets against m samples. logits (n, m): before bias_minus_log_q (m,), replaced by exp_logits, exp(logit -
- * largest of the row). target (n,): the targets' own logits. nll, inv_sum (n,): written; inv_sum * exp_logits are probabilities.
- * d_target (n,): written with the gradient of the target's logit. d_bias (m,): the gradient of bias_minus_log_q is added. */
-void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict bias_minus_log_q, const R *restrict target,
+/* Sampled softmax of n targets against m samples. logits (n, m): before bias_minus_log_q (m,) is added, replaced by
+ * exp_logits = exp(logit - largest of the row). target (n,): the targets' own logits. nll, inv_sum (n,): written;
+ * inv_sum * exp_logits are the probabilities. d_target (n,): written with the gradient of the target's logit.
+ * d_bias (m,): the gradient of bias_minus_log_q is added. */
+void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict bias_minus_log_q,
+                        const R *restrict target,
                         R *restrict nll, R *restrict inv_sum, R *restrict d_target, R *restrict d_bias) {
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < n; row++) {

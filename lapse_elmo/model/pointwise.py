@@ -30,13 +30,13 @@ _FUNCTIONS = {
 
 
 class Pointwise(Protocol):
-    """What all kinds do. All tensors are contiguous; n rows, of which buffers may have more."""
+    """Interface of all backends. All tensors are contiguous, with n rows; buffers may have more."""
 
     def cell_forward(
         self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
         clip: float,
     ) -> None:
-        """One step of an LSTM without its matrix products.
+        """Compute one LSTM step except for its matrix products; pointwise.c has the formulas.
 
         :param gates: (n, 4C) before activation and bias; activated in place, in the order i, f, g, o.
         :param bias: (4C,) wide. ``previous_cells``: (at least n, C) wide, cells of the step before; None for zero.
@@ -48,7 +48,7 @@ class Pointwise(Protocol):
         self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        """The gradient of :meth:`cell_forward`.
+        """Backpropagate through :meth:`cell_forward`; pointwise.c has the formulas.
 
         :param gates: (n, 4C) activated; replaced by the gradients before activation.
         :param cell_output: (n, C), written with o * tanh(cells); may be ``cells`` itself.
