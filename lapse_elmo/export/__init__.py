@@ -26,6 +26,10 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def write_export(stored: StoredModel, output: Path, options: ExportConfig) -> list[str]:
-    """Write the files; what the user should know about them, a line each. :raises OutputError: if they cannot be."""
+    """Write the files and return lines about them for the user.
+
+    Raises:
+        OutputError: If they cannot be written.
+    """
     write = {"elmo": elmo.write, "word2vec": word2vec.write, "huggingface": huggingface.write}[options.format]
     return write(stored, output, options.overwrite)

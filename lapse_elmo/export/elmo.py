@@ -40,12 +40,16 @@ OPTIONS, WEIGHTS, VOCABULARY, META = "options.json", "weights.hdf5", "vocab.txt"
 
 
 def refuse(folder: Path, overwrite: bool) -> None:
-    """:raises OutputError: if ``folder`` may not be replaced."""
+    """Raise OutputError if ``folder`` may not be replaced."""
     refuse_foreign(folder, overwrite, {OPTIONS, WEIGHTS, VOCABULARY, META})
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
-    """The folder of a model, whole or not at all; lines to print. :raises OutputError: if it cannot be written."""
+    """Write the folder of a model, whole or not at all, and return lines to print.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
     vocabulary = Vocabulary.from_words(stored.vocabulary.words)
     with made_whole(folder, overwrite) as hidden:
         hidden.mkdir()
@@ -86,7 +90,7 @@ def _write_tables(file: Hdf5Output, stored: StoredModel) -> None:
 
 
 def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What bilm-tf keeps beside the weights; what a model that came as an export does not know is left out."""
+    """Return the content of options.json; entries that an exported model does not know are left out."""
     sizes, config = stored.options, stored.about.get("config") or {}
     options: dict[str, Any] = {
         "bidirectional": True,
@@ -111,7 +115,7 @@ def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def nlpl_meta(stored: StoredModel) -> dict[str, Any]:
-    """The description that models of the NLPL word embeddings repository carry."""
+    """Return the description that models of the NLPL word embeddings repository carry."""
     config = stored.about.get("config") or {}
     return {
         "algorithm": {

@@ -10,7 +10,7 @@ from lapse_elmo.trained.stored import StoredModel, Table
 
 
 def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
-    """:raises OutputError: if ``folder`` is there and may not be replaced, or holds what is not of an export."""
+    """Raise OutputError if ``folder`` is there and may not be replaced, or holds what is not of an export."""
     refuse_existing(folder, overwrite)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: give the name of a folder as --output")
@@ -21,7 +21,7 @@ def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
 
 
 def softmax_of(stored: StoredModel) -> Table:
-    """:raises CheckpointError: if the model came without a softmax."""
+    """Raise CheckpointError if the model came without a softmax."""
     if stored.softmax is None:
         raise CheckpointError(f"{stored.path} came without a softmax, which this format holds: export from the run")
     return stored.softmax

@@ -37,12 +37,16 @@ Tensor = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
 
 
 def refuse(folder: Path, overwrite: bool) -> None:
-    """:raises OutputError: if ``folder`` may not be replaced."""
+    """Raise OutputError if ``folder`` may not be replaced."""
     refuse_foreign(folder, overwrite, {CONFIG, MODELING, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD, MODULES, POOLING})
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
-    """The folder, whole or not at all; lines to print. :raises OutputError: if it cannot be written."""
+    """Write the folder, whole or not at all, and return lines to print.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
     softmax = softmax_of(stored)
     padding = _free_name(PADDING_TOKEN, stored)
     with made_whole(folder, overwrite) as hidden:
@@ -133,7 +137,7 @@ def _tensors(stored: StoredModel, softmax: Table) -> Iterator[Tensor]:
 
 
 def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
-    """A safetensors file, block by block: the library would hold all tensors in memory.
+    """Write a safetensors file, block by block: the library would hold all tensors in memory.
 
     The format: the header's length in 8 bytes, the header (JSON, padded to 8 bytes with blanks), the data.
     """

@@ -65,9 +65,11 @@ class LapseElmoCell(nn.Module):
         self.state_projection = nn.Linear(cell, size, bias=False)
 
     def forward(self, inputs: Tensor, mask: Tensor, backward: bool) -> Tensor:
-        """The outputs (B, T, D).
+        """Return the outputs (B, T, D).
 
-        :param inputs: (B, T, D). :param mask: (B, T) bool; where it is false the state passes unchanged.
+        Args:
+            inputs: (B, T, D).
+            mask: (B, T) bool; where it is false the state passes unchanged.
         """
         products = self.input_linearity(inputs)
         hidden = inputs.new_zeros(len(inputs), inputs.shape[2])
@@ -99,7 +101,7 @@ class LapseElmoLstm(nn.Module):
                 self.add_module(f"{direction}_layer_{layer}", LapseElmoCell(config))
 
     def forward(self, inputs: Tensor, mask: Tensor, direction: str) -> list[Tensor]:
-        """The input and each layer's output (B, T, D) of one direction."""
+        """Return the input and each layer's output (B, T, D) of one direction."""
         layers = [inputs]
         for layer in range(self.num_layers):
             output = self.get_submodule(f"{direction}_layer_{layer}")(layers[-1], mask, direction == "backward")
@@ -150,7 +152,7 @@ class LapseElmoPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight)
 
     def _bounded(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The ids and the mask with a column in front and behind, used where a sentence lacks its boundary."""
+        """Return the ids and the mask with a column in front and behind, used where a sentence lacks its boundary."""
         mask = (input_ids != self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         begins = ((input_ids == BEGIN) & mask & (mask.cumsum(1) == 1)).any(1)

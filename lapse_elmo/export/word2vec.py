@@ -23,14 +23,18 @@ _FIRST = UNKNOWN - 1  # class of <UNK>; words follow
 
 
 def refuse(path: Path, overwrite: bool) -> None:
-    """:raises OutputError: if ``path`` may not be written."""
+    """Raise OutputError if ``path`` may not be written."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder: word2vec vectors are one file, so give the name of a file as --output")
     refuse_existing(path, overwrite)
 
 
 def write(stored: StoredModel, path: Path, overwrite: bool) -> list[str]:
-    """The file, whole or not at all; lines to print. :raises OutputError: if it cannot be written."""
+    """Write the file, whole or not at all, and return lines to print.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
     binary = path.suffix == ".bin"
     words = [SPECIAL[_FIRST], *stored.vocabulary.words]
     left_out = {number for number, word in enumerate(words) if any(map(str.isspace, word))}

@@ -59,7 +59,7 @@ class StepProfile:
 
 
 def summary(events: Any) -> str:
-    """The table of a profile's averaged events."""
+    """Return the table of a profile's averaged events."""
     by_name = {event.key: event for event in events}
     steps = by_name["step"]
     rows = []

@@ -34,7 +34,8 @@ _SUMS = (
 class Meter:
     """Sums over the steps since the last report.
 
-    :ivar compute_s: seconds of computing by rank (ranks,), of the steps in this process alone.
+    Attributes:
+        compute_s: Seconds of computing by rank (ranks,), of the steps in this process alone.
     """
 
     nll: float = 0.0
@@ -75,7 +76,7 @@ class Meter:
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Meter:
-        """The meter whose :meth:`state` this is."""
+        """Return the meter whose :meth:`state` this is."""
         meter = cls(**{name: state.get(name, 0) for name in _SUMS}, seconds=dict(state["seconds"]))
         meter.start -= state["elapsed_s"]
         return meter
@@ -90,7 +91,7 @@ class Meter:
         return self.num_tokens / max(time.perf_counter() - self.start, 1e-9)
 
     def slowest(self) -> tuple[int, float, float] | None:
-        """The rank that computed longest, its seconds per step, and those of the median rank; None before a step."""
+        """Return the slowest rank, its seconds of computing per step and the median rank's; None before a step."""
         if self.compute_s is None:
             return None
         rank = int(self.compute_s.argmax())
@@ -119,11 +120,14 @@ class Meter:
 class RunLog:
     """Writes a run's record; on other ranks than 0 it does nothing.
 
-    :param active: true on the one rank that writes.
-    :param max_s: seconds after which training ends however many steps are left.
-    :param first_step: the step that a run which goes on is at; the record of later ones is taken back.
-    :param hosts: the host of each rank.
-    :ivar epoch: the number to show, from 1 on.
+    Args:
+        active: True on the one rank that writes.
+        max_s: Seconds after which training ends however many steps are left.
+        first_step: The step at which the run resumes; the record of later steps is dropped.
+        hosts: The host of each rank.
+
+    Attributes:
+        epoch: The number to show, from 1 on.
     """
 
     def __init__(
@@ -180,7 +184,8 @@ class RunLog:
     ) -> None:
         """Metrics of the last ``report_every`` steps, the server's among them, and where its rows are.
 
-        :param slowest_s: seconds by phase of the slowest rank, of all these steps.
+        Args:
+            slowest_s: Seconds by phase of the slowest rank, of all these steps.
         """
         if not self.active:
             return
@@ -239,7 +244,7 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
 
     def log_line(self, line: str) -> None:
-        """A line on stderr that a progress bar does not break."""
+        """Print a line on stderr that a progress bar does not break."""
         if not self.active:
             return
         if self._bar is not None:

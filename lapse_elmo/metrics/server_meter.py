@@ -26,7 +26,10 @@ class ServerMeter:
         self._ends = {segment.name: band_ends(segment.num_rows) for segment in server.layout.segments}
 
     def metrics(self, num_steps: int) -> dict[str, float]:
-        """Collective: by name, since the last call. Rows and bytes are all ranks', a step; waits a rank's, a step."""
+        """Return metrics since the last call, by name (collective).
+
+        Rows and bytes are per step, summed over ranks; waits are seconds per step and rank.
+        """
         now = self._counts()
         sums = self._world.sum_(now - self._before)
         self._before = now
@@ -52,13 +55,13 @@ class ServerMeter:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is done inside, a save or an evaluation, is not training and does not count."""
+        """Exclude what happens inside, such as a save or an evaluation, from the statistics."""
         start = self._counts()
         yield
         self._before = self._before + self._counts() - start
 
     def pending(self) -> list[float]:
-        """Collective: all ranks' counts since the last report, for a run that goes on in another process."""
+        """Return (collective) all ranks' counts since the last report, for a run that goes on in another process."""
         return self._world.sum_(self._counts() - self._before).tolist()
 
     def go_on(self, pending: list[float]) -> None:
@@ -67,7 +70,7 @@ class ServerMeter:
             self._before = self._before - np.array(pending)
 
     def placement(self) -> dict[str, Any]:
-        """Collective: where rows live now, for metrics.jsonl; nothing where the server does not tell.
+        """Return (collective) where rows live now, for metrics.jsonl; nothing where the server does not tell.
 
         ``{segment: {"ends": [...], "main": [[...] of each node], "replicas": [[...]]}}``, rows by band of row numbers.
         """
@@ -91,5 +94,8 @@ class ServerMeter:
 
 
 def band_ends(num_rows: int) -> np.ndarray:
-    """Ends of at most ``NUM_BANDS`` bands of row numbers, equally wide in their logarithm: rows go by frequency."""
+    """Return the ends of at most ``NUM_BANDS`` bands of row numbers, equally wide in the logarithm of the number.
+
+    Rows are ordered by frequency, which falls about as a power of the row number.
+    """
     return np.unique(np.geomspace(1, num_rows, NUM_BANDS).round().astype(np.int64))

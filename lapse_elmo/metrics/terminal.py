@@ -14,7 +14,7 @@ _STDERR = 2
 
 
 def stderr_is_terminal() -> bool:
-    """True if what is written to stderr appears on a terminal, possibly by way of the MPI launcher.
+    """Return whether what is written to stderr appears on a terminal, possibly by way of the MPI launcher.
 
     A launcher gives its ranks pipes and copies them to its own stderr, so the launchers above this process on the same
     host are looked at too.

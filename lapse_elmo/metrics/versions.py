@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The checkout's commit, marked ``-dirty`` where files differ from it; "unknown" outside a checkout."""
+    """Return the checkout's commit, marked ``-dirty`` where files differ from it; "unknown" outside a checkout."""
     if not (ROOT / ".git").exists():  # git would look further up: .venv may lie in the repository of something else
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -26,7 +26,8 @@ class BiLMOptions:
     equal results; ``precision`` the products of the fused one in training. ``stateful`` lets state pass from one batch
     to the next. A clip of 0 means none.
 
-    :raises ConfigError: for a value out of range.
+    Raises:
+        ConfigError: For a value out of range.
     """
 
     projection_size: int = 128
@@ -82,9 +83,10 @@ class ScalarMix(nn.Module):
 class BiLM(nn.Module):
     """Stacked forward and backward LSTMs over embedded sentences, and the vectors that predict their words.
 
-    :param options: sizes and switches.
-    :param generator: source of the initial values; the same state gives the same model on every rank. None leaves the
-        LSTM's weights zero, for stored ones to be copied in.
+    Args:
+        options: Sizes and switches.
+        generator: Source of the initial values; the same state gives the same model on every rank. None leaves the
+            LSTM's weights zero, for stored ones to be copied in.
     """
 
     def __init__(self, options: BiLMOptions, generator: torch.Generator | None) -> None:
@@ -114,12 +116,15 @@ class BiLM(nn.Module):
         The forward vector at position t has read the tokens up to and including t, and predicts token t + 1; the
         backward vector at t has read the sentence from its end down to and including t, and predicts token t - 1.
 
-        :param embedded: (B, T, D) word embeddings, float32 or float64.
-        :param mask: (B, T) bool, true at tokens (boundary tokens included), false at the padding after them;
-            best in the host's memory, also for a GPU.
-        :param generator: source of all dropout in training mode; None means torch's own seeded state. Dropout is
-            drawn for tokens only, so that padding changes nothing.
-        :return: two tensors (B, T, D), zero at padding.
+        Args:
+            embedded: (B, T, D) word embeddings, float32 or float64.
+            mask: (B, T) bool, true at tokens (boundary tokens included), false at the padding after them; best in the
+                host's memory, also for a GPU.
+            generator: Source of all dropout in training mode; None means torch's own seeded state. Dropout is drawn
+                for tokens only, so that padding changes nothing.
+
+        Returns:
+            Two tensors (B, T, D), zero at padding.
         """
         packing = Packing.of_mask(mask, embedded.device)
         tokens = self._dropout(packing.pack(embedded), packing, generator)

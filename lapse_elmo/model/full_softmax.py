@@ -30,14 +30,17 @@ class SoftmaxParts(NamedTuple):
 
 @torch.no_grad()
 def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], target: Tensor) -> Tensor:
-    """nll of each target under the softmax over all V classes, in nats.
+    """Return the nll of each target under the softmax over all V classes, in nats.
 
     Products are in the dtype of ``context``, sums over classes in float64.
 
-    :param context: (N, D) predicting vectors; N may be 0.
-    :param chunks: (first class, rows (n, D + 1)) that cover all classes once; a row's last entry is the bias.
-    :param target: (N,) int64 classes in [0, V).
-    :return: (N,) float64.
+    Args:
+        context: (N, D) predicting vectors; N may be 0.
+        chunks: (first class, rows (n, D + 1)) that cover all classes once; a row's last entry is the bias.
+        target: (N,) int64 classes in [0, V).
+
+    Returns:
+        (N,) float64.
     """
     classes = ((torch.arange(first, first + len(rows), device=rows.device), rows) for first, rows in chunks)
     return nll_of([softmax_parts(context, classes, target)])
@@ -58,11 +61,12 @@ def nll_of(parts: Sequence[SoftmaxParts]) -> Tensor:
 
 @torch.no_grad()
 def softmax_parts(context: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], target: Tensor) -> SoftmaxParts:
-    """What the classes of ``chunks`` add to the softmax.
+    """Return what the classes of ``chunks`` add to the softmax.
 
-    :param context: (N, D) predicting vectors; N may be 0.
-    :param chunks: (classes (n,) int64 ascending, rows (n, D + 1)); a row's last entry is the bias.
-    :param target: (N,) int64 classes, which need not be among those of ``chunks``.
+    Args:
+        context: (N, D) predicting vectors; N may be 0.
+        chunks: (classes (n,) int64 ascending, rows (n, D + 1)); a row's last entry is the bias.
+        target: (N,) int64 classes, which need not be among those of ``chunks``.
     """
     largest = torch.full((len(context),), -math.inf, dtype=context.dtype, device=context.device)
     total = torch.zeros(len(context), dtype=torch.float64, device=context.device)

@@ -18,10 +18,11 @@ LSTM_INITS = ("glorot", "orthogonal")
 def initialize_lstm(lstm: nn.Module, scheme: str, generator: torch.Generator) -> None:
     """Fill an ElmoLstm (fused or AllenNLP's) with initial values.
 
-    :param scheme: ``glorot`` as bilm-tf, whose input and recurrent weights are one kernel of uniform
-        +-sqrt(6 / (input + D + 4C)), the projection's limit being sqrt(6 / (C + D)); or ``orthogonal`` as AllenNLP:
-        each gate's block of the input and recurrent weights orthogonal, the projection uniform +-1 / sqrt(C).
-    :param generator: where the values come from; it is advanced.
+    Args:
+        scheme: ``glorot`` as bilm-tf, whose input and recurrent weights are one kernel of uniform +-sqrt(6 / (input +
+            D + 4C)), the projection's limit being sqrt(6 / (C + D)); or ``orthogonal`` as AllenNLP: each gate's block
+            of the input and recurrent weights orthogonal, the projection uniform +-1 / sqrt(C).
+        generator: Where the values come from; it is advanced.
     """
     fill = {"glorot": _glorot, "orthogonal": _orthogonal}[scheme]
     for layer in range(lstm.num_layers):  # type: ignore[arg-type]

@@ -49,17 +49,18 @@ class FusedElmoLstm(nn.Module):
     training and evaluation mode, and dropout can be drawn from a generator of the caller's. ``backward`` through one
     call runs once only, for it reuses the buffers of the forward pass; torch refuses a second time with an error.
 
-    :param input_size: width of the input; from the second layer on the input has ``hidden_size``.
-    :param hidden_size: D, the size of the projected state and of the output per direction.
-    :param cell_size: C, the size of the memory cell.
-    :param num_layers: L.
-    :param requires_grad: kept for allennlp's signature, where it only decides whether loaded weights are trainable.
-    :param recurrent_dropout_probability: of each unit of the projected state, one draw for each sentence.
-    :param memory_cell_clip_value: largest magnitude of a cell; None or 0 means no clipping.
-    :param state_projection_clip_value: largest magnitude of a projected state; None or 0 means no clipping.
-    :param stateful: start each batch's sentences in the state in which the last batch's sentence of that row ended.
-    :param precision: of the products in training mode, ``fp32`` or ``bf16`` (lapse_elmo.model.products); parameters,
-        inputs, outputs and gradients stay in the dtype that they have. In evaluation mode nothing is narrowed.
+    Args:
+        input_size: Width of the input; from the second layer on the input has ``hidden_size``.
+        hidden_size: D, the size of the projected state and of the output per direction.
+        cell_size: C, the size of the memory cell.
+        num_layers: L.
+        requires_grad: Kept for allennlp's signature, where it only decides whether loaded weights are trainable.
+        recurrent_dropout_probability: Of each unit of the projected state, one draw for each sentence.
+        memory_cell_clip_value: Largest magnitude of a cell; None or 0 means no clipping.
+        state_projection_clip_value: Largest magnitude of a projected state; None or 0 means no clipping.
+        stateful: Start each batch's sentences in the state in which the last batch's sentence of that row ended.
+        precision: Of the products in training mode, ``fp32`` or ``bf16`` (lapse_elmo.model.products); parameters,
+            inputs, outputs and gradients stay in the dtype that they have. In evaluation mode nothing is narrowed.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class FusedElmoLstm(nn.Module):
                 self.add_module(f"{direction}_layer_{layer}", cell)
 
     def cell(self, layer: int, direction: int) -> LstmCell:
-        """The parameters of a layer; direction 0 is forward and 1 backward."""
+        """Return the parameters of a layer; direction 0 is forward and 1 backward."""
         return self.get_submodule(f"{_DIRECTIONS[direction]}_layer_{layer}")  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> FusedElmoLstm:
@@ -106,10 +107,13 @@ class FusedElmoLstm(nn.Module):
     def forward(self, inputs: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """All layers' outputs.
 
-        :param inputs: (B, T, input size) of float32 or float64.
-        :param mask: (B, T) bool, true at tokens, false at the padding that follows them.
-        :param generator: where dropout masks come from; None means torch's own seeded state.
-        :return: (L, B, T, 2D), forward then backward halves, zero at padding.
+        Args:
+            inputs: (B, T, input size) of float32 or float64.
+            mask: (B, T) bool, true at tokens, false at the padding that follows them.
+            generator: Where dropout masks come from; None means torch's own seeded state.
+
+        Returns:
+            (L, B, T, 2D), forward then backward halves, zero at padding.
         """
         packing = Packing.of_mask(mask, inputs.device)
         layers = self.run(packing.pack(inputs), packing, len(mask), generator)
@@ -120,9 +124,12 @@ class FusedElmoLstm(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """As :meth:`forward` on packed rows.
 
-        :param inputs: (N, input size), packed by ``packing``.
-        :param num_sentences: B, empty sentences counted.
-        :return: for each layer the forward and the backward output, each (N, D), both packed by ``packing``.
+        Args:
+            inputs: (N, input size), packed by ``packing``.
+            num_sentences: B, empty sentences counted.
+
+        Returns:
+            For each layer the forward and the backward output, each (N, D), both packed by ``packing``.
         """
         masks = [[self._dropout_mask(num_sentences, inputs, generator) for _ in "fb"] for _ in range(self.num_layers)]
         layers, weights = [], []

@@ -199,7 +199,9 @@ class _LayerPass:
     def _through_steps(self, d_hidden: Tensor, cell_output: Tensor) -> None:
         """From the last step to the first: ``d_hidden`` and the gates become gradients before clip and activation.
 
-        :param d_hidden: (N, D) gradient from above. ``cell_output``: (N, C), written with o * tanh(cells).
+        Args:
+            d_hidden: (N, D) gradient from above.
+            cell_output: (N, C), written with o * tanh(cells).
         """
         matmul, sizes, num_sentences = self.matmul, self.packing.sizes, len(self.packing.order)
         to_previous, to_cell_output = (matmul.prepare(self.weights[number], sizes) for number in (1, 3))

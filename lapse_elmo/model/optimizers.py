@@ -18,7 +18,7 @@ def in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def sum_of_squares(tensor: Tensor) -> float:
-    """Summed in float64."""
+    """Return the sum of squares, summed in float64."""
     return sum(float(part.square().sum(dtype=torch.float64)) for (part,) in in_parts(tensor.contiguous()))
 
 
@@ -27,10 +27,11 @@ class DenseOptimizer:
 
     Equal to torch.optim.Adagrad and torch.optim.SGD to the last bit.
 
-    :param parameters: contiguous tensors to update, in an order that does not change; they are kept by reference.
-    :param learning_rate: the step size.
-    :param initial_accumulator: what Adagrad's accumulators start at; None means plain gradient descent, without any.
-    :param epsilon: added to the root of Adagrad's accumulators.
+    Args:
+        parameters: Contiguous tensors to update, in an order that does not change; they are kept by reference.
+        learning_rate: The step size.
+        initial_accumulator: What Adagrad's accumulators start at; None means plain gradient descent, without any.
+        epsilon: Added to the root of Adagrad's accumulators.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class DenseOptimizer:
     def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
         """One update with ``scale * gradients``, which are not changed.
 
-        :param gradients: one for each parameter, of its shape.
-        :param scale: for instance the factor of a global-norm clip.
+        Args:
+            gradients: One for each parameter, of its shape.
+            scale: For instance the factor of a global-norm clip.
         """
         accumulators: Sequence[Tensor | None] = self.accumulators or [None] * len(self.parameters)
         for parameter, given, accumulator in zip(self.parameters, gradients, accumulators, strict=True):
@@ -68,7 +70,7 @@ class DenseOptimizer:
                 weights.addcdiv_(scaled, squares.sqrt().add_(self.epsilon), value=-self.learning_rate)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """The accumulators, by reference, in the order of the parameters; an empty list for gradient descent."""
+        """Return the accumulators, by reference, in the order of the parameters; an empty list for gradient descent."""
         return {"accumulators": self.accumulators}
 
     @torch.no_grad()

@@ -34,7 +34,8 @@ _FLOAT32_WINS_WITH = (8, 127)  # rows, with weights that are transposed views
 class Kernels:
     """The functions of packed.c for one storage dtype, which take ``num_rows`` rows of the weight at a time.
 
-    :ivar tiles: whether they multiply by AMX.
+    Attributes:
+        tiles: Whether they multiply by AMX.
     """
 
     pack: Callable[..., None]
@@ -46,7 +47,8 @@ class Kernels:
 class PrepackedWeight:
     """A (K, N) weight in the order in which packed.c reads it.
 
-    :param second: (K, N), strided as it likes, in the storage dtype of ``kernels``; K a multiple of ``num_rows``.
+    Args:
+        second: (K, N), strided as it likes, in the storage dtype of ``kernels``; K a multiple of ``num_rows``.
     """
 
     def __init__(self, kernels: Kernels, second: Tensor) -> None:
@@ -79,7 +81,7 @@ class PrepackedWeight:
 
 
 def kernels(storage: torch.dtype) -> Kernels | None:
-    """What packed.c has for this processor, None where that is nothing or there is no compiled code."""
+    """Return the functions of packed.c for this processor, or None if there are none."""
     library = native.load(PACKED_SOURCE)
     return None if library is None else _kernels(library).get(storage)
 
@@ -105,7 +107,9 @@ def _kernels(library: ctypes.CDLL) -> dict[torch.dtype, Kernels]:
 class Range:
     """The numbers of rows of the products that go to packed.c; those of fewer or more rows go to torch.
 
-    :param first: the smallest. ``last``: the largest.
+    Args:
+        first: The smallest.
+        last: The largest.
     """
 
     first: int
@@ -118,7 +122,8 @@ class Range:
 def rows_packed(storage: torch.dtype, strided: bool) -> Range:
     """Which products go to packed.c on this processor.
 
-    :param strided: whether the weight is a transposed view, which torch takes longer to multiply by.
+    Args:
+        strided: Whether the weight is a transposed view, which torch takes longer to multiply by.
     """
     if kernels(storage) is None:
         return Range(1, 0)
@@ -136,7 +141,7 @@ def has_tiles() -> bool:
 
 
 def describe(precision: str) -> str:
-    """What multiplies in the steps of the LSTM on this machine, as a line for a plan."""
+    """Return one line that names what multiplies in the LSTM's steps on this machine."""
     storage = torch.bfloat16 if precision == "bf16" else torch.float32
     by = "AMX tiles" if precision == "bf16" and has_tiles() else "packed.c"
     parts = []

@@ -36,11 +36,14 @@ class Packing:
 
     @classmethod
     def of_mask(cls, mask: Tensor, device: torch.device | None = None) -> Packing:
-        """The packing of a (B, T) bool mask that is true at tokens and false at the padding after them.
+        """Return the packing of a (B, T) bool mask that is true at tokens and false at the padding after them.
 
-        :param device: where its tensors go; the mask's own device if None. A mask in the host's memory spares a GPU
-            a wait.
-        :raises ValueError: where padding comes before a token.
+        Args:
+            device: Where its tensors go; the mask's own device if None. A mask in the host's memory spares a GPU a
+                wait.
+
+        Raises:
+            ValueError: Where padding comes before a token.
         """
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask must be a (B, T) bool tensor, got {mask.dtype} of shape {tuple(mask.shape)}")

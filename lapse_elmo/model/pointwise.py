@@ -38,10 +38,13 @@ class Pointwise(Protocol):
     ) -> None:
         """Compute one LSTM step except for its matrix products; pointwise.c has the formulas.
 
-        :param gates: (n, 4C) before activation and bias; activated in place, in the order i, f, g, o.
-        :param bias: (4C,) wide. ``previous_cells``: (at least n, C) wide, cells of the step before; None for zero.
-        :param cells: (n, C) wide, written. ``cell_output``: (n, C), written with o * tanh(cells).
-        :param clip: bound on cells; infinite for none.
+        Args:
+            gates: (n, 4C) before activation and bias; activated in place, in the order i, f, g, o.
+            bias: (4C,) wide.
+            previous_cells: (at least n, C) wide, cells of the step before; None for zero.
+            cells: (n, C) wide, written.
+            cell_output: (n, C), written with o * tanh(cells).
+            clip: Bound on cells; infinite for none.
         """
 
     def cell_backward(
@@ -50,10 +53,11 @@ class Pointwise(Protocol):
     ) -> None:
         """Backpropagate through :meth:`cell_forward`; pointwise.c has the formulas.
 
-        :param gates: (n, 4C) activated; replaced by the gradients before activation.
-        :param cell_output: (n, C), written with o * tanh(cells); may be ``cells`` itself.
-        :param d_cell_output: (n, C) gradient of ``cell_output``; may be used up.
-        :param d_cells: (n, C) wide, from the step after this one; replaced by that for the step before.
+        Args:
+            gates: (n, 4C) activated; replaced by the gradients before activation.
+            cell_output: (n, C), written with o * tanh(cells); may be ``cells`` itself.
+            d_cell_output: (n, C) gradient of ``cell_output``; may be used up.
+            d_cells: (n, C) wide, from the step after this one; replaced by that for the step before.
         """
 
     def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
@@ -65,31 +69,33 @@ class Pointwise(Protocol):
         """Add ``d_recurrent`` (at least n, D) to ``d_hidden`` (n, D); backpropagate through :meth:`clip_forward`."""
 
     def column_sums(self, rows: Tensor) -> Tensor:
-        """Sums (m,) wide of the columns of ``rows`` (n, m)."""
+        """Return the sums (m,) wide of the columns of ``rows`` (n, m)."""
 
     def softmax_rows(
         self, logits: Tensor, bias_minus_log_q: Tensor, target: Tensor, nll: Tensor, inv_sum: Tensor, d_target: Tensor,
         d_bias: Tensor,
     ) -> None:
-        """Sampled softmax of n targets against S samples.
+        """Compute the sampled softmax of n targets against S samples.
 
-        :param logits: (n, S) before ``bias_minus_log_q`` (S,) wide is added; replaced by exp_logits =
-            exp(logit - largest); ``inv_sum * exp_logits`` are the probabilities.
-        :param target: (n,) wide, the targets' logits.
-        :param nll: (n,) wide, written; so are ``inv_sum`` and ``d_target``, the gradient of ``target``.
-        :param d_bias: (S,) wide; the gradient of ``bias_minus_log_q`` is added.
+        Args:
+            logits: (n, S) before ``bias_minus_log_q`` (S,) wide is added; replaced by exp_logits = exp(logit -
+                largest); ``inv_sum * exp_logits`` are the probabilities.
+            target: (n,) wide, the targets' logits.
+            nll: (n,) wide, written; so are ``inv_sum`` and ``d_target``, the gradient of ``target``.
+            d_bias: (S,) wide; the gradient of ``bias_minus_log_q`` is added.
         """
 
     def softmax_totals(self, logits: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
         """Bring a full softmax's ``largest`` logit (n,) wide and ``total`` = sum of exp(logit - largest), (n,) float64,
         up to date with further classes.
 
-        :param logits: (n, V') before ``bias`` (V',) wide; may be used up.
+        Args:
+            logits: (n, V') before ``bias`` (V',) wide; may be used up.
         """
 
 
 def pointwise(like: Tensor) -> Pointwise:
-    """The fastest kind for tensors such as ``like``; a new object, for one thread."""
+    """Return a new instance of the fastest backend for tensors like ``like``, for use by one thread."""
     if like.device.type == "cpu" and like.dtype in _KINDS:
         library = native.load(SOURCE)
         if library is not None:
@@ -119,7 +125,7 @@ def _triton_problem(device: torch.device) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _functions(library: ctypes.CDLL) -> dict[str, dict[str, Callable[..., None]]]:
-    """The library's functions, by kind and name."""
+    """Return the library's functions, by kind and name."""
     found: dict[str, dict[str, Callable[..., None]]] = {kind: {} for kind in _KINDS.values()}
     for kind, functions in found.items():
         for name, (num_pointers, clips) in _FUNCTIONS.items():

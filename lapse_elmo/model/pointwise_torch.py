@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def wide_dtype(storage: torch.dtype) -> torch.dtype:
-    """What sums and state of rows in ``storage`` are kept in."""
+    """Return the dtype of sums and state for rows stored in ``storage``."""
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
@@ -125,7 +125,7 @@ class TorchPointwise:
         largest.copy_(top)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """A scratch tensor of at least ``like``'s rows, which the first and largest step of a pass makes."""
+        """Return a scratch tensor of at least ``like``'s rows, which the first and largest step of a pass makes."""
         kept: Any = self._kept.get(name)
         if kept is None or len(kept) < len(like) or kept.shape[1:] != like.shape[1:] or kept.dtype != like.dtype:
             kept = self._kept[name] = torch.empty_like(like)

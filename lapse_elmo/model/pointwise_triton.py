@@ -36,7 +36,7 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _bounded(x, CLIP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A NaN passes. (A bare constant would be rounded to float32.)"""
+    """Clip to +-CLIP; a NaN passes. Triton would round a bare constant to float32."""
     clip = tl.full(x.shape, CLIP, x.dtype)
     x = tl.where(x < -clip, -clip, x)
     return tl.where(x > clip, clip, x)
@@ -166,7 +166,7 @@ def _grid(rows: Tensor) -> tuple[int, int]:
 
 
 def _how(stored: Tensor, clip: float) -> dict[str, Any]:
-    """What is known when a kernel is compiled; a tensor that a kernel does not read may be any."""
+    """Return what is known when a kernel is compiled; a tensor that a kernel does not read may be any."""
     wide = tl.float64 if wide_dtype(stored.dtype) == torch.float64 else tl.float32
     clips = clip < math.inf
     return {"CLIP": clip if clips else 0.0, "CLIPS": clips, "WIDE": wide, "BLOCK": _BLOCK}
@@ -175,7 +175,8 @@ def _how(stored: Tensor, clip: float) -> dict[str, Any]:
 def check(device: torch.device) -> None:
     """Compare a step on ``device`` with torch's.
 
-    :raises RuntimeError: if it differs; and whatever Triton raises.
+    Raises:
+        RuntimeError: If it differs; and whatever Triton raises.
     """
     results = []
     for kind in (TritonPointwise(), TorchPointwise()):

@@ -43,7 +43,8 @@ class Weight(Protocol):
 class Matmul:
     """Products of matrices whose elements are stored in ``storage``.
 
-    :param emulated: multiply bfloat16 in float32.
+    Args:
+        emulated: Multiply bfloat16 in float32.
     """
 
     storage: torch.dtype
@@ -80,13 +81,14 @@ class Matmul:
         return out.addmm_(first, second)
 
     def mm(self, first: Tensor, second: Tensor) -> Tensor:
-        """first @ second in the storage dtype."""
+        """Return first @ second in the storage dtype."""
         return self.mm_into(first.new_empty(first.shape[0], second.shape[1], dtype=self.storage), first, second)
 
     def prepare(self, values: Tensor, sizes: Sequence[int] = ()) -> Weight:
         """``values`` (K, N) as the second factor of many products with few rows.
 
-        :param sizes: the numbers of rows of the products to come, where they are known.
+        Args:
+            sizes: The numbers of rows of the products to come, where they are known.
         """
         found = None
         if values.device.type == "cpu" and not self.emulated:

@@ -58,11 +58,12 @@ def sampled_softmax_loss() -> Any:
 
 @functools.cache
 def modules(name: str) -> ModuleType:
-    """The installed file ``allennlp/modules/<name>.py`` as a module, imported leanly and once.
+    """Return the installed file ``allennlp/modules/<name>.py`` as a module, imported leanly and once.
 
     Where ``allennlp.modules`` has been imported for real already, that one's submodule.
 
-    :raises ConfigError: where allennlp is not installed, or one of its imports is missing.
+    Raises:
+        ConfigError: Where allennlp is not installed, or one of its imports is missing.
     """
     full_name = f"{_PACKAGE}.modules.{name}"
     try:
@@ -81,8 +82,9 @@ def modules(name: str) -> ModuleType:
 def declare_torchvision_operators() -> torch.library.Library | None:
     """Declare the operators that a CUDA build of torchvision misses beside a CPU torch, so that it can be imported.
 
-    :return: the library that holds the declarations (they live as long as it does, hence the cache), or None where
-        the operators are there.
+    Returns:
+        The library that holds the declarations (they live as long as it does, hence the cache), or None where the
+        operators are there.
     """
     if importlib.util.find_spec("torchvision") is None:
         return None

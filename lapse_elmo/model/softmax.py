@@ -23,7 +23,7 @@ _NEWTON_STEPS = 100
 
 @functools.lru_cache(maxsize=64)
 def expected_num_tries(num_classes: int, num_samples: int) -> float:
-    """The number t of draws after which S distinct classes are expected: sum_k 1 - (1 - P(k))^t = S.
+    """Return the number t of draws after which S distinct classes are expected: sum_k 1 - (1 - P(k))^t = S.
 
     Infinite where S >= V. Solved by Newton's method from below (the left side grows and is concave in t, so the steps
     never overshoot); about 0.2 s for V = 793,471, and remembered.
@@ -49,12 +49,15 @@ def log_expected_count(
 
     Without replacement a class occurs at most once, and is expected 1 - (1 - P)^tries times; with replacement S * P.
 
-    :param classes: integer classes in [0, V), any shape.
-    :param num_classes: V.
-    :param num_samples: S.
-    :param num_tries: draws that were needed to find S distinct classes (as TensorFlow's and AllenNLP's samplers
-        count them); None takes :func:`expected_num_tries`. Not used with replacement.
-    :return: float64, of the same shape.
+    Args:
+        classes: Integer classes in [0, V), any shape.
+        num_classes: V.
+        num_samples: S.
+        num_tries: Draws that were needed to find S distinct classes (as TensorFlow's and AllenNLP's samplers count
+            them); None takes :func:`expected_num_tries`. Not used with replacement.
+
+    Returns:
+        Float64, of the same shape.
     """
     probability = log_uniform_probability(classes, num_classes)
     if replacement:
@@ -73,7 +76,7 @@ def sampled_softmax_nll(
     chunk: int = 256,
     precision: str = "fp32",
 ) -> Tensor:
-    """Summed nll of the targets, each against itself and the shared samples, in nats.
+    """Return the summed nll of the targets, each against itself and the shared samples, in nats.
 
     A logit is ``weight . context + bias - log_expected``, for targets and samples alike. A sample that equals the
     target is left out for that target, however often it was drawn. Where the samples are all rows, each once, and
@@ -84,15 +87,18 @@ def sampled_softmax_nll(
     The two halves of the targets may run on a thread each, which changes no bits.
     Sums are float64 for a float64 ``context`` and float32 for any other.
 
-    :param context: (N, D) predicting vectors; N may be 0.
-    :param weight: (U, D) softmax rows of the distinct words.
-    :param bias: (U,) their biases.
-    :param target_index: (N,) int64 row of each target, in [0, U).
-    :param sample_index: (S,) int64 rows of the samples, in [0, U), repeats allowed; S may be 0.
-    :param log_expected: (U,) :func:`log_expected_count` of each row; no gradient.
-    :param chunk: targets at a time, at most; extra memory is about two times chunk * S floats, and four times S * D.
-    :param precision: of the matrix products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
-    :return: a scalar, float64 for a float64 ``context`` and else float32.
+    Args:
+        context: (N, D) predicting vectors; N may be 0.
+        weight: (U, D) softmax rows of the distinct words.
+        bias: (U,) their biases.
+        target_index: (N,) int64 row of each target, in [0, U).
+        sample_index: (S,) int64 rows of the samples, in [0, U), repeats allowed; S may be 0.
+        log_expected: (U,) :func:`log_expected_count` of each row; no gradient.
+        chunk: Targets at a time, at most; extra memory is about two times chunk * S floats, and four times S * D.
+        precision: Of the matrix products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
+
+    Returns:
+        A scalar, float64 for a float64 ``context`` and else float32.
     """
     return _SampledSoftmax.apply(context, weight, bias, target_index, sample_index, log_expected, chunk, precision)
 
@@ -164,7 +170,7 @@ class _Problem:
         return self.nll.sum(), self.d_context, to_weight, to_bias
 
     def _half(self, starts: range) -> tuple[Tensor, Tensor]:
-        """The chunks that begin at ``starts``; what they add to the gradients of the samples' weights and offsets."""
+        """Process the chunks that begin at ``starts``; return the gradients of the samples' weights and biases."""
         matmul, (hit_rows, hit_columns, hit_ends) = self.matmul, self.accidental_hits
         d_weight = self.context.new_zeros(self.sample_weight.shape)
         d_bias = torch.zeros_like(self.sample_bias_minus_log_q)

@@ -29,13 +29,13 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names, or their whole paths where those are not distinct."""
+    """Return the folders' last names, or their whole paths where those are not distinct."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def page_of(runs: Sequence[Run]) -> str:
-    """The HTML of a report; it needs no network and no other file."""
+    """Return the HTML of a report; it needs no network and no other file."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -48,14 +48,14 @@ def page_of(runs: Sequence[Run]) -> str:
 
 
 def summaries_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The table of runs, without what is unknown of all of them."""
+    """Return the table of runs, without what is unknown of all of them."""
     rows = [run.summary() for run in runs]
     known = [name for name in rows[0] if any(row[name] != "" for row in rows)]
     return [{name: row[name] for name in known} for row in rows]
 
 
 def shown(value: Any) -> str:
-    """A value of the table of runs."""
+    """Format a value of the table of runs."""
     return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
@@ -71,7 +71,7 @@ def options_of(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def table_of(runs: Sequence[Run]) -> str:
-    """The numbers of all reports and evaluations as CSV, with the run's name in front."""
+    """Return the numbers of all reports and evaluations as CSV, with the run's name in front."""
     rows = [
         {"run": run.name, **{name: value for name, value in record.items() if not isinstance(value, dict | list)}}
         for run in runs for record in (*run.train, *run.epochs)

@@ -99,7 +99,7 @@ def _chart(title: str, text: str, draw: Callable[[Axes], None]) -> Chart:
 
 
 def figure_of(draw: Callable[[Axes], None]) -> Figure:
-    """A figure of one chart."""
+    """Return a figure of one chart."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4), layout="constrained")

@@ -32,8 +32,10 @@ _LEAST_LETTERS = 4  # of the words whose neighbours are shown: shorter ones are 
 class Run:
     """One run.
 
-    :ivar train, epochs, placed: the records of metrics.jsonl by kind.
-    :ivar options: the resolved options, a table per group. :ivar neighbours: (word, its neighbours).
+    Attributes:
+        train, epochs, placed: The records of metrics.jsonl by kind.
+        options: The resolved options, a table per group.
+        neighbours: (word, its neighbours).
     """
 
     name: str
@@ -55,7 +57,7 @@ class Run:
         return max((len(record["softmax"]["main"]) for record in self.placed), default=1)
 
     def series(self, name: str, *, of: Records | None = None, tokens: bool = False) -> tuple[list[float], list[float]]:
-        """(steps or tokens, values) of a metric; values that are not finite are left out."""
+        """Return (steps or tokens, values) of a metric; values that are not finite are left out."""
         axis = TOKENS if tokens else "step"
         records = self.train if of is None else of
         found = [(r[axis], r[name]) for r in records if r.get(name) is not None and r.get(axis) is not None]
@@ -84,7 +86,7 @@ class Run:
         }
 
     def slowest_rank(self) -> str:
-        """The rank that was the slowest of most reports, its host, and the mean seconds of its phases per step."""
+        """Return the rank that was slowest most often, its host, and the mean seconds of its phases per step."""
         named = [record for record in self.train if record.get("ranks/slowest") is not None]
         if not named:
             return ""
@@ -99,7 +101,11 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """The run in ``folder``. :raises ConfigError: if its metrics are missing, empty or not those of a run."""
+    """Read the run in ``folder``.
+
+    Raises:
+        ConfigError: If its metrics are missing, empty or not those of a run.
+    """
     records = read_metrics(folder)
     kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "epoch", "placement")}
     return Run(
@@ -109,9 +115,10 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_metrics(run_dir: Path) -> Records:
-    """The lines of a run's metrics.jsonl.
+    """Return the lines of a run's metrics.jsonl.
 
-    :raises ConfigError: if there are none, or the file is not such a one.
+    Raises:
+        ConfigError: If there are none, or the file is not such a one.
     """
     path = run_dir / METRICS
     try:

@@ -37,10 +37,11 @@ def holds_elmo_files(folder: Path) -> bool:
 def open_elmo_files(
     folder: Path, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = ""
 ) -> StoredModel:
-    """The model in ``folder``; ``vocab`` and ``embedding`` name files that lie elsewhere.
+    """Return the model in ``folder``; ``vocab`` and ``embedding`` name files that lie elsewhere.
 
-    :raises CheckpointError: if a file is missing or ambiguous, a shape is not that of the options, the vocabulary is
-        another's, or the model is one of characters.
+    Raises:
+        CheckpointError: If a file is missing or ambiguous, a shape is not that of the options, the vocabulary is
+            another's, or the model is one of characters.
     """
     options = _read_options(_the_only(folder, "options.json", "*options*.json"))
     weights = _the_only(folder, "weights.hdf5", "*weights*.hdf5")
@@ -135,9 +136,10 @@ def _sizes(options: dict[str, Any], folder: Path, context: str) -> BiLMOptions:
 
 
 def line_order(vocabulary: Vocabulary, path: Path) -> np.ndarray | None:
-    """The line (from 0) of each class of ``vocabulary`` in its file; None where they are the same.
+    """Return the line (from 0) of each class of ``vocabulary`` in its file; None where they are the same.
 
-    :raises CheckpointError: if one of the special tokens, which have rows in bilm-tf's files, is missing.
+    Raises:
+        CheckpointError: If one of the special tokens, which have rows in bilm-tf's files, is missing.
     """
     lines = vocabulary.special_lines()
     if None in lines:
@@ -150,7 +152,7 @@ def line_order(vocabulary: Vocabulary, path: Path) -> np.ndarray | None:
 
 
 def _mapped(file: h5py.File, name: str, path: Path) -> np.ndarray:
-    """A dataset (V, D), memory-mapped where it is plain float32; else (compressed, other numbers) read whole."""
+    """Return a dataset (V, D), memory-mapped where it is plain float32; else (compressed, other numbers) read whole."""
     dataset = file[name]
     if dataset.ndim != 2:
         raise CheckpointError(f"{path}: {name} has shape {dataset.shape}, expected (words, size)")
@@ -193,7 +195,7 @@ def _check_dense(file: h5py.File, sizes: BiLMOptions, path: Path) -> None:
 
 
 def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
-    """The LSTM's parameters under the names of :class:`~lapse_elmo.model.lstm.FusedElmoLstm`."""
+    """Return the LSTM's parameters under the names of :class:`~lapse_elmo.model.lstm.FusedElmoLstm`."""
     size, cell = sizes.projection_size, sizes.cell_size
     found: dict[str, np.ndarray] = {}
     try:

@@ -24,9 +24,10 @@ def holds_huggingface_files(folder: Path) -> bool:
 
 
 def open_huggingface_files(folder: Path) -> StoredModel:
-    """The model in ``folder``, its tables memory-mapped.
+    """Return the model in ``folder``, its tables memory-mapped.
 
-    :raises CheckpointError: if it is another type of model, or a file is missing or damaged.
+    Raises:
+        CheckpointError: If it is another type of model, or a file is missing or damaged.
     """
     config = _read_json(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
@@ -74,7 +75,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _words(path: Path) -> list[str]:
-    """The words by id, without padding and the special tokens."""
+    """Return the words by id, without padding and the special tokens."""
     try:
         ids: dict[str, int] = _read_json(path)["model"]["vocab"]
         words = sorted(ids, key=ids.__getitem__)

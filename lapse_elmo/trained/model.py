@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,7 +18,7 @@ from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.trained.opening import open_stored
-from lapse_elmo.trained.scores import SentenceScore
+from lapse_elmo.trained.scores import Candidate, SentenceScore
 from lapse_elmo.trained.sentences import batches_of, windows, words_of
 from lapse_elmo.trained.stored import StoredModel, Table
 
@@ -32,25 +31,17 @@ LAYERS = ("all", "average", "top")
 _NUM_SPECIAL = 3  # classes 0 to 2
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A word that could stand at a place: its probability from both directions together, and from each alone."""
-
-    word: str
-    probability: float
-    forward: float
-    backward: float
-
-
 class TrainedModel:
     """A trained biLM, opened by :func:`load`. It computes in evaluation mode: equal calls give equal numbers.
 
     Letters in shapes: T words of a sentence, L layers, D projection size, V words of the vocabulary.
 
-    :ivar vocabulary: :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`; ``word in model.vocabulary`` asks whether a
-        word is known, ``model.vocabulary.words`` has all of them, most frequent first.
-    :ivar stored: what was opened, with ``stored.path``, ``stored.kind``, ``stored.about``.
-    :ivar dimension: 2D, the size of a contextual vector. :ivar num_layers: L.
+    Attributes:
+        vocabulary: :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`; ``word in model.vocabulary`` asks whether a word
+            is known, ``model.vocabulary.words`` has all of them, most frequent first.
+        stored: What was opened, with ``stored.path``, ``stored.kind``, ``stored.about``.
+        dimension: 2D, the size of a contextual vector.
+        num_layers: L.
 
     >>> model = load(MODEL)
     >>> model.dimension, model.num_layers
@@ -87,12 +78,17 @@ class TrainedModel:
         Each sentence starts at zero state, so its vectors depend neither on the others nor on earlier calls. A word
         that the vocabulary lacks gets the vectors of ``<UNK>`` in its context.
 
-        :param sentences: strings, which are split at white space, or lists of words; tokenised as the training text.
-        :param layers: ``all`` for (L + 1, T, 2D), the word's own vector (twice side by side) first; ``average`` or
-            ``top`` for (T, 2D).
-        :param batch_size: sentences computed at once.
-        :return: one float32 array a sentence, in their order; an empty sentence has T = 0.
-        :raises TypeError: if ``sentences`` is a single string, or a sentence is not text.
+        Args:
+            sentences: Strings, which are split at white space, or lists of words; tokenised as the training text.
+            layers: ``all`` for (L + 1, T, 2D), the word's own vector (twice side by side) first; ``average`` or
+                ``top`` for (T, 2D).
+            batch_size: Sentences computed at once.
+
+        Returns:
+            One float32 array per sentence, in their order; an empty sentence has T = 0.
+
+        Raises:
+            TypeError: If ``sentences`` is a single string, or a sentence is not text.
 
         >>> [array.shape for array in load(MODEL).embed(["w01 w02 w00", ["w05"], ""])]
         [(3, 3, 32), (3, 1, 32), (3, 0, 32)]
@@ -113,7 +109,7 @@ class TrainedModel:
             yield from self.embed_window(window, layers, batch_size)
 
     def embed_window(self, window: Sequence[list[str]], layers: str, batch_size: int) -> list[np.ndarray]:
-        """The vectors of lists of words, all computed before the first is returned."""
+        """Return the vectors of lists of words, all computed before the first is returned."""
         found: list[np.ndarray] = [np.empty(0)] * len(window)
         first = 1 if self.stored.boundaries else 0
         for numbers, batch in batches_of(window, batch_size, self.vocabulary, self.stored.boundaries):
@@ -131,10 +127,13 @@ class TrainedModel:
     def sentence_vectors(
         self, sentences: Iterable[str | Sequence[str]], layers: str = "average", batch_size: int = 64
     ) -> np.ndarray:
-        """The mean of each sentence's word vectors.
+        """Return the mean of each sentence's word vectors.
 
-        :param layers: ``average`` or ``top`` for (N, 2D), ``all`` for (N, L + 1, 2D).
-        :return: float32, one row a sentence; zeros for a sentence without words.
+        Args:
+            layers: ``average`` or ``top`` for (N, 2D), ``all`` for (N, L + 1, 2D).
+
+        Returns:
+            Float32, one row per sentence; zeros for a sentence without words.
 
         >>> load(MODEL).sentence_vectors(["w01 w02 w00", "w05"]).shape
         (2, 32)
@@ -146,9 +145,12 @@ class TrainedModel:
     def score(self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64) -> list[SentenceScore]:
         """Log probability of every word in both directions, by the full softmax.
 
-        :return: one :class:`~lapse_elmo.trained.scores.SentenceScore` a sentence;
+        Returns:
+            One :class:`~lapse_elmo.trained.scores.SentenceScore` per sentence;
             :class:`~lapse_elmo.trained.scores.Totals` makes perplexity and bits per character of them.
-        :raises CheckpointError: if the model came without a softmax (bilm-tf's ``dump_weights``).
+
+        Raises:
+            CheckpointError: If the model came without a softmax (bilm-tf's ``dump_weights``).
 
         >>> score = load(MODEL).score(["w01 unheard-of"])[0]
         >>> score.words, score.unknown.tolist(), score.forward.shape, bool((score.forward < 0).all())
@@ -164,7 +166,7 @@ class TrainedModel:
             yield from self.score_window(window, batch_size)
 
     def score_window(self, window: Sequence[list[str]], batch_size: int) -> list[SentenceScore]:
-        """The scores of lists of words; the softmax table is read once for all of them."""
+        """Return the scores of lists of words; the softmax table is read once for all of them."""
         softmax = self._softmax()
         batches = list(batches_of(window, batch_size, self.vocabulary, self.stored.boundaries))
         contexts = [torch.cat(self._predicting(batch)) for _, batch in batches]
@@ -186,12 +188,18 @@ class TrainedModel:
     def nearest(
         self, word: str | np.ndarray, count: int = 10, table: str = "embedding"
     ) -> list[tuple[str, float]]:
-        """The words whose vectors in a table are nearest by cosine, most similar first.
+        """Return the words whose vectors in a table are nearest by cosine, most similar first.
 
-        :param word: a word of the vocabulary, which is not among its own neighbours, or a vector (D,).
-        :param table: ``embedding`` (input words) or ``softmax`` (predicted words, without the bias).
-        :return: (word, cosine).
-        :raises CorpusError: if the vocabulary lacks the word. :raises ValueError: for another table or shape.
+        Args:
+            word: A word of the vocabulary, which is not among its own neighbours, or a vector (D,).
+            table: ``embedding`` (input words) or ``softmax`` (predicted words, without the bias).
+
+        Returns:
+            (word, cosine).
+
+        Raises:
+            CorpusError: If the vocabulary lacks the word.
+            ValueError: For another table or shape.
 
         >>> [word for word, _ in load(MODEL).nearest("w01", count=2)]  # doctest: +ELLIPSIS
         ['w...', 'w...']
@@ -220,15 +228,21 @@ class TrainedModel:
         return [(self.vocabulary.words[place], float(cosines[_NUM_SPECIAL + place])) for place in best]
 
     def fill(self, sentence: str | Sequence[str], position: int, count: int = 10) -> list[Candidate]:
-        """The words that fit best at a position, whatever stands there.
+        """Return the words that fit best at a position; the word that is there is ignored.
 
         The probability of a word is the product of what both directions give it, normalised over the vocabulary:
         p(w) ~ p(w | words before) p(w | words after). Of a model without boundaries the first position is predicted
         backward alone and the last one forward alone.
 
-        :param position: from 0 on; negative ones count from the end.
-        :return: best first, ``<S>``, ``</S>`` and ``<UNK>`` left out.
-        :raises IndexError: if the sentence has no such position. :raises CheckpointError: without a softmax.
+        Args:
+            position: From 0 on; negative ones count from the end.
+
+        Returns:
+            Best first, ``<S>``, ``</S>`` and ``<UNK>`` left out.
+
+        Raises:
+            IndexError: If the sentence has no such position.
+            CheckpointError: Without a softmax.
 
         >>> best = load(MODEL).fill("w01 ___ w00", 1, count=3)
         >>> len(best), best[0].probability >= best[1].probability > 0
@@ -255,7 +269,7 @@ class TrainedModel:
         ]
 
     def module(self, layers: str = "all", requires_grad: bool = False) -> ElmoModule:
-        """The model as a :class:`torch.nn.Module`; see :class:`~lapse_elmo.trained.module.ElmoModule`."""
+        """Return the model as a :class:`torch.nn.Module`; see :class:`~lapse_elmo.trained.module.ElmoModule`."""
         from lapse_elmo.trained.module import ElmoModule
 
         return ElmoModule(self.stored, layers=layers, requires_grad=requires_grad).to(self.device)
@@ -274,7 +288,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def _predicting(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The predicting vectors of both directions, each (number of its targets, D)."""
+        """Return the predicting vectors of both directions, each (number of its targets, D)."""
         outputs = self.bilm(self._embedded(batch), torch.from_numpy(batch.mask))
         places = (batch.forward_places, batch.backward_places)
         size = self.stored.options.projection_size
@@ -303,7 +317,7 @@ class TrainedModel:
     def _sentence_score(
         self, words: list[str], ids: np.ndarray, forward: np.ndarray, backward: np.ndarray
     ) -> SentenceScore:
-        """:param ids: (T',) of the batch's row. :param forward, backward: (T',) log probabilities, nan where none."""
+        """Score a sentence from its row of ids (T',) and log probabilities (T',), nan where nothing is predicted."""
         first, size = (1 if self.stored.boundaries else 0), len(words)
         inside = slice(first, first + size)
         end, begin = (float(forward[size + 1]), float(backward[0])) if first else (np.nan, np.nan)
@@ -312,7 +326,7 @@ class TrainedModel:
         )
 
     def _log_probabilities(self, words: list[str], place: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """log p over all classes (V,) at a place, forward and backward; None where that direction predicts nothing."""
+        """Return log p over all classes (V,) at a place, forward and backward; None where nothing is predicted."""
         softmax = self._softmax()
         (_, batch), = batches_of([words], 1, self.vocabulary, self.stored.boundaries)
         column = place + (1 if self.stored.boundaries else 0)
@@ -336,7 +350,7 @@ def mean_of_words(vectors: np.ndarray) -> np.ndarray:
 
 
 def _by_place(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The log probability of each position (B, T) forward and backward, nan where it is not predicted."""
+    """Return the log probability of each position (B, T) forward and backward, nan where it is not predicted."""
     half = len(batch.forward_places)
     forward, backward = np.full(batch.ids.size, np.nan), np.full(batch.ids.size, np.nan)
     forward[batch.forward_places + 1] = -nll[:half]
@@ -345,7 +359,7 @@ def _by_place(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The places of the largest ``count`` values, largest first, equal ones in their order."""
+    """Return the places of the largest ``count`` values, largest first, equal ones in their order."""
     count = max(count, 0)
     if count < len(values):
         candidates = np.argpartition(-values, count)[: count + 1]
@@ -361,15 +375,18 @@ def load(
 ) -> TrainedModel:
     """Open a trained model. Needs no MPI, no server and no compiler; its tables are memory-mapped, not read.
 
-    :param path: the folder of a run (its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder of
-        ``bin/export`` (``elmo`` or ``huggingface``), or a token model of bilm-tf in its files.
-    :param vocab: the vocabulary file, where it does not lie with the model.
-    :param embedding: for bilm-tf, the HDF5 file of ``dump_token_embeddings``, where it does not lie with the model.
-    :param device: where the LSTM and the softmax compute, as torch names it.
-    :param verify: compare the checksums of a checkpoint first, which reads all of it.
-    :raises CheckpointError: in one line, if there is no model, a file is missing or damaged, shapes or vocabulary do
-        not belong together, or it is a character-CNN model.
-    :raises CorpusError: if the vocabulary file is malformed.
+    Args:
+        path: The folder of a run (its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder of
+            ``bin/export`` (``elmo`` or ``huggingface``), or a token model of bilm-tf in its files.
+        vocab: The vocabulary file, where it does not lie with the model.
+        embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, where it does not lie with the model.
+        device: Where the LSTM and the softmax compute, as torch names it.
+        verify: Compare the checksums of a checkpoint first, which reads all of it.
+
+    Raises:
+        CheckpointError: In one line, if there is no model, a file is missing or damaged, shapes or vocabulary do not
+            belong together, or it is a character-CNN model.
+        CorpusError: If the vocabulary file is malformed.
 
     >>> model = load(MODEL)
     >>> model.embed(["w01 w02 w00"], layers="average")[0].shape

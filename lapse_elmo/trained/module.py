@@ -20,10 +20,13 @@ class ElmoModule(nn.Module):
     part of ``state_dict()``. The biLM computes in evaluation mode always (no dropout of its own), also while the
     network around it trains.
 
-    :param stored: an opened model (``lapse_elmo.load(PATH).stored``).
-    :param layers: ``all`` gives (L + 1, B, T, 2D), ``average`` and ``top`` (B, T, 2D).
-    :param requires_grad: whether the LSTM is trained further.
-    :ivar num_layers: L + 1, as AllenNLP's ``Elmo(None, None, n, module=...)`` expects it.
+    Args:
+        stored: An opened model (``lapse_elmo.load(PATH).stored``).
+        layers: ``all`` gives (L + 1, B, T, 2D), ``average`` and ``top`` (B, T, 2D).
+        requires_grad: Whether the LSTM is trained further.
+
+    Attributes:
+        num_layers: L + 1, as AllenNLP's ``Elmo(None, None, n, module=...)`` expects it.
 
     >>> module = load(MODEL).module(layers="top")
     >>> ids = module.ids(["w01 w02 w00", "w05"])
@@ -57,9 +60,12 @@ class ElmoModule(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Contextual vectors, zero at padding.
 
-        :param ids: (B, T) int64: 0 padding, which follows the words of a sentence, 3 unknown, then words in the order
-            of the vocabulary; without ``<S>`` and ``</S>``, which are added.
-        :raises ValueError: for ids out of range, or padding before a word.
+        Args:
+            ids: (B, T) int64: 0 padding, which follows the words of a sentence, 3 unknown, then words in the order of
+                the vocabulary; without ``<S>`` and ``</S>``, which are added.
+
+        Raises:
+            ValueError: For ids out of range, or padding before a word.
         """
         vectors = self._layers(ids)[0]
         if self.stored.boundaries:

@@ -35,9 +35,10 @@ def open_stored(
     path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
     verify: bool = False,
 ) -> StoredModel:
-    """The model at ``path``, whatever its kind; see :func:`lapse_elmo.load`, whose parameters these are.
+    """Return the model at ``path``, whatever its kind; see :func:`lapse_elmo.load`, whose parameters these are.
 
-    :raises CheckpointError: if there is no model, or it is damaged, incomplete or of a kind that cannot serve.
+    Raises:
+        CheckpointError: If there is no model, or it is damaged, incomplete or of a kind that cannot serve.
     """
     folder = Path(path)
     if not folder.exists():
@@ -57,7 +58,7 @@ def open_stored(
 
 
 def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False) -> StoredModel:
-    """The newest checkpoint of a run, or the checkpoint that ``folder`` is; ``verify`` reads all of it first."""
+    """Return the newest checkpoint of a run, or the checkpoint that ``folder`` is; ``verify`` reads all of it first."""
     path = find(folder)
     manifest = read_manifest(path)
     if verify:
@@ -91,7 +92,7 @@ def _read_dense(path: Path) -> dict[str, np.ndarray]:
 def open_together(
     path: str, vocab: str, world: World, *, embedding: str = ""
 ) -> StoredModel:
-    """Collective: :func:`open_stored` on every rank, after the ranks have shared the check of a checkpoint's files.
+    """Open a model on every rank (collective), after the ranks have shared the check of a checkpoint's files.
 
     The ranks of a machine map the same files, so the tables are in its memory once.
     """

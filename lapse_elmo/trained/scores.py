@@ -11,14 +11,26 @@ LN_2 = 0.6931471805599453  # nats per bit
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A word that could stand at a place: its probability from both directions together, and from each alone."""
+
+    word: str
+    probability: float
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
 class SentenceScore:
     """What a model makes of a sentence of T words; log probabilities are natural (nats).
 
-    :ivar words: the T words as they were given.
-    :ivar unknown: (T,) bool: words that the vocabulary lacks; what is scored there is ``<UNK>``.
-    :ivar forward: (T,) float64: log p(word | words before it).
-    :ivar backward: (T,) float64: log p(word | words after it).
-    :ivar end: log p(``</S>`` | all words), forward. :ivar begin: log p(``<S>`` | all words), backward.
+    Attributes:
+        words: The T words as they were given.
+        unknown: (T,) bool: words that the vocabulary lacks; what is scored there is ``<UNK>``.
+        forward: (T,) float64: log p(word | words before it).
+        backward: (T,) float64: log p(word | words after it).
+        end: Log p(``</S>`` | all words), forward.
+        begin: Log p(``<S>`` | all words), backward.
 
     For a model that was trained without boundaries the first ``forward``, the last ``backward``, ``end`` and ``begin``
     are nan: nothing predicts them.

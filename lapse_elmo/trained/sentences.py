@@ -15,9 +15,10 @@ BATCH_WORDS = 8_192
 
 
 def words_of(sentences: Iterable[str | Sequence[str]]) -> Iterator[list[str]]:
-    """The words of each sentence: a string is split at white space, a sequence of words is taken as it is.
+    """Return the words of each sentence: a string is split at white space, a sequence of words is taken as it is.
 
-    :raises TypeError: if ``sentences`` is itself a string, or a sentence is neither.
+    Raises:
+        TypeError: If ``sentences`` is itself a string, or a sentence is neither.
     """
     if isinstance(sentences, str | bytes):
         raise TypeError("sentences should be a list of sentences, not one string: give [sentence]")
@@ -48,7 +49,7 @@ def windows(sentences: Iterable[list[str]], batch_size: int) -> Iterator[list[li
 def batches_of(
     window: Sequence[list[str]], batch_size: int, vocabulary: Vocabulary, boundaries: bool
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """The sentences of a window in batches of like length: (their numbers (B,) in the window, the batch).
+    """Return the sentences of a window in batches of like length: (their numbers (B,) in the window, the batch).
 
     A batch has ``batch_size`` sentences, or fewer if they are long. Sentences without any position (empty ones, of a
     model without boundaries) come too, with T = 0.

@@ -25,7 +25,7 @@ class Table(Protocol):
     size: int
 
     def weights(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows ``numbers`` (n,) int64 as a new array (n, size)."""
+        """Return the rows ``numbers`` (n,) int64 as a new array (n, size)."""
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """All rows in ascending chunks, (first row, (n, size))."""
@@ -34,7 +34,10 @@ class Table(Protocol):
 class ArrayTable:
     """A table over an array, which may be memory-mapped, and, as a last column, a bias.
 
-    :param array: (V, D). :param bias: (V,). :param order: the array's row of each class, where they differ.
+    Args:
+        array: (V, D).
+        bias: (V,).
+        order: The array's row of each class, where they differ.
     """
 
     def __init__(self, array: np.ndarray, bias: np.ndarray | None = None, order: np.ndarray | None = None) -> None:
@@ -58,11 +61,12 @@ class ArrayTable:
 class StoredModel:
     """An opened model; tables stay where they are stored until rows are asked for.
 
-    :ivar kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face folder``.
-    :ivar boundaries: whether it was trained with ``<S>`` and ``</S>`` around each sentence.
-    :ivar softmax: (V, D + 1), the bias last; None where the files do not have it.
-    :ivar read_dense: reads :attr:`dense`, once it is asked for: opening a large model should not read its LSTM.
-    :ivar about: what else is known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
+    Attributes:
+        kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face folder``.
+        boundaries: Whether it was trained with ``<S>`` and ``</S>`` around each sentence.
+        softmax: (V, D + 1), the bias last; None where the files do not have it.
+        read_dense: Reads :attr:`dense`, once it is asked for: opening a large model should not read its LSTM.
+        about: What else is known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
     """
 
     path: Path
@@ -90,9 +94,10 @@ class StoredModel:
         return self.read_dense()
 
     def bilm(self) -> BiLM:
-        """The biLM with the stored parameters, in evaluation mode.
+        """Return the biLM with the stored parameters, in evaluation mode.
 
-        :raises CheckpointError: if a parameter is missing or has another shape.
+        Raises:
+            CheckpointError: If a parameter is missing or has another shape.
         """
         model = BiLM(self.options, None)
         with torch.no_grad():

@@ -18,9 +18,10 @@ _PENDING_BYTES = 32 << 20
 
 
 def read_targets(path: Path) -> list[str]:
-    """The words of a UTF-8 file, one a line, each once; empty lines are skipped.
+    """Return the words of a UTF-8 file, one a line, each once; empty lines are skipped.
 
-    :raises CorpusError: if it cannot be read, has no words, or a line has more than one.
+    Raises:
+        CorpusError: If it cannot be read, has no words, or a line has more than one.
     """
     try:
         lines = read_small(path, MOST_VOCABULARY_BYTES).decode("utf-8-sig").splitlines()
@@ -54,7 +55,7 @@ class TargetVectors:
         self._folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}."))
 
     def add(self, words: list[str], vectors: np.ndarray) -> None:
-        """A line's words, and the vectors of those that are targets, (n, 2D) or (L + 1, n, 2D)."""
+        """Add a line's words, and the vectors of those that are targets, (n, 2D) or (L + 1, n, 2D)."""
         if vectors.ndim == 3:
             vectors = vectors.swapaxes(0, 1)
         targets = (word for word in words if word in self._counts)
