@@ -1,1 +1,1 @@
-"""Speed measurements; each module is a program, run as ``python -m benchmarks.NAME``."""
+"""Benchmarks; each module is a program: ``python -m benchmarks.NAME``."""

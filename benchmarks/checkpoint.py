@@ -1,8 +1,8 @@
-"""Checkpoints: how fast they are written and read, what they cost training, and how long a kill and a resume take.
+"""Measure the speed of checkpoints, what they cost training, and how long a kill and a resume take.
 
-``python -m benchmarks.checkpoint [models] [training]`` runs both parts, or one, on 2 ranks. Rates stand beside those of
-plain files of the same size, written and read by as many processes on the same disk in the same run. Reads are of files
-that memory had let go of.
+``python -m benchmarks.checkpoint [models] [training]`` runs both parts, or one of them, on 2 ranks. Rates are compared
+with those of plain files of the same size, written and read by as many processes on the same disk in the same run. The
+files are dropped from the page cache before they are read.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from preprocess.vocab import make_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = f"{sys.prefix}/bin/mpirun"
-RANKS, REPEATS = 2, 3
+NUM_RANKS, REPEATS = 2, 3
 MODELS = {"small, 44,095 classes": 44_095, "small, 970,000 classes": 970_000}
-_BLOCK = 1 << 22
+_BLOCK_BYTES = 1 << 22
 
 
-class Standing:
-    """A cursor that stays where it is, between two epochs."""
+class FixedCursor:
+    """A stand-in for a Cursor that is between two epochs and does not move."""
 
     position = Position(1, 1, 0)
     step = 1
 
     def sentences(self) -> None:
-        return None
+        """Return None: between epochs there are no sentences to save."""
 
 
 def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
-    """One rank of the first part: ``files NUM_CLASSES FOLDER``."""
+    """Run one rank of the first part; ``argv`` is NUM_CLASSES FOLDER."""
     num_classes, folder = int(argv[0]), Path(argv[1])
     world = enter()
     torch.set_num_threads(1)
@@ -71,11 +71,11 @@ def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
         world.barrier()
         times.setdefault(name, []).append(time.perf_counter() - start)
 
-    saver, cursor = checkpoint.Saver(folder, world), cast("Cursor", Standing())
+    saver, cursor = checkpoint.Saver(folder, world), cast("Cursor", FixedCursor())
     path, plain = checkpoint.path_of(folder, 1), folder / f"plain-{world.rank}"
     total = 0
 
-    def write_beside() -> None:
+    def write_plain_file() -> None:
         write_plain(plain, total // world.size)
 
     for _ in range(REPEATS):
@@ -85,9 +85,9 @@ def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
         times["write"][-1] = time.perf_counter() - begin
         manifest = checkpoint.read_manifest(path)
         total = sum(entry["bytes"] for entry in manifest["files"].values())
-        timed("plain write", write_beside)
+        timed("plain write", write_plain_file)
         for file in (*path.iterdir(), plain):
-            drop(file)
+            drop_from_page_cache(file)
         timed("restore", lambda: restore(path, parameters, world))
         timed("plain read", lambda: read_plain(plain))
         plain.unlink()
@@ -96,12 +96,13 @@ def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
         print(
             f"{total / 1e9:5.2f} GB  write {rates['write']:5.0f} MB/s (plain file {rates['plain write']:5.0f}), "
             f"restore with checksums {rates['restore']:5.0f} MB/s (plain file {rates['plain read']:5.0f}), "
-            f"training stands still for {statistics.median(times['stall']):.2f} s", flush=True,
+            f"training pauses for {statistics.median(times['stall']):.2f} s", flush=True,
         )
     parameters.server.close()
 
 
 def restore(path: Path, parameters: Parameters, world: World) -> None:
+    """Verify and restore a checkpoint (collective)."""
     manifest = checkpoint.read_manifest(path)
     checkpoint.check_files(path, manifest, world.rank, world.size)
     world.barrier()
@@ -109,29 +110,31 @@ def restore(path: Path, parameters: Parameters, world: World) -> None:
 
 
 def write_plain(path: Path, num_bytes: int) -> None:
-    block = np.random.default_rng(0).bytes(_BLOCK)
+    """Write a file of random bytes and flush it to the disk."""
+    block = np.random.default_rng(0).bytes(_BLOCK_BYTES)
     with open(path, "wb", buffering=0) as file:
-        for _ in range(0, num_bytes, _BLOCK):
+        for _ in range(0, num_bytes, _BLOCK_BYTES):
             file.write(block)
         os.fsync(file.fileno())
 
 
 def read_plain(path: Path) -> None:
-    block = memoryview(bytearray(_BLOCK))
+    """Read a file and discard its data."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while file.readinto(block):
             pass
 
 
-def drop(path: Path) -> None:
-    """Have the kernel forget a file's pages."""
+def drop_from_page_cache(path: Path) -> None:
+    """Drop a file from the page cache."""
     handle = os.open(path, os.O_RDONLY)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(handle)
 
 
 def make_corpus(folder: Path, num_words: int) -> list[str]:
-    """Options for a corpus of Zipf-distributed words, all of them in the vocabulary."""
+    """Make a corpus of Zipf-distributed words, all of them in the vocabulary; returns options of bin/train."""
     rng = np.random.default_rng(0)
     order = rng.permutation(num_words)
     lines = [" ".join(f"w{word}" for word in order[i : i + 20]) for i in range(0, num_words, 20)]
@@ -146,11 +149,13 @@ def make_corpus(folder: Path, num_words: int) -> list[str]:
 
 
 def start(run_dir: Path, options: list[str]) -> subprocess.Popen[bytes]:
-    command = [MPIRUN, "-n", str(RANKS), sys.executable, "bin/train", "--run-dir", str(run_dir), *options]
+    """Start a training job."""
+    command = [MPIRUN, "-n", str(NUM_RANKS), sys.executable, "bin/train", "--run-dir", str(run_dir), *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def lines_of(run_dir: Path) -> list[dict]:
+    """Return the training records of a run's metrics so far."""
     try:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError:
@@ -159,7 +164,7 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 
 def measure_stall(folder: Path, corpus: list[str], steps: int, every: int) -> None:
-    """Training with and without saves, in turn."""
+    """Compare training with and without saves, in turn."""
     rates: dict[int, list[float]] = {0: [], every: []}
     stalls = []
     for turn in range(2):
@@ -172,14 +177,14 @@ def measure_stall(folder: Path, corpus: list[str], steps: int, every: int) -> No
             if period:
                 stalls += [5 * record["step/save_s"] for record in records if "step/save_s" in record]
                 seconds = records[-1]["time_s"] - records[0]["time_s"]
-                print(f"  a save every {seconds / max(steps / every, 1):.1f} s", flush=True)
+                print(f"  one save every {seconds / max(steps / every, 1):.1f} s", flush=True)
     without, with_ = statistics.mean(rates[0]), statistics.mean(rates[every])
     print(f"  {without:,.0f} tokens/s without saves, {with_:,.0f} with: {1 - with_ / without:.1%} less")
-    print(f"  training stood still for {statistics.median(stalls):.2f} s a save, waiting for the last one included")
+    print(f"  training paused for {statistics.median(stalls):.2f} s per save, including waiting for the previous one")
 
 
 def measure_kill(folder: Path, corpus: list[str]) -> None:
-    """Seconds from SIGKILL of a rank to the end of the job, and from a start to the first step after a resume."""
+    """Measure the time from SIGKILL of a rank to the end of the job, and from the start to the first step."""
     ends, firsts = [], []
     run_dir = folder / "killed"
     options = [*corpus, "--save-every-steps", "5", "--report-every", "1"]
@@ -201,11 +206,12 @@ def measure_kill(folder: Path, corpus: list[str]) -> None:
 
 
 def main(parts: list[str]) -> None:
+    """Run the parts of the benchmark."""
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
         folder = Path(name)
         for title, num_classes in MODELS.items() if "models" in parts else ():
             print(f"{title}: ", end="", flush=True)
-            command = [MPIRUN, "-n", str(RANKS), sys.executable, "-m", "benchmarks.checkpoint", "files"]
+            command = [MPIRUN, "-n", str(NUM_RANKS), sys.executable, "-m", "benchmarks.checkpoint", "files"]
             subprocess.run([*command, str(num_classes), str(folder / str(num_classes))], cwd=ROOT, check=True)
         if "training" in parts:
             corpus = make_corpus(folder, 44_000)

@@ -226,6 +226,7 @@ def measure(task: Downstream) -> dict[str, list[list[float]]]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     task = parse(Downstream, sys.argv[1:], prog="benchmarks.downstream", description=__doc__.splitlines()[0])
     table = measure(task)
     print("| vectors | all words | in the model's vocabulary | not in it | not in the training file |")

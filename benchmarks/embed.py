@@ -1,11 +1,11 @@
-"""Vectors of text: model.embed against AllenNLP's ElmoLstm on the same weights and batches; opening; memory.
+"""Compare model.embed with AllenNLP's ElmoLstm, and measure the time to open a model and the memory of bin/embed.
 
     python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME]
 
-Without RUN a model of random weights is made, of 793,471 words and the ``small`` sizes. Both sides embed the same
-batches of sentences on one thread: the word vectors looked up, all layers computed, arrays made of each sentence. They
-take turns, and the median of the repeats counts. Times are the process's CPU time, which other programs on the machine
-do not lengthen much; those of bin/embed are wall-clock times.
+Without RUN, a model with random weights, 793,471 words and the ``small`` sizes is made. Both sides embed the same
+batches on one thread with the same weights: they look up word vectors, compute all layers, and make an array per
+sentence. They take turns; the result is the median of the repeats. Times are CPU times of the process, which other
+programs on the machine hardly affect, except for those of bin/embed, which are wall-clock times.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ SIZES = {"small": (128, 512), "original": (512, 4096)}
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?")
-    parser.add_argument("--text", help="sentences, one a line (default: random words of 8 to 40 a sentence)")
+    parser.add_argument("--text", help="file of one sentence per line (default: random sentences of 8 to 40 words)")
     parser.add_argument("--preset", choices=SIZES, default="small")
-    parser.add_argument("--words", type=int, default=793_471, help="of the model of random weights")
+    parser.add_argument("--words", type=int, default=793_471, help="vocabulary size of the random model")
     parser.add_argument("--sentences", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> None:
         )
         print(f"opening {path.name}: {opening_s(path):.2f} s (lapse_elmo.load, torch imported before)")
         model = lapse_elmo.load(path)
-        sentences = text_of(model, options.text, options.sentences)
+        sentences = load_or_make_text(model, options.text, options.sentences)
         compare(model, sentences, options.repeats)
         for ranks in (1, 2):
             program(path, sentences, Path(folder), ranks)
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def random_model(folder: Path, num_words: int, size: int, cell: int) -> Path:
-    """An export of random weights."""
+    """Make an exported model with random weights."""
     sizes = BiLMOptions(projection_size=size, cell_size=cell)
     model = BiLM(sizes, torch.Generator().manual_seed(1))
     rng = np.random.default_rng(1)
@@ -72,7 +73,7 @@ def random_model(folder: Path, num_words: int, size: int, cell: int) -> Path:
 
 
 def opening_s(path: Path) -> float:
-    """Seconds of lapse_elmo.load in a new process; the least of three."""
+    """Measure the seconds of lapse_elmo.load in a new process; the fastest of three."""
     code = (
         "import sys, time, torch, lapse_elmo, lapse_elmo.trained; start = time.perf_counter();"
         "lapse_elmo.load(sys.argv[1]); print(time.perf_counter() - start)"
@@ -81,17 +82,19 @@ def opening_s(path: Path) -> float:
     return min(float(run.stdout) for run in runs)
 
 
-def text_of(model: TrainedModel, path: str | None, count: int) -> list[list[str]]:
+def load_or_make_text(model: TrainedModel, path: str | None, count: int) -> list[list[str]]:
+    """Return the first ``count`` sentences of a file, or random ones."""
     if path:
         with open(path, encoding="utf-8") as file:
             return [line.split() for line, _ in zip(file, range(count), strict=False)]
     rng = np.random.default_rng(2)
     words = model.vocabulary.words
-    places = np.minimum(rng.zipf(1.2, (count, 40)), len(words)) - 1
-    return [[words[place] for place in places[row, : rng.integers(8, 41)]] for row in range(count)]
+    indices = np.minimum(rng.zipf(1.2, (count, 40)), len(words)) - 1
+    return [[words[index] for index in indices[row, : rng.integers(8, 41)]] for row in range(count)]
 
 
 def compare(model: TrainedModel, sentences: list[list[str]], repeats: int) -> None:
+    """Print the speed of model.embed and of AllenNLP's ElmoLstm, and the difference of their results."""
     sizes = model.stored.options
     lstm = reference.elmo_lstm()(
         sizes.projection_size, sizes.projection_size, sizes.cell_size, sizes.num_layers,
@@ -136,6 +139,7 @@ def compare(model: TrainedModel, sentences: list[list[str]], repeats: int) -> No
 
 
 def program(path: Path, sentences: list[list[str]], folder: Path, ranks: int) -> None:
+    """Print the speed of bin/embed."""
     text = folder / "text"
     text.write_text("".join(" ".join(words) + "\n" for words in sentences * 4), encoding="utf-8")
     command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, "bin/embed", str(path)]
@@ -147,7 +151,7 @@ def program(path: Path, sentences: list[list[str]], folder: Path, ranks: int) ->
 
 
 def memory(path: Path, folder: Path, sentences: list[list[str]]) -> None:
-    """The largest resident memory of bin/embed --pool mean over 1 MB and 10 MB of text."""
+    """Print the peak resident memory of bin/embed --pool mean for 1 MB and 10 MB of text."""
     line = "".join(" ".join(words) + "\n" for words in sentences)
     peaks = {}
     for megabytes in (1, 10):

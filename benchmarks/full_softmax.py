@@ -1,7 +1,7 @@
-"""The full softmax of evaluation over ELMo's 793,471 classes: ``python -m benchmarks.full_softmax``.
+"""Measure the full softmax of evaluation over ELMo's 793,471 classes: ``python -m benchmarks.full_softmax``.
 
-GFLOP/s beside those of the same matrix products alone, and how much memory it takes above what it is given. The rows
-come in chunks as from the server, with accumulators beside the weights, but from one buffer: no table is held.
+Prints GFLOP/s next to those of the bare matrix products, and the peak memory above that of the inputs. The rows come
+in chunks as from the server, weights followed by accumulators, but all from one buffer: no table is held.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.step import in_halves, peak_bytes
+from benchmarks.step import peak_bytes, run_halves
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.devices import speed_up_float32
 from lapse_elmo.model.full_softmax import CLASSES_AT_ONCE, TARGETS_AT_ONCE, full_softmax_nll
 
-_CHUNK = 16_384
+_CHUNK = 16_384  # rows
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class FullSoftmaxOptions:
 
     num_classes: int = option(793_471, help="V")
     projection_sizes: tuple[int, ...] = option((128, 512), help="D")
-    num_targets: int = option(2048, help="predicting vectors of D 128; as many fewer as D is larger")
+    num_targets: int = option(2048, help="context vectors for D 128, fewer in proportion for larger D")
     threads: tuple[int, ...] = option((1,), help="torch threads to measure with")
 
 
 def chunks(num_classes: int, buffer: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Rows as RowTable.chunks gives them."""
+    """Yield rows as RowTable.chunks does."""
     for first in range(0, num_classes, _CHUNK):
         yield first, buffer[: min(_CHUNK, num_classes - first), : size + 1]
 
 
 def products(context: Tensor, weight: Tensor, num_classes: int) -> None:
-    """The same products and nothing else."""
+    """Compute only the matrix products of the full softmax."""
 
     def half(number: int) -> None:
         logits = torch.empty(TARGETS_AT_ONCE, CLASSES_AT_ONCE)
@@ -47,11 +47,11 @@ def products(context: Tensor, weight: Tensor, num_classes: int) -> None:
             for some in context.chunk(2)[number].split(TARGETS_AT_ONCE):
                 torch.mm(some, weight.t(), out=logits[: len(some)])
 
-    in_halves(half)
+    run_halves(half)
 
 
 def peak_of(context: Tensor, buffer: Tensor, target: Tensor) -> int:
-    """Bytes above what is given; they do not grow with the number of chunks."""
+    """Measure the peak memory in bytes above that of the arguments. It does not depend on the number of chunks."""
     few = 3 * _CHUNK
 
     def run() -> None:
@@ -61,6 +61,7 @@ def peak_of(context: Tensor, buffer: Tensor, target: Tensor) -> int:
 
 
 def main(argv: list[str]) -> None:
+    """Print the table."""
     options = parse(FullSoftmaxOptions, argv, prog="python -m benchmarks.full_softmax", description="Time evaluation.")
     speed_up_float32()
     print("threads    D        N  tokens/s  GFLOP/s  products' GFLOP/s  peak memory")
@@ -79,11 +80,11 @@ def main(argv: list[str]) -> None:
             ours = clock() - start
             start = clock()
             products(context, buffer[:CLASSES_AT_ONCE, :size].contiguous(), options.num_classes)
-            alone = clock() - start
+            products_only = clock() - start
             peak = peak_of(context, buffer, target)
             print(
                 f"{threads:7}{size:5}{count:9,}{count / 2 / ours:10,.0f}{flops / ours / 1e9:9.1f}"
-                f"{flops / alone / 1e9:19.1f}{peak / 1e6:9.0f} MB", flush=True,
+                f"{flops / products_only / 1e9:19.1f}{peak / 1e6:9.0f} MB", flush=True,
             )
 
 

@@ -290,6 +290,7 @@ def measure(options: GpuOptions) -> bool:
 
 
 def main() -> None:
+    """Run the benchmark."""
     options = parse(GpuOptions, sys.argv[1:], prog="benchmarks.gpu", description=__doc__.splitlines()[0])
     if options.collect:
         collect(options.collect, options.python)

@@ -1,9 +1,9 @@
-"""Held-out perplexity after a number of ids: ``python -m benchmarks.learning TRAIN_TEXT HELDOUT_TEXT [-- OPTION ...]``.
+"""Measure what a model learns: ``python -m benchmarks.learning TRAIN_TEXT HELDOUT_TEXT [-- OPTION ...]``.
 
-Builds vocabulary (threshold 3) and shards of the text and trains the ``small`` sizes with the defaults of
-``bin/train``, or with the options given after ``--``, on all cores (or RANKS of the environment), until ``IDS`` ids,
-boundary ids counted, were trained.
-benchmarks/learning.md holds the figures and those of the peers on the same text.
+Makes a vocabulary (threshold 3) and shards of the text, trains the ``small`` sizes with the defaults of ``bin/train``
+or with the options after ``--``, and prints the held-out perplexity of each epoch. Training uses all cores, or the
+number of ranks in the environment variable RANKS, and ends after ``IDS`` ids, boundaries included.
+benchmarks/learning.md has the results, and those of the peers on the same text.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from pathlib import Path
 from lapse_elmo.corpus.shards import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
-IDS = 1_490_000  # what bilm-tf was given for the anchor
+IDS = 1_490_000  # as many as bilm-tf was trained with for comparison
 
 
 def run(*command: str) -> None:
-    """One program of this repository, which prints as it goes."""
+    """Run a program of this repository; its output is shown."""
     subprocess.run(command, cwd=ROOT, check=True)
 
 
 def main(argv: list[str]) -> None:
+    """Run the benchmark."""
     cut = argv.index("--") if "--" in argv else len(argv)
     if cut != 2:
         sys.exit(__doc__)
@@ -52,7 +53,17 @@ def main(argv: list[str]) -> None:
 
 
 def steps_until(sentences: float, num_ranks: int, options: Sequence[str], shards: ShardSet) -> tuple[int, int]:
-    """(steps until all ranks together have trained so many sentences, epochs of that), with bin/train's ``options``."""
+    """Compute how long a run must be to train a number of sentences.
+
+    Args:
+        sentences: Sentences of all ranks together.
+        num_ranks: The number of ranks.
+        options: The options of bin/train.
+        shards: The training shards.
+
+    Returns:
+        The number of steps, and the number of epochs that they reach into.
+    """
     from lapse_elmo.config.training import parse_train
     from lapse_elmo.cursor import batch_streams
     from lapse_elmo.mpi.world import solo

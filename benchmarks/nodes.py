@@ -1,8 +1,8 @@
-"""The same ranks as 1, 2, 4, ... nodes of this machine: ``python -m benchmarks.nodes [OPTION ...] [-- OPTION ...]``.
+"""Train with the same ranks as 1, 2, 4, ... nodes: ``python -m benchmarks.nodes [OPTION ...] [-- OPTION ...]``.
 
-What it costs that rows are no longer in one shared memory. Each row of the table is a run of ``bin/train`` with full
-batches from the first step (``--first-batch 0``); shares and rates are of the steps after the first report. Rounds are
-repeated, and speeds are medians, since machines are not equally fast at all times.
+Measures what it costs if rows are not in one shared memory. Each row of the table is a run of ``bin/train`` with full
+batches from the first step (``--first-batch 0``); fractions and rates are those of the steps after the first report.
+Speeds are medians of several rounds, since the speed of a machine varies.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from lapse_elmo.config.training import DEFAULT_SHARDS, DEFAULT_VOCAB
 
 @dataclass(frozen=True)
 class NodesOptions:
-    """How many ranks, split how, on which corpus, for how long."""
+    """The options of the benchmark."""
 
-    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="folder with the training and held-out shards")
+    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="directory of the training and held-out shards")
     vocab: str = option(DEFAULT_VOCAB, metavar="FILE", help="vocabulary that the shards were made with")
-    ranks: int = option(16, metavar="N", help="ranks in all")
-    nodes: tuple[int, ...] = option((1, 2, 4, 8, 16), metavar="N", help="numbers of nodes that they are split into")
+    ranks: int = option(16, metavar="N", help="total number of ranks")
+    nodes: tuple[int, ...] = option((1, 2, 4, 8, 16), metavar="N", help="numbers of nodes to split them into")
     max_steps: int = option(10, metavar="N", help="steps of each run")
-    rounds: int = option(3, metavar="N", help="runs of each")
+    rounds: int = option(3, metavar="N", help="number of runs of each")
 
 
 def main(argv: list[str]) -> None:
+    """Print the table."""
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parse(
         NodesOptions, argv[:cut], prog="python -m benchmarks.nodes",

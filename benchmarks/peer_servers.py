@@ -1,9 +1,9 @@
-"""The speed of the real packages lapse and adapm: ``mpirun -n 2 python -m benchmarks.peer_servers lapse|adapm``.
+"""Measure the packages lapse and adapm: ``mpirun -n 2 python -m benchmarks.peer_servers lapse|adapm``.
 
-Two ranks of one machine are two nodes. A call concerns 8,192 distinct rows of 1 KiB; figures are million rows a second
-of the one rank that works while the other waits, respectively the mean of the two while both do. Rows are near because
-they were localized (Lapse) or announced (AdaPM) before, and far because the other node has them. Beside them, from the
-same run, what bare memory and bare MPI do with the same rows. Where a package is absent, the benchmark says so.
+Two ranks of one machine are two nodes. A call concerns 8,192 distinct rows of 1 KiB. The results are million rows per
+second: of rank 0 while the other rank waits, and the mean of both ranks while both work. Rows are local because they
+were localized (Lapse) or announced (AdaPM) before, and remote because the other node has them. The same run measures
+the same rows with bare memory operations and bare MPI. If a package is not installed, the benchmark says so and ends.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from lapse_elmo.ps.layout import Layout
 
 PACKAGES = ("lapse", "adapm")
 _ROWS, _WIDTH, _KEYS, _REPEATS = 65_536, 256, 8_192, 3
-_CALLS = 4  # of a repeat: as many blocks as each rank has
+_CALLS = 4  # per repeat: the number of blocks of each rank
 
 
 class Bench:
-    """The measurements of one package on this rank, shown one by one as they are taken."""
+    """Measures one package, and prints each result at once."""
 
     def __init__(self, world: World, server: ParameterServer) -> None:
         self.world = world
         self.server = server
         self.values = torch.ones(_KEYS, _WIDTH)
-        # Each repeat takes rows of its own. Those of block b are with rank b % size at first (see `bring`).
+        # The rows (blocks, keys), ascending within a block. `bring` moves block b to rank b % size.
         self.blocks = np.random.default_rng(1).permutation(_ROWS)[: _ROWS // _KEYS * _KEYS].reshape(-1, _KEYS)
         self.blocks.sort(axis=1)
 
     def bring(self) -> None:
-        """Collective: every second block of rows to either rank, for the clocks that follow."""
+        """Move every second block of rows to each rank, for the following clocks (collective)."""
         server = self.server
         mine = np.concatenate(self.blocks[self.world.rank :: self.world.size])
         server.quiesce()
         server.localize(mine)
         server.quiesce()
-        server.advance_clock()  # no announcement of the rows is left
+        server.advance_clock()  # ends all announcements of the rows
 
     def near(self) -> np.ndarray:
-        """Blocks that are here, (n, keys)."""
+        """Return the blocks that are on this rank, (n, keys)."""
         return self.blocks[self.world.rank :: self.world.size]
 
     def far(self) -> np.ndarray:
-        """Blocks that the other rank has."""
+        """Return the blocks that are on the other rank, (n, keys)."""
         return self.blocks[(self.world.rank + 1) % self.world.size :: self.world.size]
 
     def measure(self, name: str, call: Callable[[np.ndarray], object], blocks: np.ndarray, *, alone: bool) -> None:
@@ -71,14 +71,14 @@ class Bench:
         self._show(name, rates)
 
     def _show(self, name: str, rates: list[float]) -> None:
-        """Collective: the mean of the ranks that worked, after a repeat that is thrown away."""
+        """Print the mean of the ranks that worked, without the first repeat (collective)."""
         medians = self.world.allgather(statistics.median(rates[1:]) if rates else None)
         if self.world.rank == 0:
             worked = [median for median in medians if median is not None]
             print(f"  {name:28} {statistics.mean(worked) / 1e6:6.2f}", flush=True)
 
     def measure_moves(self, name: str, move: Callable[[np.ndarray], object], *, alone: bool) -> None:
-        """As :meth:`measure` of calls that bring far rows: each block can be brought once until all go back."""
+        """Measure calls that move remote rows here. Each block moves once per repeat; :meth:`bring` moves it back."""
         rates = []
         for _ in range(_REPEATS + 1):
             self.bring()
@@ -93,6 +93,7 @@ class Bench:
         self._show(name, rates)
 
     def run(self) -> None:
+        """Measure all operations of the package (collective)."""
         server, values = self.server, self.values
         for alone, suffix in ((True, ""), (False, ", both")):
             self.bring()
@@ -105,7 +106,7 @@ class Bench:
             self.measure_moves("localize" + suffix, server.localize, alone=alone)
 
     def floors(self) -> None:
-        """Bare memory, and a bare exchange of as many bytes as a remote pull moves."""
+        """Measure bare memory operations, and an MPI exchange of the bytes of a remote pull."""
         table, values = torch.zeros(_ROWS, _WIDTH), self.values
         out = torch.empty(_KEYS, _WIDTH)
         for alone, suffix in ((True, ""), (False, ", both")):
@@ -122,7 +123,7 @@ class Bench:
             self.measure("bare Alltoallv, one way", self._send, self.far(), alone=False)
 
     def _exchange(self, keys: np.ndarray, *, both: bool = True) -> None:
-        """Keys to the other rank, rows back: to rank 0 alone, or to either."""
+        """Exchange keys for rows by Alltoallv: for both ranks, or for rank 0 alone."""
         from mpi4py import MPI
 
         comm, other = self.world.comm, (self.world.rank + 1) % self.world.size
@@ -141,17 +142,18 @@ class Bench:
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
+    """Run the benchmark on one rank."""
     world = enter()
     package = argv[0] if argv else ""
     if package not in PACKAGES:
-        raise ConfigError(f"name one of the packages {', '.join(PACKAGES)}, not {package!r}").on_every_rank()
+        raise ConfigError(f"the package is {package!r}, expected one of {', '.join(PACKAGES)}").on_every_rank()
     if importlib.util.find_spec(package) is None:
         if world.rank == 0:
             print(f"the package {package} is not installed: nothing to measure")
         return
     torch.set_num_threads(1)
     if world.rank == 0:
-        print(f"{package}, {world.size} nodes of one rank: million rows/s a rank", flush=True)
+        print(f"{package}, {world.size} nodes of one rank: million rows/s per rank", flush=True)
     server = make_server(package, world, Layout.of(("rows", _ROWS, _WIDTH)))
     bench = Bench(world, server)
     bench.floors()

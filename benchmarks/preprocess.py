@@ -1,9 +1,9 @@
-"""Speed and memory of preprocessing: loading a vocabulary of ELMo's size; ``vocab`` and ``shards`` against plain loops.
+"""Measure speed and memory of preprocessing: ``python -m benchmarks.preprocess [TEXT...]``.
 
-Run ``python -m benchmarks.preprocess [TEXT...]``: real text is repeated until there is enough of it; without, text is
-made. The plain loops split each line and look each word up in a dict. Rates are MB (10^6 bytes) of expanded text per
-second of one rank's processor time and of the clock, without the interpreter's start; the best of three runs. Memory
-must not grow with the text, only with the vocabulary.
+The text is repeated until there is enough of it; without TEXT it is random. ``vocab`` and ``shards`` are compared with
+plain loops, which split each line and look up each word in a dict. Rates are MB (10^6 bytes) of uncompressed text per
+second of CPU time of one rank and of wall time, without the start of the interpreter; the best of three runs. Memory
+must grow only with the vocabulary, not with the text. The time to load a vocabulary of ELMo's size is measured too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from backports import zstd
 
-from lapse_elmo.corpus.compressed import expanded, format_of
-from lapse_elmo.corpus.text import cut_into_parts, find_texts, read_blocks
+from lapse_elmo.corpus.compressed import compression_of, decompress
+from lapse_elmo.corpus.text import find_texts, read_blocks, split_into_chunks
 from lapse_elmo.corpus.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ FULL_MB, LOOP_MB, SOME_MB, PART_MB = 256, 16, 32, 4
 REPEATS = 3
 _MB = 1_000_000
 
-# Peak memory is of a whole process, so each run is one; the interpreter's own part shows in the first line.
+# Each run is a process of its own, since peak memory is that of a whole process. An empty run shows the interpreter's.
 _RUN = """
 import sys, time
 from lapse_elmo.mpi.world import solo
@@ -53,7 +53,7 @@ print(seconds, used, int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 class Cost(NamedTuple):
-    """Of one command: seconds of the clock and of the processor without the start, and peak memory."""
+    """Wall and CPU seconds of a command without the start of the interpreter, and its peak memory."""
 
     wall_s: float
     processor_s: float
@@ -61,7 +61,7 @@ class Cost(NamedTuple):
 
 
 def _command(arguments: list[str], native: bool = True, repeats: int = 1) -> Cost:
-    """The best of ``repeats`` runs in processes of their own."""
+    """Run a command ``repeats`` times, each in a process of its own, and return the best results."""
     command = [sys.executable, "-c", _RUN, *arguments]
     environment = {**os.environ, "LAPSE_ELMO_NATIVE": str(int(native))}
     costs = []
@@ -88,11 +88,11 @@ def _made_text(size: int) -> bytes:
 
 
 def _text(paths: list[str]) -> bytes:
-    return b"".join(block.data for part in cut_into_parts(find_texts(paths)) for block in read_blocks(part))
+    return b"".join(block.data for part in split_into_chunks(find_texts(paths)) for block in read_blocks(part))
 
 
 def _write(path: Path, text: bytes, size_mb: int) -> Path:
-    """About ``size_mb`` of ``text``, repeated where it is shorter; whole lines."""
+    """Write about ``size_mb`` of ``text``, repeated if it is shorter, in whole lines."""
     size = size_mb * _MB
     with open(path, "wb") as file:
         while file.tell() < size:
@@ -149,7 +149,7 @@ def _speed(directory: Path, text: bytes) -> None:
 
 
 def _expand(path: Path) -> None:
-    with open(path, "rb") as file, expanded(file, format_of(str(path))) as stream:
+    with open(path, "rb") as file, decompress(file, compression_of(str(path))) as stream:
         while stream.read(1 << 20):
             pass
 

@@ -1,9 +1,9 @@
-"""The products of the LSTM's steps: packed.c beside torch. ``python -m benchmarks.products``
+"""Compare packed.c with torch on the matrix products of the LSTM's steps: ``python -m benchmarks.products``.
 
-For each weight of the sizes and each precision the (n, K) @ (K, N) products of a step, with one thread, by both and by
-what is chosen (lapse_elmo.model.packed.rows_packed). The two take turns within milliseconds, so that whatever else the
-machine does hits both alike; rates are of the fastest turn, ratios the median of the turns, in processor time. The
-time of packing is printed apart: it is spent once per step, weight and direction, torch's is within its products.
+Measures the (n, K) @ (K, N) products of a step with one thread, for each weight, size and precision, by both and by the
+one that training chooses (lapse_elmo.model.packed.rows_packed). The two take turns within milliseconds, so that other
+load on the machine affects both alike. Rates are those of the fastest turn, ratios medians of the turns, in CPU time.
+The time of packing is printed separately: it is spent once per step, weight and direction. Torch packs in each product.
 """
 
 from __future__ import annotations
@@ -30,14 +30,21 @@ class ProductsOptions:
 
     sizes: tuple[str, ...] = option(("small", "original"), help="small, original")
     precisions: tuple[str, ...] = option(PRECISIONS[: 1 + cpu_multiplies_bf16()], help="fp32, bf16")
-    rows: tuple[int, ...] = option((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), help="n, rows of the first factor")
-    repeats: int = option(5, help="turns")
+    rows: tuple[int, ...] = option((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), help="n, rows of the first matrix")
+    repeats: int = option(5, help="number of turns")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One of the four weights by which steps multiply; ``strided`` where it is a transposed view, ``adds`` where the
-    products are added to what is there."""
+    """One of the four weights of an LSTM step.
+
+    Attributes:
+        name: What it computes.
+        num_terms: K, its rows.
+        num_columns: N, its columns.
+        strided: Whether it is a transposed view.
+        adds: Whether the products are added to the output.
+    """
 
     name: str
     num_terms: int
@@ -46,12 +53,14 @@ class Weight:
     adds: bool
 
     def new(self, storage: torch.dtype) -> Tensor:
+        """Make a random weight (K, N)."""
         if self.strided:
             return torch.randn(self.num_columns, self.num_terms).to(storage).t()
         return torch.randn(self.num_terms, self.num_columns).to(storage)
 
 
 def weights(size: str) -> list[Weight]:
+    """Return the weights of a model size."""
     width, cells = PRESETS[size]["projection_size"], PRESETS[size]["cell_size"]
     return [
         Weight("state to gates", width, 4 * cells, strided=True, adds=True),
@@ -62,7 +71,7 @@ def weights(size: str) -> list[Weight]:
 
 
 def seconds(run: Callable[[], object], at_least_s: float = 5e-4) -> float:
-    """Processor time of one call; short ones are repeated."""
+    """Measure the CPU seconds of one call; short calls are repeated."""
     count, start = 0, time.process_time()
     while True:
         run()
@@ -72,7 +81,7 @@ def seconds(run: Callable[[], object], at_least_s: float = 5e-4) -> float:
 
 
 def compare(found: Kernels, weight: Weight, storage: torch.dtype, options: ProductsOptions) -> list[float]:
-    """Print a line; the ratios of what is chosen to torch, by number of rows."""
+    """Print a line of the table; returns the speed of the chosen product relative to torch, by number of rows."""
     second = weight.new(storage)
     packed, by_torch = PrepackedWeight(found, second), TorchWeight(Matmul(storage), second)
     pack_s = min(seconds(lambda: PrepackedWeight(found, second)) for _ in range(options.repeats))
@@ -119,7 +128,7 @@ def main(argv: list[str]) -> None:
                 at = f"{size}, {weight.name}, {precision}, n = "
                 worst += [(ratio, f"{at}{n}") for ratio, n in zip(ratios, options.rows, strict=True)]
     for ratio, where in sorted(worst)[:5]:
-        print(f"chosen to torch, at worst {ratio:.2f}: {where}")
+        print(f"lowest speed of the chosen product relative to torch: {ratio:.2f}, {where}")
 
 
 if __name__ == "__main__":

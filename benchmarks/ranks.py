@@ -1,9 +1,8 @@
-"""Whole training steps by ``bin/train``: ``python -m benchmarks.ranks [TRAIN OPTION ...]``.
+"""Measure the speed of training by ranks and threads: ``python -m benchmarks.ranks [OPTION OF bin/train ...]``.
 
-Words a second, padding and boundaries not counted, on the same cores divided into ranks and threads in several ways;
-with the fused LSTM, in bfloat16 too where the processor multiplies it, and with AllenNLP's. Uses the shards and
-vocabulary of the default place (``make train`` builds them) unless options say otherwise. The first steps of each run
-are thrown away.
+Prints words per second, without padding and boundaries, for several divisions of the same cores into ranks and threads:
+with the fused LSTM, also in bfloat16 if the CPU supports it, and with AllenNLP's LSTM. Uses the default shards and
+vocabulary (``make train`` makes them) unless options name others. The first steps of each run are discarded.
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ _STEPS, _WARM_UP = 13, 3
 
 
 def words_per_s(ranks: int, threads: int, *options: str) -> tuple[float, float]:
-    """(mean over steps of all ranks' words a second, share of the step's time in computation on rank 0)."""
+    """Train a few steps.
+
+    Returns:
+        The words per second of all ranks together, a mean over the steps, and the fraction of the time of a step that
+        rank 0 computes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [f"{sys.prefix}/bin/mpirun", "-n", str(ranks), "bin/train", "--run-dir", folder, "--overwrite"]
         command += ["--threads", str(threads), "--max-steps", str(_STEPS), "--report-every", "1", "--progress", "none"]
@@ -37,6 +41,7 @@ def words_per_s(ranks: int, threads: int, *options: str) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> None:
+    """Print the table."""
     cores = usable_cores()
     ways = sorted({(1, 1), (1, cores), (cores, 1), (max(cores // 2, 1), 2), (2 * cores, 1)})
     print(f"{cores} cores\nranks  threads  LSTM      precision  words/s  computing")

@@ -1,14 +1,14 @@
-"""What is learnt per token, by the number of ranks: ``python -m benchmarks.ranks_learning TRAIN HELDOUT --output DIR``.
+"""Measure learning by number of ranks: ``python -m benchmarks.ranks_learning TRAIN HELDOUT --output DIR``.
 
-TRAIN and HELDOUT are text files. Vocabulary (threshold 3) and shards are made of them, then ``small`` sizes are
-trained with the defaults of ``bin/train`` (or ``--options``) by each number of ranks and from each seed, up to the
-largest of ``--tokens``, and the held-out perplexity at each budget is told: interpolated in the logarithm of the tokens
-between the two evaluations around it. Numbers of ranks above ``--most-ranks`` are computed by ``--processes`` processes
-that take the parts of many in turn (``--accumulate``), which is the same arithmetic. ``--check N ...`` shows that: it
-trains a few steps with N real ranks and with the parts of N, and prints how far their losses are apart.
+Makes a vocabulary (threshold 3) and shards of the text files TRAIN and HELDOUT, and trains the ``small`` sizes with the
+defaults of ``bin/train`` (or ``--options``) for each number of ranks and each seed, up to the largest of ``--tokens``.
+Reports the held-out perplexity at each number of tokens, interpolated in the logarithm of the tokens between the two
+nearest evaluations. More than ``--most-ranks`` ranks are simulated by ``--processes`` processes with ``--accumulate``,
+which computes the same. ``--check N ...`` verifies that: it trains a few steps with N real ranks and with N simulated
+ones, and prints the largest difference of their losses.
 
-DIR gets a folder for each run, ``results.json``, ``table.md`` and ``curves.png``. Runs that are there already are not
-repeated, so the study may be stopped and resumed.
+DIR gets a directory per run, ``results.json``, ``table.md`` and ``curves.png``. Completed runs are not repeated, so the
+study may be interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.mpi.host import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATIONS = 12  # of a run, in addition to those at the ends of epochs
+EVALUATIONS = 12  # per run, in addition to those at the end of each epoch
 CHECK_STEPS = 12
 
 
 @dataclass(frozen=True)
 class Study:
-    """Which runs, on which text."""
+    """The options of the benchmark."""
 
-    train: str = option(metavar="TRAIN", positional=True, help="training text, a sentence per line")
+    train: str = option(metavar="TRAIN", positional=True, help="training text, one sentence per line")
     heldout: str = option(metavar="HELDOUT", positional=True, help="held-out text")
-    output: str = option(metavar="DIR", help="folder for runs, table and pictures")
+    output: str = option(metavar="DIR", help="directory for runs, table and figure")
     ranks: tuple[int, ...] = option((1, 2, 4, 8, 16, 64, 256), metavar="R", help="numbers of ranks")
-    most_ranks: int = option(16, metavar="R", help="real ranks up to this number; more are computed in turn")
-    tokens: tuple[float, ...] = option((3e5, 9e5), metavar="N", help="budgets to tell the perplexity at")
-    seeds: tuple[int, ...] = option((1, 2, 3), metavar="N", help="seeds; the table has the medians")
-    processes: int = option(usable_cores(), metavar="P", help="processes that take the parts of many in turn")
-    options: str = option("", metavar="'OPTION ...'", help="options of bin/train for every run")
-    check: tuple[int, ...] = option((), metavar="R", help="compare real ranks with parts for these numbers, and end")
+    most_ranks: int = option(16, metavar="R", help="largest number of real ranks; more are simulated")
+    tokens: tuple[float, ...] = option(
+        (3e5, 9e5), metavar="N", help="numbers of trained tokens at which to report the perplexity"
+    )
+    seeds: tuple[int, ...] = option((1, 2, 3), metavar="N", help="seeds; the table shows the medians")
+    processes: int = option(usable_cores(), metavar="P", help="largest number of processes that simulate more ranks")
+    options: str = option("", metavar="'OPTION ...'", help="options of bin/train for all runs")
+    check: tuple[int, ...] = option((), metavar="R", help="only compare R real with R simulated ranks")
 
 
 def command(study: Study, num_ranks: int, num_processes: int, run_dir: Path, *more: str) -> list[str]:
-    """A run of ``num_ranks`` ranks, or of the processes that take their parts in turn."""
+    """Return the command of a run of ``num_ranks`` ranks, which fewer processes may simulate."""
     folder = Path(study.output)
     return [
         f"{sys.prefix}/bin/mpirun", "-n", str(num_processes), "bin/train", "--shards", str(folder / "shards"),
@@ -65,20 +67,20 @@ def command(study: Study, num_ranks: int, num_processes: int, run_dir: Path, *mo
 
 
 def processes_for(study: Study, num_ranks: int) -> int:
-    """All ranks, or the most processes up to ``--processes`` that share them evenly."""
+    """Return ``num_ranks`` or, above ``--most-ranks``, the most processes that divide the ranks evenly."""
     if num_ranks <= study.most_ranks:
         return num_ranks
     return max(p for p in range(1, study.processes + 1) if num_ranks % p == 0)
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of a run's metrics."""
+    """Return the records of one kind of a run's metrics."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
 def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
-    """Train, unless that is done; the run's folder."""
+    """Train, unless the run is complete; returns its directory."""
     run_dir = Path(study.output) / f"ranks-{num_ranks}-seed-{seed}"
     done = run_dir / "done"
     if not done.exists():
@@ -96,12 +98,12 @@ def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
 
 
 def curve(run_dir: Path) -> list[tuple[float, float]]:
-    """(tokens, held-out perplexity) of every evaluation."""
+    """Return (tokens, held-out perplexity) of each evaluation."""
     return [(e["train/trained_tokens"], e["heldout/mean_perplexity"]) for e in records(run_dir, "epoch")]
 
 
-def at(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """Perplexity at a budget, between the evaluations around it; NaN where there are none."""
+def perplexity_at(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Interpolate the perplexity at a number of tokens; NaN outside the evaluations."""
     for (before, first), (after, second) in itertools.pairwise(points):
         if before <= tokens <= 1.001 * after and after > before:
             share = min(math.log(tokens / before) / math.log(after / before), 1.0)
@@ -109,15 +111,15 @@ def at(points: Sequence[tuple[float, float]], tokens: float) -> float:
     return next((value for count, value in points if abs(count - tokens) < 1e-3 * tokens), math.nan)
 
 
-def tell(study: Study, curves: dict[int, list[list[tuple[float, float]]]]) -> None:
-    """Write results, the table of medians, and the picture."""
+def write_results(study: Study, curves: dict[int, list[list[tuple[float, float]]]]) -> None:
+    """Write the results, the table of medians and the figure."""
     folder = Path(study.output)
     (folder / "results.json").write_text(json.dumps(curves, indent=1))
     head = "| ranks |" + "".join(f" {tokens / 1e6:g} M tokens | to the first |" for tokens in study.tokens)
     lines = [head, "|---" * (1 + 2 * len(study.tokens)) + "|"]
     first: list[float] = []
     for num_ranks, seeds in curves.items():
-        values = [statistics.median(at(points, tokens) for points in seeds) for tokens in study.tokens]
+        values = [statistics.median(perplexity_at(points, tokens) for points in seeds) for tokens in study.tokens]
         first = first or values
         cells = "".join(f" {value:.1f} | {value / base - 1:+.1%} |" for value, base in zip(values, first, strict=True))
         lines.append(f"| {num_ranks} |{cells}")
@@ -127,7 +129,7 @@ def tell(study: Study, curves: dict[int, list[list[tuple[float, float]]]]) -> No
 
 
 def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None:
-    """Perplexity by tokens, a colour for each number of ranks, a line for each seed."""
+    """Plot perplexity by tokens, with one colour per number of ranks and one line per seed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -149,7 +151,7 @@ def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None
 
 
 def check(study: Study, num_ranks: int) -> None:
-    """Compare the losses of real ranks with those of as many parts, step by step."""
+    """Print the largest difference between the losses of real ranks and of as many simulated ranks."""
     folder = Path(study.output)
     losses = []
     for processes in (num_ranks, max(p for p in range(1, study.processes + 1) if num_ranks % p == 0)):
@@ -160,11 +162,12 @@ def check(study: Study, num_ranks: int) -> None:
         )
         losses.append([line["train/loss_nats"] for line in records(run_dir, "train")])
     apart = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
-    print(f"{num_ranks} ranks and {num_ranks} parts, {CHECK_STEPS} steps: losses differ by {apart:.1e} at most")
+    print(f"{num_ranks} ranks, real and simulated, {CHECK_STEPS} steps: losses differ by at most {apart:.1e}")
 
 
 def main(argv: list[str]) -> None:
-    study = parse(Study, argv, prog="benchmarks.ranks_learning", description="Learning by the number of ranks.")
+    """Run the study."""
+    study = parse(Study, argv, prog="benchmarks.ranks_learning", description="Measure learning by number of ranks.")
     folder = Path(study.output).resolve()
     study = dataclasses.replace(study, output=str(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +185,7 @@ def main(argv: list[str]) -> None:
     with ShardSet.open(folder / "shards", "train") as shards:
         for num_ranks in study.ranks:
             curves[num_ranks] = [curve(run(study, num_ranks, seed, shards)) for seed in study.seeds]
-            tell(study, curves)
+            write_results(study, curves)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Count what a training step costs the server at many nodes, with the real code on a simulated network.
+"""Count what a training step costs the server on many nodes, with the real code on a simulated network.
 
-``python -m benchmarks.scale [--nodes 4 16 64] [--workers 32]``. Bytes are those of rows of `original`.
-A row of the table takes about a minute at 16 nodes, and some ten minutes and 12 GB of memory at 64.
+``python -m benchmarks.scale [--nodes 4 16 64] [--workers 32]``. Rows have the width of the ``original`` sizes. A line
+of the table takes about a minute for 16 nodes, and about ten minutes and 12 GB of memory for 64.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def line(workload: Workload, counts: Counts, accumulators: str) -> str:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--workers", type=int, default=32, help="per node")
+    parser.add_argument("--workers", type=int, default=32, help="workers per node")
     parser.add_argument("--classes", type=int, default=793_471)
     parser.add_argument("--own-samples", action="store_true", help="workers of a node do not share negative samples")
     parser.add_argument("--accumulators", choices=("element", "row"), default="element")

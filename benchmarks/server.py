@@ -1,12 +1,12 @@
-"""The embedded server against bare memory and bare messages: ``mpirun -n 2 python -m benchmarks.server [--nodes 2]``.
+"""Compare the embedded server with bare memory and MPI: ``mpirun -n 2 python -m benchmarks.server [--nodes 2]``.
 
-Rows a second in calls of 8,192 distinct rows of 1 KiB, each figure beside that of the bare operation, the two by turns.
+Measures rows per second in calls of 8,192 distinct rows of 1 KiB. The server and the bare operation take turns.
 
-On one node the floor is torch's ``index_select`` into a preallocated buffer, respectively an unguarded ``index_add_``,
-on the same memory, all ranks at once. On several nodes each rank has a partner on another one: rows are pulled from,
-pushed to and localized from there, by one rank alone and by all at once. The floor is what the same keys and rows take
-through ``Alltoallv``, where nothing is looked up, copied or added. Between the two stands a bare stream: the copies and
-additions that the server has to make, message by message, and nothing else.
+On one node the bare operation is torch's ``index_select`` into a preallocated buffer, or ``index_add_`` without locks,
+on the same memory, by all ranks at once. On several nodes each rank has a partner on another node: it pulls, pushes and
+localizes rows of its partner's node, once while the other ranks wait and once while all work. The bare operation is an
+``Alltoallv`` of the same keys and rows, without look-ups, copies and additions. In between is a stream: the copies and
+additions that the server must make, message by message, and nothing else.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ Step = Callable[[int, slice, np.ndarray], None]  # number of the call, which of 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What is measured, and how often."""
+    """The options of the benchmark."""
 
-    nodes: int = option(1, metavar="N", help="split the ranks into so many nodes, and measure between them")
-    calls: int = option(10, metavar="N", help="calls of a repeat, which are timed together")
-    repeats: int = option(7, metavar="N", help="repeats, after one that is thrown away; the median is shown")
+    nodes: int = option(1, metavar="N", help="split the ranks into N nodes, and measure between nodes")
+    calls: int = option(10, metavar="N", help="calls per repeat, which are timed together")
+    repeats: int = option(7, metavar="N", help="repeats, after one that is discarded; the result is their median")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """``run(number)`` handles 8,192 rows; ``before`` is called ahead of each repeat and not timed."""
+    """An operation on 8,192 rows, ``run(number)``; ``before`` is called before each repeat and not timed."""
 
     run: Callable[[int], object]
     before: Callable[[], object] = lambda: None
 
 
 def measure(operations: Mapping[str, Operation], world: World, options: ServerOptions) -> dict[str, float]:
-    """This rank's rows a second: the median over repeats, in which the operations take turns. Collective."""
+    """Measure operations, which take turns (collective); returns this rank's rows per second, medians of repeats."""
     rates: dict[str, list[float]] = {name: [] for name in operations}
     for _ in range(options.repeats + 1):
         for name, operation in operations.items():
@@ -72,7 +72,7 @@ def measure(operations: Mapping[str, Operation], world: World, options: ServerOp
 
 
 def local_operations(server: EmbeddedServer, world: World) -> dict[str, Operation]:
-    """Calls on rows of the own node, and the same on bare memory."""
+    """Return operations on rows of the same node: the server's, and those on bare memory."""
     rng = np.random.default_rng(world.rank)
     keys = np.sort(rng.choice(LAYOUT.num_keys, NUM_KEYS, replace=False))
     shuffled = rng.permutation(keys)
@@ -90,7 +90,7 @@ def local_operations(server: EmbeddedServer, world: World) -> dict[str, Operatio
 
 
 class Partners:
-    """Calls of the ``active`` ranks on rows of their partners' nodes; in what is collective all ranks take part."""
+    """Operations of the ``active`` ranks on rows of their partners' nodes; all ranks take part in collective calls."""
 
     def __init__(self, server: EmbeddedServer, world: World, active: Sequence[int], calls: int) -> None:
         assert world.comm is not None
@@ -109,18 +109,18 @@ class Partners:
         self.values = torch.ones(NUM_KEYS, WIDTH)
 
     def bare_pull(self) -> Operation:
-        """Keys go, rows come."""
+        """Return an operation that sends keys and receives rows."""
         ask = self._exchange(8 * NUM_KEYS, self.is_active, self.partner_is_active)
         answer = self._exchange(4 * WIDTH * NUM_KEYS, self.partner_is_active, self.is_active)
         return Operation(lambda _: (ask(), answer()))
 
     def bare_push(self) -> Operation:
-        """Keys and rows go."""
+        """Return an operation that sends keys and rows."""
         send = self._exchange((8 + 4 * WIDTH) * NUM_KEYS, self.is_active, self.partner_is_active)
         return Operation(lambda _: send())
 
     def streams(self, verb: str) -> Operation:
-        """The copies and additions of a ``verb``, and the rows' way from the one to the other."""
+        """Return an operation that makes only the copies, transfers and additions of a ``verb``."""
         rows = self.server._rows["rows"]
         values = self.values.numpy()
 
@@ -131,14 +131,14 @@ class Partners:
             block[:] = values[piece]
 
         def nothing(_: int, __: slice, ___: np.ndarray) -> None:
-            """The rows have been received where they belong."""
+            """Do nothing: the rows were received in place."""
 
         def add(number: int, piece: slice, block: np.ndarray) -> None:
             rows.push(self.asked[number][piece], block)
 
         def put(number: int, piece: slice, block: np.ndarray) -> None:
-            place = self.asked[number][piece]  # as if these had just come
-            rows.put(place, rows.slots[place].astype(np.int64), block, as_replica=False)
+            keys = self.asked[number][piece]  # as if these rows had just arrived
+            rows.put(keys, rows.slots[keys].astype(np.int64), block, as_replica=False)
 
         if verb == "push":
             return Operation(self._stream(copy, add, self.is_active, self.partner_is_active))
@@ -149,7 +149,7 @@ class Partners:
     def _stream(
         self, fill: Step, use: Step, sends: bool, receives: bool, into: np.ndarray | None = None
     ) -> Callable[[int], None]:
-        """Send blocks that ``fill`` fills, and receive blocks (or into ``into``) that ``use`` uses."""
+        """Return a call that sends blocks filled by ``fill``, and passes those received to ``use``."""
         blocks, more = np.ones((2, 2, PIECES[0].stop, WIDTH), np.float32)
 
         def run(number: int) -> None:
@@ -170,13 +170,15 @@ class Partners:
         return run
 
     def pull(self) -> Operation:
+        """Return the pull of the partner's rows."""
         return self._if_active(lambda number: self.server.pull(self.keys[number], self.values))
 
     def push(self) -> Operation:
+        """Return the push to the partner's rows."""
         return self._if_active(lambda number: self.server.push(self.keys[number], self.values))
 
     def localize(self) -> Operation:
-        """All rows start at their homes."""
+        """Return the localize of the partner's rows, all of which are at home before each repeat."""
         operation = self._if_active(lambda number: self.server.localize(self.keys[number]))
         return Operation(operation.run, self._bring_home)
 
@@ -189,7 +191,7 @@ class Partners:
         return Operation(call if self.is_active else lambda _: None)
 
     def _exchange(self, num_bytes: int, sends: bool, receives: bool) -> Callable[[], None]:
-        """``num_bytes`` to and from the partner, or nothing, by Alltoallv."""
+        """Return an Alltoallv that sends ``num_bytes`` to the partner, receives as many from it, or both."""
         out, into = np.ones(num_bytes * sends, np.uint8), np.ones(num_bytes * receives, np.uint8)
         out_counts, into_counts = [0] * self.world.size, [0] * self.world.size
         out_counts[self.partner], into_counts[self.partner] = out.size, into.size
@@ -198,14 +200,15 @@ class Partners:
 
 
 def show(title: str, figures: list[dict[str, float]], floors: Mapping[str, str]) -> None:
-    """Print the means over ranks, and each as a share of the operation that ``floors`` names for it."""
-    print(f"{title}: million rows/s a rank, and share of the bare operation")
+    """Print the means over ranks, and each as a fraction of the bare operation that ``floors`` names for it."""
+    print(f"{title}: million rows/s per rank, and fraction of the bare operation")
     for name in figures[0]:
         rate, floor = (statistics.mean(rank[key] for rank in figures) for key in (name, floors.get(name, name)))
         print(f"  {name:24} {rate / 1e6:6.2f}  {rate / floor:5.0%}", flush=True)
 
 
 def measure_local(world: World, options: ServerOptions) -> None:
+    """Measure operations on one node (collective)."""
     server = EmbeddedServer(world, LAYOUT)
     everyone = world.allgather(measure(local_operations(server, world), world, options))
     if world.rank == 0:
@@ -217,6 +220,7 @@ def measure_local(world: World, options: ServerOptions) -> None:
 
 
 def measure_remote(world: World, options: ServerOptions) -> None:
+    """Measure operations between nodes (collective)."""
     for active in ([0], list(range(world.size))):
         figures: dict[str, float] = {}
         for technique, verbs in (("static", ("pull", "push")), ("relocation", ("localize",))):
@@ -228,7 +232,7 @@ def measure_remote(world: World, options: ServerOptions) -> None:
             operations |= {f"stream of a {verb}": partners.streams(verb) for verb in verbs}
             operations |= {verb: getattr(partners, verb)() for verb in verbs}
             taken = measure(operations, world, options)
-            if "localize" in verbs:  # the floor taken beside it, under a name of its own
+            if "localize" in verbs:  # the bare operation measured together with it
                 taken["Alltoallv of a localize"] = taken.pop("Alltoallv of a pull")
             figures |= taken
             server.close()
@@ -242,6 +246,7 @@ def measure_remote(world: World, options: ServerOptions) -> None:
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
+    """Run the benchmark on one rank."""
     options = parse(
         ServerOptions, argv, prog="python -m benchmarks.server", description="Time the server against bare operations."
     )
@@ -250,7 +255,10 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     if options.nodes > 1:
         world.split(options.nodes)
         if world.size % 2 or options.calls * NUM_KEYS * world.size > LAYOUT.num_keys:
-            raise ConfigError("between nodes an even number of ranks is measured, with rows enough for --calls of each")
+            raise ConfigError(
+                f"{world.size} ranks with --calls {options.calls} cannot be measured between nodes, expected an even "
+                f"number of ranks and at most {LAYOUT.num_keys:,} rows: give fewer --calls"
+            )
         measure_remote(world, options)
     else:
         measure_local(world, options)

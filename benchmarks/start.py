@@ -1,7 +1,7 @@
-"""Seconds from starting ``bin/train`` to its first finished step: ``python -m benchmarks.start [RANKS ...]``.
+"""Measure the time from starting ``bin/train`` to its first step: ``python -m benchmarks.start [RANKS ...]``.
 
-Uses the shards and vocabulary of the default place (``make train`` builds them). Each figure is the median of three
-starts, after one that is thrown away.
+Uses the default shards and vocabulary (``make train`` makes them). Each result is the median of three starts, after one
+that is discarded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPEATS = 3
 
 
 def start_s(ranks: int, *options: str) -> float:
-    """Seconds of one start. The run is stopped as soon as its first step is in the metrics."""
+    """Measure the seconds of one start; the run is stopped as soon as its first step is in the metrics."""
     with tempfile.TemporaryDirectory() as folder:
         command = [f"{sys.prefix}/bin/mpirun", "-n", str(ranks), "bin/train", "--run-dir", folder, "--progress", "none"]
         begin = time.time()
@@ -35,7 +35,7 @@ def start_s(ranks: int, *options: str) -> float:
 
 
 def _first_step(metrics: Path) -> float | None:
-    """When the first step was reported, if it was."""
+    """Return the time at which the first step was reported, or None."""
     with contextlib.suppress(FileNotFoundError):
         for line in metrics.read_text().splitlines(keepends=True):
             if line.endswith("\n") and (record := json.loads(line))["kind"] == "train":
@@ -44,6 +44,7 @@ def _first_step(metrics: Path) -> float | None:
 
 
 def main(argv: list[str]) -> None:
+    """Print the table."""
     print("ranks  LSTM      first step after (s)")
     for ranks in map(int, argv or ["1", "2"]):
         for lstm in ("fused", "allennlp"):

@@ -1,10 +1,10 @@
-"""The arithmetic of a training step: ours, its peers, and its matrix products alone. ``python -m benchmarks.step``
+"""Measure the arithmetic of a training step: ``python -m benchmarks.step``.
 
-Forward and backward pass with all gradients. Each row of the table measures, taking turns so that whatever else the
-machine does hits all alike: ours; the matrix products of the same shapes by torch and nothing else, which only other
-products can beat (packed.c does where rows are few); and the peer, AllenNLP's ElmoLstm or a sampled softmax by plain
-autograd. Rates are medians, shares and ratios medians of those of neighbouring runs. Seconds are the process's own CPU
-time with one thread, and wall time with more, which other work on the cores disturbs.
+Measures the forward and the backward pass with all gradients. Each row of the table compares three variants, which take
+turns so that other load on the machine affects all alike: our code; only its matrix products, computed by torch, which
+is an upper limit unless packed.c computes them (for few rows); and a peer, AllenNLP's ElmoLstm or a sampled softmax by
+plain autograd. Rates are medians; fractions and ratios are medians over turns. Times are CPU time for one thread, and
+wall time, which other programs disturb, for more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lapse_elmo.model.softmax import sampled_softmax_nll
 from lapse_elmo.model.two_threads import run_two_threads
 from lapse_elmo.mpi.host import usable_cores
 
-MEAN_LENGTH, SPREAD, LONGEST = 25.0, 0.3, 250  # of a batch that is sorted by length with noise (batches.py)
+MEAN_LENGTH, SPREAD, MAX_LENGTH = 25.0, 0.3, 250  # words; as in a batch of sentences of similar length (batches.py)
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class StepOptions:
     """Sizes and repeats of the benchmark."""
 
     sizes: tuple[str, ...] = option(("small", "original"), help="small, original")
-    batch_sizes: tuple[int, ...] = option((32, 128), help="sentences a batch at the small sizes")
-    original_batch: int = option(32, help="sentences a batch at the original sizes, of 12 words each")
-    num_targets: int = option(1600, help="targets of the softmax, both directions together")
+    batch_sizes: tuple[int, ...] = option((32, 128), help="sentences per batch with the small sizes")
+    original_batch: int = option(32, help="sentences per batch, of 12 words each, with the original sizes")
+    num_targets: int = option(1600, help="targets of the softmax, of both directions together")
     num_samples: int = option(8192, help="negative samples, S")
     precisions: tuple[str, ...] = option(PRECISIONS[: 1 + cpu_multiplies_bf16()], help="fp32, bf16")
-    threads: tuple[int, ...] = option((1, 2)[: usable_cores()], help="torch threads to measure with; 2 need idle cores")
-    repeats: int = option(3, help="runs of each variant, after one that is thrown away")
+    threads: tuple[int, ...] = option((1, 2)[: usable_cores()], help="numbers of torch threads; 2 need idle cores")
+    repeats: int = option(3, help="runs of each variant, after one that is discarded")
     peers: bool = option(True, help="measure the peers as well")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: variants of the same work on ``num_words`` words, which takes ``flops``."""
+    """A row of the table: variants of the same work on ``num_words`` words, of ``flops`` operations."""
 
     name: str
     num_words: int
@@ -65,13 +65,13 @@ class Row:
 
 
 def lengths(num_sentences: int, generator: torch.Generator) -> Tensor:
-    """Log-normal sentence lengths of the given mean, as in one batch of news text."""
+    """Draw log-normal sentence lengths, as in one batch of news text."""
     normal = torch.randn(num_sentences, generator=generator)
-    return torch.exp(math.log(MEAN_LENGTH) - SPREAD**2 / 2 + SPREAD * normal).round().clamp(1, LONGEST).long()
+    return torch.exp(math.log(MEAN_LENGTH) - SPREAD**2 / 2 + SPREAD * normal).round().clamp(1, MAX_LENGTH).long()
 
 
 def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
-    """Both layers and directions on one batch of sentences of ``counts`` words."""
+    """Prepare the LSTM, all layers and directions, on one batch of sentences of ``counts`` words."""
     preset = PRESETS[size]
     width, cells, layers = preset["projection_size"], preset["cell_size"], preset["num_layers"]
     clips = {"memory_cell_clip_value": 3.0, "state_projection_clip_value": 3.0}
@@ -99,23 +99,23 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
             theirs(leaf, mask)[-1].sum().backward()
 
     words = int(counts.sum())
-    alone = lstm_products(packing.sizes, width, cells, layers, storage_of(precision))
+    products_only = lstm_products(packing.sizes, width, cells, layers, storage_of(precision))
     name = f"LSTM, {size}, B {len(counts)}, {precision}"
-    return Row(name, words, 54.0 * 2 * layers * cells * width * words, ours, alone, peer)
+    return Row(name, words, 54.0 * 2 * layers * cells * width * words, ours, products_only, peer)
 
 
 def storage_of(precision: str) -> torch.dtype:
-    """What products are stored in; float32 where bfloat16 is only emulated."""
+    """Return the data type of the products' operands; float32 if the CPU only emulates bfloat16."""
     return Matmul.of(precision, torch.empty(0)).cast_weight(torch.empty(0)).dtype
 
 
 def lstm_products(
     sizes: list[int], width: int, cells: int, layers: int, storage: torch.dtype
 ) -> Callable[[], None]:
-    """The products of :mod:`lapse_elmo.model.lstm_pass`, on as many threads."""
+    """Prepare the matrix products of :mod:`lapse_elmo.model.lstm_pass`, on as many threads."""
     num_words, most = sum(sizes), max(sizes)
     parts = []
-    for _ in range(2):  # small values: sums must not grow from run to run
+    for _ in range(2):  # small values, so that sums do not grow from run to run
         shapes = ((4 * cells, width), (4 * cells, width), (width, cells), (num_words, width), (num_words, 4 * cells))
         parts.append([(1e-3 * torch.randn(*shape)).to(storage) for shape in shapes])
 
@@ -136,16 +136,16 @@ def lstm_products(
             torch.mm(rows.t(), all_exposed)
             torch.mm(gates, input_weight)
 
-    return lambda: in_halves(direction)
+    return lambda: run_halves(direction)
 
 
-def in_halves(function: Callable[[int], None]) -> None:
-    """Both halves, as a step runs them."""
+def run_halves(function: Callable[[int], None]) -> None:
+    """Run both halves in two threads, as a training step does."""
     run_two_threads(function, torch.device("cpu"), "")
 
 
 def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
-    """The targets of both directions against the samples that they share."""
+    """Prepare the sampled softmax: the targets of both directions with shared samples."""
     width, num_targets, num_samples = PRESETS[size]["projection_size"], options.num_targets, options.num_samples
     generator = torch.Generator().manual_seed(2)
     num_rows = num_samples + num_targets // 4
@@ -156,9 +156,9 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
     log_expected = -torch.rand(num_rows, generator=generator)
 
     def plain() -> Tensor:
-        offset = bias - log_expected
-        true = (context * weight[target]).sum(1) + offset[target]
-        logits = torch.addmm(offset[sample], context, weight[sample].t())
+        bias_minus_log_q = bias - log_expected
+        true = (context * weight[target]).sum(1) + bias_minus_log_q[target]
+        logits = torch.addmm(bias_minus_log_q[sample], context, weight[sample].t())
         logits = logits.masked_fill(sample == target[:, None], -math.inf)
         return -torch.log_softmax(torch.cat([true[:, None], logits], 1), 1)[:, 0].sum()
 
@@ -173,20 +173,20 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
         logits, sums = samples.new_empty(256, num_samples), samples.new_zeros(num_samples, width)
         mine = vectors.chunk(2)[half]
         for some in mine.chunk(-(-len(mine) // 256)):
-            odds = torch.mm(some, samples.t(), out=logits[: len(some)])
-            torch.mm(odds, samples)
-            sums.addmm_(odds.t(), some)
+            exp_logits = torch.mm(some, samples.t(), out=logits[: len(some)])
+            torch.mm(exp_logits, samples)
+            sums.addmm_(exp_logits.t(), some)
 
     samples, vectors = (values.detach().to(storage_of(precision)) for values in (weight[:num_samples], context))
     return Row(
         f"softmax, {size}, S {num_samples}, {precision}", num_targets // 2, 6.0 * num_samples * width * num_targets,
-        lambda: run(ours), lambda: in_halves(products),
+        lambda: run(ours), lambda: run_halves(products),
         (lambda: run(plain)) if options.peers else None,
     )
 
 
 def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds by ``clock`` of each variant, run in turn; the first turn is thrown away."""
+    """Measure the seconds of each variant in turn; the first turn is discarded."""
     variants = {"ours": row.ours, "products": row.products, "peer": row.peer}
     times: dict[str, list[float]] = {name: [] for name, run in variants.items() if run}
     for turn in range(repeats + 1):
@@ -200,7 +200,7 @@ def measure(row: Row, repeats: int, clock: Callable[[], float]) -> dict[str, lis
 
 
 def line(row: Row, times: dict[str, list[float]]) -> str:
-    """Ours in words/s and GFLOP/s, its share of the products' rate, the peer's words/s and the ratio to it."""
+    """Format a line: words/s, GFLOP/s, fraction of the products' rate, the peer's words/s, and our speed-up over it."""
     ours = statistics.median(times["ours"])
     share = statistics.median(p / o for p, o in zip(times["products"], times["ours"], strict=True))
     text = f"{row.name:<34}{row.num_words / ours:>10,.0f}{row.flops / ours / 1e9:>9.1f}{share:>8.0%}"
@@ -211,10 +211,10 @@ def line(row: Row, times: dict[str, list[float]]) -> str:
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
-    """By how much ``run`` raises the resident memory at its peak."""
+    """Measure by how many bytes ``run`` raises the peak resident memory."""
     run()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would count as used before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system, which else counts as used before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
@@ -228,7 +228,7 @@ def _status(name: str) -> int:
 
 
 def memory(options: StepOptions) -> str:
-    """Peak of a whole step at the small sizes, batch 128."""
+    """Measure the peak memory of a whole step with the small sizes and a batch of 128."""
     counts = lengths(128, torch.Generator().manual_seed(128))
     lstm = lstm_row("small", counts, "fp32", peers=False)
     softmax = softmax_row("small", StepOptions(num_targets=2 * lstm.num_words, peers=False), "fp32")
@@ -242,6 +242,7 @@ def memory(options: StepOptions) -> str:
 
 
 def rows(options: StepOptions) -> list[Row]:
+    """Prepare the rows of the table."""
     found = []
     for precision in options.precisions:
         for size in options.sizes:

@@ -1,8 +1,8 @@
-"""Techniques and sampling schemes compared by training: ``python -m benchmarks.techniques [OPTION ...]``.
+"""Compare techniques and sampling schemes by training: ``python -m benchmarks.techniques [OPTION ...]``.
 
-Each row of the table is a run of ``bin/train`` on several nodes of this machine, one after another, with the same
-seed, steps and sentences; the first row of each number of nodes has the same ranks on one node. Shares and rates are
-of the steps after the first report. Rows of a segment that a step pulls and pushes are counted, each time.
+Each row of the table is a run of ``bin/train`` on several nodes of this machine, with the same seed, steps and
+sentences; the first row of each number of nodes has the same ranks on one node. Fractions and rates are those of the
+steps after the first report. Each row that a step pulls or pushes is counted each time.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _REPORTS = 5
 
 @dataclass(frozen=True)
 class TechniquesOptions:
-    """What is compared, on which corpus, for how long."""
+    """The options of the benchmark."""
 
-    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="folder with the training and held-out shards")
+    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="directory of the training and held-out shards")
     vocab: str = option(DEFAULT_VOCAB, metavar="FILE", help="vocabulary that the shards were made with")
     nodes: tuple[int, ...] = option((2, 4), metavar="N", help="numbers of nodes")
-    ranks: int = option(1, metavar="N", help="ranks a node")
+    ranks: int = option(1, metavar="N", help="ranks per node")
     max_steps: int = option(60, metavar="N", help="steps of each run")
     techniques: tuple[str, ...] = option(TECHNIQUES, metavar="NAME", help="techniques to compare")
     schemes: tuple[str, ...] = option(SCHEMES, metavar="NAME", help="sampling schemes to compare")
 
 
 def train(options: TechniquesOptions, nodes: int, own: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of one run."""
+    """Train, and return the records of the run's metrics."""
     with tempfile.TemporaryDirectory() as folder:
         command = [f"{sys.prefix}/bin/mpirun", "-n", str(options.ranks * nodes), "bin/train", "--run-dir", folder]
         corpus = ["--shards", options.shards, "--vocab", options.vocab, "--epochs", "1000", "--first-batch", "0"]
@@ -54,7 +54,7 @@ def train(options: TechniquesOptions, nodes: int, own: Sequence[str]) -> list[di
 
 
 def row_of(records: list[dict[str, Any]]) -> str:
-    """Local share, MB and seconds of waiting a step, tokens/s, perplexity, as columns of a table."""
+    """Format columns: local fraction, MB and waiting fraction per step, seconds per step, tokens/s, perplexity."""
     reports = [record for record in records if record["kind"] == "train"]
     reports = reports[1:] or reports
 
@@ -74,12 +74,15 @@ def row_of(records: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Print the table."""
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parse(
         TechniquesOptions, argv[:cut], prog="python -m benchmarks.techniques",
         description="Compare techniques and sampling schemes by training; options of bin/train can follow after --.",
     )
-    heads = ["nodes", "technique", "scheme", "local rows", "MB a step", "waiting", "step (s)", "tokens/s", "perplexity"]
+    heads = [
+        "nodes", "technique", "scheme", "local rows", "MB per step", "waiting", "step (s)", "tokens/s", "perplexity",
+    ]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
     for nodes in options.nodes:
         cells = row_of(train(options, nodes, argv[cut + 1 :]))
