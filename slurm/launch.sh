@@ -1,5 +1,5 @@
 # Sourced by the batch scripts here. `launch PROGRAM [OPTION ...]` runs a program on every task of the allocation and
-# returns its exit status. `warned` is 1 once Slurm has warned the job of its time limit, 0 again if it was cancelled.
+# returns its exit status. `warned` is 1 after Slurm has warned the job of its time limit, and 0 again if the job was then cancelled.
 # shellcheck shell=bash
 
 set -uo pipefail
@@ -7,22 +7,22 @@ set -uo pipefail
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
 
-# Open MPI's mpirun starts its ranks in the allocation by itself. The MPICH that `make setup` installs speaks pmi2; a
-# Slurm that was built without it leaves that MPICH's own mpirun.
+# Open MPI's mpirun finds the allocation by itself. The MPICH that `make setup` installs needs srun with pmi2; if Slurm was
+# built without pmi2, that MPICH's own mpirun starts the ranks.
 if [[ -z ${launcher+set} ]]; then
   if [[ ${MPI4PY_MPIABI:-} == openmpi* ]]; then
     launcher=(mpirun --bind-to none)
   elif srun --mpi=list 2>&1 | grep --quiet --word-regexp pmi2; then
-    # A killed rank must end the job: without kill-on-bad-exit the others would wait for it for ever.
-    # Since Slurm 22.05 the job's cores for each task are not passed on to its steps.
+    # kill-on-bad-exit: a killed rank must end the job; else the other ranks would wait for it for ever.
+    # cpus-per-task: since Slurm 22.05, srun does not inherit it from the job.
     launcher=(srun --mpi=pmi2 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
   else
     launcher=(.venv/bin/mpirun)
   fi
 fi
 
-# Each job in which a rank hung leaves a report here. srun returns the status of the hanging rank, which had to be killed,
-# and not the one that bin/train ended the job with: this file tells.
+# If a rank hangs, bin/train appends a report to this file and ends the job with status 76. srun returns the status of the
+# hanging rank instead, which had to be killed; so `launch` looks for a new report.
 export LAPSE_ELMO_STALLS=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.stalls
 stalls() {
   if [[ -e $LAPSE_ELMO_STALLS ]]; then grep --count 'the job ends with status 76' "$LAPSE_ELMO_STALLS"; else echo 0; fi
@@ -35,11 +35,11 @@ launch() {
   before=$(stalls)
   "${launcher[@]}" "$@" &
   step=$!
-  # Slurm sends its warning to the batch script alone. A job that ends (cancelled, preempted, out of time) gets SIGTERM,
-  # and its ranks get it from Slurm; srun would pass on a second one.
+  # Slurm sends its warning (USR1) only to this script, so it is forwarded. When a job is cancelled, preempted or out of
+  # time, Slurm sends SIGTERM to the ranks too; forwarding it would make srun send a second one.
   trap 'interrupted=1 warned=1; kill -USR1 "$step" 2>/dev/null' USR1
   trap 'interrupted=1 warned=0' TERM
-  while ((interrupted)); do # a signal ends `wait` before the program has ended
+  while ((interrupted)); do # a trapped signal makes `wait` return before the program has ended
     interrupted=0
     wait "$step"
     status=$?

@@ -1,7 +1,7 @@
-# Your site's settings, sourced by the batch scripts here before they start anything. None are needed on a plain cluster.
-# Account, partition and the like belong to sbatch's options or to its variables: SBATCH_ACCOUNT, SBATCH_PARTITION.
-# What may stand here, for instance:
-#   module load openmpi && export MPI4PY_MPIABI=openmpi    # the site's MPI in place of the installed MPICH
-#   launcher=(srun --mpi=pmix --kill-on-bad-exit=1)        # how to start the ranks, where the choice in launch.sh fails
-#   export FI_PROVIDER=verbs                               # the network for MPICH, by libfabric's name
+# Settings of your site, sourced by the batch scripts before they start a program. Many clusters need none.
+# Account, partition and the like are options of sbatch, or its variables SBATCH_ACCOUNT and SBATCH_PARTITION.
+# Examples:
+#   module load openmpi && export MPI4PY_MPIABI=openmpi    # the site's MPI instead of the installed MPICH
+#   launcher=(srun --mpi=pmix --kill-on-bad-exit=1)        # how to start the ranks, if launch.sh chooses wrongly
+#   export FI_PROVIDER=verbs                               # MPICH's network, as libfabric calls it
 # shellcheck shell=bash

@@ -124,7 +124,7 @@ def test_a_rank_that_hangs_ends_the_job_which_is_requeued_and_completes(
     os.kill(cluster.ranks(job.number)[rank], signal.SIGSTOP)
     ended = job.completes()
     assert f"  silent: rank {rank}/2 " in ended.output, ended.output
-    assert "goes back into the queue to resume from its last checkpoint" in ended.output, ended.output
+    assert "is requeued to resume from its last checkpoint" in ended.output, ended.output
     (notes,) = job.root.glob("*.stalls")
     assert f"  silent: rank {rank}/2 " in notes.read_text()
 
