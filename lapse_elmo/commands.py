@@ -36,16 +36,16 @@ class Command:
     parser: str = ""
 
 
-_USING = "lapse_elmo.config.using"
+_TRAINED = "lapse_elmo.config.trained_model"
 COMMANDS = {
     "preprocess": Command("make a vocabulary and shards from text", "preprocess.cli"),
     "train": Command("train a model on shards", "lapse_elmo.train", "lapse_elmo.config.training:parse_train"),
-    "evaluate": Command("held-out perplexity of a saved model", "lapse_elmo.evaluate", f"{_USING}:parse_evaluate"),
-    "export": Command("write a model in the files of other programs", "lapse_elmo.export", f"{_USING}:parse_export"),
-    "embed": Command("contextual vectors of text", "lapse_elmo.embed", f"{_USING}:parse_embed"),
-    "score": Command("surprisal of words, perplexity of text", "lapse_elmo.score", f"{_USING}:parse_score"),
-    "nearest": Command("neighbours of words", "lapse_elmo.nearest", f"{_USING}:parse_nearest"),
-    "report": Command("an HTML page of runs: curves, speed, options", "lapse_elmo.report", f"{_USING}:parse_report"),
+    "evaluate": Command("held-out perplexity of a saved model", "lapse_elmo.evaluate", f"{_TRAINED}:parse_evaluate"),
+    "export": Command("write a model in the files of other programs", "lapse_elmo.export", f"{_TRAINED}:parse_export"),
+    "embed": Command("contextual vectors of text", "lapse_elmo.embed", f"{_TRAINED}:parse_embed"),
+    "score": Command("surprisal of words, perplexity of text", "lapse_elmo.score", f"{_TRAINED}:parse_score"),
+    "nearest": Command("neighbours of words", "lapse_elmo.nearest", f"{_TRAINED}:parse_nearest"),
+    "report": Command("an HTML page of runs: curves, speed, options", "lapse_elmo.report", f"{_TRAINED}:parse_report"),
 }
 
 

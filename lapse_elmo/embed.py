@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lapse_elmo.config.using import EmbedConfig, parse_embed
-from lapse_elmo.corpus.files import made_whole, refuse_existing, write_failed
+from lapse_elmo.config.trained_model import EmbedConfig, parse_embed
+from lapse_elmo.corpus.files import atomic_output, refuse_existing, write_failed
 from lapse_elmo.corpus.hdf5 import Hdf5Output
 from lapse_elmo.corpus.text import find_texts
 from lapse_elmo.devices import choose_device
@@ -75,7 +75,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 def _writer(options: EmbedConfig, targets: list[str], model: TrainedModel, stack: contextlib.ExitStack) -> Write:
     """Return a function that writes the result of one line; closing ``stack`` completes the file."""
-    hidden = stack.enter_context(made_whole(options.output, options.overwrite))
+    hidden = stack.enter_context(atomic_output(options.output, options.overwrite))
     try:
         if targets:
             shape = (model.num_layers + 1, model.dimension) if options.layers == "all" else (model.dimension,)

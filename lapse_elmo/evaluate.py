@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 from lapse_elmo.checkpoint import SavedModel
-from lapse_elmo.config.using import parse_evaluate
-from lapse_elmo.corpus.files import refuse_existing, write_whole
+from lapse_elmo.config.trained_model import parse_evaluate
+from lapse_elmo.corpus.files import atomic_write, refuse_existing
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.devices import choose_device
 from lapse_elmo.mpi.world import World
@@ -38,7 +38,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
             "backward_perplexity": result.backward, "mean_perplexity": result.mean,
         }
         text = json.dumps(values, indent=1).encode() + b"\n"
-        world.agree(lambda: write_whole(options.output, text, options.overwrite))
+        world.agree(lambda: atomic_write(options.output, text, options.overwrite))
     if world.rank == 0:
         print(
             f"model        {saved.path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lapse_elmo.config.using import parse_nearest
+from lapse_elmo.config.trained_model import parse_nearest
 from lapse_elmo.mpi.world import World
 from lapse_elmo.trained import load
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from lapse_elmo.corpus.text import cut_into_parts, read_blocks
+from lapse_elmo.corpus.text import read_blocks, split_into_chunks
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.handover import hand_to_first
 from lapse_elmo.metrics.terminal import stderr_is_terminal
@@ -71,14 +71,14 @@ def read_lines(texts: Sequence[str]) -> Iterator[list[str]]:
         CorpusError: For a line of more than ``LONGEST`` words, and for a file that is not text.
     """
     number = 0
-    for part in cut_into_parts(texts):
-        for block in read_blocks(part):
+    for chunk in split_into_chunks(texts):
+        for block in read_blocks(chunk):
             for line in block.decode().removesuffix("\n").split("\n"):
                 words = line.split()
                 if len(words) > LONGEST:
                     raise CorpusError(
-                        f"{part.path} has a line of {len(words):,} words (number {number} of all, from 0): cut it into "
-                        f"sentences, of at most {LONGEST:,} words"
+                        f"{chunk.path} has a line of {len(words):,} words (number {number} of all, from 0): cut it "
+                        f"into sentences, of at most {LONGEST:,} words"
                     )
                 yield words
                 number += 1

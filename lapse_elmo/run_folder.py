@@ -18,7 +18,7 @@ from lapse_elmo import checkpoint
 from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config
-from lapse_elmo.corpus.files import write_whole
+from lapse_elmo.corpus.files import atomic_write
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
@@ -155,7 +155,7 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
     if any(option.startswith("--row-accumulators") for option in changed):
         how = "their row's mean" if config.optimizer.row_accumulators == "row" else "copies of their row's"
         notes.append(f"the checkpoint's accumulators are converted: they become {how}")
-    return ResumePoint(path, manifest, world.together(lambda: checkpoint.saved_cursor(path, manifest)), tuple(notes))
+    return ResumePoint(path, manifest, world.together(lambda: checkpoint.read_cursor(path, manifest)), tuple(notes))
 
 
 def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Path, Manifest] | None:
@@ -246,16 +246,16 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
         if here:
             assert start.path is not None
             later = {path for path in checkpoint.candidates(run_dir) if path.name > start.path.name}
-            checkpoint.clear(run_dir, set(checkpoint.candidates(run_dir)) - later)
+            checkpoint.prune(run_dir, set(checkpoint.candidates(run_dir)) - later)
         else:
-            checkpoint.clear(run_dir, set())
+            checkpoint.prune(run_dir, set())
             shutil.rmtree(run_dir / EVENTS, ignore_errors=True)
             for name in (METRICS, checkpoint.BEST):
                 (run_dir / name).unlink(missing_ok=True)
         (run_dir / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / "config.toml", tomli_w.dumps(as_tables(config)).encode(), overwrite=True)
-        write_whole(run_dir / "versions.toml", tomli_w.dumps(versions()).encode(), overwrite=True)
-        write_whole(run_dir / "vocab.txt", vocabulary, overwrite=True)
+        atomic_write(run_dir / "config.toml", tomli_w.dumps(as_tables(config)).encode(), overwrite=True)
+        atomic_write(run_dir / "versions.toml", tomli_w.dumps(versions()).encode(), overwrite=True)
+        atomic_write(run_dir / "vocab.txt", vocabulary, overwrite=True)
     except OSError as error:
         raise _cannot_write(run_dir, error) from None
 

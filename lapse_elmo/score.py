@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-from lapse_elmo.config.using import ScoreConfig, parse_score
-from lapse_elmo.corpus.files import made_whole, refuse_existing, write_failed, write_whole
+from lapse_elmo.config.trained_model import ScoreConfig, parse_score
+from lapse_elmo.corpus.files import atomic_output, atomic_write, refuse_existing, write_failed
 from lapse_elmo.corpus.text import find_texts
 from lapse_elmo.devices import choose_device
 from lapse_elmo.errors import CorpusError
@@ -57,7 +57,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         world.agree(stack.close)
     if options.totals:
         text = json.dumps({"model": str(stored.path), **summary(totals)}, indent=1).encode() + b"\n"
-        world.agree(lambda: write_whole(options.totals, text, options.overwrite))
+        world.agree(lambda: atomic_write(options.totals, text, options.overwrite))
     if world.rank == 0:
         speed = totals.num_words / (time.perf_counter() - start)
         for name, value in summary(totals).items():
@@ -66,7 +66,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def _open(options: ScoreConfig, stack: contextlib.ExitStack) -> IO[str]:
-    hidden = stack.enter_context(made_whole(options.output, options.overwrite))
+    hidden = stack.enter_context(atomic_output(options.output, options.overwrite))
     try:
         file = stack.enter_context(open(hidden, "w", encoding="utf-8", newline="\n"))  # noqa: SIM115 (the stack closes it)
         stack.callback(_flush, file)

@@ -168,7 +168,7 @@ class Training:
                 milestone = self.milestones.add(result.num_tokens, cursor.step)
                 self.refuse_divergence(state.watch.seen())
                 log.step(cursor.step, state.meter)
-                self.saver.look(result.votes)
+                self.saver.poll(result.votes)
                 stopped = result.votes.stop > 0
                 over = result.votes.end > 0 or cursor.finished
                 if is_multiple(cursor.step, every.report_every) or over:

@@ -1,1 +1,1 @@
-"""The verbs of ``bin/preprocess``: from text to a vocabulary and shards."""
+"""The commands of ``bin/preprocess``, which turn text into a vocabulary and shards."""

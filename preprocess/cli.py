@@ -1,4 +1,4 @@
-"""The commands of ``bin/preprocess``."""
+"""Parse the command line of ``bin/preprocess`` and run its commands."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .shards import make_shards
 from .vocab import make_vocabulary
 
 _COMMANDS: dict[str, tuple[type, str]] = {
-    "vocab": (VocabOptions, "make a vocabulary from text"),
+    "vocab": (VocabOptions, "count the words of text and write a vocabulary"),
     "shards": (ShardsOptions, "encode training and held-out text into HDF5 shards"),
-    "inspect": (InspectOptions, "describe and verify shards"),
-    "demo-text": (DemoTextOptions, "collect English text from the documentation on this machine"),
-    "download": (DownloadOptions, "fetch the 1 Billion Word Benchmark and ELMo's vocabulary"),
+    "inspect": (InspectOptions, "describe shards and verify their checksums"),
+    "demo-text": (DemoTextOptions, "make a small English corpus from the Python documentation on this machine"),
+    "download": (DownloadOptions, "download the 1 Billion Word Benchmark and ELMo's vocabulary"),
 }
-_VERBS: dict[str, Callable[[Any, World], None]] = {
+_HANDLERS: dict[str, Callable[[Any, World], None]] = {
     "vocab": make_vocabulary,
     "shards": make_shards,
     "inspect": inspect_shards,
@@ -38,13 +38,18 @@ _VERBS: dict[str, Callable[[Any, World], None]] = {
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Run one command; ``enter`` joins the MPI world once the options are known to be good."""
+    """Run one command.
+
+    Args:
+        argv: The command and its options.
+        enter: Starts MPI; called after the options have been checked.
+    """
     name, options = parse_command(
-        _COMMANDS, argv, prog="bin/preprocess", description="From text to a vocabulary and shards."
+        _COMMANDS, argv, prog="bin/preprocess", description="Turn text into a vocabulary and shards for bin/train."
     )
     world = enter()
     if name in ("vocab", "shards", "demo-text"):
-        _VERBS[name](options, world)
+        _HANDLERS[name](options, world)
         return
 
-    world.agree(lambda: _VERBS[name](options, world))  # verbs for one process; further ranks only wait for it
+    world.agree(lambda: _HANDLERS[name](options, world))  # the other commands run on rank 0 alone

@@ -1,4 +1,4 @@
-"""``inspect``: what is in a shard, in words, and whether all of it is whole."""
+"""``inspect``: describe shards and verify their checksums."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lapse_elmo.errors import CorpusError
 from lapse_elmo.mpi.world import World
 
 _BAR_WIDTH = 50
-_MANY = 1 << 18  # sentence offsets read at a time
+_BLOCK_OFFSETS = 1 << 18  # sentence offsets per read
 
 
 def inspect_shards(options: InspectOptions, world: World) -> None:
-    """Describe and verify each shard on the standard output.
+    """Print a description of each shard, and verify it.
 
-    :raises CorpusError: at the first shard that is damaged, or was made with another vocabulary than the one given.
+    Raises:
+        CorpusError: A shard is damaged, or was made with another vocabulary than the one given.
     """
     vocabulary = Vocabulary.load(options.vocab) if options.vocab else None
     for path in find_shards(options.shards):
@@ -39,7 +40,7 @@ def _check_vocabulary(shard: ShardFile, vocabulary: Vocabulary | None) -> None:
     if vocabulary is not None and vocabulary.sha256 != shard.header.vocabulary_sha256:
         raise CorpusError(
             f"shard {shard.path} was made with the vocabulary of SHA-256 {shard.header.vocabulary_sha256[:16]}..., "
-            f"not with the one given, {vocabulary.sha256[:16]}...; give --vocab the file that it was made with"
+            f"but the one given has {vocabulary.sha256[:16]}...; give --vocab the file that it was made with"
         )
 
 
@@ -53,7 +54,7 @@ def _description(shard: ShardFile) -> list[str]:
         shard.path,
         f"  shard        {header.shard_index} of {header.num_shards}, {header.split} text, {size:,} bytes",
         f"  sentences    {header.num_sentences:,}",
-        f"  tokens       {header.num_tokens:,} ({header.num_tokens / max(header.num_sentences, 1):.1f} a sentence)",
+        f"  tokens       {header.num_tokens:,} ({header.num_tokens / max(header.num_sentences, 1):.1f} per sentence)",
         f"  unknown      {header.num_unknown:,} ({rate:.2%})",
         f"  vocabulary   {header.vocabulary_size:,} classes, SHA-256 {header.vocabulary_sha256}",
         f"  set          {header.set_sha256}",
@@ -63,14 +64,14 @@ def _description(shard: ShardFile) -> list[str]:
 
 
 def _histogram(shard: ShardFile) -> list[str]:
-    """Sentences by length, the bins doubling, with bars of text."""
+    """Return a histogram of sentence lengths as lines of text; each bin is twice as wide as the one before."""
     num_sentences = shard.header.num_sentences
     if not num_sentences:
         return ["  lengths      no sentences"]
     bins = np.zeros(64, np.int64)
     longest = 0
-    for start in range(0, num_sentences, _MANY):
-        lengths = np.diff(shard.offsets(start, min(start + _MANY, num_sentences) + 1))
+    for start in range(0, num_sentences, _BLOCK_OFFSETS):
+        lengths = np.diff(shard.offsets(start, min(start + _BLOCK_OFFSETS, num_sentences) + 1))
         longest = max(longest, int(lengths.max()))
         bins += np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), minlength=64)
     lines = [f"  lengths      longest {longest:,} tokens"]

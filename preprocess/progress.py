@@ -1,4 +1,4 @@
-"""A progress bar on rank 0 when somebody looks, and the same kind of summary line everywhere."""
+"""Show progress and print summaries on rank 0."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tqdm import tqdm
 from lapse_elmo.mpi.world import World
 
 
-def bar(world: World, total: int, unit: str, description: str) -> tqdm:
-    """A bar on the standard error of rank 0 for its own share of the work; silent if that is no terminal."""
+def progress_bar(world: World, total: int, unit: str, description: str) -> tqdm:
+    """Return a progress bar for rank 0's share of the work. It is shown only on rank 0 and if stderr is a terminal."""
     silent = world.rank != 0 or not sys.stderr.isatty()
     return tqdm(total=total, unit=unit, unit_scale=True, desc=description, disable=silent, file=sys.stderr, leave=False)
 
 
-def say(world: World, text: str) -> None:
-    """Print ``text`` once for the whole job."""
+def print_once(world: World, text: str) -> None:
+    """Print ``text`` on rank 0."""
     if world.rank == 0:
         print(text, flush=True)

@@ -1,7 +1,7 @@
-"""From documentation in mark-up to English sentences in tokens.
+"""Extract tokenised English sentences from documentation in reStructuredText, Markdown and similar mark-up.
 
-What does not read as English is left out rather than mended: code, tables, parameter lists, and every sentence with
-symbols, paths or identifiers in it. Much is lost by that; what is left is prose.
+Whatever does not read as English is left out instead of repaired: code, tables, parameter lists, and any sentence with
+symbols, paths or identifiers. This loses much text, but what remains is prose.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _DOTTED = re.compile(r"^(?:e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|[A-Z])\.$")
 
 
 def sentences(document: str) -> Iterator[str]:
-    """The sentences of a piece of documentation that read as English, tokenised, words separated by one space."""
+    """Yield the sentences of ``document`` that read as English, tokenised, with words separated by one space."""
     for paragraph in _paragraphs(document):
         text = paragraph
         for pattern, replacement in _MARKUP:
@@ -65,7 +65,7 @@ def sentences(document: str) -> Iterator[str]:
 
 
 def tokenise(sentence: str) -> list[str]:
-    """Words and punctuation, split roughly as in the Penn Treebank (``do n't``, ``it 's``, every mark by itself)."""
+    """Split a sentence roughly as in the Penn Treebank (``do n't``, ``it 's``, each punctuation mark by itself)."""
     tokens: list[str] = []
     for token in _TOKEN.findall(sentence):
         if token.endswith(".") and len(token) > 1 and not _DOTTED.match(token):
@@ -75,14 +75,14 @@ def tokenise(sentence: str) -> list[str]:
     return tokens
 
 
-def near_key(sentence: str) -> str:
-    """Equal for sentences that differ only in names, numbers and case: documentation repeats itself."""
+def deduplication_key(sentence: str) -> str:
+    """Return a key that is equal for sentences that differ only in names, numbers and the first word."""
     words = sentence.split()
     return " ".join(["X" if word[0].isupper() or word[0].isdigit() else word for word in words[1:]])
 
 
 def _paragraphs(document: str) -> Iterator[str]:
-    """Runs of lines that are neither code nor structure, joined."""
+    """Yield paragraphs: runs of lines that are neither code nor structure, joined by spaces."""
     lines: list[str] = []
     skip_until_blank = fenced = False
     literal: int | None = None  # indentation of the line that announced a literal block

@@ -1,4 +1,4 @@
-"""``shards``: encode training and held-out text into HDF5 shards, on any number of ranks, always to the same bytes."""
+"""``shards``: encode training and held-out text into HDF5 shards; the bytes are the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ import numpy as np
 from lapse_elmo.config.preprocessing import ShardsOptions
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.corpus.shards import Header, ShardWriter, shard_name
-from lapse_elmo.corpus.text import Part, cut_into_parts, find_texts, share
+from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, split_into_chunks
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.corpus.words import Ids, new_ids, problem
+from lapse_elmo.corpus.words import WordEncoder, fallback_reason, new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError
 from lapse_elmo.mpi.world import World
 
-from .pieces import Piece, encode_part, piece_paths, read_group, residue_of
-from .progress import bar, say
+from .encoded_chunks import EncodedChunk, chunk_paths, encode_chunk, read_group, residue_of
+from .progress import print_once, progress_bar
 from .staging import Staging
 
 
 @dataclass(frozen=True)
 class _Split:
-    """One of the two halves of the command: its text and where it goes."""
+    """Training or held-out text, and the number of its shards."""
 
     name: str
     texts: list[str]
-    parts: list[Part]
+    chunks: list[TextChunk]
     num_shards: int
 
 
 def make_shards(options: ShardsOptions, world: World) -> None:
-    """Run the command on every rank of ``world``.
+    """Run the command (collective).
 
-    :raises CorpusError, ConfigError, OutputError: on all ranks.
+    Raises:
+        CorpusError: On all ranks: a text or the vocabulary cannot be used.
+        ConfigError: On all ranks: there are fewer sentences than shards, or a text is both training and held-out text.
+        OutputError: On all ranks: the output exists or cannot be written.
     """
     started = time.perf_counter()
     splits = world.agree(lambda: _plan(options))
@@ -47,12 +50,12 @@ def make_shards(options: ShardsOptions, world: World) -> None:
         vocabulary = staging.phase(lambda: Vocabulary.load(options.vocab) if world.rank == 0 else None)[0]
         assert vocabulary is not None
         world.agree(lambda: _make_directories(staging.directory))
-        ids = new_ids(vocabulary)
-        summary = [_make_split(split, options, vocabulary, ids, world, staging) for split in splits]
+        encoder = new_word_encoder(vocabulary)
+        summary = [_make_split(split, options, vocabulary, encoder, world, staging) for split in splits]
         staging.publish("new")
-    if reason := problem():
-        say(world, reason)
-    say(world, f"{options.output}: {'; '.join(summary)}; {time.perf_counter() - started:.1f} s")
+    if reason := fallback_reason():
+        print_once(world, reason)
+    print_once(world, f"{options.output}: {'; '.join(summary)}; {time.perf_counter() - started:.1f} s")
 
 
 def _plan(options: ShardsOptions) -> list[_Split]:
@@ -60,65 +63,66 @@ def _plan(options: ShardsOptions) -> list[_Split]:
     both = {os.path.realpath(path) for path in train} & {os.path.realpath(path) for path in heldout}
     if both:
         raise ConfigError(
-            f"{min(both)} is both training and held-out text; perplexity on it would mean nothing, so give other files"
+            f"{min(both)} is both training and held-out text, which makes held-out perplexity meaningless; give "
+            "different files"
         )
     return [
-        _Split("train", train, cut_into_parts(train), options.num_shards),
-        _Split("heldout", heldout, cut_into_parts(heldout), options.num_heldout_shards),
+        _Split("train", train, split_into_chunks(train), options.num_shards),
+        _Split("heldout", heldout, split_into_chunks(heldout), options.num_heldout_shards),
     ]
 
 
 def _make_directories(directory: Path) -> None:
     try:
-        (directory / "pieces").mkdir()
+        (directory / "chunks").mkdir()
         (directory / "new").mkdir()
     except OSError as error:
         raise write_failed(directory, error) from None
 
 
 def _make_split(
-    split: _Split, options: ShardsOptions, vocabulary: Vocabulary, ids: Ids, world: World, staging: Staging
+    split: _Split, options: ShardsOptions, vocabulary: Vocabulary, encoder: WordEncoder, world: World, staging: Staging
 ) -> str:
-    """Encode and assemble one split; returns a line about it."""
-    work = share(split.parts, world.size)
+    """Encode the text of one split and write its shards (collective); returns a summary line."""
+    work = assign_chunks(split.chunks, world.size)
     mine = work[world.rank]
-    pieces_at = staging.directory / "pieces"
+    folder = staging.directory / "chunks"
 
-    def encode() -> dict[int, Piece]:
-        with bar(world, sum(split.parts[n].size for n in mine), "B", f"encoding {split.name}") as progress:
+    def encode() -> dict[int, EncodedChunk]:
+        with progress_bar(world, sum(split.chunks[n].size for n in mine), "B", f"encoding {split.name}") as progress:
 
             def on_block(num_bytes: int) -> None:
                 progress.update(num_bytes)
                 staging.check()
 
-            pieces = {}
+            encoded = {}
             for n in mine:
-                paths = piece_paths(pieces_at, split.name, n)
-                pieces[n] = encode_part(split.parts[n], ids, split.num_shards, paths, on_block)
-            return pieces
+                paths = chunk_paths(folder, split.name, n)
+                encoded[n] = encode_chunk(split.chunks[n], encoder, split.num_shards, paths, on_block)
+            return encoded
 
-    by_number = {n: piece for encoded in staging.phase(encode) for n, piece in encoded.items()}
-    pieces = [by_number[n] for n in range(len(split.parts))]
-    world.agree(lambda: _check_text(split, pieces))
-    set_sha256 = _set_sha256(split, pieces, vocabulary)
-    starts = np.cumsum([0] + [piece.num_sentences for piece in pieces]).tolist()
+    by_number = {n: chunk for chunks in staging.phase(encode) for n, chunk in chunks.items()}
+    encoded = [by_number[n] for n in range(len(split.chunks))]
+    world.agree(lambda: _check_text(split, encoded))
+    set_sha256 = _set_sha256(split, encoded, vocabulary)
+    starts = np.cumsum([0] + [chunk.num_sentences for chunk in encoded]).tolist()
 
     def assemble() -> list[Header]:
         shards = range(world.rank, split.num_shards, world.size)
-        with bar(world, len(shards), "shard", f"writing {split.name}") as progress:
+        with progress_bar(world, len(shards), "shard", f"writing {split.name}") as progress:
             headers = []
             for shard in shards:
                 residues = [residue_of(shard, start, split.num_shards) for start in starts[:-1]]
-                header = _header(split, shard, pieces, residues, vocabulary, set_sha256, options)
+                header = _header(split, shard, encoded, residues, vocabulary, set_sha256, options)
                 path = staging.directory / "new" / shard_name(split.name, shard, split.num_shards)
-                groups = [piece_paths(pieces_at, split.name, n) for n in range(len(pieces))]
-                _write_shard(path, header, split, zip(pieces, groups, residues, strict=True), staging.check)
+                groups = [chunk_paths(folder, split.name, n) for n in range(len(encoded))]
+                _write_shard(path, header, split, zip(encoded, groups, residues, strict=True), staging.check)
                 headers.append(header)
                 progress.update(1)
             return headers
 
     headers = [header for some in staging.phase(assemble) for header in some]
-    staging.phase(lambda: _remove([path for n in mine for path in piece_paths(pieces_at, split.name, n)]))
+    staging.phase(lambda: _remove([path for n in mine for path in chunk_paths(folder, split.name, n)]))
     tokens = sum(header.num_tokens for header in headers)
     unknown = sum(header.num_unknown for header in headers)
     return (
@@ -132,25 +136,25 @@ def _remove(paths: Sequence[Path]) -> None:
         path.unlink()
 
 
-def _check_text(split: _Split, pieces: Sequence[Piece]) -> None:
-    """Every file has sentences, and there are enough of them for the shards."""
+def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
+    """Check that every file has sentences, and that there are at least as many as shards."""
     by_path: dict[str, int] = dict.fromkeys(split.texts, 0)
-    for part, piece in zip(split.parts, pieces, strict=True):
-        by_path[part.path] += piece.num_sentences
+    for chunk, encoded_chunk in zip(split.chunks, encoded, strict=True):
+        by_path[chunk.path] += encoded_chunk.num_sentences
     for path, count in by_path.items():
         if not count:
-            raise CorpusError(f"text {path} has no words; expected one sentence a line")
+            raise CorpusError(f"text {path} has no words; expected one sentence per line")
     total = sum(by_path.values())
     if total < split.num_shards:
         flag = "--num-shards" if split.name == "train" else "--num-heldout-shards"
         raise ConfigError(
             f"{total} sentence{'s' if total > 1 else ''} of {split.name} text cannot fill {split.num_shards} shards; "
-            f"give {flag} {total} or fewer, or more text"
+            f"give {flag} {total} or less, or more text"
         )
 
 
-def _set_sha256(split: _Split, pieces: Sequence[Piece], vocabulary: Vocabulary) -> str:
-    content = [[piece.num_sentences, piece.checksum] for piece in pieces]
+def _set_sha256(split: _Split, encoded: Sequence[EncodedChunk], vocabulary: Vocabulary) -> str:
+    content = [[chunk.num_sentences, chunk.checksum] for chunk in encoded]
     identity = [split.name, split.num_shards, vocabulary.sha256, content]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -158,13 +162,13 @@ def _set_sha256(split: _Split, pieces: Sequence[Piece], vocabulary: Vocabulary) 
 def _header(
     split: _Split,
     shard: int,
-    pieces: Sequence[Piece],
+    encoded: Sequence[EncodedChunk],
     residues: Sequence[int],
     vocabulary: Vocabulary,
     set_sha256: str,
     options: ShardsOptions,
 ) -> Header:
-    totals = sum(piece.counts[:, residue].sum(axis=0) for piece, residue in zip(pieces, residues, strict=True))
+    totals = sum(chunk.counts[:, residue].sum(axis=0) for chunk, residue in zip(encoded, residues, strict=True))
     num_sentences, num_tokens, num_unknown = (int(total) for total in totals)
     used = {"num_shards": options.num_shards, "num_heldout_shards": options.num_heldout_shards}
     return Header(
@@ -185,15 +189,15 @@ def _write_shard(
     path: Path,
     header: Header,
     split: _Split,
-    groups: Iterable[tuple[Piece, tuple[Path, Path], int]],
+    groups: Iterable[tuple[EncodedChunk, tuple[Path, Path], int]],
     check: Callable[[], None],
 ) -> None:
-    """Assemble one shard. Sources are kept as names without directories: where they lay says nothing to others."""
+    """Assemble one shard. Only base names of the sources are stored: local paths mean nothing elsewhere."""
     writer = None
     try:
         writer = ShardWriter(path, header, [os.path.basename(text) for text in split.texts])
-        for piece, paths, residue in groups:
-            for tokens, lengths in read_group(piece, paths, residue):
+        for chunk, paths, residue in groups:
+            for tokens, lengths in read_group(chunk, paths, residue):
                 writer.append(tokens, lengths)
             check()
         writer.close()

@@ -1,7 +1,7 @@
-"""A hidden directory beside an output, in which many ranks build it, and which becomes it in one rename.
+"""Build an output of many ranks in a hidden directory next to it, and publish it by one rename.
 
-Whatever goes wrong on any rank, nothing is left at the output's place, and the hidden directory is removed. Only a kill
-leaves it behind; rank 0 of the next run for the same output removes it, since its lock is free.
+If a rank fails, the output is not created and the hidden directory is removed. A killed job leaves the directory
+behind; the next run with the same output removes it, because nobody holds its lock.
 """
 
 from __future__ import annotations
@@ -23,22 +23,31 @@ from lapse_elmo.mpi.world import World
 
 T = TypeVar("T")
 
-_OURS = re.compile(r"(train|heldout)-\d+-of-\d+\.(h5|txt)|SOURCES\.txt")
+_GENERATED = re.compile(r"(train|heldout)-\d+-of-\d+\.(h5|txt)|SOURCES\.txt")
 
 
 class _Stopped(UserError):
-    """Another rank failed; its error is the one to show."""
+    """Raised on a rank because another rank failed, whose error is the one to report."""
 
 
 class Staging:
-    """The hidden directory, as a context manager. Every rank enters it, and calls :meth:`phase` and :meth:`publish`."""
+    """A context manager for the hidden directory. All methods but :meth:`check` are collective."""
 
     def __init__(self, world: World, output: str, overwrite: bool) -> None:
-        """:raises OutputError: on all ranks, if ``output`` exists and may not be replaced or its place is read-only."""
+        """Create the hidden directory.
+
+        Args:
+            world: The ranks.
+            output: The path of the output.
+            overwrite: Whether an existing output is replaced.
+
+        Raises:
+            OutputError: On all ranks: ``output`` exists and must not be replaced, or cannot be written.
+        """
         self._world = world
         self._lock: BinaryIO | None = None
         self.output = Path(os.path.realpath(output))
-        self._shown = output
+        self._display_name = output
         self._overwrite = overwrite
         self.directory = world.agree(self._create)
         self._flag = self.directory / "failed"
@@ -53,14 +62,21 @@ class Staging:
                 self._lock.close()
 
     def phase(self, function: Callable[[], T]) -> list[T]:
-        """Run ``function`` on every rank: the results of all ranks, or the first UserError, raised on all of them."""
+        """Run ``function`` on every rank.
+
+        Returns:
+            The results of all ranks.
+
+        Raises:
+            UserError: On all ranks: the first one that ``function`` raised on any rank.
+        """
         result: T | None = None
         error: UserError | None = None
         try:
             try:
                 result = function()
             except OSError as caught:
-                raise write_failed(self._shown, caught) from None
+                raise write_failed(self._display_name, caught) from None
         except UserError as caught:
             error = caught
             if not isinstance(error, _Stopped):
@@ -73,19 +89,19 @@ class Staging:
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
     def check(self) -> None:
-        """Give up at once if another rank failed. Call it now and then in a long phase."""
+        """Stop if another rank failed; to be called from time to time in a long phase."""
         if self._world.size > 1 and self._flag.exists():
             raise _Stopped("another rank failed")
 
     def publish(self, name: str) -> None:
-        """Make ``name``, a file or directory in the hidden directory, the output."""
+        """Rename ``name``, a file or directory in the hidden directory, to the output."""
         self._world.barrier()
         self._world.agree(lambda: self._publish(self.directory / name))
 
     def _create(self) -> Path:
-        refuse_existing(self._shown, self._overwrite)
+        refuse_existing(self._display_name, self._overwrite)
         if self._overwrite and self.output.is_dir():
-            _check_replaceable(self.output, self._shown)
+            _check_replaceable(self.output, self._display_name)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             prefix = f".{self.output.name}.tmp-"
@@ -95,20 +111,20 @@ class Staging:
             self._lock = open(directory / "lock", "wb")  # noqa: SIM115 (held until the end)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise write_failed(self._shown, error) from None
+            raise write_failed(self._display_name, error) from None
         return directory
 
     def _raise_flag(self) -> None:
-        with contextlib.suppress(OSError):  # on a full disk the others notice at the end of the phase
+        with contextlib.suppress(OSError):  # if the disk is full, other ranks notice only at the end of the phase
             self._flag.touch()
 
     def _publish(self, new: Path) -> None:
-        refuse_existing(self._shown, self._overwrite)
+        refuse_existing(self._display_name, self._overwrite)
         try:
             if new.is_dir():
                 sync_directory(new)
             if new.is_dir() and self.output.is_dir():
-                _check_replaceable(self.output, self._shown)
+                _check_replaceable(self.output, self._display_name)
                 old = self.directory / "old"
                 os.rename(self.output, old)
                 try:
@@ -120,21 +136,21 @@ class Staging:
                 os.replace(new, self.output)
             sync_directory(self.output.parent)
         except OSError as error:
-            raise write_failed(self._shown, error) from None
+            raise write_failed(self._display_name, error) from None
 
 
-def _check_replaceable(directory: Path, shown: str) -> None:
-    """--overwrite removes what this program makes, never somebody's other files."""
-    others = sorted(name for name in os.listdir(directory) if not _OURS.fullmatch(name))
+def _check_replaceable(directory: Path, display_name: str) -> None:
+    """Check that --overwrite would remove only files that this program makes."""
+    others = sorted(name for name in os.listdir(directory) if not _GENERATED.fullmatch(name))
     if others:
         raise OutputError(
-            f"{shown} holds other files than those made here (such as {others[0]}), so --overwrite does not replace "
-            "it; give another --output"
+            f"{display_name} holds files that this program does not make (such as {others[0]}), so --overwrite "
+            "does not replace it; choose another --output"
         )
 
 
 def _remove_if_dead(directory: str) -> None:
-    """Remove the hidden directory of a run that was killed; one that still runs holds the lock."""
+    """Remove the hidden directory of a killed run; a run that is still active holds the lock."""
     try:
         with open(os.path.join(directory, "lock"), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

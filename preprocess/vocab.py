@@ -1,8 +1,8 @@
-"""``vocab``: count the words of texts and write those frequent enough, most frequent first.
+"""``vocab``: count the words of text and write the frequent ones, most frequent first.
 
-The order is by count, and among equal counts by code points (which is also the order of the UTF-8 bytes), so a corpus
-gives the same file whatever the number of ranks and the order of its files. Each rank holds its own counts; rank 0 adds
-those of the others, one rank at a time.
+Words of equal count are ordered by code point (which is also the order of the UTF-8 bytes), so a corpus gives the same
+file for any number of ranks and any order of its files. Each rank counts its own chunks; rank 0 adds up the counts, one
+rank at a time.
 """
 
 from __future__ import annotations
@@ -12,88 +12,90 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lapse_elmo.config.preprocessing import VocabOptions
-from lapse_elmo.corpus.text import Part, cut_into_parts, find_texts, read_blocks, share
+from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, read_blocks, split_into_chunks
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
-from lapse_elmo.corpus.words import Counts, most_frequent, new_counts, problem
+from lapse_elmo.corpus.words import WordCounter, fallback_reason, most_frequent, new_word_counter
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.mpi.world import World
 
-from .progress import bar, say
+from .progress import print_once, progress_bar
 from .staging import Staging
 
 
 def make_vocabulary(options: VocabOptions, world: World) -> None:
-    """Run the command on every rank of ``world``.
+    """Run the command (collective).
 
-    :raises CorpusError, OutputError: on all ranks.
+    Raises:
+        CorpusError: On all ranks: a text cannot be used, or no word is frequent enough.
+        OutputError: On all ranks: the output exists or cannot be written.
     """
     started = time.perf_counter()
-    parts = world.agree(lambda: cut_into_parts(find_texts(options.texts)))
-    mine = [parts[number] for number in share(parts, world.size)[world.rank]]
+    chunks = world.agree(lambda: split_into_chunks(find_texts(options.texts)))
+    mine = [chunks[number] for number in assign_chunks(chunks, world.size)[world.rank]]
     with Staging(world, options.output, options.overwrite) as staging:
-        counts = new_counts()
-        with bar(world, sum(part.size for part in mine), "B", "counting") as progress:
-            with_words = set().union(*staging.phase(lambda: _count(mine, counts, progress.update, staging.check)))
-        world.agree(lambda: _check_words(parts, with_words))
-        counts = _add_up(counts, world)
+        counter = new_word_counter()
+        with progress_bar(world, sum(chunk.size for chunk in mine), "B", "counting") as progress:
+            with_words = set().union(*staging.phase(lambda: _count(mine, counter, progress.update, staging.check)))
+        world.agree(lambda: _check_words(chunks, with_words))
+        counter = _add_up(counter, world)
 
         def save() -> str:
-            return _save(counts, options, staging.directory / "vocabulary") if world.rank == 0 else ""
+            return _save(counter, options, staging.directory / "vocabulary") if world.rank == 0 else ""
 
         summary = staging.phase(save)[0]
         staging.publish("vocabulary")
-    if reason := problem():
-        say(world, reason)
-    say(world, f"{options.output}: {summary}; {time.perf_counter() - started:.1f} s")
+    if reason := fallback_reason():
+        print_once(world, reason)
+    print_once(world, f"{options.output}: {summary}; {time.perf_counter() - started:.1f} s")
 
 
 def _count(
-    parts: Sequence[Part], counts: Counts, advance: Callable[[int], object], check: Callable[[], None]
+    chunks: Sequence[TextChunk], counter: WordCounter, advance: Callable[[int], object], check: Callable[[], None]
 ) -> set[str]:
-    """Add the words of ``parts`` to ``counts``; returns the paths of the parts that have any."""
+    """Count the words of ``chunks``; returns the paths of the texts that have words."""
     with_words = set()
-    for part in parts:
-        for block in read_blocks(part):
-            if counts.count(block):
-                with_words.add(part.path)
+    for chunk in chunks:
+        for block in read_blocks(chunk):
+            if counter.count(block):
+                with_words.add(chunk.path)
             advance(block.num_bytes)
             check()
     return with_words
 
 
-def _check_words(parts: Sequence[Part], with_words: set[str]) -> None:
-    for part in parts:
-        if part.path not in with_words:
-            raise CorpusError(f"text {part.path} has no words; expected one sentence a line")
+def _check_words(chunks: Sequence[TextChunk], with_words: set[str]) -> None:
+    for chunk in chunks:
+        if chunk.path not in with_words:
+            raise CorpusError(f"text {chunk.path} has no words; expected one sentence per line")
 
 
-def _add_up(counts: Counts, world: World) -> Counts:
-    """Bring all counts to rank 0, those of one rank at a time; what it returns elsewhere is empty."""
-    total = counts if world.rank == 0 else new_counts()
+def _add_up(counter: WordCounter, world: World) -> WordCounter:
+    """Add up the counts of all ranks on rank 0 (collective); the result is empty on other ranks."""
+    total = counter if world.rank == 0 else new_word_counter()
     for root in range(1, world.size):
-        words = world.bcast(counts.frequent() if world.rank == root else None, root)
+        words = world.bcast(counter.frequent() if world.rank == root else None, root)
         if world.rank == 0 and words is not None:
             total.add(words)
     return total
 
 
-def _save(counts: Counts, options: VocabOptions, path: Path) -> str:
-    """Write the vocabulary of ``counts``; returns a line about it."""
-    frequent = counts.frequent(options.threshold)
+def _save(counter: WordCounter, options: VocabOptions, path: Path) -> str:
+    """Write the vocabulary; returns a summary line."""
+    frequent = counter.frequent(options.threshold)
     special = [token.encode() for token in SPECIAL]
     words, num_known = most_frequent(frequent, special, options.max_size)
     if not words:
-        every = counts.frequent()
+        every = counter.frequent()
         most = max(
             (count for word, count in zip(every.words(), every.counts.tolist(), strict=True) if word not in special),
             default=0,
         )
         raise CorpusError(
-            f"no word occurs {options.threshold} times (the most frequent one {most}); lower --threshold"
+            f"no word occurs {options.threshold} times, the most frequent one {most} times; lower --threshold"
         )
     vocabulary = Vocabulary(b"\n".join([*special, *words, b""]))
     vocabulary.save(path)
-    num_distinct, num_tokens = counts.totals()
+    num_distinct, num_tokens = counter.totals()
     return (
         f"{len(words):,} words ({vocabulary.size:,} classes) of {num_distinct:,} distinct ones, "
         f"{num_tokens:,} tokens, {(num_tokens - num_known) / num_tokens:.2%} unknown"

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which there are, which one is meant, and which ones go."""
+"""List, find, publish and remove the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -15,35 +15,40 @@ FOLDER, BEST = "checkpoints", "best"
 
 
 def path_of(run_dir: Path, step: int) -> Path:
+    """Return the path of the checkpoint of ``step``."""
     return run_dir / FOLDER / f"step-{step:08d}"
 
 
 def partial_of(final: Path) -> Path:
-    """The hidden name under which a checkpoint is written."""
+    """Return the hidden name under which the checkpoint ``final`` is written."""
     return final.with_name(f".{final.name}.partial")
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, newest first; they are not looked into."""
+    """Return the paths of the run's checkpoints, newest first. They may be damaged."""
     folder = run_dir / FOLDER
     return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the newest of the run it names."""
+    """Return the checkpoint at ``path``, or the newest one of the run at ``path``.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     if (path / MANIFEST).is_file():
         return path.resolve()
     whole = [step for step in candidates(path) if (step / MANIFEST).is_file()]
     if not whole:
         raise CheckpointError(
-            f"{path} holds no saved model (expected {FOLDER}/step-*/{MANIFEST}): give the folder of a run that has "
-            "saved one, or one of its checkpoints"
+            f"{path} holds no checkpoint, expected {FOLDER}/step-*/{MANIFEST}: give the directory of a run that has "
+            "saved one, or of a checkpoint"
         )
     return whole[0]
 
 
-def put(partial: Path, final: Path) -> None:
-    """Give a written checkpoint its name, in place of an older one if need be. Flushed to the disk."""
+def publish(partial: Path, final: Path) -> None:
+    """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
     sync_directory(partial)
     if final.exists():
         remove(final)
@@ -52,16 +57,16 @@ def put(partial: Path, final: Path) -> None:
 
 
 def mark_best(run_dir: Path, best: Path) -> None:
-    """Let ``RUN/best`` be a link to ``best``."""
+    """Make ``RUN/best`` a symbolic link to the checkpoint ``best``."""
     temporary = run_dir / f".{BEST}.tmp"
-    with contextlib.suppress(OSError):  # a file system without links: the manifests tell it too
+    with contextlib.suppress(OSError):  # some file systems have no links; the manifests name the best one too
         temporary.unlink(missing_ok=True)
         os.symlink(os.path.join(FOLDER, best.name), temporary)
         os.replace(temporary, run_dir / BEST)
 
 
-def clear(run_dir: Path, keep: set[Path]) -> None:
-    """Remove all checkpoints that are not in ``keep``, and what interrupted saves left behind."""
+def prune(run_dir: Path, keep: set[Path]) -> None:
+    """Remove all checkpoints except those in ``keep``, and the remains of interrupted saves."""
     folder = run_dir / FOLDER
     names = {path.name for path in keep}
     for path in folder.iterdir() if folder.is_dir() else []:
@@ -70,7 +75,7 @@ def clear(run_dir: Path, keep: set[Path]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that whoever looks at any instant sees it whole or not at all."""
+    """Remove a directory atomically: it is renamed to a hidden name first, so that no reader sees half of it."""
     hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
     with contextlib.suppress(OSError):
         if hidden != folder:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, and whether it is whole."""
+"""Read and verify the manifest of a checkpoint, which lists its content and checksums."""
 
 from __future__ import annotations
 
@@ -17,52 +17,58 @@ Manifest: TypeAlias = "dict[str, Any]"
 FORMAT, VERSION = "lapse-elmo checkpoint", 2
 MANIFEST = "manifest.json"
 DENSE = "dense.h5"
-_SHOWN = 60  # characters of a wrong value
-_MOST = 1 << 53  # of any count
-_MOST_RANKS = 1 << 24
-#: What a manifest must hold: the least and the largest of a number, else the type.
-_NEEDED: dict[str, type | tuple[int, int]] = {
-    "step": (0, _MOST), "epoch": (0, _MOST), "step_in_epoch": (0, _MOST), "world_size": (1, _MOST_RANKS),
-    "vocabulary_sha256": str, "num_classes": (1, _MOST), "config": dict, "corpus": dict, "results": dict, "state": dict,
-    "files": dict,
+_MAX_SHOWN = 60  # characters of a wrong value in an error message
+_MAX_COUNT = 1 << 53  # for any count; exact in a float64
+_MAX_RANKS = 1 << 24
+#: Required entries: for numbers the smallest and the largest value, for others the type.
+_REQUIRED: dict[str, type | tuple[int, int]] = {
+    "step": (0, _MAX_COUNT), "epoch": (0, _MAX_COUNT), "step_in_epoch": (0, _MAX_COUNT), "world_size": (1, _MAX_RANKS),
+    "vocabulary_sha256": str, "num_classes": (1, _MAX_COUNT), "config": dict, "corpus": dict, "results": dict,
+    "state": dict, "files": dict,
 }
 _BLOCK_BYTES = 1 << 22
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's file, with its own checksum."""
+    """Return the bytes of the manifest's file, with its own checksum added."""
     return json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all there and of the right size.
+    """Read the manifest of a checkpoint, and check that all files exist and have the right size.
 
-    :raises CheckpointError: otherwise, or if the manifest is damaged or of another format.
+    Raises:
+        CheckpointError: The manifest is damaged or of another format, or a file is missing or of the wrong size.
     """
     try:
         manifest = json.loads(read_small(path / MANIFEST, MOST_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path / MANIFEST}: {error}") from None
+        raise CheckpointError(f"cannot read {path / MANIFEST}: {error}; use another checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST} is not a {FORMAT}")
+        raise CheckpointError(f"{path / MANIFEST} is not the manifest of a {FORMAT}")
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{path} has format version {manifest.get('version')}, this program reads {VERSION}")
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('version')}, expected version {VERSION}; use the version of "
+            "lapse-elmo that wrote it"
+        )
     own = manifest.pop("sha256", None)
-    wrong = _what_is_wrong(manifest)
+    wrong = _find_defect(manifest)
     if wrong:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {wrong}; use another checkpoint")
     if own != _own_sha256(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is damaged (its own checksum); use another checkpoint")
+        raise CheckpointError(f"{path / MANIFEST} is damaged (wrong checksum of itself); use another checkpoint")
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file} is missing or damaged (its size in {MANIFEST}): use another checkpoint")
+            raise CheckpointError(
+                f"{file} is missing or damaged (its size differs from that in {MANIFEST}); use another checkpoint"
+            )
     return manifest
 
 
-def _what_is_wrong(manifest: Manifest) -> str:
-    """What a manifest lacks or has of another kind than it should; empty if it is all right."""
-    for name, wanted in _NEEDED.items():
+def _find_defect(manifest: Manifest) -> str:
+    """Return what is wrong with a manifest's entries, or ``""``."""
+    for name, wanted in _REQUIRED.items():
         if name not in manifest:
             return f"it has no {name!r}"
         value = manifest[name]
@@ -76,99 +82,113 @@ def _what_is_wrong(manifest: Manifest) -> str:
             return f"corpus does not name the {kind} shards"
     best, milestones = manifest.get("best"), manifest.get("milestones")
     if best is not None and not (
-        isinstance(best, dict) and _is_number(best.get("step"), 0, _MOST)
+        isinstance(best, dict) and _is_number(best.get("step"), 0, _MAX_COUNT)
         and isinstance(best.get("perplexity"), int | float)
     ):
         return f"best is {_short(best)}, expected a step and a perplexity"
     if milestones is not None and not _is_milestones(milestones):
         return f"milestones is {_short(milestones)}, expected a number of tokens and steps"
-    return _what_is_wrong_with_files(manifest)
+    return _find_defect_of_files(manifest)
 
 
-def _what_is_wrong_with_files(manifest: Manifest) -> str:
+def _find_defect_of_files(manifest: Manifest) -> str:
     files, size = manifest["files"], manifest["world_size"]
     for name, entry in files.items():
-        if not isinstance(entry, dict) or not _is_number(entry.get("bytes"), 0, _MOST):
+        if not isinstance(entry, dict) or not _is_number(entry.get("bytes"), 0, _MAX_COUNT):
             return f"the entry of file {_short(name)} is {_short(entry)}, expected its bytes and sha256"
         if not isinstance(entry.get("sha256"), str):
             return f"the entry of file {_short(name)} has no sha256"
     if len(files) < size or not {DENSE, rank_file(0, size), rank_file(size - 1, size)} <= files.keys():
-        return f"it does not name the files of {size} ranks"
+        return f"it does not name the files of all {size} ranks"
     for name in files:
         if Path(name).name != name:
             return f"file {_short(name)} is not in the checkpoint's folder"
     return ""
 
 
-def _is_number(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _is_number(value: object, minimum: int, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def _is_milestones(value: object) -> bool:
-    if not isinstance(value, dict) or not _is_number(value.get("num_tokens"), 0, _MOST):
+    if not isinstance(value, dict) or not _is_number(value.get("num_tokens"), 0, _MAX_COUNT):
         return False
     pairs = value.get("reached")
     return isinstance(pairs, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(_is_number(number, 0, _MOST) for number in pair)
+        isinstance(pair, list) and len(pair) == 2 and all(_is_number(number, 0, _MAX_COUNT) for number in pair)
         for pair in pairs
     )
 
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def rank_file(rank: int, size: int) -> str:
-    """The name of a rank's file in a checkpoint."""
+    """Return the name of a rank's file in a checkpoint of ``size`` ranks."""
     return f"rank-{rank:05d}-of-{size:05d}.h5"
 
 
 def check_files(path: Path, manifest: Manifest, part: int = 0, num_parts: int = 1) -> None:
-    """Compare the checksums of every file, or of this of ``num_parts`` parts of them.
+    """Verify the checksums of all files, or of part ``part`` of ``num_parts`` of them.
 
-    :raises CheckpointError: if one differs.
+    Raises:
+        CheckpointError: A file cannot be read, or its checksum differs.
     """
     for name, entry in sorted(manifest["files"].items())[part::num_parts]:
         try:
             found = sha256_of(path / name)
         except OSError as error:
-            raise CheckpointError(f"cannot read {path / name}: {error.strerror}: use another checkpoint") from None
+            raise CheckpointError(f"cannot read {path / name}: {error.strerror}; use another checkpoint") from None
         if found != entry["sha256"]:
-            raise CheckpointError(f"{path / name} is damaged (its checksum in {MANIFEST}): use another checkpoint")
+            raise CheckpointError(
+                f"{path / name} is damaged (its checksum differs from that in {MANIFEST}); use another checkpoint"
+            )
 
 
 def config_of(manifest: Manifest, path: Path) -> Config:
-    """The config that a checkpoint was trained with."""
+    """Return the config that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: The config is damaged, or has options that this version does not know.
+    """
     tables = manifest["config"]
     if not all(isinstance(group, dict) for group in tables.values()):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: config is not made of groups; use another checkpoint")
-    if isinstance(tables.get("optimizer"), dict):  # the first checkpoints know no other accumulators
+        raise CheckpointError(f"{path / MANIFEST} is damaged: config is not a table of groups; use another checkpoint")
+    if isinstance(tables.get("optimizer"), dict):  # not in the first checkpoints
         tables = {**tables, "optimizer": {"row_accumulators": "element", **tables["optimizer"]}}
     try:
         return from_tables(tables)
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{path / MANIFEST} has a config that this program does not read: {error}") from None
+        raise CheckpointError(
+            f"{path / MANIFEST} has a config that this version of lapse-elmo cannot read: {error}; use the "
+            "version that wrote it"
+        ) from None
 
 
 def vocabulary_path(path: Path, config: Config) -> Path:
-    """The copy of the vocabulary that a run keeps, or the file that it was trained with."""
+    """Return the run's copy of the vocabulary or, if it is missing, the file that the run was trained with."""
     copy = path.parent.parent / "vocab.txt"
     return copy if copy.is_file() else Path(config.data.vocab)
 
 
 def require_vocabulary(manifest: Manifest, vocabulary: Vocabulary | VocabularyFile, path: Path) -> None:
-    """Refuse a vocabulary that is not the model's."""
+    """Check that ``vocabulary`` is the model's.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
     if vocabulary.sha256 != manifest["vocabulary_sha256"]:
         raise CheckpointError(
             f"the model {path} was trained with the vocabulary of SHA-256 {manifest['vocabulary_sha256'][:16]}... "
-            f"({manifest['num_classes']} classes), not with the one given, {vocabulary.sha256[:16]}... "
-            f"({vocabulary.size} classes)"
+            f"({manifest['num_classes']} classes), but the one given has {vocabulary.sha256[:16]}... "
+            f"({vocabulary.size} classes); give the model's vocabulary"
         )
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file. Other threads may run meanwhile."""
+    """Return the SHA-256 of a file, in hexadecimal. Releases the GIL while reading and hashing."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):

@@ -1,4 +1,4 @@
-"""A saved model, opened to be used: evaluated, exported, or asked for vectors."""
+"""Open a checkpoint as a model, for evaluation, export or embedding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lapse_elmo.parameters import Parameters
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A whole checkpoint, the config that it was trained with (but for the server) and its vocabulary."""
+    """A verified checkpoint with its vocabulary and its config, in which the server's options are the defaults."""
 
     path: Path
     manifest: Manifest
@@ -35,23 +35,28 @@ class SavedModel:
 
     @classmethod
     def open(cls, model: str, vocab: str, world: World) -> SavedModel:
-        """Collective: find and verify a checkpoint; the ranks share the reading of its files.
+        """Find and verify a checkpoint (collective); each rank reads a part of its files.
 
-        :param model: a run's folder, which stands for its newest checkpoint, or a checkpoint.
-        :param vocab: its vocabulary file; empty for the run's own.
-        :raises CheckpointError, CorpusError: on every rank, if it is not whole or the vocabulary is another's.
+        Args:
+            model: The directory of a run, which stands for its newest checkpoint, or of a checkpoint.
+            vocab: The vocabulary file; ``""`` for the run's own.
+            world: The ranks.
+
+        Raises:
+            CheckpointError: On every rank: the checkpoint is damaged, or the vocabulary is another one.
+            CorpusError: On every rank: the vocabulary cannot be read.
         """
         path = world.agree(lambda: find(Path(model)))
         manifest = world.agree(lambda: read_manifest(path))
         world.together(lambda: check_files(path, manifest, world.rank, world.size))
         config = world.agree(lambda: config_of(manifest, path))
-        config = dataclasses.replace(config, server=ServerConfig())  # whatever kept the rows when they were trained
+        config = dataclasses.replace(config, server=ServerConfig())  # independent of the server used in training
         vocabulary = world.agree(lambda: VocabularyFile.check(vocab or vocabulary_path(path, config)))
         world.agree(lambda: require_vocabulary(manifest, vocabulary, path))
         return cls(path, manifest, config, vocabulary)
 
     def parameters(self, world: World, device: torch.device) -> Parameters:
-        """Collective: its parameters in a server of the world's ranks, and the model in evaluation mode."""
+        """Load the parameters into a new server, with the model in evaluation mode (collective)."""
         parameters = Parameters(self.config, self.vocabulary.size, world, device)
         restore(self.path, self.manifest, parameters, world)
         parameters.model.eval()

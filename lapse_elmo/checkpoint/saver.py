@@ -1,7 +1,7 @@
-"""Saving in the background: a quick copy while all ranks stand still, then a thread that writes while they train.
+"""Save checkpoints in the background: training pauses for a copy of the state, which a thread then writes.
 
-A save passes through three states, at steps at which all ranks see each other's votes: every rank's thread writes
-its files; when all have, rank 0's thread writes the manifest, gives the folder its name and removes old ones. There is
+A save has two phases. First, a thread of every rank writes the rank's files. Ranks exchange votes at every step; once
+all have written, a thread of rank 0 writes the manifest, renames the directory and removes old checkpoints. There is
 one save at a time.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapse_elmo.checkpoint.files import Snapshot, write_dense_file, write_rank_file
-from lapse_elmo.checkpoint.folder import clear, mark_best, partial_of, path_of, put
+from lapse_elmo.checkpoint.folder import mark_best, partial_of, path_of, prune, publish
 from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, VERSION, Manifest, encode, rank_file
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import OutputError, in_one_line
@@ -24,24 +24,32 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step_report import Tally
 
-NUM_NEWEST = 2
+NUM_NEWEST = 2  # checkpoints kept by default, in addition to the best one
 
 
 class Saver:
-    """Saves a run's checkpoints, and keeps the newest, the best and pinned ones (collective, but for the properties).
+    """Saves a run's checkpoints, and keeps the newest, the best and the pinned ones.
 
-    A context that stops a save under way when an error ends it.
+    All methods are collective. As a context manager it cancels the current save if the block raises.
 
-    :param kept: checkpoints that are there already, oldest first; whatever else lies there goes with the next save.
-    :param best: (held-out perplexity, folder) of the best of them.
-    :param num_newest: how many of the newest stay.
-    :ivar pinned: folders that stay, whatever comes later.
+    Attributes:
+        pinned: Directories of checkpoints that are never removed.
+        best: Held-out perplexity and directory of the best checkpoint, if there is one.
     """
 
     def __init__(
         self, run_dir: Path, world: World, kept: Sequence[Path] = (), best: tuple[float, Path] | None = None,
         num_newest: int = NUM_NEWEST,
     ) -> None:
+        """Prepare to save checkpoints of the run in ``run_dir``.
+
+        Args:
+            run_dir: The run's directory.
+            world: The ranks.
+            kept: Existing checkpoints to keep, oldest first; the next save removes all others.
+            best: Held-out perplexity and directory of the best of them.
+            num_newest: How many of the newest checkpoints to keep.
+        """
         self.run_dir = run_dir
         self.pinned: set[Path] = set()
         self._num_newest = num_newest
@@ -52,7 +60,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: OutputError | None = None
         self._files: dict[str, Any] = {}
-        self._final: Path | None = None  # of the save under way, until rank 0 has been told to finish it
+        self._final: Path | None = None  # of the current save, until rank 0 begins to finish it
         self._manifest: Manifest = {}
         self._written = self._cancelled = False
 
@@ -67,11 +75,19 @@ class Saver:
         return self._error is not None
 
     def start(self, parameters: Parameters, cursor: Cursor, manifest: Manifest, perplexity: float | None) -> Path:
-        """Begin to save; the folder that it will be, once :meth:`look` or :meth:`finish` has said so.
+        """Start to save, after finishing the previous save.
 
-        :param manifest: what is to be told beside the files.
-        :param perplexity: held-out, where it was measured at this step.
-        :raises OutputError: on every rank, if this or the save before fails.
+        Args:
+            parameters: The parameters to save.
+            cursor: The position in the corpus.
+            manifest: Further entries of the manifest.
+            perplexity: Held-out perplexity, if it was measured at this step.
+
+        Returns:
+            The directory of the checkpoint, which exists once :meth:`finish` has returned.
+
+        Raises:
+            OutputError: On every rank, if this save or the previous one fails.
         """
         self.finish()
         final = path_of(self.run_dir, cursor.step)
@@ -88,11 +104,14 @@ class Saver:
         self._run(final, self._write)
         return final
 
-    def look(self, votes: Tally) -> None:
-        """After a step: let rank 0 finish a save that all ranks have written.
+    def poll(self, votes: Tally) -> None:
+        """Let rank 0 finish the save if all ranks have written their files; called after each step.
 
-        :param votes: how many ranks were :attr:`written` and :attr:`failed` at this step.
-        :raises OutputError: on every rank, if a rank has failed.
+        Args:
+            votes: How many ranks were :attr:`written` and :attr:`failed` at this step.
+
+        Raises:
+            OutputError: On every rank, if one has failed.
         """
         if votes.failed:
             self.finish()
@@ -100,14 +119,18 @@ class Saver:
             self._commit()
 
     def finish(self) -> None:
-        """Wait for the save under way. :raises OutputError: on every rank, if it fails."""
+        """Wait for the current save.
+
+        Raises:
+            OutputError: On every rank, if it fails. Nothing of it is left behind.
+        """
         try:
             self._world.together(self._join)
             if self._final is not None:
                 self._commit()
                 self._world.together(self._join)
         except OutputError:
-            self._world.barrier()  # nobody writes any more
+            self._world.barrier()  # no rank writes any more
             if self._world.rank == 0 and self._final is not None:
                 shutil.rmtree(partial_of(self._final), ignore_errors=True)
             raise
@@ -116,7 +139,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Not collective: after an error stop writing, and leave nothing half-written behind."""
+        """Stop writing after an error, and remove the incomplete checkpoint. Not collective."""
         if kind is None:
             return
         self._cancelled = True
@@ -132,16 +155,16 @@ class Saver:
         final, self._final = self._final, None
         self._kept = [path for path in self._kept if path.name != final.name] + [final]
         if self._world.rank == 0:
-            self._run(final, lambda: self._put(final, {**self._manifest, "files": files}))
+            self._run(final, lambda: self._publish(final, {**self._manifest, "files": files}))
 
-    def _put(self, final: Path, manifest: Manifest) -> None:
+    def _publish(self, final: Path, manifest: Manifest) -> None:
         partial = partial_of(final)
         try:
             with open(partial / MANIFEST, "wb") as file:
                 file.write(encode(manifest))
                 file.flush()
                 os.fsync(file.fileno())
-            put(partial, final)
+            publish(partial, final)
         except (OSError, RuntimeError):
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -150,7 +173,7 @@ class Saver:
         if self.best is not None:
             mark_best(self.run_dir, self.best[1])
             keep.add(self.best[1])
-        clear(self.run_dir, keep)
+        prune(self.run_dir, keep)
 
     def _write(self) -> None:
         assert self._final is not None
@@ -163,11 +186,11 @@ class Saver:
         self._written = True
 
     def _is_cancelled(self) -> bool:
-        self._world.progress.made_aside()  # asked before each block
+        self._world.progress.made_aside()  # this is called before each block
         return self._cancelled
 
     def _run(self, final: Path, work: Callable[[], None]) -> None:
-        """Do ``work`` in a thread. What a disk refuses becomes this rank's error; a bug ends the job."""
+        """Run ``work`` in a thread, which sets this rank's error if a write fails. Other exceptions are bugs."""
 
         def guarded() -> None:
             try:
@@ -188,16 +211,20 @@ class Saver:
     def _guarded(self, final: Path, work: Callable[[], None]) -> None:
         try:
             work()
-        except (OSError, RuntimeError) as error:  # HDF5 has both for a disk that refuses
+        except (OSError, RuntimeError) as error:  # HDF5 raises both for a failed write
             reason = getattr(error, "strerror", None) or in_one_line(error)
-            message = f"cannot write checkpoint {final}: {reason}; free some room or choose another --run-dir"
+            message = f"cannot write checkpoint {final}: {reason}; free some space or choose another --run-dir"
             raise OutputError(message) from None
 
 
 def save(run_dir: Path, parameters: Parameters, cursor: Cursor, manifest: Manifest, world: World) -> Path:
-    """Collective: save once and wait for it; the checkpoint's folder.
+    """Save one checkpoint and wait for it (collective).
 
-    :raises OutputError: on every rank, if it cannot be written; nothing of it is left behind.
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        OutputError: On every rank, if it cannot be written. Nothing of it is left behind.
     """
     saver = Saver(run_dir, world)
     path = saver.start(parameters, cursor, manifest, None)

@@ -1,1 +1,1 @@
-"""Options: documented dataclasses (``training``, ``preprocessing``) and how they are parsed (``cli``)."""
+"""Define the options of the programs as documented dataclasses, and parse them (``cli``)."""

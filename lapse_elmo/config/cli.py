@@ -1,8 +1,8 @@
-"""From documented dataclasses to command line and TOML file: the only place that parses arguments.
+"""Parse a command line and a TOML file into a documented dataclass; no other module parses arguments.
 
-A program's options are a dataclass whose fields are made by :func:`option` (or are dataclasses themselves, which then
-form the groups of ``--help`` and the tables of a TOML file). Precedence: command line, then ``--config`` file, then the
-defaults of the dataclass.
+A program's options are the fields of a dataclass, each made by :func:`option`. A field may also be a dataclass of
+options, which is a group in ``--help`` and a table in the TOML file. The command line takes precedence over the
+``--config`` file, and both over the defaults of the dataclass.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-_MOST_INTEGER = 1 << 53  # exact in a float64, too
-_MOST_FLOAT = 3.4e38  # of a float32
+_MAX_INTEGER = 1 << 53  # the largest that is exact in a float64
+_MAX_FLOAT = 3.4e38  # the largest float32
 
 
 def option(
@@ -39,18 +39,28 @@ def option(
     metavar: str | None = None,
     positional: bool = False,
 ) -> Any:
-    """A dataclass field that is also a command-line option; without a default it is required."""
+    """Make a dataclass field that is also a command-line option.
+
+    Args:
+        default: The default value; without one the option is required.
+        help: What ``--help`` says about it. The default is appended.
+        choices: The values allowed; ``""`` among them stands for an option that is not given.
+        metavar: The name of the value in ``--help``.
+        positional: Whether it is a positional argument instead of ``--name``.
+    """
     metadata = {"help": help, "choices": choices, "metavar": metavar, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises one-line ConfigErrors and names the nearest option."""
+    """An ArgumentParser that raises ConfigErrors of one line, and suggests the nearest option for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``message`` as a ConfigError."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
     def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse ``argv``; unknown options raise a ConfigError."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
@@ -66,15 +76,22 @@ class _Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = getattr(action, "shown_default", None)
+        shown = getattr(action, "default_text", None)
         return f"{text} (default: {shown})" if shown not in (None, "") else text
 
 
 def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
-    """Build ``schema`` from ``argv`` and, where given, a ``--config`` file.
+    """Build ``schema`` from ``argv`` and, if given, a ``--config`` file.
 
-    :raises ConfigError: for an unknown option (naming the nearest), a value of the wrong type or form, a config file
-        that cannot be read, and whatever the dataclasses' own checks refuse.
+    Args:
+        schema: The dataclass of options.
+        argv: The arguments, without the program's name.
+        prog: The program's name in messages.
+        description: What ``--help`` says about the program.
+
+    Raises:
+        ConfigError: An option is unknown, a value has the wrong type or form, the config file cannot be read, or a
+            check of the dataclasses fails.
     """
     parser = _parser(schema, prog, description)
     return _build(schema, parser.parse_strictly(argv))
@@ -83,7 +100,17 @@ def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str) 
 def parse_command(
     commands: Mapping[str, tuple[type, str]], argv: Sequence[str], *, prog: str, description: str
 ) -> tuple[str, Any]:
-    """As :func:`parse` for a program with sub-commands, ``{name: (schema, description)}``: its name and options."""
+    """Parse the options of a program with sub-commands; see :func:`parse`.
+
+    Args:
+        commands: For each command its dataclass of options and its description.
+        argv: The arguments, the first of which is the command.
+        prog: The program's name in messages.
+        description: What ``--help`` says about the program.
+
+    Returns:
+        The name of the command, and its options.
+    """
     prog = as_called(prog)
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"usage: {prog} COMMAND [OPTION ...]", "", description, "", "commands:"]
@@ -99,7 +126,7 @@ def parse_command(
 
 
 def options_of(schema: type) -> Iterator[tuple[str | None, dataclasses.Field, Any]]:
-    """Each option of ``schema`` as (group or None, field, type)."""
+    """Yield each option of ``schema`` as (name of its group or None, field, type)."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         if dataclasses.is_dataclass(hints[field.name]):
@@ -111,7 +138,7 @@ def options_of(schema: type) -> Iterator[tuple[str | None, dataclasses.Field, An
 
 
 def as_tables(config: Any) -> dict[str, Any]:
-    """``config`` as nested plain values, fit for a TOML file that ``--config`` reads back."""
+    """Return ``config`` as nested dicts of plain values, for a TOML file that ``--config`` can read."""
     plain = dataclasses.asdict(config)
     return {key: _plain(value) for key, value in plain.items() if value is not None}
 
@@ -136,7 +163,7 @@ def _parser(schema: type, prog: str, description: str) -> _Parser:
     hints = typing.get_type_hints(schema)
     has_groups = any(group for group, _, _ in options_of(schema))
     if has_groups:
-        parser.add_argument("--config", metavar="FILE", help="TOML file with the options below, a table a group")
+        parser.add_argument("--config", metavar="FILE", help="TOML file with the options below, one table per group")
     for group, field, hint in options_of(schema):
         target: argparse._ActionsContainer = parser
         if group:
@@ -149,11 +176,11 @@ def _parser(schema: type, prog: str, description: str) -> _Parser:
 
 
 def _add(target: argparse._ActionsContainer, field: dataclasses.Field, hint: Any) -> None:
-    many, base = _element(hint)
+    many, base = _element_type(hint)
     meta = field.metadata
     kwargs: dict[str, Any] = {"help": as_called(meta["help"]).replace("%", "%%"), "default": argparse.SUPPRESS}
     if meta["choices"]:
-        kwargs["choices"] = [choice for choice in meta["choices"] if choice]  # nothing: leave the option away
+        kwargs["choices"] = [choice for choice in meta["choices"] if choice]  # "" means: not given
     required = field.default is dataclasses.MISSING
     if base is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
@@ -171,10 +198,10 @@ def _add(target: argparse._ActionsContainer, field: dataclasses.Field, hint: Any
             kwargs["required"] = True
         action = target.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **kwargs)
     if not required:
-        action.shown_default = _shown(field.default)  # type: ignore[attr-defined]
+        action.default_text = _default_text(field.default)  # type: ignore[attr-defined]
 
 
-def _shown(default: Any) -> str | None:
+def _default_text(default: Any) -> str | None:
     if default is None or default == ():
         return None
     if isinstance(default, bool):
@@ -183,45 +210,55 @@ def _shown(default: Any) -> str | None:
 
 
 def _integer(text: str) -> int:
-    """An int, also written as 1_000_000 or 1e6."""
+    """Parse an integer, which may be written as 1_000_000 or 1e6."""
     try:
         value = int(text.replace("_", ""))
     except ValueError:
         number = float(text)
         if text.strip("+-").isdigit():
-            _limited(number)  # more digits than int() reads
+            _in_range(number)  # too many digits for int(): report the range instead
         if not number.is_integer():
             raise
         value = int(number)
-    return _limited(value)
+    return _in_range(value)
 
 
 def _float(text: str) -> float:
-    return _limited(float(text))
+    return _in_range(float(text))
 
 
-def _limited(value: Any) -> Any:
-    """A number that all computations can hold. :raises argparse.ArgumentTypeError: for any other."""
-    most = _MOST_INTEGER if isinstance(value, int) else _MOST_FLOAT
-    if not abs(value) <= most:
-        raise argparse.ArgumentTypeError(f"a number is expected between {-most:.3g} and {most:.3g}")
+def _in_range(value: Any) -> Any:
+    """Check that all computations can represent a number, and return it.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not a finite number, or too large.
+    """
+    limit = _MAX_INTEGER if isinstance(value, int) else _MAX_FLOAT
+    if not abs(value) <= limit:
+        raise argparse.ArgumentTypeError(f"expected a number between {-limit:.3g} and {limit:.3g}")
     return value
 
 
 def _text(text: str) -> str:
-    """Text that can be stored and printed. :raises argparse.ArgumentTypeError: for bytes that are not UTF-8."""
+    """Check that text can be stored and printed, and return it.
+
+    Raises:
+        argparse.ArgumentTypeError: It has bytes that are not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text.encode(errors='surrogateescape')!r} is not UTF-8: rename it") from None
+        raise argparse.ArgumentTypeError(
+            f"{text.encode(errors='surrogateescape')!r} is not UTF-8; rename the file"
+        ) from None
     return text
 
 
-_integer.__name__, _float.__name__ = "int", "float"  # argparse names the type in "invalid int value"
+_integer.__name__, _float.__name__ = "int", "float"  # argparse prints the type's name: "invalid int value"
 
 
-def _element(hint: Any) -> tuple[bool, Any]:
-    """(is a sequence, element type), looking through ``X | None`` and ``tuple[X, ...]``."""
+def _element_type(hint: Any) -> tuple[bool, Any]:
+    """Return (whether it is a sequence, the element type) for X, ``X | None`` and ``tuple[X, ...]``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -232,10 +269,10 @@ def _element(hint: Any) -> tuple[bool, Any]:
 def _build(schema: type[T], namespace: argparse.Namespace) -> T:
     given = vars(namespace)
     path = given.pop("config", None)
-    values = _from_file(schema, Path(path)) if path else {}
+    values = _read_file(schema, Path(path)) if path else {}
     for group, field, hint in options_of(schema):
         if field.name in given:
-            value = tuple(given[field.name]) if _element(hint)[0] else given[field.name]
+            value = tuple(given[field.name]) if _element_type(hint)[0] else given[field.name]
             (values.setdefault(group, {}) if group else values)[field.name] = value
     hints = typing.get_type_hints(schema)
     for name, hint in hints.items():
@@ -244,52 +281,59 @@ def _build(schema: type[T], namespace: argparse.Namespace) -> T:
     return schema(**values)
 
 
-def _from_file(schema: type, path: Path) -> dict[str, Any]:
+def _read_file(schema: type, path: Path) -> dict[str, Any]:
     try:
         tables = tomllib.loads(read_small(path, MOST_TOML_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise ConfigError(f"config file {path} is not valid TOML: {in_one_line(error)}") from None
     known = {(group, field.name): (field, hint) for group, field, hint in options_of(schema)}
     groups = {group for group, _ in known if group}
     values: dict[str, Any] = {}
     for key, value in tables.items():
         if key in groups and not isinstance(value, dict):
-            raise ConfigError(f"config file {path}: {key} should be a table, not {type(value).__name__} ({value!r})")
+            raise ConfigError(f"config file {path}: {key} is {value!r}, expected a table [{key}]")
         entries = value.items() if key in groups else [(None, value)]
         for inner, content in entries:
             group, name = (key, inner) if inner is not None else (None, key)
             if (group, name) not in known:
                 home = next((g for g, n in known if g and n == name and not group), None)
                 if home:
-                    raise ConfigError(f"config file {path}: option {name!r} belongs into the table [{home}]")
+                    raise ConfigError(f"config file {path}: option {name!r} belongs in the table [{home}]")
                 names = [n for g, n in known if g == group] + ([] if group else sorted(groups))
                 where = f"[{group}] of config file {path}" if group else f"config file {path}"
                 raise ConfigError(f"{where}: {unknown_name('option', str(name), names)}")
             field, hint = known[group, name]
-            converted = checked(content, hint, f"{path}: {name}", field.metadata["choices"])
+            converted = convert(content, hint, f"{path}: {name}", field.metadata["choices"])
             (values.setdefault(group, {}) if group else values)[name] = converted
     return values
 
 
-def checked(value: Any, hint: Any, where: str, choices: Sequence[str] | None) -> Any:
-    """A value of a TOML or JSON file as what an option takes, which errors name ``where``.
+def convert(value: Any, hint: Any, where: str, choices: Sequence[str] | None) -> Any:
+    """Convert a value from a TOML or JSON file to the type of an option.
 
-    :raises ConfigError: if it takes no such value.
+    Args:
+        value: The value in the file.
+        hint: The option's type.
+        where: The name of the option in error messages.
+        choices: The option's choices, if it has any.
+
+    Raises:
+        ConfigError: The value has another type, is out of range, or is not one of the choices.
     """
-    many, base = _element(hint)
+    many, base = _element_type(hint)
     items = [*value] if many and isinstance(value, list) else [value]
     for i, item in enumerate(items):
         if base is float and isinstance(item, int) and not isinstance(item, bool):
-            items[i] = float(_limited(item))
+            items[i] = float(_in_range(item))
         elif type(item) is not base:
-            raise ConfigError(f"{where} should be {base.__name__}, not {type(item).__name__} ({item!r})")
+            raise ConfigError(f"{where} is {item!r} of type {type(item).__name__}, expected {base.__name__}")
         if base in (int, float):
             try:
-                _limited(items[i])
+                _in_range(items[i])
             except argparse.ArgumentTypeError as error:
                 raise ConfigError(f"{where}: {error}") from None
         if choices and item not in choices:
-            raise ConfigError(f"{where} should be one of {', '.join(choices)}, not {item!r}")
+            raise ConfigError(f"{where} is {item!r}, expected one of {', '.join(map(repr, choices))}")
     return tuple(items) if many else items[0]

@@ -1,4 +1,4 @@
-"""The options of ``bin/train`` that say where initial values come from."""
+"""Define the options of ``bin/train`` for initial values."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from lapse_elmo.errors import ConfigError
 
 @dataclass(frozen=True)
 class InitialConfig:
-    """Initial values: from another model, or from given word vectors (default: drawn)"""
+    """Initial values, which are random by default: from another model, or from given word vectors."""
 
     init_from: str = option(
         "", metavar="MODEL",
-        help="start a new run with another model's parameters: a run, a checkpoint, an exported folder or a bilm-tf "
-        "token model, of the same sizes; the corpus and the vocabulary may be others",
+        help="start a new run with the parameters of another model of the same sizes: a run, a checkpoint, an exported "
+        "directory or a bilm-tf token model; corpus and vocabulary may differ",
     )
     init_accumulators: str = option(
         "fresh", choices=("fresh", "kept"),
-        help="Adagrad's accumulators with --init-from a run or checkpoint: as at any start, or the model's",
+        help="with --init-from a run or checkpoint, Adagrad's accumulators: fresh (--initial-accumulator) or kept "
+        "(those of the model)",
     )
     init_embedding: str = option(
-        "", metavar="FILE", help="start from the word vectors of a word2vec file, text or binary (.bin)"
+        "", metavar="FILE", help="word2vec file of initial word vectors, text or binary (.bin)"
     )
 
     def __post_init__(self) -> None:
         if self.init_from and self.init_embedding:
-            raise ConfigError("--init-from and --init-embedding both say what the word vectors start as; drop one")
+            raise ConfigError("--init-from and --init-embedding both set the initial word vectors; drop one of them")

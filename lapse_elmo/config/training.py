@@ -1,6 +1,6 @@
-"""The options of ``bin/train``: one documented dataclass a group, checked when it is made.
+"""Define the options of ``bin/train``: one documented dataclass per group, checked when it is made.
 
-Defaults follow the sources named in the README; where they differ, benchmarks/learning.md has the measurement.
+Defaults follow the sources named in the README. Where they differ, benchmarks/learning.md has the measurement.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lapse_elmo.config.checks import fraction, positive, require
-from lapse_elmo.config.cli import checked, option, options_of, parse
+from lapse_elmo.config.cli import convert, option, options_of, parse
 from lapse_elmo.config.initial import InitialConfig
 from lapse_elmo.errors import ConfigError
 
@@ -27,13 +27,15 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Corpus: where shards and vocabulary are and how sentences are cut"""
+    """Where the shards and the vocabulary are, and how sentences are cut."""
 
-    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="folder with the training and held-out shards")
+    shards: str = option(DEFAULT_SHARDS, metavar="DIR", help="directory of the training and held-out shards")
     vocab: str = option(DEFAULT_VOCAB, metavar="FILE", help="vocabulary that the shards were made with")
-    heldout: str = option("", metavar="DIR", help="held-out shards of another folder than --shards (a test set)")
-    max_length: int = option(400, metavar="N", help="tokens of a sentence that are used; longer ones are cut")
-    boundaries: bool = option(True, help="put <S> and </S> around each sentence and predict them")
+    heldout: str = option(
+        "", metavar="DIR", help="directory of other held-out shards, such as a test set (default: those in --shards)"
+    )
+    max_length: int = option(400, metavar="N", help="maximum length of a sentence in tokens; longer ones are truncated")
+    boundaries: bool = option(True, help="add <S> and </S> to each sentence, and predict them too")
 
     def __post_init__(self) -> None:
         positive(self, "max_length")
@@ -41,31 +43,38 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Model: sizes and regularisation of the bidirectional LSTM"""
+    """Sizes and regularisation of the bidirectional LSTM."""
 
     preset: str = option(
         "", choices=("", *PRESETS), metavar="NAME",
-        help="small (D 128, C 512, L 2) or original (D 512, C 4096, L 2); sizes given beside it win",
+        help="model sizes: small (D 128, C 512, L 2) or original (D 512, C 4096, L 2), unless the "
+        "next three options give others (default: small)",
     )
-    projection_size: int = option(0, metavar="D", help="size of embedding and LSTM output (0: the preset's, 128)")
-    cell_size: int = option(0, metavar="C", help="size of the LSTM's memory cell (0: the preset's, 512)")
-    num_layers: int = option(0, metavar="L", help="LSTM layers in each direction (0: the preset's, 2)")
-    dropout: float = option(0.1, metavar="P", help="dropout on the embeddings and on the predicting vectors")
-    recurrent_dropout: float = option(0.0, metavar="P", help="dropout on the LSTM's output, one mask a sentence")
-    cell_clip: float = option(3.0, metavar="X", help="bound on the memory cell's values")
-    projection_clip: float = option(3.0, metavar="X", help="bound on the LSTM output's values")
+    projection_size: int = option(0, metavar="D", help="size of word vectors and LSTM outputs (0: the preset's)")
+    cell_size: int = option(0, metavar="C", help="size of the LSTM's memory cell (0: the preset's)")
+    num_layers: int = option(0, metavar="L", help="LSTM layers per direction (0: the preset's)")
+    dropout: float = option(0.1, metavar="P", help="dropout probability of word vectors and of context vectors")
+    recurrent_dropout: float = option(
+        0.0, metavar="P", help="dropout probability of the hidden state, with one mask per sentence"
+    )
+    cell_clip: float = option(3.0, metavar="X", help="clip the memory cell to [-X, X]")
+    projection_clip: float = option(3.0, metavar="X", help="clip the hidden state to [-X, X]")
     context: str = option(
-        "top", choices=("top", "mix"), help="what predicts: the top layer (ELMo) or a scalar mix of all (lapse-elmo)"
+        "top", choices=("top", "mix"),
+        help="context vectors that predict words: the top layer (as in ELMo) or a scalar mix of all layers (as in "
+        "lapse-elmo)"
     )
     lstm: str = option(
-        "fused", choices=("fused", "allennlp"), help="our packed LSTM or AllenNLP's ElmoLstm: the same numbers"
+        "fused", choices=("fused", "allennlp"),
+        help="LSTM implementation: our own, or AllenNLP's ElmoLstm, which is slower and computes the same"
     )
     precision: str = option(
         "fp32", choices=("fp32", "bf16"),
-        help="of training's matrix products; bf16 keeps cells, sums and parameters in float32",
+        help="precision of matrix products in training; bf16 keeps cells, sums and parameters in float32",
     )
     lstm_init: str = option(
-        "glorot", choices=("glorot", "orthogonal"), help="initial LSTM kernels: bilm-tf's or AllenNLP's"
+        "glorot", choices=("glorot", "orthogonal"),
+        help="initialisation of the LSTM weights: glorot as in bilm-tf, orthogonal as in AllenNLP"
     )
 
     def __post_init__(self) -> None:
@@ -76,73 +85,83 @@ class ModelConfig:
         fraction(self, "dropout", "recurrent_dropout")
         require(self.num_layers <= 100, "num_layers", self.num_layers, "at most 100")
         if self.precision == "bf16" and self.lstm != "fused":
-            raise ConfigError("--precision bf16 needs --lstm fused: AllenNLP's LSTM computes in float32")
+            raise ConfigError("--precision bf16 needs --lstm fused, since AllenNLP's LSTM computes in float32")
 
 
 @dataclass(frozen=True)
 class SoftmaxConfig:
-    """Softmax: negative samples of the training loss (evaluation uses the full softmax)"""
+    """Negative samples of the training loss; evaluation uses the full softmax."""
 
-    num_samples: int = option(8192, metavar="S", help="negative samples a step, shared by the batch")
+    num_samples: int = option(8192, metavar="S", help="negative samples per step, shared by the whole batch")
     replacement: bool = option(False, help="draw the samples with replacement")
     distribution: str = option(
-        "log-uniform", choices=("log-uniform", "uniform"), help="what the samples are drawn from"
+        "log-uniform", choices=("log-uniform", "uniform"),
+        help="distribution of the samples over the vocabulary, which is ordered by frequency"
     )
     sampling_scheme: str = option(
         "preloc", choices=("naive", "preloc", "pool", "local"),
-        help="when the server draws them, and how often it uses a draw (lapse_elmo/ps/sampling.py)",
+        help="how the server draws samples: naive: when they are pulled; preloc: ahead of the step, so that their rows "
+        "are local by then; pool: like preloc, but each pool of draws is used twice; local: only from rows that are on "
+        "the node",
     )
     share_samples: str = option(
         "node", choices=("node", "job", "none"),
-        help="which ranks draw the same samples in a step: those of a node (it then touches the rows of one sample "
-        "instead of one per rank), all, or none",
+        help="which ranks use the same samples in a step: those of a node (fewest rows per node), all of the "
+        "job, or none",
     )
     num_tries: float = option(
-        0.0, metavar="N", help="draws behind the samples' expected counts, without replacement (0: computed)"
+        0.0, metavar="N",
+        help="number of draws assumed when computing expected counts of samples without replacement (0: computed)"
     )
 
     def __post_init__(self) -> None:
         positive(self, "num_samples")
         require(self.num_tries >= 0, "num_tries", self.num_tries, "0 or more")
         if self.replacement and self.num_tries:
-            raise ConfigError("--num-tries is for sampling without replacement; leave it out or give --no-replacement")
+            raise ConfigError("--num-tries is for sampling without replacement; drop it, or give --no-replacement")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer: how a step changes the parameters"""
+    """How a step updates the parameters."""
 
-    optimizer: str = option("adagrad", choices=("adagrad", "sgd"), help="update rule of rows and dense parameters")
-    learning_rate: float = option(0.2, metavar="X", help="learning rate")
-    initial_accumulator: float = option(1.0, metavar="X", help="Adagrad's accumulators at the start")
+    optimizer: str = option(
+        "adagrad", choices=("adagrad", "sgd"), help="update rule of table rows and of dense parameters"
+    )
+    learning_rate: float = option(0.2, metavar="X", help="learning rate, after the warm-up")
+    initial_accumulator: float = option(1.0, metavar="X", help="initial value of Adagrad's accumulators")
     row_accumulators: str = option(
         "element", choices=("element", "row"),
-        help="Adagrad's accumulators of embedding and softmax rows: one for each element, or one for the row, which "
-        "sums the mean squares of its gradients",
+        help="Adagrad's accumulators of embedding and softmax rows: one per element, or one per row, which takes "
+        "less memory and sums the mean squares of the row's gradients",
     )
-    epsilon: float = option(1e-7, metavar="X", help="added to the root of Adagrad's accumulators")
-    clip_norm: float = option(10.0, metavar="X", help="bound on the global gradient norm (0: none)")
-    loss_scale: float = option(50.0, metavar="X", help="factor on the mean loss whose gradient is taken")
+    epsilon: float = option(1e-7, metavar="X", help="added to the square root of Adagrad's accumulators")
+    clip_norm: float = option(
+        10.0, metavar="X", help="maximum global norm of the gradient; larger gradients are scaled down (0: no limit)"
+    )
+    loss_scale: float = option(50.0, metavar="X", help="multiply the mean loss by X before taking its gradient")
     row_scale: float = option(
         2.0, metavar="X",
-        help="factor on the summed loss whose gradient Adagrad's rows take, whatever the batch: a rare word's step "
-        "does not shrink as batches grow (0: that of the mean loss, times --loss-scale, as dense parameters)",
+        help="with Adagrad, rows are updated by the gradient of the summed loss times X, so that the updates of rare "
+        "words do not shrink as batches grow (0: by that of the mean loss times --loss-scale, as dense parameters are)",
     )
     warmup_tokens: int = option(
-        0, metavar="N", help="tokens over which the learning rate rises from 0, linearly (0: it starts at full height)"
+        0, metavar="N", help="tokens over which the learning rate rises linearly from 0 (0: no warm-up)"
     )
     schedule: str = option(
         "constant", choices=("constant", "linear", "cosine", "inverse-sqrt"),
-        help="what the learning rate does after the warm-up: stay, fall to --final-rate in a line or half a cosine, or "
-        "fall as 1 / sqrt(1 + tokens / --decay-tokens)",
+        help="learning rate after the warm-up: constant, falling to --final-rate linearly or by half a cosine, or "
+        "falling as 1 / sqrt(1 + tokens / --decay-tokens)",
     )
     decay_tokens: int = option(
         0, metavar="N",
-        help="tokens after the warm-up over which it falls (0: the rest of the run, for linear and cosine; the tokens "
-        "of the warm-up, for inverse-sqrt)",
+        help="tokens after the warm-up over which the learning rate falls (0: linear and cosine take the rest of the "
+        "run, inverse-sqrt takes --warmup-tokens)",
     )
     final_rate: float = option(
-        0.0, metavar="X", help="share of the learning rate that linear and cosine end at, and inverse-sqrt never leaves"
+        0.0, metavar="X",
+        help="fraction of --learning-rate, from 0 to 1, at which linear and cosine end, and below which inverse-sqrt "
+        "does not fall"
     )
 
     def __post_init__(self) -> None:
@@ -150,33 +169,34 @@ class OptimizerConfig:
         for name in ("warmup_tokens", "decay_tokens"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.row_scale >= 0, "row_scale", self.row_scale, "0 or more")
-        require(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "a share from 0 to 1")
+        require(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "a fraction from 0 to 1")
         if self.schedule == "constant" and (self.decay_tokens or self.final_rate):
             raise ConfigError(
-                "--decay-tokens and --final-rate are of a falling learning rate: give --schedule linear, cosine or "
-                "inverse-sqrt with them"
+                "--decay-tokens and --final-rate need a falling learning rate: give --schedule linear, cosine or "
+                "inverse-sqrt too"
             )
         if self.schedule == "inverse-sqrt" and not (self.decay_tokens or self.warmup_tokens):
-            raise ConfigError("--schedule inverse-sqrt needs the tokens that it falls over: --decay-tokens N")
+            raise ConfigError("--schedule inverse-sqrt needs a time scale: give --decay-tokens N or --warmup-tokens N")
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
         require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Training: how long, how much at once, from which seed"""
+    """How long to train, in which batches, from which seed."""
 
-    epochs: int = option(2, metavar="N", help="passes over the training shards")
-    max_steps: int = option(0, metavar="N", help="end after this many steps (0: when the epochs are done)")
-    max_minutes: float = option(0.0, metavar="N", help="end after this much training time (0: no limit)")
+    epochs: int = option(2, metavar="N", help="number of passes over the training shards")
+    max_steps: int = option(0, metavar="N", help="stop after N steps (0: after --epochs)")
+    max_minutes: float = option(0.0, metavar="N", help="stop after N minutes of training (0: no limit)")
     evaluate_every: int = option(
         0, metavar="N",
-        help="measure held-out perplexity, and save, after every N steps too (0: only at the end of epochs)",
+        help="also measure held-out perplexity and save a checkpoint every N steps (0: only at the end of each epoch)",
     )
     patience: int = option(
-        0, metavar="N", help="end after N evaluations in a row without a better held-out perplexity (0: never)"
+        0, metavar="N",
+        help="early stopping: stop after N consecutive evaluations without a better held-out perplexity (0: never)"
     )
-    batch_size: int = option(32, metavar="B", help="sentences per step and rank, at most")
+    batch_size: int = option(32, metavar="B", help="maximum number of sentences per step and rank")
     first_batch: int = option(
         8, metavar="N",
         help="sentences of the first step, of all ranks together, which share them equally (0: --batch-size per rank "
@@ -184,110 +204,131 @@ class TrainingConfig:
     )
     growth_tokens: int = option(
         75_000, metavar="N",
-        help="tokens in which the global batch grows by --first-batch, up to --batch-size per rank (0: it stays)",
+        help="the global batch grows by --first-batch sentences every N trained tokens, up to --batch-size per rank "
+        "(0: it does not grow)",
     )
     accumulate: int = option(
         1, metavar="K",
-        help="parts that a rank computes in turn before each update, as K ranks would: few ranks train with the batch "
-        "of many",
+        help="gradient accumulation: each rank computes K batches per update, so that R ranks train as R x K ranks "
+        "would",
     )
-    lookahead: int = option(1, metavar="N", help="clocks by which a batch's intent and samples go ahead of its step")
-    seed: int = option(1, metavar="N", help="seed of every random stream")
-    sync: bool = option(False, help="order the ranks' pushes, so that equal seeds and ranks give equal bits")
+    lookahead: int = option(
+        1, metavar="N",
+        help="how many steps ahead the server learns which rows a batch needs (its intent), and draws its samples",
+    )
+    seed: int = option(1, metavar="N", help="seed of all random numbers")
+    sync: bool = option(
+        False,
+        help="let the ranks push one after another: slower, but bitwise reproducible for the same seed and number of "
+        "ranks",
+    )
     dense: str = option(
         "allreduce", choices=("allreduce", "ps"),
-        help="LSTM parameters: equal on all ranks by summed gradients, or kept in the server as rows",
+        help="LSTM parameters: a copy on each rank, kept equal by an all-reduce of the gradients, or rows in the "
+        "parameter server",
     )
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "accumulate")
-        for name, most in (("epochs", 1_000_000), ("accumulate", 100_000), ("lookahead", 10_000)):
-            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
+        for name, limit in (("epochs", 1_000_000), ("accumulate", 100_000), ("lookahead", 10_000)):
+            require(getattr(self, name) <= limit, name, getattr(self, name), f"at most {limit:,}")
         for name in (
             "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch",
             "growth_tokens",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
-            raise ConfigError("--sync orders sparse pushes only; it needs --dense allreduce")
+            raise ConfigError("--sync orders only the pushes of table rows; it needs --dense allreduce")
         if self.accumulate > 1 and self.dense == "ps":
-            raise ConfigError("--accumulate sums dense gradients before an update; it needs --dense allreduce")
+            raise ConfigError("--accumulate sums dense gradients before each update; it needs --dense allreduce")
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Server: which parameter server keeps the rows, and where"""
+    """Which parameter server stores the rows, and how it moves them."""
 
     ps: str = option(
         "embedded", choices=("embedded", "lapse", "adapm"),
-        help="our own engine, or the installed package lapse or adapm with a node a rank",
+        help="parameter server: our own, or the installed package lapse or adapm, with which each rank is a node",
     )
     technique: str = option(
         "", choices=("", "adaptive", "relocation", "replication", "static"), metavar="NAME",
-        help="what an intent does to a row: moves it, copies it, either as need be, or nothing (static) (default: "
-        "adaptive; relocation with --sync and with --ps lapse)",
+        help="how rows come to the node that needs them: relocation (they move), replication (they are copied), "
+        "adaptive (whichever fits), or static (they stay) (default: adaptive; relocation with --sync or --ps lapse)",
     )
-    staleness: int = option(4, metavar="N", help="clocks by which a replica may lag behind; from 2 on")
+    staleness: int = option(4, metavar="N", help="how many steps a replica may lag behind, 2 or more")
     nodes: int = option(
-        0, metavar="N", help="split the ranks of each machine into N nodes, to try several nodes on one machine"
+        0, metavar="N",
+        help="split the ranks of each machine into N nodes, to try several nodes on one machine (0: one node per "
+        "machine)"
     )
 
     def __post_init__(self) -> None:
         require(self.staleness >= 2, "staleness", self.staleness, "2 or more")
         require(self.nodes >= 0, "nodes", self.nodes, "0 or more")
         if self.nodes > 1 and self.ps != "embedded":
-            raise ConfigError(f"--nodes is for the embedded server; with --ps {self.ps} each rank is a node anyway")
+            raise ConfigError(f"--nodes is for the embedded server; with --ps {self.ps} each rank is a node: drop one")
 
     def technique_for(self, sync: bool) -> str:
-        """The technique asked for, or the best that keeps the run's promises."""
+        """Return the technique asked for, or the default for this server; with ``sync`` rows must have one copy."""
         return self.technique or ("relocation" if sync or self.ps == "lapse" else "adaptive")
 
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Devices: where the ranks compute"""
+    """Where the ranks compute."""
 
-    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU where there is one")
-    device_ids: tuple[int, ...] = option((), metavar="ID", help="GPUs to share among a node's ranks (default: all)")
-    threads: int = option(0, metavar="N", help="CPU threads a rank (0: the node's usable cores / its ranks)")
+    device: str = option("auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one, else the CPU")
+    device_ids: tuple[int, ...] = option(
+        (), metavar="ID", help="numbers of the GPUs that the ranks of a node share (default: all)"
+    )
+    threads: int = option(0, metavar="N", help="CPU threads per rank (0: the node's usable cores / its ranks)")
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, "threads", self.threads, "0 or more")
-        require(all(i >= 0 for i in self.device_ids), "device_ids", self.device_ids, "numbers from 0 on")
+        require(all(i >= 0 for i in self.device_ids), "device_ids", self.device_ids, "numbers of 0 or more")
         if self.device_ids and self.device == "cpu":
-            raise ConfigError("--device-ids names GPUs but --device is cpu; give one of the two")
+            raise ConfigError("--device-ids names GPUs but --device is cpu; drop one of them")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Run: what is written where, and when"""
+    """What is written, where and when."""
 
-    run_dir: str = option("", metavar="DIR", help="folder for config, metrics and models (default: runs/DATE-TIME)")
+    run_dir: str = option(
+        "", metavar="DIR", help="directory for config, metrics and checkpoints (default: runs/DATE-TIME)"
+    )
     resume: str = option(
         "auto", metavar="WHAT",
-        help="auto goes on with a run that is in --run-dir already, never refuses to; or the checkpoint or run to "
-        "go on from",
+        help="auto: resume the run in --run-dir if there is one; never: start anew, and fail if there is one; "
+        "otherwise the directory of a run or of a checkpoint to resume from",
     )
-    overwrite: bool = option(False, help="replace a run that is already in --run-dir instead of going on with it")
-    save_every_steps: int = option(0, metavar="N", help="save a checkpoint every N steps (0: not by steps)")
-    save_every_minutes: float = option(10.0, metavar="N", help="save when so many minutes have passed (0: not by time)")
-    keep_checkpoints: int = option(2, metavar="N", help="newest checkpoints that stay, in addition to the best one")
+    overwrite: bool = option(False, help="replace the run in --run-dir instead of resuming it")
+    save_every_steps: int = option(0, metavar="N", help="save a checkpoint every N steps (0: off)")
+    save_every_minutes: float = option(
+        10.0, metavar="N", help="save a checkpoint every N minutes (0: off)"
+    )
+    keep_checkpoints: int = option(
+        2, metavar="N", help="number of newest checkpoints to keep, in addition to the best one"
+    )
     save_at_tokens: tuple[int, ...] = option(
-        (), metavar="N", help="save a checkpoint, which stays, once so many tokens are trained, for learning curves"
+        (), metavar="N",
+        help="save a checkpoint after N trained tokens and never delete it, for learning curves (default: none)"
     )
     stall_minutes: float = option(
         20.0, metavar="N",
-        help="end the job with status 76 once no rank has made progress for so long, saying which rank is silent and "
-        "where the others wait (0: wait for ever)",
+        help="if no rank makes progress for N minutes, report which rank hangs and where the others wait, and end the "
+        "job with status 76 (0: never)",
     )
-    dry_run: bool = option(False, help="show roles, shards, memory and steps, and start nothing")
-    report_every: int = option(20, metavar="N", help="steps between two lines of metrics")
+    dry_run: bool = option(False, help="print ranks, shards, memory and number of steps, and exit")
+    report_every: int = option(20, metavar="N", help="write metrics every N steps")
     profile: int = option(
         0, metavar="N",
-        help="profile N steps, after the first 3: tables and traces for a browser in the run's folder (0: none)",
+        help="profile N steps, after the first 3, and write tables and browser traces to --run-dir/profile (0: none)",
     )
     progress: str = option(
-        "auto", choices=("auto", "bar", "lines", "none"), help="progress bar, plain lines or nothing"
+        "auto", choices=("auto", "bar", "lines", "none"),
+        help="progress bar, plain lines or nothing; auto: a bar on a terminal, else lines"
     )
 
     def __post_init__(self) -> None:
@@ -315,27 +356,31 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.softmax.distribution == "uniform" and self.softmax.num_tries:
-            raise ConfigError("--num-tries is for the log-uniform distribution; leave one of the two out")
+            raise ConfigError("--num-tries is for --distribution log-uniform, not uniform; drop one of them")
         if self.training.sync and self.server.technique in ("adaptive", "replication"):
             raise ConfigError(
-                "--sync needs rows with one copy, since when replicas learn of a push depends on timing; with "
-                f"--technique {self.server.technique} rows have replicas: give relocation or static"
+                f"--sync needs rows with one copy, but --technique {self.server.technique} makes replicas, which "
+                "learn of a push at a time that varies from run to run: give relocation or static"
             )
         if self.training.sync and self.server.ps == "adapm":
-            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: leave one away")
+            raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: drop one of them")
 
 
 def parse_train(argv: Sequence[str]) -> Config:
-    """The options of ``bin/train``."""
+    """Parse the options of ``bin/train``."""
     return parse(
         Config, argv, prog="bin/train",
-        description="Train a sparse ELMo on integer shards: mpirun -n RANKS bin/train. The options below can also come "
-        "from a TOML file with a table a group.",
+        description="Train a sparse ELMo on the shards that bin/preprocess makes: mpirun -n RANKS bin/train. The "
+        "options below can also be given in a TOML file (--config), with one table per group of options.",
     )
 
 
 def from_tables(tables: dict) -> Config:
-    """The Config saved as nested plain values (:func:`lapse_elmo.config.cli.as_tables`)."""
+    """Return the Config saved as nested plain values by :func:`lapse_elmo.config.cli.as_tables`.
+
+    Raises:
+        ConfigError: An option is unknown, of the wrong type or out of range.
+    """
     made = {}
     for name, group in typing.get_type_hints(Config).items():
         known = {option.name: (hint, option.metadata["choices"]) for _, option, hint in options_of(group)}
@@ -343,5 +388,5 @@ def from_tables(tables: dict) -> Config:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]!r}")
-        made[name] = group(**{key: checked(value, known[key][0], key, known[key][1]) for key, value in values.items()})
+        made[name] = group(**{key: convert(value, known[key][0], key, known[key][1]) for key, value in values.items()})
     return Config(**made)

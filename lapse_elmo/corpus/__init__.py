@@ -1,1 +1,1 @@
-"""Text files, vocabularies and HDF5 shards: how a corpus is read, written and checked."""
+"""Read, write and verify a corpus: text files, vocabularies and HDF5 shards."""

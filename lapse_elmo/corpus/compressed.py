@@ -1,4 +1,4 @@
-"""Compressed text as a stream: gzip, Zstandard, xz and bzip2, known by their first bytes."""
+"""Decompress gzip, Zstandard, xz and bzip2 text as a stream; the format is detected by the file's first bytes."""
 
 from __future__ import annotations
 
@@ -17,52 +17,68 @@ _MAGIC = {
     "xz": (b"\xfd7zXZ\0",),
     "bzip2": tuple(b"BZh%d" % level + block for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")),
 }
-_LONGEST = 10
-#: Compressed bytes that are read at a time.
+_MAX_MAGIC_BYTES = 10
+#: Compressed bytes per read.
 _READ_BYTES = 1 << 18
-#: Far more than text shrinks by, also by formats that remember megabytes of it; a file made to fill disks, by more.
-_MOST_EXPANSION = 2000
+#: Text compresses far less than this, even with a window of megabytes. A decompression bomb, made to fill memory or
+#: disks, compresses more.
+_MAX_EXPANSION = 2000
 
 
 class DamagedError(Exception):
     """The data is damaged, cut short or followed by something else."""
 
 
-def format_of(path: str) -> str:
-    """``gzip``, ``zstd``, ``xz``, ``bzip2``, or an empty text. :raises OSError: if the file cannot be read."""
+def compression_of(path: str) -> str:
+    """Return ``gzip``, ``zstd``, ``xz``, ``bzip2``, or ``""`` for a file that is not compressed.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with open_regular(path) as file:
-        start = file.read(_LONGEST)
+        start = file.read(_MAX_MAGIC_BYTES)
     return next((name for name, magic in _MAGIC.items() if start.startswith(magic)), "")
 
 
-def expanded(file: BinaryIO, kind: str) -> BinaryIO:
-    """The text of ``file``, which is of the format ``kind``. Frames one after another are one text.
+def decompress(file: BinaryIO, kind: str) -> BinaryIO:
+    """Return a stream of the decompressed bytes of ``file``. Concatenated frames are decompressed to one text.
 
-    :raises CorpusError: if the format needs a package that is missing.
-    :raises DamagedError: when read, if the data is damaged (of gzip: EOFError, zlib.error or gzip.BadGzipFile).
+    Args:
+        file: The compressed file, open at its start. The caller closes it.
+        kind: Its format, as returned by :func:`compression_of`.
+
+    Raises:
+        CorpusError: The format needs a package that is not installed.
+        DamagedError: On reading from the stream: the data is damaged. A gzip stream raises EOFError, zlib.error or
+            gzip.BadGzipFile instead.
     """
     if kind == "gzip":
         return open_gzip(file)
-    new = {"zstd": _new_zstd, "xz": lzma.LZMADecompressor, "bzip2": bz2.BZ2Decompressor}[kind]
-    return cast(BinaryIO, io.BufferedReader(_Frames(file, new), _READ_BYTES))
+    new = {"zstd": _new_zstd_decompressor, "xz": lzma.LZMADecompressor, "bzip2": bz2.BZ2Decompressor}[kind]
+    return cast(BinaryIO, io.BufferedReader(_FrameReader(file, new), _READ_BYTES))
 
 
-def _new_zstd() -> Any:
+def _new_zstd_decompressor() -> Any:
     try:
         from backports import zstd
     except ImportError:
-        raise CorpusError("text in zstd needs a package that is missing: pip install backports.zstd") from None
+        raise CorpusError(
+            "reading zstd text needs a package that is not installed; run: pip install backports.zstd"
+        ) from None
     return zstd.ZstdDecompressor()
 
 
-class _Frames(io.RawIOBase):
-    """The text of one frame after another. Unlike the readers of the standard library it refuses what is no frame."""
+class _FrameReader(io.RawIOBase):
+    """Decompress one frame after another.
+
+    Unlike the standard library's readers it raises for trailing data that is not a frame, instead of ignoring it.
+    """
 
     def __init__(self, file: BinaryIO, new: Callable[[], Any]) -> None:
-        self._file, self._new = file, new
+        self._file, self._new_decompressor = file, new
         self._frame = new()
-        self._rest = b""  # bytes after the end of the last frame
-        self._packed = self._expanded = 0  # bytes so far
+        self._unread = b""  # bytes read from the file but not yet given to a frame
+        self._compressed_bytes = self._text_bytes = 0  # bytes so far
 
     def readable(self) -> bool:
         return True
@@ -75,31 +91,37 @@ class _Frames(io.RawIOBase):
                     return 0
                 data = b""
                 if self._frame.needs_input:
-                    data, self._rest = self._rest or self._file.read(_READ_BYTES), b""
-                    self._packed += len(data)
+                    data, self._unread = self._unread or self._file.read(_READ_BYTES), b""
+                    self._compressed_bytes += len(data)
                     if not data:
-                        raise DamagedError("it ends within the compressed data")
+                        raise DamagedError("the file ends in the middle of the compressed data")
                 text = self._frame.decompress(data, len(view))
                 if text:
-                    self._expanded += len(text)
-                    if self._expanded > max(UNCHECKED_BYTES, _MOST_EXPANSION * self._packed):
-                        raise DamagedError(f"{self._packed:,} bytes expand to more than {self._expanded:,}: no text")
+                    self._text_bytes += len(text)
+                    if self._text_bytes > max(UNCHECKED_BYTES, _MAX_EXPANSION * self._compressed_bytes):
+                        raise DamagedError(
+                            f"{self._compressed_bytes:,} bytes decompress to more than {self._text_bytes:,}, which "
+                            "is not text"
+                        )
                     view[: len(text)] = text
                     return len(text)
         except (DamagedError, CorpusError):
             raise
-        except Exception as error:  # every library has its own
+        except Exception as error:  # each library raises its own exception type
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the file system
+                raise  # an error of the file system
             raise DamagedError(str(error)) from None
 
     def _next_frame(self) -> bool:
-        """Begin the frame that follows; False at the end of the file. Zeros between frames are padding (of xz)."""
+        """Start the next frame. Returns False at the end of the file.
+
+        Zero bytes between frames are skipped: xz allows them as padding.
+        """
         rest = self._frame.unused_data.lstrip(b"\0")
         while not rest:
             rest = self._file.read(_READ_BYTES)
             if not rest:
                 return False
             rest = rest.lstrip(b"\0")
-        self._frame, self._rest = self._new(), rest
+        self._frame, self._unread = self._new_decompressor(), rest
         return True

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and saying in one line why a disk refused."""
+"""Write files atomically, and report a failed write in one line."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from typing import Any
 
 from lapse_elmo.errors import OutputError
 
-#: What h5py and NumPy raise for files that are damaged, foreign or lie about what is in them.
+#: What h5py and NumPy raise for files that are damaged, of another format, or inconsistent.
 H5_ERRORS = (
     OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, MemoryError, OverflowError,
 )
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_failed(path: str | os.PathLike[str], error: OSError) -> OutputError:
-    """The OutputError that says why ``path`` could not be written."""
+    """Return the OutputError to raise for a failed write of ``path``."""
     reason = error.strerror or str(error)
-    full = error.errno in _FULL
-    advice = "free some space or write to another disk" if full else "check the path and its permissions"
+    is_full = error.errno in _DISK_FULL
+    advice = "free some space or write to another disk" if is_full else "check the path and its permissions"
     return OutputError(f"cannot write {os.fspath(path)}: {reason}; {advice}")
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """:raises OutputError: if ``path`` is there (an empty directory is not) and may not be replaced."""
+    """Raise if ``path`` exists and must not be replaced. An empty directory counts as absent.
+
+    Raises:
+        OutputError: ``path`` exists and ``overwrite`` is false.
+    """
     path = Path(path)
     if overwrite or not os.path.lexists(path):
         return
@@ -39,16 +43,18 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
             return
     except OSError:
         pass
-    raise OutputError(f"{path} exists already; give another --output, or --overwrite to replace it")
+    raise OutputError(f"{path} already exists; choose another --output, or give --overwrite to replace it")
 
 
 @contextlib.contextmanager
-def made_whole(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A hidden name beside ``path``, under which the block makes a file or folder that then gets its own name.
+def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a hidden temporary name in the directory of ``path``; rename it to ``path`` when the block ends.
 
-    What is at ``path`` is all of it or, after an error, what was there before. The block flushes to the disk.
+    The block creates a file or a folder under the temporary name and flushes it to the disk. Readers of ``path``
+    therefore see either the complete new output or, after an error or a kill, the old one.
 
-    :raises OutputError: if ``path`` exists and ``overwrite`` is false, and for every OSError of the block.
+    Raises:
+        OutputError: ``path`` exists and ``overwrite`` is false, or the block raised an OSError.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
@@ -56,7 +62,7 @@ def made_whole(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield hidden
-        if hidden.is_dir() and path.is_dir():
+        if hidden.is_dir() and path.is_dir():  # rename() cannot replace a folder that is not empty
             path.rename(old)
         os.replace(hidden, path)
         sync_directory(path.parent)
@@ -67,11 +73,15 @@ def made_whole(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
             _remove(left)
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes, overwrite: bool = False) -> None:
-    """Write a file of ``data`` as :func:`made_whole` makes it."""
+def atomic_write(path: str | os.PathLike[str], data: bytes, overwrite: bool = False) -> None:
+    """Write ``data`` to the file ``path``; see :func:`atomic_output`.
+
+    Raises:
+        OutputError: ``path`` is a directory, exists and ``overwrite`` is false, or cannot be written.
+    """
     if Path(path).is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory; give the name of a file")
-    with made_whole(path, overwrite) as hidden, open(hidden, "wb") as file:
+        raise OutputError(f"cannot write {path}: it is a directory, expected the name of a file")
+    with atomic_output(path, overwrite) as hidden, open(hidden, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -86,7 +96,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Make the names inside ``path`` survive a crash."""
+    """Flush the directory ``path`` to the disk, so that files created or renamed in it survive a crash."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -94,11 +104,11 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-class ErrorKeepingFile(io.FileIO):
-    """A file for HDF5 to write that keeps the first error for later instead of raising it.
+class DeferredErrorFile(io.FileIO):
+    """A file for HDF5 to write to that stores the first write error, for :meth:`check` to raise, and ignores the rest.
 
-    HDF5 crashes the process, then or at its exit, where it cannot write a file while it closes it, on a full disk for
-    instance.
+    HDF5 crashes the process, either at once or at exit, if a write fails while it closes a file (on a full disk, for
+    instance).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -106,6 +116,7 @@ class ErrorKeepingFile(io.FileIO):
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write all of ``data``, unless an earlier write failed. Always returns its length."""
         view = memoryview(data).cast("B")
         written = 0
         while self._error is None and written < len(view):
@@ -116,6 +127,7 @@ class ErrorKeepingFile(io.FileIO):
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
+        """Resize the file; an error is stored."""
         try:
             return super().truncate(size)
         except OSError as error:
@@ -123,12 +135,20 @@ class ErrorKeepingFile(io.FileIO):
             return size or 0
 
     def check(self) -> None:
-        """:raises OSError: the first one that was kept."""
+        """Raise the stored error, if there is one.
+
+        Raises:
+            OSError: The first error of a write.
+        """
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """Flush the file to the disk and close it. :raises OSError: the first one that was kept, or that comes now."""
+        """Flush the file to the disk and close it.
+
+        Raises:
+            OSError: The first error of an earlier write, or that of the flush.
+        """
         self.check()
         os.fsync(self.fileno())
         self.close()

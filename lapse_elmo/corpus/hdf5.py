@@ -1,4 +1,4 @@
-"""An HDF5 file of arrays that a full disk cannot crash."""
+"""Write arrays to an HDF5 file; a full disk raises an error instead of crashing the process."""
 
 from __future__ import annotations
 
@@ -10,36 +10,46 @@ from types import TracebackType
 import h5py
 import numpy as np
 
-from lapse_elmo.corpus.files import ErrorKeepingFile
+from lapse_elmo.corpus.files import DeferredErrorFile
 
 _CHUNK_BYTES = 1 << 20
 
 
 class Hdf5Output:
-    """A context in which arrays go into a new HDF5 file; at its end the file is flushed to the disk.
+    """A context manager that writes arrays to a new HDF5 file and flushes it to the disk on exit.
 
-    Contiguous, not compressed, without time stamps: the same arrays give the same bytes.
+    The data is not compressed and carries no time stamps, so the same arrays always give the same bytes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """:raises OSError: if the file cannot be written, here as in the other methods."""
-        self._sink = ErrorKeepingFile(path)
+        """Create the file at ``path``.
+
+        Raises:
+            OSError: The file cannot be written; the other methods raise it too.
+        """
+        self._sink = DeferredErrorFile(path)
         self._file = h5py.File(self._sink, "w")
-        self._pending: dict[str, list[np.ndarray]] = {}  # rows to append, up to a chunk of them
+        self._pending: dict[str, list[np.ndarray]] = {}  # rows to append, by dataset; fewer than a chunk
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """A float32 dataset of ``array``, which has one dimension at least."""
+        """Write ``array`` (at least one dimension) as the float32 dataset ``name``."""
         self.write_rows(name, array.shape, [(0, array)])
 
     def write_rows(self, name: str, shape: tuple[int, ...], chunks: Iterable[tuple[int, np.ndarray]]) -> None:
-        """A float32 dataset of ``shape`` from ``chunks``, (first row, rows)."""
+        """Write the float32 dataset ``name`` of ``shape``, row by row.
+
+        Args:
+            name: The dataset's name.
+            shape: Its shape; the first dimension counts the rows.
+            chunks: Pairs of (index of the first row, rows), which together cover the dataset.
+        """
         dataset = self._file.create_dataset(name, shape, np.float32, track_times=False)
         for first, rows in chunks:
             dataset[first : first + len(rows)] = rows
             self._sink.check()
 
     def append(self, name: str, row: np.ndarray) -> None:
-        """Add a row to a float32 dataset (number of rows, *row.shape), which grows in chunks."""
+        """Append a row to the float32 dataset ``name`` (rows, *row.shape), which is created by the first call."""
         if name not in self._file:
             shape = (0, *row.shape)
             rows = max(1, _CHUNK_BYTES // max(row.size * 4, 1))
@@ -52,7 +62,7 @@ class Hdf5Output:
             self._flush(name)
 
     def write_text(self, name: str, text: str) -> None:
-        """A dataset (1,) of one string of any length."""
+        """Write the dataset ``name`` (1,) of one variable-length string."""
         dataset = self._file.create_dataset(name, (1,), h5py.string_dtype(), track_times=False)
         dataset[0] = text
         self._sink.check()

@@ -1,6 +1,6 @@
-"""A set of shards as one sequence of sentences.
+"""Read a set of shards as one sequence of sentences.
 
-Global sentence numbers run over the shards in order: first those of shard 0, then those of shard 1, and so on.
+Sentences are numbered globally, in the order of the shards: first those of shard 0, then those of shard 1, and so on.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "find_shards", "shard_name"]
 
-_COUNT_TOKENS = 1 << 20
+_COUNT_TOKENS = 1 << 20  # tokens per read when counting
 
 PathLike = str | os.PathLike[str]
 
 
 class ShardSet:
-    """All sentences of one split. Files are opened by the process that reads, when it first does.
+    """All sentences of one split. Each process opens a file when it first reads from it.
 
-    :ivar paths: of the files, by shard number.
-    :ivar num_sentences: of the set, as ``num_tokens`` and ``num_unknown``.
-    :ivar vocabulary_size: V, the number of classes; ids run to V.
-    :ivar vocabulary_sha256: of the vocabulary file that the ids speak of.
-    :ivar set_sha256: names this set: the same text, vocabulary and options give the same one.
+    Attributes:
+        paths: The files, by shard number.
+        split: ``train`` or ``heldout``.
+        num_sentences: Sentences of the set.
+        num_tokens: Tokens of the set, without boundaries.
+        num_unknown: How many of the tokens are unknown words.
+        vocabulary_size: V, the number of classes; ids are 1 to V.
+        vocabulary_sha256: Checksum of the vocabulary file that the ids refer to.
+        set_sha256: Identifies the set; the same text, vocabulary and options give the same value.
     """
 
     def __init__(self, files: Sequence[ShardFile]) -> None:
-        """``files`` by shard number; use :meth:`open`."""
+        """Combine ``files``, ordered by shard number. Use :meth:`open`, which checks that they form a set."""
         self._files = list(files)
         headers = [file.header for file in files]
         self.paths = [file.path for file in files]
@@ -56,26 +60,32 @@ class ShardSet:
         cls, paths: PathLike | Sequence[PathLike], split: str = "train",
         vocabulary: Vocabulary | VocabularyFile | None = None,
     ) -> ShardSet:
-        """The set that ``paths`` hold: a directory (its shards of ``split``), a pattern, files, or several of these.
+        """Open the set of shards at ``paths``.
 
-        :raises CorpusError: if there is no shard of ``split``, one is missing, double, damaged, of another set, split,
-            format or version, the set has no sentence, or its vocabulary is not ``vocabulary`` (where given).
+        Args:
+            paths: A directory (its shards of ``split``), a glob pattern, files, or several of these.
+            split: ``train`` or ``heldout``.
+            vocabulary: If given, the vocabulary that the shards must have been made with.
+
+        Raises:
+            CorpusError: There is no shard of ``split``; a shard is missing, duplicate, damaged, or of another set,
+                split, format or version; the set has no sentence; or it was made with another vocabulary.
         """
         assert split in SPLITS, split
         arguments = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         files = [ShardFile(path) for path in find_shards(arguments, split)]
         for file in files:
             if file.header.split != split:
-                raise CorpusError(f"shard {file.path} is {file.header.split} text; expected shards of {split} text")
+                raise CorpusError(f"shard {file.path} holds {file.header.split} text; expected shards of {split} text")
         _check_set(files)
         shards = cls(sorted(files, key=lambda file: file.header.shard_index))
         if not shards.num_sentences:
-            raise CorpusError(f"the {split} shards at {Path(files[0].path).parent} hold no sentence; make them again")
+            raise CorpusError(f"the {split} shards at {Path(files[0].path).parent} hold no sentences; make them again")
         if vocabulary is not None and vocabulary.sha256 != shards.vocabulary_sha256:
             raise CorpusError(
                 f"shard {files[0].path} was made with the vocabulary of SHA-256 {shards.vocabulary_sha256[:16]}... "
-                f"({shards.vocabulary_size} classes), not with the one given, {vocabulary.sha256[:16]}... "
-                f"({vocabulary.size} classes); give the vocabulary of the shards or make the shards again"
+                f"({shards.vocabulary_size} classes), but the one given has {vocabulary.sha256[:16]}... "
+                f"({vocabulary.size} classes); give the vocabulary of the shards, or make the shards again"
             )
         return shards
 
@@ -83,9 +93,10 @@ class ShardSet:
     def open_on_all(
         cls, world: World, paths: PathLike | Sequence[PathLike], split: str, vocabulary: Vocabulary | VocabularyFile
     ) -> ShardSet:
-        """Collective: :meth:`open` for a whole job. Rank 0 alone reads the headers; a rank opens what it reads.
+        """Open the set on all ranks (collective). Only rank 0 reads the headers; see :meth:`open` for the arguments.
 
-        :raises CorpusError: as :meth:`open`, or if a rank cannot read where its part begins.
+        Raises:
+            CorpusError: As for :meth:`open`, or a rank cannot read the shard at which its part of the corpus begins.
         """
         known = world.agree(lambda: [(file.path, file.header) for file in cls.open(paths, split, vocabulary)._files])
         shards = cls([ShardFile(path, header) for path, header in known])
@@ -93,17 +104,25 @@ class ShardSet:
         def require_own() -> None:
             path = shards.paths[len(shards.paths) * world.rank // world.size]
             if not os.access(path, os.R_OK):
-                raise CorpusError(f"cannot read shard {path} on {world.host}: put the shards where all nodes see them")
+                raise CorpusError(
+                    f"cannot read shard {path} on {world.host}; put the shards on a file system that all nodes share"
+                )
 
         world.together(require_own)
         return shards
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences ``indices`` (int64 global numbers, ascending): int32 tokens, int64 offsets of one entry more.
+        """Read sentences by their global number; neighbours are read together.
 
-        Sentence ``indices[i]`` is ``tokens[offsets[i]:offsets[i + 1]]``. Neighbours are read in one go.
+        Args:
+            indices: (n,) int64, ascending.
 
-        :raises CorpusError: naming the file, if its data is damaged.
+        Returns:
+            The concatenated tokens, int32, and the offsets (n + 1,), int64: sentence ``indices[i]`` is
+            ``tokens[offsets[i]:offsets[i + 1]]``.
+
+        Raises:
+            CorpusError: The data of a file, which the message names, is damaged.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices):
@@ -121,7 +140,7 @@ class ShardSet:
         return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
 
     def shards_of(self, first: int, end: int) -> range:
-        """Numbers of the shards that hold the sentences [``first``, ``end``)."""
+        """Return the numbers of the shards that hold the sentences [``first``, ``end``)."""
         if first >= end:
             return range(0)
         return range(
@@ -129,9 +148,13 @@ class ShardSet:
         )
 
     def unigram_counts(self, world: World) -> np.ndarray:
-        """How often each id occurs, int64 (V + 1,). Every rank of ``world`` calls this and counts a part of the tokens.
+        """Count how often each id occurs (collective). Each rank counts a part of the tokens.
 
-        :raises CorpusError: naming the file, if its data is damaged.
+        Returns:
+            The counts, (V + 1,) int64, equal on all ranks.
+
+        Raises:
+            CorpusError: The data of a file, which the message names, is damaged.
         """
         counts = np.zeros(self.vocabulary_size + 1, np.int64)
         number = 0
@@ -146,7 +169,7 @@ class ShardSet:
         return counts
 
     def close(self) -> None:
-        """Close all files; a further read opens them again."""
+        """Close all files. A later read opens them again."""
         for file in self._files:
             file.close()
 
@@ -161,9 +184,14 @@ class ShardSet:
 
 
 def find_shards(arguments: Sequence[PathLike], split: str | None = None) -> list[str]:
-    """The shard files that ``arguments`` name, each once; of a directory those of ``split``, or of both.
+    """Return the shard files that ``arguments`` name, without duplicates.
 
-    :raises CorpusError: for an argument that names nothing.
+    Args:
+        arguments: Files, glob patterns, or directories, which stand for the shards inside them.
+        split: Which shards of a directory; None for those of both splits.
+
+    Raises:
+        CorpusError: An argument names no shard.
     """
     pattern = f"{split or '*'}-*-of-*.h5"
     kind = f"{split} shards" if split else "shards"
@@ -184,30 +212,36 @@ def find_shards(arguments: Sequence[PathLike], split: str | None = None) -> list
         for name in sorted(names):
             found.setdefault(os.path.realpath(name), name)
     if not found:
-        raise CorpusError(f"no {kind} were given; make some with bin/preprocess shards")
+        raise CorpusError(f"no {kind} given; make them with bin/preprocess shards")
     return list(found.values())
 
 
 def _check_set(files: Sequence[ShardFile]) -> None:
-    """:raises CorpusError: unless ``files`` are all the shards of one set, each once."""
+    """Check that ``files`` are all the shards of one set, without duplicates.
+
+    Raises:
+        CorpusError: They are not.
+    """
     first = files[0]
     for file in files:
         if file.header.vocabulary_sha256 != first.header.vocabulary_sha256:
             raise CorpusError(
-                f"shards {first.path} and {file.path} were made with different vocabularies; make one set of them"
+                f"shards {first.path} and {file.path} were made with different vocabularies; make one set of shards"
             )
         if file.header.num_shards != first.header.num_shards or file.header.set_sha256 != first.header.set_sha256:
-            raise CorpusError(f"shards {first.path} and {file.path} belong to different sets; keep only one set there")
+            raise CorpusError(
+                f"shards {first.path} and {file.path} belong to different sets; give the shards of one set"
+            )
     by_index: dict[int, str] = {}
     for file in files:
         if file.header.shard_index in by_index:
             raise CorpusError(
-                f"{by_index[file.header.shard_index]} and {file.path} are the same shard; remove one"
+                f"{by_index[file.header.shard_index]} and {file.path} are the same shard; remove one of them"
             )
         by_index[file.header.shard_index] = file.path
     missing = [index for index in range(first.header.num_shards) if index not in by_index]
     if missing:
         raise CorpusError(
-            f"{len(missing)} of {first.header.num_shards} {first.header.split} shards are missing beside {first.path}, "
-            f"the first is shard {missing[0]}; name all of them or make the set again"
+            f"{len(missing)} of the {first.header.num_shards} {first.header.split} shards of {first.path} are missing, "
+            f"the first of them shard {missing[0]}; give all shards, or make the set again"
         )

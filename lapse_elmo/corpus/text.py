@@ -1,7 +1,7 @@
-"""Text, one sentence a line, plain or compressed: finding files, cutting them into parts, reading whole lines.
+r"""Find text files, split them into chunks, and read whole lines of them; one sentence per line, plain or compressed.
 
-A line ends at ``\\n`` (a ``\\r`` before it is white space); words are what :meth:`str.split` finds, so every Unicode
-white space separates them, as in bilm-tf. A line without words is no sentence. A byte order mark in front is skipped.
+A line ends at ``\n`` (a ``\r`` before it is white space). Words are split as by :meth:`str.split`, so that any Unicode
+white space separates them, as in bilm-tf. Lines without words are skipped, and so is a byte order mark at the start.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import BinaryIO
 import numpy as np
 
 from lapse_elmo.ahead import read_ahead
-from lapse_elmo.corpus.compressed import DamagedError, expanded, format_of
+from lapse_elmo.corpus.compressed import DamagedError, compression_of, decompress
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.inputs import open_regular
 
-#: Bytes of (uncompressed) text that are held at a time, apart from the rest of the last line.
+#: Bytes of uncompressed text in memory at a time, apart from the rest of the last line.
 BLOCK_BYTES = 1 << 20
-#: Plain files are cut into parts of this many bytes, so that a single large file keeps many ranks busy. It depends on
-#: nothing else: what is written must be the same bytes for every number of ranks.
-PART_BYTES = 64 << 20
-#: A longer line is taken for a file that is not text with a sentence a line.
+#: Plain files are split into chunks of this many bytes, so that a single large file keeps many ranks busy. The size
+#: must not depend on the number of ranks, because the shards must be the same, byte for byte, for any number.
+CHUNK_BYTES = 64 << 20
+#: A longer line means that the file is not text with one sentence per line.
 MAX_LINE_BYTES = 16 << 20
 
 _BOM = b"\xef\xbb\xbf"
@@ -34,48 +34,56 @@ _NEWLINE = 10
 
 
 @dataclass(frozen=True)
-class Part:
-    """The lines of ``path`` that start at bytes [start, end); ``end`` None is the whole of a compressed file."""
+class TextChunk:
+    """The lines of ``path`` that start at bytes [start, end); ``end`` is None for a whole compressed file."""
 
     path: str
     start: int
     end: int | None
-    size: int  # bytes on disk, to share the work by
-    kind: str = ""  # the format of a compressed file
+    size: int  # bytes on disk, for balancing the work
+    kind: str = ""  # compression format, empty for plain text
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of ``part``; nobody has checked yet that they are UTF-8.
+    """Whole lines of ``chunk``, not yet checked to be UTF-8.
 
-    :ivar num_bytes: how much of the file on disk was read for them.
-    :ivar num_lines: of the part before this block.
+    Attributes:
+        data: The lines, decompressed.
+        num_bytes: How many bytes of the file on disk were read for them.
+        chunk: The chunk that they belong to.
+        num_lines: Lines of the chunk before this block.
     """
 
     data: bytes
     num_bytes: int
-    part: Part
+    chunk: TextChunk
     num_lines: int
 
     def decode(self) -> str:
-        """The text. :raises CorpusError: naming file and line, for bytes that are not UTF-8."""
+        """Return the text.
+
+        Raises:
+            CorpusError: The bytes are not UTF-8; the message names file and line.
+        """
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = _lines_before(self.part) + self.num_lines + self.data.count(b"\n", 0, error.start) + 1
+            line = _lines_before(self.chunk) + self.num_lines + self.data.count(b"\n", 0, error.start) + 1
             raise CorpusError(
-                f"{self.part.path}, line {line}: byte 0x{self.data[error.start]:02x} is not valid UTF-8; convert the "
+                f"{self.chunk.path}, line {line}: byte 0x{self.data[error.start]:02x} is not valid UTF-8; convert the "
                 "file with iconv"
             ) from None
 
 
 def find_texts(arguments: Sequence[str]) -> list[str]:
-    """The text files that ``arguments`` name, in their order, each once.
+    """Return the text files that ``arguments`` name, in their order and without duplicates.
 
-    An argument is a file, a glob pattern (its matches sorted by name) or a directory, which stands for the files right
-    inside it whose names do not start with a dot, sorted by name; sub-directories are not entered.
+    An argument is a file, a glob pattern (its matches, sorted by name) or a directory. A directory stands for the files
+    directly inside it, sorted by name, except hidden ones; sub-directories are not entered.
 
-    :raises CorpusError: for an argument that names nothing, and for a file that is empty or cannot be read.
+    Raises:
+        CorpusError: An argument names nothing, or a file is empty or cannot be read.
     """
     found: dict[str, str] = {}
     for argument in arguments:
@@ -94,7 +102,7 @@ def _matches(argument: str) -> list[str]:
         raise CorpusError(f"text {argument} does not exist; give a file, a directory or a glob pattern")
     matches = sorted(glob.glob(argument, recursive=True))
     if not matches:
-        raise CorpusError(f"no file matches the pattern {argument!r}; check it with ls")
+        raise CorpusError(f"no file matches the pattern {argument!r}; check the pattern with ls")
     return matches
 
 
@@ -105,117 +113,136 @@ def _files_in(directory: str) -> list[str]:
         raise CorpusError(f"cannot read directory {directory}: {error.strerror}") from None
     files = [path for path in (os.path.join(directory, name) for name in names) if not os.path.isdir(path)]
     if not files:
-        raise CorpusError(f"directory {directory} has no files right inside it; name the files or give a pattern")
+        raise CorpusError(f"directory {directory} has no files directly inside it; name the files or give a pattern")
     return files
 
 
 def _check_readable(path: str) -> None:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise CorpusError(f"text {path} is not a regular file, which is read more than once; copy it to one")
+            raise CorpusError(f"text {path} is not a regular file; text is read more than once, so copy it to a file")
         with open(path, "rb") as file:
             if not file.read(1):
-                raise CorpusError(f"text {path} is empty; expected one sentence a line")
+                raise CorpusError(f"text {path} is empty; expected one sentence per line")
     except OSError as error:
         raise CorpusError(f"cannot read text {path}: {error.strerror}") from None
 
 
-def cut_into_parts(paths: Iterable[str]) -> list[Part]:
-    """All parts of ``paths`` in order. Compressed files (known by their first bytes) are one part each."""
-    parts = []
+def split_into_chunks(paths: Iterable[str]) -> list[TextChunk]:
+    """Split the files ``paths`` into chunks, in order.
+
+    A compressed file is one chunk, since decompression cannot start in the middle.
+
+    Raises:
+        CorpusError: A file cannot be read.
+    """
+    chunks = []
     for path in paths:
         try:
             size = os.path.getsize(path)
-            kind = format_of(path)
+            kind = compression_of(path)
             if kind:
-                parts.append(Part(path, 0, None, size, kind))
+                chunks.append(TextChunk(path, 0, None, size, kind))
                 continue
         except OSError as error:
             raise CorpusError(f"cannot read text {path}: {error.strerror}") from None
-        for start in range(0, size, PART_BYTES):
-            end = min(start + PART_BYTES, size)
-            parts.append(Part(path, start, end, end - start))
-    return parts
+        for start in range(0, size, CHUNK_BYTES):
+            end = min(start + CHUNK_BYTES, size)
+            chunks.append(TextChunk(path, start, end, end - start))
+    return chunks
 
 
-def share(parts: Sequence[Part], size: int) -> list[list[int]]:
-    """The numbers of the parts of each of ``size`` ranks: the largest first, each to the rank with the least so far."""
-    load = [0] * size
+def assign_chunks(chunks: Sequence[TextChunk], size: int) -> list[list[int]]:
+    """Distribute chunks over ranks, greedily: the largest chunk first, each to the rank with the least work so far.
+
+    Returns:
+        For each of the ``size`` ranks the indices of its chunks, ascending.
+    """
+    load = [0] * size  # bytes of text
     mine: list[list[int]] = [[] for _ in range(size)]
-    for number in sorted(range(len(parts)), key=lambda n: (-parts[n].size, n)):
+    for number in sorted(range(len(chunks)), key=lambda n: (-chunks[n].size, n)):
         rank = min(range(size), key=lambda r: (load[r], r))
-        load[rank] += parts[number].size * (1 if parts[number].end is not None else 3)  # about 3 times the text
+        load[rank] += chunks[number].size * (1 if chunks[number].end is not None else 3)  # typical compression ratio
         mine[rank].append(number)
     return [sorted(numbers) for numbers in mine]
 
 
-def read_blocks(part: Part) -> Iterator[Block]:
-    """The lines of ``part``, some :data:`BLOCK_BYTES` at a time; never half a line.
+def read_blocks(chunk: TextChunk) -> Iterator[Block]:
+    """Yield the lines of ``chunk`` in blocks of about :data:`BLOCK_BYTES`, each of whole lines.
 
-    A compressed file is expanded by a thread of its own, one block ahead.
+    A compressed file is decompressed one block ahead by a separate thread.
 
-    :raises CorpusError: for damaged compressed data, a line longer than :data:`MAX_LINE_BYTES`, and whatever the system
-        reports.
+    Raises:
+        CorpusError: The file cannot be read, its compressed data is damaged, or a line is longer than
+            :data:`MAX_LINE_BYTES`.
     """
-    return read_ahead(_read(part), depth=1) if part.end is None else _read(part)
+    return read_ahead(_read(chunk), depth=1) if chunk.end is None else _read(chunk)
 
 
-def _read(part: Part) -> Iterator[Block]:
+def _read(chunk: TextChunk) -> Iterator[Block]:
     try:
-        with open_regular(part.path) as file:
-            if part.end is None:
-                with expanded(file, part.kind) as stream:
-                    yield from _blocks(stream, file, part)
+        with open_regular(chunk.path) as file:
+            if chunk.end is None:
+                with decompress(file, chunk.kind) as stream:
+                    yield from _blocks(stream, file, chunk)
             else:
-                if part.start:
-                    file.seek(part.start - 1)
-                    if not file.readline(MAX_LINE_BYTES).endswith(b"\n") and file.tell() < part.size:
-                        raise _too_long(part)
-                yield from _blocks(file, file, part)
+                if chunk.start:
+                    # The line that runs across the start belongs to the chunk before: skip the rest of it. Reading
+                    # from the byte before the start keeps a line that begins exactly there.
+                    file.seek(chunk.start - 1)
+                    if not file.readline(MAX_LINE_BYTES).endswith(b"\n") and file.tell() < chunk.size:
+                        raise _too_long(chunk)
+                yield from _blocks(file, file, chunk)
     except (DamagedError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(
-            f"{part.kind} text {part.path} is damaged or cut short ({error}); fetch it again"
+            f"{chunk.kind} text {chunk.path} is damaged or truncated ({error}); fetch it again"
         ) from None
     except OSError as error:
-        raise CorpusError(f"cannot read text {part.path}: {error.strerror or error}") from None
+        raise CorpusError(f"cannot read text {chunk.path}: {error.strerror or error}") from None
 
 
-def _blocks(stream: BinaryIO, disk: BinaryIO, part: Part) -> Iterator[Block]:
-    """``stream`` gives the text, ``disk`` tells how far the file has been read (the same for plain text)."""
+def _blocks(stream: BinaryIO, disk: BinaryIO, chunk: TextChunk) -> Iterator[Block]:
+    """Yield blocks of ``stream``, the decompressed text.
+
+    Args:
+        stream: The text, at the first line of the chunk.
+        disk: The file on disk, for its position; the same object as ``stream`` for plain text.
+        chunk: The chunk being read.
+    """
     num_lines = 0
     before = disk.tell()
     position = before  # in the text
-    while part.end is None or position < part.end:
-        room = BLOCK_BYTES if part.end is None else min(BLOCK_BYTES, part.end - position)
+    while chunk.end is None or position < chunk.end:
+        room = BLOCK_BYTES if chunk.end is None else min(BLOCK_BYTES, chunk.end - position)
         data = stream.read(room)
         if not data.endswith(b"\n"):
             rest = stream.readline(MAX_LINE_BYTES)
             if len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                raise _too_long(part)
+                raise _too_long(chunk)
             data += rest
         if not data:
             return
         position += len(data)
-        if part.start == 0 and num_lines == 0 and data.startswith(_BOM):
+        if chunk.start == 0 and num_lines == 0 and data.startswith(_BOM):
             data = data[len(_BOM):]
         now = disk.tell()
-        yield Block(data, now - before, part, num_lines)
+        yield Block(data, now - before, chunk, num_lines)
         num_lines += int(np.count_nonzero(np.frombuffer(data, np.uint8) == _NEWLINE))
         before = now
 
 
-def _lines_before(part: Part) -> int:
-    """The number of lines that start before ``part`` does; for an error message, so it may take its time."""
-    if part.start == 0:
+def _lines_before(chunk: TextChunk) -> int:
+    """Count the lines that start before ``chunk``. Slow, since it reads the file; only for error messages."""
+    if chunk.start == 0:
         return 0
     count = 0
-    with open(part.path, "rb") as file:
-        while file.tell() < part.start - 1:
-            count += file.read(min(BLOCK_BYTES, part.start - 1 - file.tell())).count(b"\n")
-    return count + 1  # and the line that runs up to or into this part
+    with open(chunk.path, "rb") as file:
+        while file.tell() < chunk.start - 1:
+            count += file.read(min(BLOCK_BYTES, chunk.start - 1 - file.tell())).count(b"\n")
+    return count + 1  # plus the line that runs up to or into this chunk
 
 
-def _too_long(part: Part) -> CorpusError:
+def _too_long(chunk: TextChunk) -> CorpusError:
     return CorpusError(
-        f"{part.path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; expected text with one sentence a line"
+        f"{chunk.path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; expected text with one sentence per line"
     )

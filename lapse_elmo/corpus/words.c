@@ -1,11 +1,12 @@
-/* Words of UTF-8 text, looked up in a hash table of byte strings: counted, or turned into ids.
+/* Count the words of UTF-8 text, or turn them into ids, with a hash table of byte strings.
  *
- * Words are what Python's str.split() finds: runs of bytes between Unicode white space. The text is classified 64 bytes at
- * a time into bit masks; a change from blank to word or back is an edge. Words are looked up in batches, so that the slots
- * of the whole batch are on their way from memory before the first one is read: a table of a million words does not fit a
- * core's cache. A word of up to 16 bytes lies in its slot, a longer one in the table's heap of bytes.
+ * Words are split as by Python's str.split(): they are runs of bytes between Unicode white space. The text is classified 64
+ * bytes at a time into bit masks; an edge is a change from blank to word or from word to blank. Words are looked up in
+ * batches: the slots of a whole batch are prefetched before the first one is read, because a table of a million words does
+ * not fit into a core's cache. A word of up to 16 bytes is stored in its slot, a longer one in the table's heap of bytes.
  *
- * Every function has a twin in words.py, with which the tests compare it. Errors are negative results.
+ * words.py has the same functions in Python, as a fallback and as the reference that the tests compare with. A negative
+ * result is an error.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -20,8 +21,8 @@ enum { BATCH = 32, CHUNK = 64, INLINE = 16, FIRST_SLOTS = 1 << 12, FIRST_HEAP = 
 enum { UNKNOWN = 3, NEWLINE = '\n' }; /* the id of a word that is not in the table, as in vocabulary.py */
 
 typedef struct {
-    uint64_t low, high; /* the word, zeros after it; of a longer one its hash, and where it begins in the heap */
-    int64_t value;      /* its count or id */
+    uint64_t low, high; /* the word, padded with zeros; for a long word its hash and its offset in the heap */
+    int64_t value;      /* the word's count or id */
     uint32_t size;      /* bytes; 0 marks a free slot */
 } slot;
 
@@ -37,12 +38,12 @@ typedef struct {
     uint32_t size;
 } word;
 
-/* What the text of one call has led to so far. */
+/* The state of one pass over a text. */
 typedef struct {
     table *words;
     const uint8_t *data;
     int64_t size, num_words;
-    int32_t *ids; /* NULL where words are counted */
+    int32_t *ids; /* output; NULL to count the words instead */
     int64_t edges[2 * BATCH + CHUNK];
     int num_edges;
 } pass;
@@ -58,7 +59,7 @@ static uint64_t mix(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-/* The key of the bytes [start, start + size); none at or after `limit` is read. */
+/* Return the key of the bytes [start, start + size). Reads no byte at or after `limit`. */
 static word key_of(const uint8_t *start, int64_t size, const uint8_t *limit) {
     static const uint8_t ones[2 * INLINE] = {255, 255, 255, 255, 255, 255, 255, 255,
                                              255, 255, 255, 255, 255, 255, 255, 255};
@@ -81,7 +82,7 @@ static word key_of(const uint8_t *start, int64_t size, const uint8_t *limit) {
     return w;
 }
 
-/* The slot of a word, or the free slot where it belongs. */
+/* Return the slot of a word, or the free slot where it belongs. */
 static slot *find(const table *t, const word *w) {
     for (int64_t i = (int64_t)w->hash & t->mask;; i = (i + 1) & t->mask) {
         slot *s = t->slots + i;
@@ -92,7 +93,7 @@ static slot *find(const table *t, const word *w) {
     }
 }
 
-/* Free slots, in huge pages where the machine has them: words lie all over the table. */
+/* Allocate free slots, in huge pages if possible: lookups hit random slots and would miss the TLB. */
 static slot *new_slots(int64_t count) {
     size_t size = (size_t)count * sizeof(slot), page = size < HUGE_PAGE ? 64 : HUGE_PAGE;
     slot *slots = aligned_alloc(page, size); /* both are powers of two */
@@ -103,7 +104,8 @@ static slot *new_slots(int64_t count) {
     return memset(slots, 0, size);
 }
 
-static int put(table *t, slot *s, const word *w) {
+/* Insert a word into a free slot, with value 0. */
+static int insert(table *t, slot *s, const word *w) {
     uint64_t high = w->high;
     if (w->size > INLINE) {
         if (t->heap_room - t->heap_used < w->size) {
@@ -122,7 +124,7 @@ static int put(table *t, slot *s, const word *w) {
     return 0;
 }
 
-/* Make room for `more` words; half of the slots stay free. */
+/* Make room for `more` words, with at least half of the slots free. */
 static int reserve(table *t, int64_t more) {
     int64_t num_slots = t->mask + 1;
     while (2 * (t->num_words + more) > num_slots) num_slots *= 2;
@@ -164,7 +166,7 @@ void words_free(table *t) {
     free(t);
 }
 
-/* Add values[i] to the value of the i-th of the words in `data`, each of which is followed by one byte between words. */
+/* Add values[i] to the value of word i in `data`. Each word is followed by one separator byte. */
 int64_t words_add(table *t, const uint8_t *data, const int64_t *sizes, const int64_t *values, int64_t count) {
     const uint8_t *limit = data;
     for (int64_t i = 0; i < count; i++) limit += sizes[i] + 1;
@@ -172,13 +174,13 @@ int64_t words_add(table *t, const uint8_t *data, const int64_t *sizes, const int
         if (reserve(t, 1)) return NO_MEMORY;
         word w = key_of(data, sizes[i], limit);
         slot *s = find(t, &w);
-        if (!s->size && put(t, s, &w)) return NO_MEMORY;
+        if (!s->size && insert(t, s, &w)) return NO_MEMORY;
         s->value += values[i];
     }
     return 0;
 }
 
-/* Look up the words between the edges found so far; an odd one at the end is kept. */
+/* Look up the words between the edges found so far. An odd edge at the end, the start of a word, is kept for later. */
 static int look_up(pass *p) {
     word words[BATCH + CHUNK / 2];
     table *t = p->words;
@@ -194,7 +196,7 @@ static int look_up(pass *p) {
         if (p->ids) {
             p->ids[p->num_words + i] = s->size ? (int32_t)s->value : UNKNOWN;
         } else {
-            if (!s->size && put(t, s, words + i)) return NO_MEMORY;
+            if (!s->size && insert(t, s, words + i)) return NO_MEMORY;
             s->value++;
         }
     }
@@ -204,7 +206,7 @@ static int look_up(pass *p) {
     return 0;
 }
 
-/* Bytes of the character at p, which is not ASCII and ends by `limit`; 0 if it is not UTF-8. */
+/* Return the number of bytes of the non-ASCII character at p, or 0 if it is not UTF-8 or ends after `limit`. */
 static int character(const uint8_t *p, const uint8_t *limit) {
     int size = *p < 0xc2 ? 0 : *p < 0xe0 ? 2 : *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0;
     if (!size || limit - p < size) return 0;
@@ -215,7 +217,7 @@ static int character(const uint8_t *p, const uint8_t *limit) {
     return size;
 }
 
-/* U+0085, U+00A0, U+1680, U+2000 to 200A, U+2028, U+2029, U+202F, U+205F, U+3000 */
+/* Return whether the character at p is white space: U+0085, U+00A0, U+1680, U+2000 to 200A, U+2028, U+2029, U+202F, U+205F, U+3000 */
 static int blank(const uint8_t *p) {
     if (*p == 0xc2) return p[1] == 0x85 || p[1] == 0xa0;
     if (*p == 0xe1) return p[1] == 0x9a && p[2] == 0x80;
@@ -225,7 +227,7 @@ static int blank(const uint8_t *p) {
     return p[1] == 0x80 && (p[2] <= 0x8a || p[2] == 0xa8 || p[2] == 0xa9 || p[2] == 0xaf);
 }
 
-/* Masks of 64 bytes: ASCII white space, line ends, bytes that are not ASCII. */
+/* Compute bit masks of 64 bytes: ASCII white space, newlines, and bytes that are not ASCII. */
 static void classify(const uint8_t *p, uint64_t *blanks, uint64_t *lines, uint64_t *others) {
 #ifdef __AVX2__ /* AVX-512 is not faster here */
     *blanks = *lines = *others = 0;
@@ -251,11 +253,13 @@ static void classify(const uint8_t *p, uint64_t *blanks, uint64_t *lines, uint64
 #endif
 }
 
-/* All words of `data`; the number of them, or an error. With `ids`, the number of words of every line that has any goes to
- * `lengths` and the number of such lines to `num_lines`. */
+/* Process all words of the text and return their number, or an error. If p->ids is set, the number of words of each line
+ * with words is written to `lengths`, and the number of these lines to `num_lines`. */
 static int64_t run(pass *p, int32_t *lengths, int64_t *num_lines) {
-    uint64_t before = 0, carried = 0; /* whether the last byte was of a word; blank bytes of a character from before */
-    int64_t checked = 0, num_lengths = 0; /* `checked`: where the last character that is not ASCII ended */
+    uint64_t before = 0;  /* 1 if the last byte of the previous chunk belongs to a word */
+    uint64_t carried = 0; /* mask of the bytes of a white-space character that began in the previous chunk */
+    int64_t checked = 0;  /* end of the last non-ASCII character */
+    int64_t num_lengths = 0;
     int32_t length = 0;
     for (int64_t base = 0; base < p->size; base += CHUNK) {
         uint8_t last[CHUNK];
@@ -305,14 +309,15 @@ static int64_t run(pass *p, int32_t *lengths, int64_t *num_lines) {
     return p->num_words;
 }
 
-/* Count the words of `data`: how many there were, or an error. Some are counted before an error is found. */
+/* Count the words of `data` and return their number, or an error. Words before the error are counted. */
 int64_t words_count(table *t, const uint8_t *data, int64_t size) {
     pass p;
     p.words = t, p.data = data, p.size = size, p.num_words = 0, p.ids = NULL, p.num_edges = 0;
     return run(&p, NULL, NULL);
 }
 
-/* The value of each word of `data` to `ids`, the words of each line that has any to `lengths`, both of (size + 1) / 2. */
+/* Write the value of each word of `data` to `ids`, and the number of words of each line with words to `lengths`. Both have
+ * room for (size + 1) / 2 elements. Return the number of words, or an error. */
 int64_t words_encode(
     table *t, const uint8_t *data, int64_t size, int32_t *ids, int32_t *lengths, int64_t *num_lines) {
     pass p;
@@ -320,25 +325,27 @@ int64_t words_encode(
     return run(&p, lengths, num_lines);
 }
 
-/* Of the words whose value is at least `least`: their number, their bytes; of all words: their number, their sum. */
-void words_totals(const table *t, int64_t least, int64_t totals[4]) {
+/* Compute, for the words whose value is at least `min_count`, their number and their bytes; for all words, their number
+ * and the sum of their values. */
+void words_totals(const table *t, int64_t min_count, int64_t totals[4]) {
     memset(totals, 0, 4 * sizeof(int64_t));
     for (int64_t i = 0; i <= t->mask; i++) {
         const slot *s = t->slots + i;
         if (!s->size) continue;
         totals[2]++;
         totals[3] += s->value;
-        if (s->value < least) continue;
+        if (s->value < min_count) continue;
         totals[0]++;
         totals[1] += s->size;
     }
 }
 
-/* Write the words whose value is at least `least`, each with a line end, and their values, in no particular order. */
-void words_export(const table *t, int64_t least, uint8_t *bytes, int64_t *values) {
+/* Write the words whose value is at least `min_count`, each followed by a newline, and their values, in no particular
+ * order. */
+void words_export(const table *t, int64_t min_count, uint8_t *bytes, int64_t *values) {
     for (int64_t i = 0; i <= t->mask; i++) {
         const slot *s = t->slots + i;
-        if (!s->size || s->value < least) continue;
+        if (!s->size || s->value < min_count) continue;
         memcpy(bytes, s->size > INLINE ? t->heap + s->high : (const uint8_t *)s, s->size);
         bytes[s->size] = NEWLINE;
         bytes += s->size + 1;
@@ -346,8 +353,9 @@ void words_export(const table *t, int64_t least, uint8_t *bytes, int64_t *values
     }
 }
 
-/* Sentence i of a part goes to group (first + i) mod num_groups: the ids and lengths in the order of groups, and for each
- * group its sentences, tokens and unknown tokens. `starts` (num_groups, 2) is scratch. */
+/* Sort sentences by group: sentence i goes to group (first + i) mod num_groups. Writes the ids and lengths in the order of
+ * the groups, and the number of sentences, tokens and unknown tokens of each group to `counts`. `starts` (num_groups, 2)
+ * is scratch space. */
 void words_group(const int32_t *ids, const int32_t *lengths, int64_t num_lines, int64_t first, int64_t num_groups,
                  int32_t *grouped_ids, int32_t *grouped_lengths, int64_t *counts, int64_t *starts) {
     memset(counts, 0, (size_t)(3 * num_groups) * sizeof(int64_t));

@@ -1,7 +1,7 @@
-"""Words of UTF-8 text counted, or turned into ids, at the speed of memory by words.c, or by its twin in Python.
+"""Count the words of UTF-8 text, or turn them into ids: in C (words.c), or in Python where no C compiler is available.
 
-:func:`new_counts` and :func:`new_ids` return the C version where it can be had. Both versions find the words of
-:meth:`str.split` and return the same numbers.
+:func:`new_word_counter` and :func:`new_word_encoder` return the C version if it can be built. Both versions split text
+as :meth:`str.split` does and return the same numbers.
 """
 
 from __future__ import annotations
@@ -27,87 +27,105 @@ _NEWLINE = 10
 
 
 @dataclass(frozen=True)
-class WordList:
-    """Distinct words and their counts, in no particular order; small to pickle.
+class WordCounts:
+    """Distinct words and their counts, in no particular order; compact, because ranks exchange them.
 
-    :ivar data: the words in UTF-8, each followed by a line end.
-    :ivar counts: int64 (words,).
+    Attributes:
+        data: The words in UTF-8, each followed by a newline.
+        counts: (words,) int64.
     """
 
     data: bytes
     counts: np.ndarray
 
     def words(self) -> list[bytes]:
-        """The words in UTF-8."""
+        """Return the words, in UTF-8."""
         return self.data.split(b"\n")[:-1]
 
 
-class Counts(ABC):
-    """How often each word occurs."""
+class WordCounter(ABC):
+    """Counts how often each word occurs."""
 
     @abstractmethod
     def count(self, block: Block) -> int:
-        """Count the words of ``block``; returns their number. :raises CorpusError: if it is not UTF-8."""
+        """Count the words of ``block``.
+
+        Returns:
+            The number of words in the block.
+
+        Raises:
+            CorpusError: The block is not UTF-8.
+        """
 
     @abstractmethod
-    def add(self, words: WordList) -> None:
+    def add(self, words: WordCounts) -> None:
         """Add the counts of ``words``."""
 
     @abstractmethod
     def totals(self) -> tuple[int, int]:
-        """The number of distinct words, and the number of all."""
+        """Return the number of distinct words and the number of all words."""
 
     @abstractmethod
-    def frequent(self, least: int = 1) -> WordList:
-        """The words that occur at least ``least`` times."""
+    def frequent(self, min_count: int = 1) -> WordCounts:
+        """Return the words that occur at least ``min_count`` times."""
 
 
-class Ids(ABC):
-    """The ids of the words of a vocabulary."""
+class WordEncoder(ABC):
+    """Turns words into the ids of a vocabulary."""
 
     @abstractmethod
     def encode(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of the words of ``block`` and the lengths of its sentences (lines with words), both int32.
 
-        They are overwritten by the next call. :raises CorpusError: if the block is not UTF-8.
+        The arrays are overwritten by the next call.
+
+        Raises:
+            CorpusError: The block is not UTF-8.
         """
 
     @abstractmethod
     def group(
         self, ids: np.ndarray, lengths: np.ndarray, first: int, num_groups: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Order sentences by group: sentence i of this call goes to group ``(first + i) % num_groups``.
+        """Sort sentences by group; sentence i of this call goes to group ``(first + i) % num_groups``.
 
-        :returns: ids and lengths in the order of groups (both overwritten by the next call), and int64 (num_groups, 3)
-            counts of each group's sentences, tokens and unknown tokens.
+        Args:
+            ids: Concatenated ids, as returned by :meth:`encode`.
+            lengths: The lengths of the sentences.
+            first: Index of the first sentence in its chunk.
+            num_groups: The number of groups.
+
+        Returns:
+            Ids and lengths in the order of the groups (both overwritten by the next call), and the counts of each
+            group's sentences, tokens and unknown tokens, (num_groups, 3) int64.
         """
 
 
-def new_counts() -> Counts:
-    """An empty table of counts."""
+def new_word_counter() -> WordCounter:
+    """Return an empty counter."""
     library = _library()
-    return NativeCounts(library) if library else PlainCounts()
+    return NativeWordCounter(library) if library else PythonWordCounter()
 
 
-def new_ids(vocabulary: Vocabulary) -> Ids:
-    """The ids of ``vocabulary``."""
+def new_word_encoder(vocabulary: Vocabulary) -> WordEncoder:
+    """Return an encoder for ``vocabulary``."""
     library = _library()
-    return NativeIds(library, vocabulary) if library else PlainIds(vocabulary)
+    return NativeWordEncoder(library, vocabulary) if library else PythonWordEncoder(vocabulary)
 
 
-def problem() -> str:
-    """Why words are counted by Python, several times slower, as one line; empty where C does it."""
+def fallback_reason() -> str:
+    """Return one line that says why the slower Python version is in use, or ``""`` if the C version is."""
     return "" if _library() else f"words are looked up in Python, which is slower than C: {native.problem(SOURCE)}"
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     library = native.load(SOURCE)
-    return declared(library) if library else None
+    return declare_functions(library) if library else None
 
 
-def declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """``library``, compiled from words.c, with the types of its functions declared."""
+def declare_functions(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the argument types of the functions of ``library``, compiled from words.c, and return it."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
         ("new", pointer, []),
@@ -125,7 +143,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 class _Table:
-    """A table of words.c, freed with this object."""
+    """Owns a hash table of words.c."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -138,9 +156,14 @@ class _Table:
             self._library.words_free(self._table)
 
     def _add(self, data: bytes, values: np.ndarray) -> None:
-        """Add int64 ``values`` to those of the words in ``data``, each followed by a line end."""
+        """Add to the values of words.
+
+        Args:
+            data: The words in UTF-8, each followed by a newline.
+            values: (words,) int64.
+        """
         sizes = np.diff(np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE), prepend=-1) - 1
-        assert len(sizes) == len(values) and values.dtype == np.int64, "a word for every value"
+        assert len(sizes) == len(values) and values.dtype == np.int64, "as many words as values"
         assert sizes.min(initial=1) > 0 and sizes.max(initial=0) < 1 << 32, "words have 1 byte to 4 GiB"
         sizes, values = np.ascontiguousarray(sizes, np.int64), np.ascontiguousarray(values)
         self._check(self._library.words_add(self._table, data, sizes.ctypes.data, values.ctypes.data, len(values)))
@@ -150,52 +173,57 @@ class _Table:
         if status == _NO_MEMORY:
             raise MemoryError
         if status == _NOT_UTF8 and block is not None:
-            block.decode()  # which says where
+            block.decode()  # raises an error that names the line
         assert status >= 0, "words.c and Python disagree about UTF-8"
         return status
 
 
-class NativeCounts(_Table, Counts):
-    """Counts in a table of words.c: 32 bytes a slot, at most half of which are filled."""
+class NativeWordCounter(_Table, WordCounter):
+    """Counts in a hash table of words.c, of 32 bytes per slot, at most half of them filled."""
 
     def count(self, block: Block) -> int:
+        """Count the words of ``block``; see :meth:`WordCounter.count`."""
         return self._check(self._library.words_count(self._table, block.data, len(block.data)), block)
 
-    def add(self, words: WordList) -> None:
+    def add(self, words: WordCounts) -> None:
+        """Add the counts of ``words``."""
         self._add(words.data, words.counts)
 
     def totals(self) -> tuple[int, int]:
+        """Return the number of distinct words and the number of all words."""
         _, _, distinct, total = self._totals(1)
         return distinct, total
 
-    def frequent(self, least: int = 1) -> WordList:
-        num_words, num_bytes, _, _ = self._totals(least)
+    def frequent(self, min_count: int = 1) -> WordCounts:
+        """Return the words that occur at least ``min_count`` times."""
+        num_words, num_bytes, _, _ = self._totals(min_count)
         data, counts = np.empty(num_bytes + num_words, np.uint8), np.empty(num_words, np.int64)
-        self._library.words_export(self._table, least, data.ctypes.data, counts.ctypes.data)
-        return WordList(data.tobytes(), counts)
+        self._library.words_export(self._table, min_count, data.ctypes.data, counts.ctypes.data)
+        return WordCounts(data.tobytes(), counts)
 
-    def _totals(self, least: int) -> tuple[int, int, int, int]:
+    def _totals(self, min_count: int) -> tuple[int, int, int, int]:
         totals = np.empty(4, np.int64)
-        self._library.words_totals(self._table, least, totals.ctypes.data)
+        self._library.words_totals(self._table, min_count, totals.ctypes.data)
         first, second, third, fourth = totals.tolist()
         return first, second, third, fourth
 
 
-class NativeIds(_Table, Ids):
-    """Ids in a table of words.c."""
+class NativeWordEncoder(_Table, WordEncoder):
+    """Ids in a hash table of words.c."""
 
     def __init__(self, library: ctypes.CDLL, vocabulary: Vocabulary) -> None:
         super().__init__(library)
         words = vocabulary.words
         self._add("\n".join([*words, ""]).encode(), FIRST_WORD + np.arange(len(words)))
-        self._rooms = np.empty((4, 0), np.int32)  # ids and lengths as encoded, and as grouped
+        self._buffers = np.empty((4, 0), np.int32)  # ids and lengths as encoded, then ids and lengths as grouped
 
     def encode(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and lengths; see :meth:`WordEncoder.encode`."""
         size = len(block.data)
-        room = (size + 1) // 2
-        if self._rooms.shape[1] < room:
-            self._rooms = np.empty((4, room), np.int32)
-        ids, lengths = self._rooms[0], self._rooms[1]
+        capacity = (size + 1) // 2
+        if self._buffers.shape[1] < capacity:
+            self._buffers = np.empty((4, capacity), np.int32)
+        ids, lengths = self._buffers[0], self._buffers[1]
         num_lines = np.zeros(1, np.int64)
         num_words = self._check(
             self._library.words_encode(
@@ -208,48 +236,54 @@ class NativeIds(_Table, Ids):
     def group(
         self, ids: np.ndarray, lengths: np.ndarray, first: int, num_groups: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sort sentences by group; see :meth:`WordEncoder.group`."""
         for array in (ids, lengths):
-            assert array.dtype == np.int32 and array.flags.c_contiguous and len(array) <= self._rooms.shape[1]
+            assert array.dtype == np.int32 and array.flags.c_contiguous and len(array) <= self._buffers.shape[1]
         assert lengths.sum() == len(ids), "lengths do not add up to the ids"
         assert first >= 0 and num_groups > 0
         counts, starts = np.empty((num_groups, 3), np.int64), np.empty((num_groups, 2), np.int64)
         self._library.words_group(
             ids.ctypes.data, lengths.ctypes.data, len(lengths), first, num_groups,
-            self._rooms[2].ctypes.data, self._rooms[3].ctypes.data, counts.ctypes.data, starts.ctypes.data,
+            self._buffers[2].ctypes.data, self._buffers[3].ctypes.data, counts.ctypes.data, starts.ctypes.data,
         )  # fmt: skip
-        return self._rooms[2, : len(ids)], self._rooms[3, : len(lengths)], counts
+        return self._buffers[2, : len(ids)], self._buffers[3, : len(lengths)], counts
 
 
-class PlainCounts(Counts):
-    """The twin of :class:`NativeCounts`."""
+class PythonWordCounter(WordCounter):
+    """Counts in Python: the fallback for, and test reference of, :class:`NativeWordCounter`."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
     def count(self, block: Block) -> int:
+        """Count the words of ``block``; see :meth:`WordCounter.count`."""
         words = block.decode().split()
         self._counts.update(words)
         return len(words)
 
-    def add(self, words: WordList) -> None:
+    def add(self, words: WordCounts) -> None:
+        """Add the counts of ``words``."""
         for word, count in zip(words.words(), words.counts.tolist(), strict=True):
             self._counts[word.decode()] += count
 
     def totals(self) -> tuple[int, int]:
+        """Return the number of distinct words and the number of all words."""
         return len(self._counts), self._counts.total()
 
-    def frequent(self, least: int = 1) -> WordList:
-        words = {word: count for word, count in self._counts.items() if count >= least}
-        return WordList("".join(f"{word}\n" for word in words).encode(), np.array(list(words.values()), np.int64))
+    def frequent(self, min_count: int = 1) -> WordCounts:
+        """Return the words that occur at least ``min_count`` times."""
+        words = {word: count for word, count in self._counts.items() if count >= min_count}
+        return WordCounts("".join(f"{word}\n" for word in words).encode(), np.array(list(words.values()), np.int64))
 
 
-class PlainIds(Ids):
-    """The twin of :class:`NativeIds`."""
+class PythonWordEncoder(WordEncoder):
+    """Encodes in Python: the fallback for, and test reference of, :class:`NativeWordEncoder`."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
 
     def encode(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and lengths; see :meth:`WordEncoder.encode`."""
         words: list[str] = []
         lengths: list[int] = []
         for line in block.decode().split("\n"):
@@ -262,6 +296,7 @@ class PlainIds(Ids):
     def group(
         self, ids: np.ndarray, lengths: np.ndarray, first: int, num_groups: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sort sentences by group; see :meth:`WordEncoder.group`."""
         groups = (first + np.arange(len(lengths))) % num_groups
         order = np.argsort(groups, kind="stable")
         starts = np.cumsum(lengths) - lengths
@@ -271,13 +306,19 @@ class PlainIds(Ids):
         return ids[ranges(starts[order], lengths[order])], lengths[order], counts
 
 
-def most_frequent(words: WordList, excluded: Collection[bytes], max_size: int | None) -> tuple[list[bytes], int]:
-    """The first ``max_size`` words by count, and among equal counts by code points, but those ``excluded``.
+def most_frequent(words: WordCounts, excluded: Collection[bytes], max_size: int | None) -> tuple[list[bytes], int]:
+    """Return the most frequent words, ordered by count and, among equal counts, by code point.
 
-    :returns: the words in UTF-8, and the sum of their counts.
+    Args:
+        words: The words to choose from.
+        excluded: Words to leave out, in UTF-8.
+        max_size: The number of words to return at most; None for all.
+
+    Returns:
+        The words in UTF-8, and the sum of their counts.
     """
     listed = words.words()
-    alphabetic = sorted(range(len(listed)), key=listed.__getitem__)  # bytes of UTF-8 sort as code points do
+    alphabetic = sorted(range(len(listed)), key=listed.__getitem__)  # UTF-8 bytes sort like code points
     by_count = np.array(alphabetic, np.int64)[np.argsort(-words.counts[alphabetic], kind="stable")]
     chosen = [number for number in by_count.tolist() if listed[number] not in excluded][:max_size]
     return [listed[number] for number in chosen], int(words.counts[chosen].sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lapse_elmo.config.using import ExportConfig, parse_export
+from lapse_elmo.config.trained_model import ExportConfig, parse_export
 from lapse_elmo.export import elmo, huggingface, word2vec
 from lapse_elmo.mpi.world import World
 from lapse_elmo.trained.opening import open_together

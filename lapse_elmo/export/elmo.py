@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from lapse_elmo import __version__
-from lapse_elmo.corpus.files import made_whole, sync_directory, write_whole
+from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
 from lapse_elmo.corpus.hdf5 import Hdf5Output
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.export.folder import refuse_foreign
@@ -51,14 +51,14 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
         OutputError: If it cannot be written.
     """
     vocabulary = Vocabulary.from_words(stored.vocabulary.words)
-    with made_whole(folder, overwrite) as hidden:
+    with atomic_output(folder, overwrite) as hidden:
         hidden.mkdir()
         with Hdf5Output(hidden / WEIGHTS) as file:
             for name, array in dense_arrays(stored):
                 file.write(name, array)
             _write_tables(file, stored)
-        write_whole(hidden / OPTIONS, _json(bilm_options(stored, vocabulary)))
-        write_whole(hidden / META, _json(nlpl_meta(stored)))
+        atomic_write(hidden / OPTIONS, _json(bilm_options(stored, vocabulary)))
+        atomic_write(hidden / META, _json(nlpl_meta(stored)))
         vocabulary.save(hidden / VOCABULARY)
         sync_directory(hidden)
     sizes = stored.options

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lapse_elmo import __version__
-from lapse_elmo.corpus.files import made_whole, sync_directory, write_whole
+from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
 from lapse_elmo.corpus.vocabulary import PADDING_TOKEN, SPECIAL
 from lapse_elmo.export.folder import refuse_foreign, softmax_of
 from lapse_elmo.trained.huggingface_files import CONFIG, MODEL_TYPE, TOKENIZER, WEIGHTS
@@ -49,17 +49,17 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
     """
     softmax = softmax_of(stored)
     padding = _free_name(PADDING_TOKEN, stored)
-    with made_whole(folder, overwrite) as hidden:
+    with atomic_output(folder, overwrite) as hidden:
         hidden.mkdir()
         write_safetensors(hidden / WEIGHTS, list(_tensors(stored, softmax)))
-        write_whole(hidden / CONFIG, _json(config_of(stored)))
-        write_whole(hidden / TOKENIZER, _json(tokenizer_of(stored, padding)))
-        write_whole(hidden / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
-        write_whole(hidden / MODELING, (Path(__file__).parent / MODELING).read_bytes())
-        write_whole(hidden / CARD, card_of(stored).encode())
-        write_whole(hidden / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
+        atomic_write(hidden / CONFIG, _json(config_of(stored)))
+        atomic_write(hidden / TOKENIZER, _json(tokenizer_of(stored, padding)))
+        atomic_write(hidden / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
+        atomic_write(hidden / MODELING, (Path(__file__).parent / MODELING).read_bytes())
+        atomic_write(hidden / CARD, card_of(stored).encode())
+        atomic_write(hidden / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
         pooling = {"word_embedding_dimension": 2 * stored.options.projection_size, "pooling_mode_mean_tokens": True}
-        write_whole(hidden / POOLING / "config.json", _json(pooling))
+        atomic_write(hidden / POOLING / "config.json", _json(pooling))
         sync_directory(hidden)
     return [f"{folder}: a Hugging Face folder ({stored.vocabulary.size:,} words) of {stored.path}"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lapse_elmo.corpus.files import made_whole, refuse_existing
+from lapse_elmo.corpus.files import atomic_output, refuse_existing
 from lapse_elmo.corpus.vocabulary import SPECIAL, UNKNOWN
 from lapse_elmo.errors import OutputError
 from lapse_elmo.trained.stored import StoredModel
@@ -38,7 +38,7 @@ def write(stored: StoredModel, path: Path, overwrite: bool) -> list[str]:
     binary = path.suffix == ".bin"
     words = [SPECIAL[_FIRST], *stored.vocabulary.words]
     left_out = {number for number, word in enumerate(words) if any(map(str.isspace, word))}
-    with made_whole(path, overwrite) as hidden, open(hidden, "wb") as file:
+    with atomic_output(path, overwrite) as hidden, open(hidden, "wb") as file:
         file.write(f"{len(words) - len(left_out)} {stored.options.projection_size}\n".encode())
         for first, rows in stored.embedding.chunks():
             vectors = _binary(rows) if binary else _text(rows)

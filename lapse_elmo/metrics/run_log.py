@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
-from lapse_elmo.corpus.files import write_failed, write_whole
+from lapse_elmo.corpus.files import atomic_write, write_failed
 from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step_report import StepResult
@@ -272,7 +272,7 @@ def truncate_after(path: Path, last_step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode(), overwrite=True)
+    atomic_write(path, "".join(kept).encode(), overwrite=True)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

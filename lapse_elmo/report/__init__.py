@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lapse_elmo.config.using import parse_report
-from lapse_elmo.corpus.files import write_whole
+from lapse_elmo.config.trained_model import parse_report
+from lapse_elmo.corpus.files import atomic_write
 from lapse_elmo.mpi.world import World
 from lapse_elmo.report.charts import charts_of
 from lapse_elmo.report.runs import Run, read_run
@@ -24,7 +24,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     folders = [Path(run) for run in options.runs]
     path = Path(options.output or folders[0] / PAGE)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    write_whole(path, page_of(runs).encode(), overwrite=True)
+    atomic_write(path, page_of(runs).encode(), overwrite=True)
     print(path)
 
 

@@ -1,4 +1,4 @@
-"""What a watchdog prints: which ranks are silent, which are busy, who waits where, and the stacks."""
+"""Format the watchdog's report: which ranks are silent or busy, where the others wait, and their stacks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from lapse_elmo.watchdog.view import View
 
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)[^\n]*\n", re.MULTILINE)
 _PACKAGE = "/lapse_elmo/"
-_BETWEEN = "\n\n"  # threads
-_MOST_PHASES = 8  # lines about waiting ranks
+_SEPARATOR = "\n\n"  # between threads
+_MAX_PHASES = 8  # lines about waiting ranks in a report
+# By the state in /proc/PID/stat; an empty state means that the process does not exist.
 _STATES = {
-    "T": "stopped by a signal", "t": "stopped by a debugger", "D": "in the kernel, as for a file system that is away",
+    "T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting in the kernel, often for a file system",
     "R": "running without letting its other threads run", "Z": "dead", "": "gone",
 }
 
 
-def stacks_of_this_process() -> bytes:
-    """The stacks of the main thread and of others that run code of this package, but for the one that asks.
+def own_stacks() -> bytes:
+    """Return the stacks of the main thread and of other threads that run code of this package, except the caller.
 
-    Made by faulthandler, which reads no source files: the file system may be what hangs.
+    They are made by faulthandler, which does not read source files: the file system may be what hangs.
     """
     file = os.memfd_create("stacks")
     try:
@@ -47,11 +48,11 @@ def stacks_of_this_process() -> bytes:
         f"{names.get(ident, 'a thread of a library')}:\n{threads[ident]}" for ident in order
         if ident == main or _PACKAGE in threads[ident]
     ]
-    return _BETWEEN.join(lines).encode(errors="replace")
+    return _SEPARATOR.join(lines).encode(errors="replace")
 
 
-def ranks_in_words(ranks: Iterable[int]) -> str:
-    """``0-3, 7`` of ascending ranks."""
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Format ascending ranks as ``0-3, 7``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -62,20 +63,27 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def describe(view: View, silent: np.ndarray, known: np.ndarray, hosts: Sequence[str], here: np.ndarray) -> list[str]:
-    """Lines on all ranks: the silent ones, the busy ones, and where the others wait.
+    """Describe all ranks: the silent ones, the busy ones, and where the others wait.
 
-    :param silent: (size,) bool: ranks without a sign of life. :param known: those that the view is about.
-    :param here: ranks of this machine, whose processes can be looked at.
+    Args:
+        view: The progress of the ranks.
+        silent: (size,) bool, ranks without a heartbeat.
+        known: (size,) bool, ranks to describe.
+        hosts: The host of each rank.
+        here: Ranks of this machine, whose processes can be inspected.
+
+    Returns:
+        The lines of the report.
     """
     lines = []
     for rank in np.flatnonzero(known & silent).tolist():
-        place = f"rank {rank}/{len(hosts)} on {hosts[rank]}"
+        label = f"rank {rank}/{len(hosts)} on {hosts[rank]}"
         if view.numbers[rank, PID] < 0:
-            lines.append(f"  silent: {place}: nothing was ever heard of its node")
+            lines.append(f"  silent: {label}: its node has never reported")
             continue
         state = f", {_state(int(view.numbers[rank, PID]))}" if rank in here else ""
         lines.append(
-            f"  silent: {place} (pid {view.numbers[rank, PID]}{state}): last seen in {_phase(view, rank)}, "
+            f"  silent: {label} (pid {view.numbers[rank, PID]}{state}): last seen in {_phase(view, rank)}, "
             f"{view.idle_s[rank]:.0f} s ago"
         )
     lines += [
@@ -86,23 +94,23 @@ def describe(view: View, silent: np.ndarray, known: np.ndarray, hosts: Sequence[
     waiting = np.flatnonzero(known & ~silent & view.waiting).tolist()
     by_phase = itertools.groupby(sorted(waiting, key=lambda rank: _phase(view, rank)), lambda r: _phase(view, r))
     groups = sorted(((phase, list(ranks)) for phase, ranks in by_phase), key=lambda group: -len(group[1]))
-    for phase, ranks in groups[:_MOST_PHASES]:
-        lines.append(f"  waiting for others in {phase}: {_count(len(ranks))}, {ranks_in_words(ranks)}")
-    if len(groups) > _MOST_PHASES:
-        lines.append(f"  waiting elsewhere: {_count(sum(len(ranks) for _, ranks in groups[_MOST_PHASES:]))}")
+    for phase, ranks in groups[:_MAX_PHASES]:
+        lines.append(f"  waiting for others in {phase}: {_count(len(ranks))}, {format_ranks(ranks)}")
+    if len(groups) > _MAX_PHASES:
+        lines.append(f"  waiting elsewhere: {_count(sum(len(ranks) for _, ranks in groups[_MAX_PHASES:]))}")
     return lines
 
 
 def stack_lines(ranks: Sequence[int], stacks: Sequence[bytes]) -> list[str]:
-    """The threads of ranks, innermost calls first, equal ones once."""
+    """Format the threads of ranks, innermost calls first; ranks with equal stacks are listed together."""
     groups: dict[str, list[int]] = {}
     for rank, stack in zip(ranks, stacks, strict=True):
-        for thread in filter(None, stack.decode(errors="replace").split(_BETWEEN)):
+        for thread in filter(None, stack.decode(errors="replace").split(_SEPARATOR)):
             groups.setdefault(thread, []).append(rank)
     lines = []
     for thread, alike in groups.items():
         name, *calls = thread.splitlines()
-        lines.append(f"  rank{'s' if len(alike) > 1 else ''} {ranks_in_words(alike)}, {name}")
+        lines.append(f"  rank{'s' if len(alike) > 1 else ''} {format_ranks(alike)}, {name}")
         lines += [f"    {call.strip()}" for call in calls]
     return lines
 
@@ -116,7 +124,7 @@ def _count(number: int) -> str:
 
 
 def _state(pid: int) -> str:
-    """What the kernel says of a process of this machine."""
+    """Describe the state of a process of this machine."""
     state = ""
     with contextlib.suppress(OSError, IndexError):
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]

@@ -1,1 +1,1 @@
-"""Of the options."""
+"""Tests of the options."""

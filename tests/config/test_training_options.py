@@ -1,4 +1,4 @@
-"""The options of bin/train and of the programs that use what it leaves."""
+"""The options of bin/train, evaluate, export and embed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import pytest
 import tomli_w
 
 from lapse_elmo.config.cli import as_tables, options_of
+from lapse_elmo.config.trained_model import (
+    EmbedConfig,
+    EvaluateConfig,
+    ExportConfig,
+    parse_embed,
+    parse_evaluate,
+    parse_export,
+)
 from lapse_elmo.config.training import (
     PRESETS,
     Config,
@@ -18,7 +26,6 @@ from lapse_elmo.config.training import (
     from_tables,
     parse_train,
 )
-from lapse_elmo.config.using import EmbedConfig, EvaluateConfig, ExportConfig, parse_embed, parse_evaluate, parse_export
 from lapse_elmo.errors import ConfigError
 
 # A value other than the default for options whose values are checked against a list or against other options.
@@ -143,10 +150,10 @@ def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None
         ("--preset huge", ["--preset", "'huge'", "original"]),
         ("--epochs 0", ["--epochs is 0", "above 0"]),
         ("--batch-size -3", ["--batch-size is -3"]),
-        ("--learning-rate nan", ["--learning-rate", "a number is expected between"]),
-        ("--learning-rate inf", ["--learning-rate", "a number is expected between"]),
+        ("--learning-rate nan", ["--learning-rate", "expected a number between"]),
+        ("--learning-rate inf", ["--learning-rate", "expected a number between"]),
         ("--clip-norm -1", ["--clip-norm is -1"]),
-        ("--clip-norm nan", ["--clip-norm", "a number is expected between"]),
+        ("--clip-norm nan", ["--clip-norm", "expected a number between"]),
         ("--dropout 1", ["--dropout is 1.0", "[0, 1)"]),
         ("--recurrent-dropout -0.1", ["--recurrent-dropout is -0.1"]),
         ("--cell-size -5", ["--cell-size is -5"]),
@@ -180,7 +187,7 @@ def test_refused(argv: str, parts: list[str]) -> None:
     ],
 )
 def test_evaluate_refuses(argv: str, part: str) -> None:
-    """When the options are parsed: later an error would come from every rank."""
+    """Errors are raised while the options are parsed; raised later, every rank would print them."""
     with pytest.raises(ConfigError) as caught:
         parse_evaluate(argv.split())
     assert part in str(caught.value)
@@ -261,5 +268,5 @@ def test_a_falling_rate_needs_a_schedule() -> None:
             parse_train([option, "1"])
     with pytest.raises(ConfigError, match=r"--schedule inverse-sqrt needs .*--decay-tokens N"):
         parse_train(["--schedule", "inverse-sqrt"])
-    with pytest.raises(ConfigError, match=r"--final-rate is 2\.0, expected a share from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"--final-rate is 2\.0, expected a fraction from 0 to 1"):
         parse_train(["--schedule", "linear", "--final-rate", "2"])

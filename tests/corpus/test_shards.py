@@ -1,4 +1,4 @@
-"""Shard files and sets: what is written is read, what is damaged is named."""
+"""Shards: what was written is read back, and damaged files are reported by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOCABULARY = Vocabulary.from_words(["a", "b", "c", "d"])
 def write_set(
     directory: Path, sentences: list[list[int]], num_shards: int = 2, split: str = "train", name: str = "set"
 ) -> list[list[int]]:
-    """Shards of ``sentences``; returns these in the order of their global numbers."""
+    """Write shards of ``sentences``; returns the sentences in the order of their global numbers."""
     directory.mkdir(exist_ok=True)
     ordered = []
     for index in range(num_shards):
@@ -56,9 +56,9 @@ def test_round_trip(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_file, "CHUNK", 8)
-        patch.setattr(shard_file, "_BUFFERED", 16)
-        patch.setattr(shard_file, "_GAP", data.draw(st.integers(1, 5)))
-        patch.setattr(shard_file, "_SPAN", 7)
+        patch.setattr(shard_file, "_BUFFER_VALUES", 16)
+        patch.setattr(shard_file, "_MAX_GAP", data.draw(st.integers(1, 5)))
+        patch.setattr(shard_file, "_MAX_SPAN", 7)
         directory = tmp_path_factory.mktemp("shards")
         ordered = write_set(directory, sentences, num_shards)
         wanted = sorted(data.draw(st.lists(st.integers(0, len(ordered) - 1), max_size=30)))
@@ -111,7 +111,7 @@ def test_incomplete_and_mixed_sets(tmp_path: Path) -> None:
         ShardSet.open(tmp_path / "s")
     (tmp_path / "s" / "train-00001-of-copy.h5").unlink()
     (tmp_path / "s" / shard_name("train", 1, 3)).unlink()
-    with pytest.raises(CorpusError, match=r"1 of 3 train shards are missing.*the first is shard 1;"):
+    with pytest.raises(CorpusError, match=r"1 of the 3 train shards .*are missing, the first of them shard 1;"):
         ShardSet.open(tmp_path / "s")
     write_set(tmp_path / "t", [[4], [5], [6]], 3, name="other")
     shutil.copy(tmp_path / "t" / shard_name("train", 1, 3), tmp_path / "s")
@@ -135,7 +135,7 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
         ShardSet.open(tmp_path)
     with h5py.File(path, "w") as file:
         file["tokens"] = [1, 2]
-    with pytest.raises(CorpusError, match="no shard of lapse-elmo"):
+    with pytest.raises(CorpusError, match="not a shard of lapse-elmo"):
         ShardSet.open(tmp_path)
     write_set(tmp_path, [[4, 5]] * 20_000, 1)
     whole = path.read_bytes()
@@ -214,7 +214,7 @@ def test_header_lists_every_attribute(tmp_path: Path) -> None:
 
 
 class Seventh(World):
-    """Rank 7 of 8, which hears from rank 0 what ``told`` holds."""
+    """A stand-in for the World of rank 7 of 8, which receives ``told`` from rank 0."""
 
     def __init__(self, told: Any) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_a_rank_that_is_told_the_headers_opens_what_it_reads(tmp_path: Path, mon
             assert shards.read(np.array([3]))[0].tolist() == [7]
         assert opened == [shards.paths[3]]
     write_set(tmp_path / "set", [[4], [4], [4], [4]], num_shards=4, name="another")
-    with pytest.raises(CorpusError, match=r"train-00001-of-00004.h5 has been replaced by one of another set"):
+    with pytest.raises(CorpusError, match=r"train-00001-of-00004.h5 has been replaced by a shard of another set"):
         shards.read(np.array([1]))
     (tmp_path / "set" / shard_name("train", 3, 4)).unlink()
     with pytest.raises(CorpusError, match=r"cannot read shard .*train-00003-of-00004.h5 on "):

@@ -1,4 +1,4 @@
-"""Finding, cutting and reading text files."""
+"""Find text files, split them into chunks and read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapse_elmo.corpus import compressed, text
-from lapse_elmo.corpus.text import cut_into_parts, find_texts, read_blocks, share
+from lapse_elmo.corpus.text import assign_chunks, find_texts, read_blocks, split_into_chunks
 from lapse_elmo.errors import CorpusError
 
 CHECKSUMS = {int(zstd.CompressionParameter.checksum_flag): 1}  # as the program zstd
@@ -25,21 +25,21 @@ COMPRESS = {"gzip": gzip.compress, "zstd": lambda data: zstd.compress(data, opti
 
 
 def lines_of(path: Path) -> list[str]:
-    blocks = [block.decode() for part in cut_into_parts([str(path)]) for block in read_blocks(part)]
+    blocks = [block.decode() for chunk in split_into_chunks([str(path)]) for block in read_blocks(chunk)]
     return "".join(blocks).split("\n")
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=12), max_size=30),
        st.integers(1, 40), st.integers(1, 60), st.booleans())
 def test_every_line_once_however_it_is_cut(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[str], block: int, part: int, zipped: bool
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], block: int, chunk: int, zipped: bool
 ) -> None:
     path = tmp_path_factory.mktemp("text") / "t"
     data = "\n".join(["first", *lines]).encode()
     path.write_bytes(gzip.compress(data) if zipped else data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "BLOCK_BYTES", block)
-        patch.setattr(text, "PART_BYTES", part)
+        patch.setattr(text, "CHUNK_BYTES", chunk)
         assert lines_of(path) == data.decode().split("\n")
 
 
@@ -86,7 +86,7 @@ def test_bad_utf8_names_file_and_line(tmp_path: Path, zipped: bool, monkeypatch:
         data = b"".join(b"line \xff\n" if n == bad else b"line\n" for n in range(1, 41))
         path.write_bytes(gzip.compress(data) if zipped else data)
         monkeypatch.setattr(text, "BLOCK_BYTES", 16)
-        monkeypatch.setattr(text, "PART_BYTES", 33)
+        monkeypatch.setattr(text, "CHUNK_BYTES", 33)
         with pytest.raises(CorpusError, match=rf"t, line {bad}: byte 0xff"):
             lines_of(path)
 
@@ -99,8 +99,8 @@ def test_damaged_gzip_and_endless_lines(tmp_path: Path, monkeypatch: pytest.Monk
             lines_of(tmp_path / "t.gz")
     monkeypatch.setattr(text, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(text, "BLOCK_BYTES", 10)
-    for part in (1000, 30):
-        monkeypatch.setattr(text, "PART_BYTES", part)
+    for chunk in (1000, 30):
+        monkeypatch.setattr(text, "CHUNK_BYTES", chunk)
         (tmp_path / "long").write_bytes(b"a" * 500)
         with pytest.raises(CorpusError, match="has a line of more than"):
             lines_of(tmp_path / "long")
@@ -114,9 +114,9 @@ def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
 def test_every_part_has_one_rank(tmp_path: Path) -> None:
     for n in range(7):
         (tmp_path / f"t{n}").write_bytes(b"x\n" * (n + 1))
-    parts = cut_into_parts(find_texts([str(tmp_path)]))
+    chunks = split_into_chunks(find_texts([str(tmp_path)]))
     for size in (1, 2, 3, 20):
-        assert sorted(n for mine in share(parts, size) for n in mine) == list(range(7))
+        assert sorted(n for mine in assign_chunks(chunks, size) for n in mine) == list(range(7))
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "xz", "bzip2"])
@@ -127,13 +127,13 @@ def test_compressed_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "t"
     path.write_bytes(compress(first) + compress(b"") + compress(second))
     assert lines_of(path) == (first + second).decode().split("\n")
-    assert [(part.kind, part.end) for part in cut_into_parts([str(path)])] == [(kind, None)]
+    assert [(chunk.kind, chunk.end) for chunk in split_into_chunks([str(path)])] == [(kind, None)]
     whole = compress(first)
     middle = len(whole) // 2
     flipped = bytes([whole[middle] ^ 255])
     for damaged in (whole[:-9], whole[:middle], whole[:middle] + flipped + whole[middle + 1 :], whole + b"more text\n"):
         path.write_bytes(damaged)
-        with pytest.raises(CorpusError, match=rf"^{kind} text .*t is damaged or cut short"):
+        with pytest.raises(CorpusError, match=rf"^{kind} text .*t is damaged or truncated"):
             lines_of(path)
     path.write_bytes(compress(b"a\n" * 3000 + b"b \xff\n"))
     with pytest.raises(CorpusError, match="t, line 3001: byte 0xff"):
@@ -144,7 +144,7 @@ def test_compressed_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPa
 def test_a_bomb_is_no_text(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed, "UNCHECKED_BYTES", 1 << 20)
     (tmp_path / "t").write_bytes(COMPRESS[kind](b"a a\n" * (1 << 20)))
-    with pytest.raises(CorpusError, match=r"bytes expand to more than .*: no text"):
+    with pytest.raises(CorpusError, match=r"bytes decompress to more than .*, which is not text"):
         lines_of(tmp_path / "t")
 
 

@@ -68,8 +68,8 @@ def test_saved_bytes_are_the_loaded_ones(tmp_path_factory: pytest.TempPathFactor
         (b"a\n\nb\n", "line 2: empty line"),
         (b"\na\n", "line 1: empty line"),
         (b"a\n  \nb\n\nb\n", "line 2: empty line"),
-        (b"a\nb\na\n", "line 3: 'a' is on line 1 already"),
-        (b"<S>\nb\n<S>\n", "line 3: '<S>' is on line 1 already"),
+        (b"a\nb\na\n", "line 3: 'a' is already on line 1"),
+        (b"<S>\nb\n<S>\n", "line 3: '<S>' is already on line 1"),
         (b"a\nb\n\xff\xfe\n", "line 3: byte 0xff is not valid UTF-8"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_missing_file_and_an_existing_output(tmp_path: Path) -> None:
         Vocabulary.load(tmp_path / "none")
     vocabulary = Vocabulary.from_words(["a"])
     vocabulary.save(tmp_path / "v")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         vocabulary.save(tmp_path / "v")
     vocabulary.save(tmp_path / "v", overwrite=True)
     with pytest.raises(OutputError, match="cannot write"):

@@ -1,4 +1,4 @@
-"""Words looked up by C and by Python, both against the plain loop."""
+"""Compare counting and encoding, in C and in Python, with a plain loop."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from hypothesis import strategies as st
 
 from lapse_elmo import native
 from lapse_elmo.corpus import words
-from lapse_elmo.corpus.text import Block, Part
+from lapse_elmo.corpus.text import Block, TextChunk
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.corpus.words import Counts, Ids, NativeCounts, NativeIds, PlainCounts, PlainIds, WordList
+from lapse_elmo.corpus.words import (
+    NativeWordCounter,
+    NativeWordEncoder,
+    PythonWordCounter,
+    PythonWordEncoder,
+    WordCounter,
+    WordCounts,
+    WordEncoder,
+)
 from lapse_elmo.errors import CorpusError
 
 BLANKS = [character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace()]
@@ -30,15 +38,15 @@ def library() -> ctypes.CDLL:
     found = native.load(words.SOURCE)
     if found is None:
         pytest.skip(native.problem(words.SOURCE))
-    return words.declared(found)
+    return words.declare_functions(found)
 
 
 def block_of(data: bytes, num_lines: int = 0) -> Block:
-    return Block(data, len(data), Part("some.txt", 0, len(data), len(data)), num_lines)
+    return Block(data, len(data), TextChunk("some.txt", 0, len(data), len(data)), num_lines)
 
 
 def plain_loop(text: str) -> tuple[dict[str, int], list[list[str]]]:
-    """The counts and the sentences of ``text``."""
+    """Return the counts and the sentences of ``text``, computed by a plain loop."""
     counts: dict[str, int] = {}
     sentences = []
     for line in text.split("\n"):
@@ -50,21 +58,21 @@ def plain_loop(text: str) -> tuple[dict[str, int], list[list[str]]]:
     return counts, sentences
 
 
-def listed(counts: Counts, least: int = 1) -> dict[str, int]:
-    frequent = counts.frequent(least)
+def listed(counts: WordCounter, min_count: int = 1) -> dict[str, int]:
+    frequent = counts.frequent(min_count)
     return dict(zip([word.decode() for word in frequent.words()], frequent.counts.tolist(), strict=True))
 
 
 def check(library: ctypes.CDLL, text: str) -> None:
-    """Both versions of counting and encoding ``text`` do what the plain loop does."""
+    """Check that counting and encoding of ``text``, in both versions, agree with the plain loop."""
     expected, sentences = plain_loop(text)
     block = block_of(text.encode())
-    for counts in (NativeCounts(library), PlainCounts()):
+    for counts in (NativeWordCounter(library), PythonWordCounter()):
         assert counts.count(block) == sum(expected.values())
         assert listed(counts) == expected
         assert counts.totals() == (len(expected), sum(expected.values()))
     vocabulary = Vocabulary.from_words([*list(expected)[::2], "never"])
-    for ids in (NativeIds(library, vocabulary), PlainIds(vocabulary)):
+    for ids in (NativeWordEncoder(library, vocabulary), PythonWordEncoder(vocabulary)):
         tokens, lengths = ids.encode(block)
         assert tokens.dtype == lengths.dtype == np.int32
         assert tokens.tolist() == vocabulary.encode(itertools.chain.from_iterable(sentences))
@@ -86,7 +94,7 @@ def test_every_character_of_unicode_is_white_space_or_not_as_in_python(library: 
     characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF and code != 10]
     vocabulary = Vocabulary.from_words(["b"])
     block = block_of("".join(f"a{character}b\n" for character in characters).encode())
-    _, lengths = NativeIds(library, vocabulary).encode(block)
+    _, lengths = NativeWordEncoder(library, vocabulary).encode(block)
     found = {character for character, length in zip(characters, lengths.tolist(), strict=True) if length == 2}
     assert found == set(BLANKS) - {"\n"}
 
@@ -128,7 +136,7 @@ def test_what_is_not_utf8_is_refused_as_in_python(
 
 
 def check_utf8(library: ctypes.CDLL, data: bytes) -> None:
-    """Refused with file and line where Python refuses it, else taken."""
+    """Bytes that Python does not decode are refused with file and line; all others are accepted."""
     block = block_of(data, num_lines=6)
     try:
         check(library, data.decode())
@@ -136,8 +144,8 @@ def check_utf8(library: ctypes.CDLL, data: bytes) -> None:
         line = data[: error.start].count(b"\n") + 7
         vocabulary = Vocabulary.from_words(["a"])
         for refuse in (
-            NativeCounts(library).count, PlainCounts().count,
-            NativeIds(library, vocabulary).encode, PlainIds(vocabulary).encode,
+            NativeWordCounter(library).count, PythonWordCounter().count,
+            NativeWordEncoder(library, vocabulary).encode, PythonWordEncoder(vocabulary).encode,
         ):
             with pytest.raises(CorpusError, match=rf"^some\.txt, line {line}: byte 0x{data[error.start]:02x} is not"):
                 refuse(block)
@@ -153,18 +161,18 @@ def test_sequences_of_bytes_at_the_borders_of_utf8(library: ctypes.CDLL) -> None
 
 @given(LINES, LINES, st.integers(1, 3))
 def test_counts_of_several_ranks_are_added(
-    library: ctypes.CDLL, first: list[str], second: list[str], least: int
+    library: ctypes.CDLL, first: list[str], second: list[str], min_count: int
 ) -> None:
     texts = ["".join(first), "".join(second)]
     expected = Counter(" ".join(texts).split())
-    versions: list[Callable[[], Counts]] = [lambda: NativeCounts(library), PlainCounts]
+    versions: list[Callable[[], WordCounter]] = [lambda: NativeWordCounter(library), PythonWordCounter]
     for new_one, new_other in itertools.product(versions, versions):
         one, other = new_one(), new_other()
         one.count(block_of(texts[0].encode()))
         other.count(block_of(texts[1].encode()))
         one.add(other.frequent())
-        assert listed(one, least) == {word: count for word, count in expected.items() if count >= least}
-        one.add(WordList(b"", np.empty(0, np.int64)))
+        assert listed(one, min_count) == {word: count for word, count in expected.items() if count >= min_count}
+        one.add(WordCounts(b"", np.empty(0, np.int64)))
         assert one.totals() == (len(expected), expected.total())
 
 
@@ -175,7 +183,7 @@ def test_groups(library: ctypes.CDLL, sentences: list[list[str]], first: int, nu
     block = block_of("\n".join(" ".join(sentence) for sentence in sentences).encode())
     rows = [vocabulary.encode(sentence) for sentence in sentences]
     groups = [[row for i, row in enumerate(rows) if (first + i) % num_groups == group] for group in range(num_groups)]
-    versions: list[Ids] = [NativeIds(library, vocabulary), PlainIds(vocabulary)]
+    versions: list[WordEncoder] = [NativeWordEncoder(library, vocabulary), PythonWordEncoder(vocabulary)]
     for ids in versions:
         tokens, lengths, counts = ids.group(*ids.encode(block), first, num_groups)
         assert tokens.tolist() == [token for group in groups for row in group for token in row]
@@ -189,7 +197,7 @@ def test_groups(library: ctypes.CDLL, sentences: list[list[str]], first: int, nu
 def test_the_most_frequent(counts: dict[str, int], max_size: int | None) -> None:
     wanted = sorted((word for word in counts if word != "a"), key=lambda word: (-counts[word], word))[:max_size]
     data = "".join(f"{word}\n" for word in counts).encode()
-    found, total = words.most_frequent(WordList(data, np.array(list(counts.values()), np.int64)), [b"a"], max_size)
+    found, total = words.most_frequent(WordCounts(data, np.array(list(counts.values()), np.int64)), [b"a"], max_size)
     assert [word.decode() for word in found] == wanted
     assert total == sum(counts[word] for word in wanted)
 
@@ -197,6 +205,6 @@ def test_the_most_frequent(counts: dict[str, int], max_size: int | None) -> None
 def test_without_a_compiler_python_does_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "_library", lambda: None)
     monkeypatch.setenv(native.SWITCH, "0")
-    assert isinstance(words.new_counts(), PlainCounts)
-    assert isinstance(words.new_ids(Vocabulary.from_words(["a"])), PlainIds)
-    assert "slower than C" in words.problem() and "\n" not in words.problem()
+    assert isinstance(words.new_word_counter(), PythonWordCounter)
+    assert isinstance(words.new_word_encoder(Vocabulary.from_words(["a"])), PythonWordEncoder)
+    assert "slower than C" in words.fallback_reason() and "\n" not in words.fallback_reason()

@@ -1,4 +1,4 @@
-"""``download`` against a server on this machine that misbehaves on demand."""
+"""``download`` from a server on this machine that can be told to misbehave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from preprocess.download import download
 
 
 class Site(ThreadingHTTPServer):
-    """Serves ``content``; ``break_after``: how many bytes each of the next answers sends before it breaks off."""
+    """Serves ``content``; each of the next responses is cut off after the number of bytes in ``break_after``."""
 
     content = bytes(range(256)) * 40
     tag = '"one"'
@@ -73,7 +73,7 @@ def site() -> Iterator[Site]:
 
 
 def fetch(site: Site, output: Path, what: str = "vocab", retries: int = 2, sha256: str | None = None) -> list[float]:
-    """Download from ``site``; returns the pauses that were asked for."""
+    """Download from ``site``; returns the pauses between retries in seconds."""
     pauses: list[float] = []
     url = f"http://127.0.0.1:{site.server_port}/file.bin"
     download(DownloadOptions(what, str(output), url, sha256, retries), solo(), pauses.append)
@@ -101,7 +101,7 @@ def test_goes_on_where_it_broke(site: Site, tmp_path: Path) -> None:
 
 def test_goes_on_in_a_later_run(site: Site, tmp_path: Path) -> None:
     site.break_after = [1000, 0, 0]
-    with pytest.raises(CorpusError, match="1,000 bytes are kept"):
+    with pytest.raises(CorpusError, match="1,000 bytes are stored"):
         fetch(site, tmp_path, retries=1)
     fetch(site, tmp_path)
     assert site.seen[-1] == "bytes=1000-"
@@ -133,14 +133,14 @@ def test_refusals(site: Site, tmp_path: Path) -> None:
         fetch(site, tmp_path)
     assert len(site.seen) == 1
     site.status = 503
-    with pytest.raises(CorpusError, match=r"503.*after 3 tries"):
+    with pytest.raises(CorpusError, match=r"503.*after 3 attempts"):
         fetch(site, tmp_path)
     site.status = 200
     with pytest.raises(CorpusError, match="expected 0000"):
         fetch(site, tmp_path, sha256="0" * 64)
     assert not (tmp_path / "file.bin").exists()
     fetch(site, tmp_path, sha256=hashlib.sha256(site.content).hexdigest().upper())
-    with pytest.raises(CorpusError, match="cannot fetch"):
+    with pytest.raises(CorpusError, match="cannot download"):
         download(DownloadOptions("vocab", str(tmp_path / "x"), "http://127.0.0.1:9/f", None, 0), solo())
     with pytest.raises(ConfigError, match="for one file"):
         DownloadOptions("all", url="http://127.0.0.1/")
@@ -171,5 +171,5 @@ def test_the_archive_is_unpacked_once_and_safely(site: Site, tmp_path: Path) -> 
     assert not (tmp_path / "d" / "top").exists()
     site.content = archive(["top/one"])
     (tmp_path / "e" / "top").mkdir(parents=True)
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         fetch(site, tmp_path / "e", "benchmark")

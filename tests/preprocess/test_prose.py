@@ -10,7 +10,7 @@ from lapse_elmo.config.preprocessing import DemoTextOptions
 from lapse_elmo.mpi.world import solo
 from preprocess import demo_text
 from preprocess.demo_text import documents, make_demo_text, split
-from preprocess.prose import near_key, sentences, tokenise
+from preprocess.prose import deduplication_key, sentences, tokenise
 from tests.preprocess.texts import tree
 
 DOCSTRING = '''Return the length of the longest path in the graph.
@@ -58,8 +58,8 @@ def test_tokens(text: str, tokens: str) -> None:
 
 
 def test_near_duplicates_have_one_key() -> None:
-    assert near_key("The size of Foo is 3 .") == near_key("The size of Bar is 12 .")
-    assert near_key("The size of Foo is small .") != near_key("The size of Foo is large .")
+    assert deduplication_key("The size of Foo is 3 .") == deduplication_key("The size of Bar is 12 .")
+    assert deduplication_key("The size of Foo is small .") != deduplication_key("The size of Foo is large .")
 
 
 def test_a_made_up_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``vocab`` and ``shards``: the same bytes however they are run, and one line for whatever goes wrong."""
+"""``vocab`` and ``shards``: the same bytes for any number of ranks, and one line for each error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lapse_elmo.corpus import shard_file, text
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError, UserError
-from preprocess import pieces
+from preprocess import encoded_chunks
 from tests.mpi import ROOT, Job
 from tests.preprocess.texts import sentences, shards, tree, vocab, write
 
@@ -46,7 +46,7 @@ def test_vocabulary_order_threshold_and_size(tmp_path: Path) -> None:
     train = write(tmp_path / "t", ["b b b a a a", "é é z z <UNK> <S> <S> <S>", "once"])
     assert list(Vocabulary.load(vocab([train], tmp_path / "v1", 2)).words) == ["a", "b", "z", "é"]
     assert list(Vocabulary.load(vocab([train], tmp_path / "v2", 1, max_size=3)).words) == ["a", "b", "z"]
-    with pytest.raises(CorpusError, match=r"no word occurs 9 times \(the most frequent one 3\)"):
+    with pytest.raises(CorpusError, match=r"no word occurs 9 times, the most frequent one 3 times"):
         vocab([train], tmp_path / "v3", 9)
     assert not (tmp_path / "v3").exists()
 
@@ -63,7 +63,7 @@ def test_every_sentence_once_in_its_shard(
 ) -> None:
     train, heldout = corpus
     monkeypatch.setattr(text, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(text, "PART_BYTES", 333)
+    monkeypatch.setattr(text, "CHUNK_BYTES", 333)
     monkeypatch.setattr(shard_file, "CHUNK", 64)
     vocabulary = Vocabulary.load(vocab(train, tmp_path / "v", 3))
     directory = shards(train, [heldout], tmp_path / "v", tmp_path / "out", num_shards=7)
@@ -135,9 +135,9 @@ def test_outputs_are_replaced_only_when_asked(corpus: tuple[list[Path], Path], t
     out.mkdir()
     shards([train], [heldout], v, out, num_shards=2)
     before = tree(out)
-    with pytest.raises(OutputError, match="out exists already"):
+    with pytest.raises(OutputError, match="out already exists"):
         shards([train], [heldout], v, out, num_shards=3)
-    with pytest.raises(OutputError, match="v exists already"):
+    with pytest.raises(OutputError, match="v already exists"):
         vocab([train], v)
     with pytest.raises(UserError):
         shards([train], [train], v, out, num_shards=3, overwrite=True)
@@ -145,7 +145,7 @@ def test_outputs_are_replaced_only_when_asked(corpus: tuple[list[Path], Path], t
     shards([train], [heldout], v, out, num_shards=3, overwrite=True)
     assert len(tree(out)) == 4
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(OutputError, match=r"other files.*mine\.txt"):
+    with pytest.raises(OutputError, match=r"does not make.*mine\.txt"):
         shards([train], [heldout], v, out, num_shards=2, overwrite=True)
     assert len(tree(out)) == 5
     assert not list(tmp_path.glob(".*"))
@@ -177,7 +177,7 @@ def test_a_full_disk(corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for place, name in ((pieces.zlib, "crc32"), (shard_file.ShardWriter, "append")):
+    for place, name in ((encoded_chunks.zlib, "crc32"), (shard_file.ShardWriter, "append")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             with pytest.raises(OutputError, match=r"cannot write .*out: No space left on device; free some space"):
@@ -188,7 +188,7 @@ def test_a_full_disk(corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("limit", [1000, 30_000, 100_000])
 def test_a_file_size_limit(tmp_path: Path, limit: int) -> None:
-    """A real refusal by the system, in the pieces (1,000 bytes) and in HDF5 (the others)."""
+    """The system refuses a write: of an encoded chunk (limit of 1,000 bytes) or of a shard (the larger limits)."""
     train, heldout = write(tmp_path / "t", sentences(2000)), write(tmp_path / "h", sentences(5))
     v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
 
@@ -216,7 +216,7 @@ def test_command_line(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
     assert run("shards", "--help").returncode == 0
     for arguments, message in (
         (["vocabs"], "did you mean 'vocab'"), (["vocab", train, "--treshold", 3], "did you mean '--threshold'"),
-        (["vocab", train, "--threshold", 0], "--threshold should be at least 1"), (["vocab"], "required"),
+        (["vocab", train, "--threshold", 0], "--threshold is 0, expected at least 1"), (["vocab"], "required"),
     ):
         ended = run(*arguments)
         assert ended.returncode == 2

@@ -54,9 +54,9 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     def faulty(self: TrainingStep, announced: Sequence[AnnouncedBatch], number: int, rate: float) -> StepResult:
         if self.world.rank == int(rank) and checkpoint.candidates(run_dir):
             if kind in IN_SAVE:
-                files._write_at = IN_SAVE[kind]
+                files._pwrite_all = IN_SAVE[kind]
             elif kind == "kill-in-rename":
-                saver.put = die  # type: ignore[assignment]
+                saver.publish = die  # type: ignore[assignment]
             elif kind == "not-finite":
                 for parameter in self.model.parameters():
                     parameter.register_hook(lambda gradient: gradient * math.nan)

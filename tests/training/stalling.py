@@ -42,21 +42,21 @@ def read() -> None:
 
 WAYS: dict[str, Callable[[], None]] = {"stop": stop, "loop": loop, "read": read}
 PLACES: dict[str, tuple[Any, str]] = {
-    "step": (TrainingStep, "_compute"), "save": (files, "_write_at"), "evaluation": (perplexity, "context_vectors"),
+    "step": (TrainingStep, "_compute"), "save": (files, "_pwrite_all"), "evaluation": (perplexity, "context_vectors"),
 }
 
 
 def patient(run_dir: Path) -> None:
-    look = _Group.look
+    check = _Group.check
 
     def later(self: _Group, seconds: float) -> None:
         wanted = self._limit_s
         if not checkpoint.candidates(run_dir):
             self._limit_s = 60.0
-        look(self, seconds)
+        check(self, seconds)
         self._limit_s = wanted
 
-    _Group.look = later  # type: ignore[method-assign]
+    _Group.check = later  # type: ignore[method-assign]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> int:

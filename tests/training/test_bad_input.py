@@ -1,4 +1,4 @@
-"""What a user may get wrong: one clear line, status 2, at once, and nothing half-written."""
+"""Mistakes of users: each gives one clear line and status 2 at once, and leaves no incomplete output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.training.corpora import TINY, Prepared, prepare, random_sentences, re
 
 @dataclass(frozen=True)
 class Case:
-    """A call that is refused: the class of the error, what its line says, and what must not come into being."""
+    """A call that must fail: its error class, words of its message, and an output that must not exist afterwards."""
 
     program: str
     argv: list[str]
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(small: Prepared, folder: Path) -> Path:
-    """A run that is all right."""
+    """Return the directory of a valid run."""
     return train_alone(small, folder / "good", "--max-steps", "1")
 
 
@@ -45,7 +45,7 @@ def cases(small: Prepared, folder: Path, run_dir: Path) -> dict[str, Case]:
 
 
 def train_case(small: Prepared, folder: Path, name: str, options: list[str], error: str, *says: str) -> Case:
-    """A training run of the small corpus but for ``options``, which come last and so win."""
+    """Return a training run of the small corpus; ``options`` come last and override the others."""
     run_dir = folder / "never" / name
     argv = [*small.options, *TINY, "--run-dir", str(run_dir), "--max-steps", "1", *options]
     return Case("train", argv, error, says, run_dir)
@@ -77,8 +77,8 @@ def corpus_cases(small: Prepared, folder: Path) -> dict[str, Case]:
         "empty folder": (["--shards", str(empty)], (str(empty), "no train shards")),
         "no held-out shards": (["--shards", str(no_heldout)], (str(no_heldout), "no heldout shards")),
         "truncated shard": (["--shards", str(truncated)], ("train-00001-of-00003.h5", "damaged")),
-        "foreign HDF5 file": (["--shards", str(foreign)], ("train-00001-of-00003.h5", "no shard of lapse-elmo")),
-        "missing shard": (["--shards", str(missing)], ("1 of 3 train shards are missing",)),
+        "foreign HDF5 file": (["--shards", str(foreign)], ("train-00001-of-00003.h5", "not a shard of lapse-elmo")),
+        "missing shard": (["--shards", str(missing)], ("1 of the 3 train shards",)),
         "other vocabulary": (["--vocab", str(other.vocab)], ("vocabulary", "SHA-256", "43 classes")),
         "double word": (["--vocab", str(folder / "double.txt")], ("double.txt", "'w00'", "already")),
         "not UTF-8": (["--vocab", str(folder / "latin.txt")], ("latin.txt", "0xe9", "UTF-8")),
@@ -132,7 +132,7 @@ def evaluation_cases(small: Prepared, folder: Path, run_dir: Path) -> dict[str, 
     other = folder / "other"  # made by corpus_cases
     output = folder / "result.json"
     rows: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
-        "no model": ([str(folder / "empty")], "CheckpointError", ("holds no saved model",)),
+        "no model": ([str(folder / "empty")], "CheckpointError", ("holds no checkpoint",)),
         "flipped bit": ([str(folder / "damaged")], "CheckpointError", ("dense.h5", "damaged")),
         "lost file": ([str(folder / "incomplete")], "CheckpointError", ("rank-00000-of-00001.h5", "missing")),
         "garbled manifest": ([str(folder / "garbled")], "CheckpointError", ("manifest.json",)),
@@ -165,7 +165,7 @@ def evaluation_cases(small: Prepared, folder: Path, run_dir: Path) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def outcomes(cases: dict[str, Case], drive: Drive) -> dict[str, list[dict[str, Any]]]:
-    """What each of two ranks made of each case; all cases in one job."""
+    """Run all cases in one job; returns the result of each of two ranks for each case."""
     results = drive(2, [(case.program, case.argv) for case in cases.values()])
     return dict(zip(cases, results, strict=True))
 
@@ -173,7 +173,7 @@ def outcomes(cases: dict[str, Case], drive: Drive) -> dict[str, list[dict[str, A
 def test_every_mistake_is_refused_alike_on_all_ranks(
     cases: dict[str, Case], outcomes: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Alike and known to be so (``everywhere``): then rank 0 prints it once and the job ends in order."""
+    """Both ranks raise the same error, marked as ``everywhere``, so that rank 0 prints it once."""
     wrong: list[tuple[str, object]] = []
     for name, case in cases.items():
         first, second = outcomes[name]
@@ -189,7 +189,7 @@ def test_every_mistake_is_refused_alike_on_all_ranks(
 
 
 def assert_one_line(job: mpi.Job, *says: str) -> None:
-    """Status 2, nothing on stdout, and one line of ours on stderr (mpirun adds its own after an abort)."""
+    """Check status 2, an empty stdout, and one line of ours on stderr (mpirun adds its own after an abort)."""
     ours = [line for line in job.stderr.splitlines() if line.startswith("bin/")]
     assert job.returncode == 2, job.output
     assert len(ours) == 1 and all(text in ours[0] for text in says), job.output
@@ -205,7 +205,7 @@ def test_the_programs_print_one_line_and_end_with_2(tmp_path: Path) -> None:
     assert_one_line(job, "bin/train: error: ", "data/shards", "bin/preprocess", "--shards")
     assert not list(empty.iterdir())
     job = mpi.mpirun(1, [mpi.ROOT / "bin" / "evaluate", "gone"], cwd=empty, launcher=False)
-    assert_one_line(job, "bin/evaluate: error: ", "gone holds no saved model")
+    assert_one_line(job, "bin/evaluate: error: ", "gone holds no checkpoint")
 
 
 def damage_tokens(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Saved models: a folder of its name is whole, a save that fails leaves nothing, old ones go but the best."""
+"""Checkpoints: they are complete or absent, a failed save leaves nothing behind, old ones are removed but the best."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parameters(config: Config) -> Iterator[Parameters]:
 
 @pytest.fixture
 def cursor(config: Config, small: Prepared) -> Iterator[Cursor]:
-    """In the second epoch of seven steps."""
+    """Return a cursor in the second epoch, of seven steps."""
     with ShardSet.open(small.shards) as shards:
         yield cursor_at(config, shards, 9)
 
@@ -89,7 +89,7 @@ def test_the_manifest_tells_everything(
     read = checkpoint.read_manifest(folder)
     checkpoint.check_files(folder, read)
     assert checkpoint.config_of(read, folder) == config
-    saved = checkpoint.saved_cursor(folder, read)
+    saved = checkpoint.read_cursor(folder, read)
     assert saved.position == Position(9, 1, 2)
     np.testing.assert_array_equal(saved.parts[0], np.arange(203))
     assert saved.left[0].size == 203 - 64
@@ -100,11 +100,13 @@ def test_between_epochs_no_sentences_are_saved(
 ) -> None:
     with ShardSet.open(small.shards) as shards:
         folder = save(tmp_path, parameters, cursor_at(config, shards, 7))
-    saved = checkpoint.saved_cursor(folder, checkpoint.read_manifest(folder))
+    saved = checkpoint.read_cursor(folder, checkpoint.read_manifest(folder))
     assert (saved.position, saved.parts, saved.left) == (Position(7, 1, 0), [], [])
 
 
-@pytest.mark.parametrize("step", [(files, "_write_at"), (files, "_laid_out"), (saver, "encode"), (saver, "put")])
+@pytest.mark.parametrize(
+    "step", [(files, "_pwrite_all"), (files, "_create_contiguous"), (saver, "encode"), (saver, "publish")]
+)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unable to flush file")])
 def test_a_save_that_fails_leaves_the_older_one_alone(
     config: Config, parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -127,13 +129,13 @@ def test_a_save_that_fails_leaves_the_older_one_alone(
 def test_a_save_that_was_cut_off_does_not_count(
     parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle: what lies there has no name that anything reads, and the next save clears it away."""
-    monkeypatch.setattr(saver, "put", lambda *_: None)
-    monkeypatch.setattr(saver, "clear", lambda *_: None)
+    """A killed save leaves only a hidden directory, which nothing reads and which the next save removes."""
+    monkeypatch.setattr(saver, "publish", lambda *_: None)
+    monkeypatch.setattr(saver, "prune", lambda *_: None)
     save(tmp_path, parameters, cursor)
     monkeypatch.undo()
     assert [path.name for path in checkpoints(tmp_path)] == [".step-00000009.partial"]
-    with pytest.raises(CheckpointError, match="holds no saved model"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         checkpoint.find(tmp_path)
     assert not checkpoint.candidates(tmp_path)
     cursor.step += 1
@@ -151,7 +153,7 @@ def test_an_error_stops_a_save_under_way(
         reached.set()
         go_on.wait(20)
 
-    monkeypatch.setattr(files, "_write_at", wait)
+    monkeypatch.setattr(files, "_pwrite_all", wait)
     with pytest.raises(ZeroDivisionError), checkpoint.Saver(tmp_path, solo()) as under_way:
         under_way.start(parameters, cursor, {**ENTRIES, "config": {}}, None)
         assert reached.wait(20) and checkpoints(tmp_path)
@@ -164,10 +166,10 @@ def test_an_error_stops_a_save_under_way(
 def test_what_was_saved_is_of_the_moment_of_the_start(
     parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writing may take long; training goes on meanwhile."""
+    """Training continues while a slow save writes."""
     before = parameters.embedding.read(0, 43).numpy().copy()
-    go_on, write_at = threading.Event(), files._write_at
-    monkeypatch.setattr(files, "_write_at", lambda *rest: (go_on.wait(20), write_at(*rest)))
+    go_on, write = threading.Event(), files._pwrite_all
+    monkeypatch.setattr(files, "_pwrite_all", lambda *rest: (go_on.wait(20), write(*rest)))
     background = checkpoint.Saver(tmp_path, solo())
     path = background.start(parameters, cursor, {**ENTRIES, "config": as_tables(parameters.config)}, None)
     keys = parameters.embedding.segment.keys(np.arange(43))
@@ -205,7 +207,7 @@ def test_a_file_size_limit_is_reported(parameters: Parameters, cursor: Cursor, t
 def test_the_newest_two_and_the_best_are_kept(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five epochs of two steps, of which the second measures best."""
+    """Five epochs of two steps; the second has the best perplexity."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0, 255.0)])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
     run_dir = train_alone(small, tmp_path / "run", "--epochs", "5", "--batch-size", "102")
@@ -218,7 +220,7 @@ def test_the_newest_two_and_the_best_are_kept(
 
 
 def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second epoch measures best; two that are no better end the run, and more patience goes on with it."""
+    """The second epoch is the best; two epochs that are no better end the run, and more patience resumes it."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 200.0, 190.0)])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
     options = ("--epochs", "5", "--batch-size", "102")
@@ -233,7 +235,7 @@ def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
+    """The file system has 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = os.geteuid() == 0 and not subprocess.run(
@@ -246,7 +248,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
-    """config, vocabulary and metrics fit, the model does not."""
+    """Config, vocabulary and metrics fit on the disk, but the model does not."""
     argv = ["bin/train", *small.options, *TINY, "--run-dir", str(tiny_disk / "run"), "--max-steps", "2"]
     job = mpi.mpirun(2, argv, timeout=60)
     ours = [line for line in job.stderr.splitlines() if line.startswith("bin/train: ")]

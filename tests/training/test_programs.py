@@ -139,7 +139,7 @@ def test_bad_input_is_refused_in_one_line(run: Path, text: Path, tmp_path: Path)
     bad = str(tmp_path / "text")
     refused(embed, [str(run), bad, "--output", hdf5], CorpusError, "line 2")
     refused(score, [str(run), bad, "--output", hdf5], CorpusError, "line 2")
-    refused(score, [str(run), str(text), "--output", bad], OutputError, "exists already")
+    refused(score, [str(run), str(text), "--output", bad], OutputError, "already exists")
     refused(nearest, [str(run), "unheard"], CorpusError, "not in the vocabulary")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -1,4 +1,4 @@
-"""A rank that hangs is noticed by the others, which name it, say where they wait, and end the job."""
+"""If a rank hangs, the others report it and where they wait, and end the job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.signals import STALLED
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.watchdog import Watchdog
-from lapse_elmo.watchdog.report import ranks_in_words, stack_lines, stacks_of_this_process
+from lapse_elmo.watchdog.report import format_ranks, own_stacks, stack_lines
 from lapse_elmo.watchdog.view import View
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, records, train_job
@@ -33,7 +33,7 @@ HOST = socket.gethostname()
 CASES = [
     ("start", "stop", 0, 2, 1), ("step", "loop", 1, 2, 1), ("save", "read", 0, 2, 1),
     ("step", "stop", 0, 4, 2), ("evaluation", "stop", 2, 4, 2),  # the ranks of the nodes' managers
-    ("save", "stop", 3, 4, 2),  # the last one, which collects
+    ("save", "stop", 3, 4, 2),  # the last one, which is_collector
 ]
 
 
@@ -46,7 +46,7 @@ def test_a_rank_that_hangs(
     job = mpi.mpirun(num_ranks, argv, timeout=START_S + LIMIT_S + END_S)
     assert job.returncode == STALLED and not job.survivors, job.output
     if place == "start":
-        assert f"the {num_ranks} ranks have not come together" in job.stderr and "in start" in job.stderr, job.output
+        assert f"MPI has not started on all {num_ranks} ranks" in job.stderr and "in start" in job.stderr, job.output
         return
     assert checkpoint.candidates(run_dir), job.output
     assert newest_whole(run_dir)["step"] >= 4
@@ -64,13 +64,13 @@ def test_a_rank_that_hangs(
 
 
 def patient(small: Prepared, run_dir: Path, place: str = "nowhere", how: str = "stop", rank: int = 0) -> list[str]:
-    """A run that is patient until its first checkpoint."""
+    """Start a run whose watchdog is inactive until the first checkpoint."""
     words = [str(PROGRAM), place, how, str(rank), *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
     return [*words, "--stall-minutes", str(LIMIT_S / 60)]
 
 
 def who(line: str) -> tuple[str, int]:
-    """(silent or busy, rank) of a line of the report."""
+    """Parse a line of the report: whether the rank is silent or busy, and its number."""
     found = re.match(r"  (\w+): rank (\d+)/", line)
     assert found, line
     return found[1], int(found[2])
@@ -92,7 +92,7 @@ def test_the_same_command_resumes(small: Prepared, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_only_slow_ends_nothing(small: Prepared, tmp_path: Path) -> None:
-    """Stopped for less than the limit, and again, and all ranks at once for longer than it."""
+    """A rank is stopped twice for less than the limit; then all ranks are stopped together for longer."""
     run_dir = tmp_path / "run"
     argv = patient(small, run_dir)
     with mpi.start(2, argv) as job:
@@ -112,7 +112,7 @@ def test_a_rank_that_is_only_slow_ends_nothing(small: Prepared, tmp_path: Path) 
 
 
 def mpi_wait(job: mpi.RunningJob, seconds: float) -> None:
-    """Return if the job ends within ``seconds``. :raises TimeoutError: if it does not; it goes on."""
+    """Wait up to ``seconds`` for the job to end, and raise TimeoutError if it does not."""
     deadline = time.monotonic() + seconds
     while job.running():
         if time.monotonic() > deadline:
@@ -136,18 +136,18 @@ def test_a_view_tells_idle_and_silent_ranks_apart() -> None:
         view.take(ranks, np.array([[7, beat, 0, beat], [8, 1, 1, 1 if beat > 2 else beat]]), np.zeros(2, "S64"))
         view.tick(1.0)
     assert view.idle_s.tolist() == [0, 3, 4]
-    assert view.still_s.tolist() == [0, 1, 4]
+    assert view.silent_s.tolist() == [0, 1, 4]
     assert view.waiting.tolist() == [False, True, False]
 
 
 def test_ranks_are_named_in_few_words() -> None:
-    assert ranks_in_words([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-    assert ranks_in_words([]) == ""
+    assert format_ranks([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert format_ranks([]) == ""
 
 
 def test_equal_stacks_are_shown_once() -> None:
     with ThreadPoolExecutor(1) as pool:
-        stack = pool.submit(stacks_of_this_process).result()
+        stack = pool.submit(own_stacks).result()
     assert stack.startswith(b"MainThread:\n") and b"test_equal_stacks" in stack
     lines = stack_lines([0, 1, 4], [b"a:\nx\n\nb:\ny", b"a:\nx", b""])
     assert lines == ["  ranks 0-1, a:", "    x", "  rank 0, b:", "    y"]

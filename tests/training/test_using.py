@@ -221,10 +221,10 @@ def test_bad_input_is_refused_and_nothing_is_lost(runs: dict[str, Path], text: P
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("months of work")
-    refused(export, [model, "--output", str(mine)], OutputError, "exists already", "--overwrite")
+    refused(export, [model, "--output", str(mine)], OutputError, "already exists", "--overwrite")
     refused(export, [model, "--output", str(mine), "--overwrite"], OutputError, "thesis.txt", "would be lost")
     refused(export, [model, "--output", str(mine / "thesis.txt"), "--overwrite"], OutputError, "is a file")
-    refused(embed, [model, str(text), "--output", str(mine / "thesis.txt")], OutputError, "exists already")
+    refused(embed, [model, str(text), "--output", str(mine / "thesis.txt")], OutputError, "already exists")
     refused(embed, [model, str(text), "--output", str(mine), "--overwrite"], OutputError, "directory")
     refused(embed, [model, str(tmp_path / "gone"), "--output", str(tmp_path / "a")], CorpusError, "gone", "not exist")
     (tmp_path / "latin").write_bytes(b"w00\nw0\xe9\n")
