@@ -209,7 +209,7 @@ def test_the_newest_two_and_the_best_are_kept(
 ) -> None:
     """Five epochs of two steps; the second has the best perplexity."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0, 255.0)])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
+    monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
     run_dir = train_alone(small, tmp_path / "run", "--epochs", "5", "--batch-size", "102")
     assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8, 10]
     names = [path.name for path in checkpoints(run_dir)]
@@ -222,7 +222,7 @@ def test_the_newest_two_and_the_best_are_kept(
 def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second epoch is the best; two epochs that are no better end the run, and more patience resumes it."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 200.0, 190.0)])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
+    monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
     options = ("--epochs", "5", "--batch-size", "102")
     run_dir = train_alone(small, tmp_path / "run", *options, "--patience", "2")
     assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8]
@@ -261,7 +261,7 @@ def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
 def test_evaluation_within_an_epoch(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs of five steps; the evaluation after the fourth is the best, three that are no better end the run."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0, 255.0)])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(measured))
+    monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
     options = ("--epochs", "2", "--batch-size", "41", "--evaluate-every", "2", "--patience", "3")
     run_dir = train_alone(small, tmp_path / "run", *options)
     evaluated = records(run_dir, "epoch")
