@@ -42,7 +42,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     if world.rank == 0:
         print(
             f"model        {saved.path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "
-            f"{result.num_targets:,} targets a direction)\nforward      {result.forward:.2f}\n"
+            f"{result.num_targets:,} targets per direction)\nforward      {result.forward:.2f}\n"
             f"backward     {result.backward:.2f}\nmean         {result.mean:.2f}\n"
             f"speed        {shards.num_tokens / seconds:,.0f} tokens/s"
         )

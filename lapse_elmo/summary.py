@@ -30,7 +30,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
         for r in results[-_MAX_ROWS:]
     ]
     best = min(results, key=lambda result: result.heldout.mean) if results else None
-    lines = [table([head, *rows]), "", f"Perplexity is exp(loss) a target; the run is in {run_dir}."]
+    lines = [table([head, *rows]), "", f"Perplexity is exp(loss per target); the run is in {run_dir}."]
     if best is not None:
         path = run_dir / checkpoint.BEST
         lines += [
