@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapse_elmo import evaluate, native
+from lapse_elmo import native, perplexity
 from lapse_elmo.metrics import profile
 from tests.training.corpora import (
     Prepared,
@@ -57,7 +57,7 @@ def test_walks_through_the_softmax_do_not_change_perplexity(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     once = evaluate_alone(plain, tmp_path / "once.json")
-    monkeypatch.setattr(evaluate, "HELD_BYTES", 1)  # a walk for each batch
+    monkeypatch.setattr(perplexity, "HELD_BYTES", 1)  # a pass for each batch
     often = evaluate_alone(plain, tmp_path / "often.json", "--batch-size", "2")
     assert often["num_targets"] == once["num_targets"]
     for name in ("forward_perplexity", "backward_perplexity", "mean_perplexity"):
