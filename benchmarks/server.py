@@ -27,7 +27,7 @@ from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
-from lapse_elmo.ps.wire import pieces
+from lapse_elmo.ps.wire import chunks
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 WIDTH = 256  # 1 KiB
 LAYOUT = Layout.of(("rows", 200_000, WIDTH))
 NUM_KEYS = 8_192
-PIECES = list(pieces(NUM_KEYS, WIDTH))  # of a stream, as the server sends them
+CHUNKS = list(chunks(NUM_KEYS, WIDTH))  # of a stream, as the server sends them
 
 Step = Callable[[int, slice, np.ndarray], None]  # number of the call, which of its rows, a block of their values
 
@@ -124,20 +124,20 @@ class Partners:
         rows = self.server._rows["rows"]
         values = self.values.numpy()
 
-        def gather(number: int, piece: slice, block: np.ndarray) -> None:
-            rows.pull(self.asked[number][piece], block)
+        def gather(number: int, chunk: slice, block: np.ndarray) -> None:
+            rows.pull(self.asked[number][chunk], block)
 
-        def copy(_: int, piece: slice, block: np.ndarray) -> None:
-            block[:] = values[piece]
+        def copy(_: int, chunk: slice, block: np.ndarray) -> None:
+            block[:] = values[chunk]
 
         def nothing(_: int, __: slice, ___: np.ndarray) -> None:
             """Do nothing: the rows were received in place."""
 
-        def add(number: int, piece: slice, block: np.ndarray) -> None:
-            rows.push(self.asked[number][piece], block)
+        def add(number: int, chunk: slice, block: np.ndarray) -> None:
+            rows.push(self.asked[number][chunk], block)
 
-        def put(number: int, piece: slice, block: np.ndarray) -> None:
-            keys = self.asked[number][piece]  # as if these rows had just arrived
+        def put(number: int, chunk: slice, block: np.ndarray) -> None:
+            keys = self.asked[number][chunk]  # as if these rows had just arrived
             rows.put(keys, rows.slots[keys].astype(np.int64), block, as_replica=False)
 
         if verb == "push":
@@ -150,20 +150,20 @@ class Partners:
         self, fill: Step, use: Step, sends: bool, receives: bool, into: np.ndarray | None = None
     ) -> Callable[[int], None]:
         """Return a call that sends blocks filled by ``fill``, and passes those received to ``use``."""
-        blocks, more = np.ones((2, 2, PIECES[0].stop, WIDTH), np.float32)
+        blocks, more = np.ones((2, 2, CHUNKS[0].stop, WIDTH), np.float32)
 
         def run(number: int) -> None:
             sent: list[MPI.Request] = []
-            for turn, piece in enumerate(PIECES):
+            for turn, chunk in enumerate(CHUNKS):
                 if sends:
                     if turn > 1:
                         sent[turn - 2].Wait()
-                    fill(number, piece, blocks[turn % 2])
+                    fill(number, chunk, blocks[turn % 2])
                     sent.append(self.comm.Isend(blocks[turn % 2], self.partner))
                 if receives:
-                    block = more[0] if into is None else into[piece]
+                    block = more[0] if into is None else into[chunk]
                     self.comm.Recv(block, self.partner)
-                    use(number, piece, block)
+                    use(number, chunk, block)
             for request in sent[-2:]:
                 request.Wait()
 

@@ -73,7 +73,7 @@ class AdapmServer(PackageServer):
 
     node_type = AdapmNode
     _node: AdapmNode
-    reads_later = False
+    reads_buffers_later = False
     emulated = (
         "localize is an intent for the present clock", "samples are drawn by us; the scheme local as naive",
         "update rules are computed by the workers, which pull and push whole rows",
@@ -100,7 +100,7 @@ class AdapmServer(PackageServer):
         keys, segment = self.checked_keys(keys)
         self.checked_clocks(start, end)
         self.stats.intended_rows += keys.size
-        if segment is not None and self._announces:
+        if segment is not None and self._uses_intents:
             self._worker.intent(keys, self._first_clock + start, self._first_clock + end)
 
     def _set(self, keys: np.ndarray, values: np.ndarray) -> None:

@@ -85,7 +85,7 @@ class NodeStats:
     replicated_rows: int = 0  # replicas that came
     served_rows: int = 0  # pulled or pushed by workers of other nodes
     forwarded_rows: int = 0
-    parked_rows: int = 0
+    queued_rows: int = 0
     synchronised_rows: int = 0  # values and deltas sent to keep replicas alike
     sent_bytes: int = 0
 

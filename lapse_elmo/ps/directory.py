@@ -12,7 +12,7 @@ import numpy as np
 
 _NODE_BITS = 16
 MAX_NODES = (1 << _NODE_BITS) - 1
-NOBODY = MAX_NODES  # stands for no node where a node is named by 16 bits
+NO_NODE = MAX_NODES  # stands for no node where a node is named by 16 bits
 
 
 def home_of(rows: np.ndarray, num_nodes: int) -> np.ndarray:
@@ -35,12 +35,12 @@ def epoch_of(stamps: np.ndarray) -> np.ndarray:
     return stamps >> _NODE_BITS
 
 
-def learn(known: np.ndarray, rows: np.ndarray, stamps: np.ndarray) -> None:
+def update_stamps(known: np.ndarray, rows: np.ndarray, stamps: np.ndarray) -> None:
     """Set ``known`` (num_rows,) at the distinct ``rows`` to ``stamps`` (n,) where these are newer."""
     known[rows] = np.maximum(known[rows], stamps)
 
 
-def groups(nodes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
+def group_by_node(nodes: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
     """Return (node, indices) for each node that occurs in ``nodes`` (n,), ascending, in O(n log n) for any number."""
     if not nodes.size:
         return []

@@ -42,11 +42,11 @@ from lapse_elmo.ps.node_state import SegmentState, cached_name, stamps_name
 from lapse_elmo.ps.ordering import fence
 from lapse_elmo.ps.platform import MpiPlatform, Platform, Shapes
 from lapse_elmo.ps.requests import Requests, RowsCall
-from lapse_elmo.ps.ring import Ring, shapes
-from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, NativeRows, shapes_of
+from lapse_elmo.ps.ring import Ring, ring_shapes
+from lapse_elmo.ps.rows import COPY, MAIN, MAIN_ROWS, REPLICA_ROWS, NativeRows, array_shapes
 from lapse_elmo.ps.sampling import Sampler
 from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Backoff
-from lapse_elmo.ps.wire import growing_pieces, new, pieces
+from lapse_elmo.ps.wire import chunks, growing_chunks, new
 
 
 class EmbeddedServer(ParameterServer):
@@ -75,10 +75,10 @@ class EmbeddedServer(ParameterServer):
         several = world.num_nodes > 1
         wanted: Shapes = {"clocks": ((world.local_size,), np.int64), "synced": ((world.local_size,), np.int64)}
         for segment in layout.segments:
-            wanted |= shapes_of(segment, several)
+            wanted |= array_shapes(segment, several)
             wanted |= {name(segment): ((segment.num_rows,), np.int64) for name in (stamps_name, cached_name)}
         if several:
-            wanted |= shapes(world.local_size)
+            wanted |= ring_shapes(world.local_size)
         self._memory = self._platform.memory(wanted)
         self._rows = {segment.name: self._platform.rows(self._memory, segment) for segment in layout.segments}
         self._number = {segment.name: number for number, segment in enumerate(layout.segments)}
@@ -117,18 +117,18 @@ class EmbeddedServer(ParameterServer):
 
     def _connect(self, states: list[SegmentState]) -> None:
         world = self._world
-        spin, alert = not world.oversubscribed, self._technique == "relocation"
+        spin, low_latency = not world.oversubscribed, self._technique == "relocation"
         arrays = self._memory.arrays
         rings = [Ring(*ends) for ends in zip(arrays["ring counters"], arrays["rings"], strict=True)]
-        transport = self._platform.transport(TO_WORKER, alert=alert)
+        transport = self._platform.transport(TO_WORKER, low_latency=low_latency)
         self._requests = Requests(
-            world, Mailbox(transport), Backoff(transport, spin, alert), rings[world.local_rank], self._calls,
+            world, Mailbox(transport), Backoff(transport, spin, low_latency), rings[world.local_rank], self._calls,
             *([array[segment.name] for segment in self.layout.segments] for array in (self._stamps, self._cached)),
         )
         if world.local_rank == 0:
-            transport = self._platform.transport(TO_MANAGER, alert=alert)
+            transport = self._platform.transport(TO_MANAGER, low_latency=low_latency)
             self._manager = Manager(
-                Mailbox(transport, rings), Backoff(transport, spin, alert), states, self._technique, world.node,
+                Mailbox(transport, rings), Backoff(transport, spin, low_latency), states, self._technique, world.node,
                 world.leaders, self._clocks, self._synced,
             )
             self.stats.node = {state.segment.name: state.stats for state in states}
@@ -173,9 +173,9 @@ class EmbeddedServer(ParameterServer):
         if missing.size:
             # By way of this node's manager, see Manager._on_set.
             ticket = self._ticket(RowsCall(missing.size))
-            for piece in self._requests.records(missing.size, 16 + 4 * segment.row_width):
-                some = missing[piece]
-                self._requests.send_home(new(
+            for chunk in self._requests.ring_chunks(missing.size, 16 + 4 * segment.row_width):
+                some = missing[chunk]
+                self._requests.send_local(new(
                     Set, segment=self._number[segment.name], node=self._world.node, origin=self._world.rank,
                     ticket=ticket, rows=rows[some], stamps=self._stamps[segment.name][rows[some]],
                     values=values.numpy()[some],
@@ -192,10 +192,10 @@ class EmbeddedServer(ParameterServer):
         if not rows.size:
             return DONE
         ticket = self._ticket(RowsCall(rows.size))
-        for piece in self._requests.records(rows.size, 8):
-            self._requests.send_home(new(
+        for chunk in self._requests.ring_chunks(rows.size, 8):
+            self._requests.send_local(new(
                 Localize, segment=self._number[segment.name], worker=self._world.local_rank, origin=self._world.rank,
-                ticket=ticket, rows=rows[piece],
+                ticket=ticket, rows=rows[chunk],
             ))
         return ticket
 
@@ -206,10 +206,10 @@ class EmbeddedServer(ParameterServer):
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return
         rows = distinct(keys - segment.first_key)
-        for piece in self._requests.records(rows.size, 8):
-            self._requests.send_home(new(
+        for chunk in self._requests.ring_chunks(rows.size, 8):
+            self._requests.send_local(new(
                 Intent, segment=self._number[segment.name], worker=self._world.local_rank, start=start, end=end,
-                rows=rows[piece],
+                rows=rows[chunk],
             ))
 
     def advance_clock(self) -> int:
@@ -279,7 +279,7 @@ class EmbeddedServer(ParameterServer):
             self._freeze(True)
             self._drain()
             if self._manager is not None:
-                self._requests.send_home(new(Stop))
+                self._requests.send_local(new(Stop))
                 self._platform.join()
                 for state in self._manager.states:
                     state.close()
@@ -308,7 +308,7 @@ class EmbeddedServer(ParameterServer):
     ) -> tuple[int, int]:
         """Pull or push what is here and ask other nodes for the rest; return (ticket, number of rows not here).
 
-        Part by part, so that others work on one while the next is looked up.
+        Chunk by chunk, so that others work on one while the next is looked up.
         """
         rows = keys - segment.first_key
         here = self._rows[segment.name]
@@ -316,27 +316,27 @@ class EmbeddedServer(ParameterServer):
         stats = self.stats.segments[segment.name]
         call = RowsCall(0, segment, rows, values, rate, stats=stats)
         ticket, num_missing = DONE, 0
-        for part in self._parts(kind, rows.size, values.shape[1]):
-            missing = access(rows[part], values[part])
+        for chunk in self._chunks(kind, rows.size, values.shape[1]):
+            missing = access(rows[chunk], values[chunk])
             if missing.size:
                 if ticket is DONE:
                     ticket = self._ticket(call)
                 call.remaining += missing.size
                 num_missing += missing.size
                 stats.sent_bytes += self._requests.ask(
-                    kind, self._number[segment.name], ticket, call, missing + part.start
+                    kind, self._number[segment.name], ticket, call, missing + chunk.start
                 )
         return ticket, num_missing
 
-    def _parts(self, kind: type[Pull] | type[Push], number: int, width: int) -> Iterable[slice]:
+    def _chunks(self, kind: type[Pull] | type[Push], number: int, width: int) -> Iterable[slice]:
         if self._world.num_nodes == 1:
             return (slice(0, number),)
-        return growing_pieces(number, width) if kind is Pull else pieces(number, width)
+        return growing_chunks(number, width) if kind is Pull else chunks(number, width)
 
     def _ask_manager(self, kind: type[Flush] | type[Freeze], **fields: int) -> None:
         """Have this node's manager do something, and wait until it has."""
         ticket = self._ticket(RowsCall(1))
-        self._requests.send_home(new(kind, origin=self._world.rank, ticket=ticket, **fields))
+        self._requests.send_local(new(kind, origin=self._world.rank, ticket=ticket, **fields))
         self.wait(ticket)
 
     def _freeze(self, frozen: bool) -> None:

@@ -44,7 +44,7 @@ class LapseServer(PackageServer):
     """
 
     node_type = LapseNode
-    reads_later = True
+    reads_buffers_later = True
     emulated = (
         "intent is an asynchronous localize", "clocks are ours", "samples are drawn by us; the scheme local as naive",
         "update rules are computed by the workers, which pull and push whole rows",
@@ -70,7 +70,7 @@ class LapseServer(PackageServer):
         keys, segment = self.checked_keys(keys)
         self.checked_clocks(start, end)
         self.stats.intended_rows += keys.size
-        if segment is not None and self._announces:
+        if segment is not None and self._uses_intents:
             self._worker.localize(distinct(keys), True)
 
     def quiesce(self) -> None:

@@ -73,20 +73,20 @@ class Layout:
         return None
 
 
-def distinct_and_places(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(each of ``keys`` (n,) once, the place of each among them); no places where they are distinct already."""
+def distinct_with_inverse(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(each of ``keys`` (n,) once, the place of each among them); no inverse where they are distinct already."""
     if np.all(keys[1:] > keys[:-1]):
         return keys, None
-    found, places = np.unique(keys, return_inverse=True)
-    return (keys, None) if found.size == keys.size else (found, places)
+    found, inverse = np.unique(keys, return_inverse=True)
+    return (keys, None) if found.size == keys.size else (found, inverse)
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
     """Each of ``keys`` (n,) once; in their order where they are distinct already."""
-    return distinct_and_places(keys)[0]
+    return distinct_with_inverse(keys)[0]
 
 
-def turns(rows: np.ndarray) -> Iterator[np.ndarray]:
+def by_occurrence(rows: np.ndarray) -> Iterator[np.ndarray]:
     """Positions of the first occurrence of each of ``rows`` (n,), of their second ones and so on, ascending."""
     order = np.argsort(rows, kind="stable")
     number = np.arange(rows.size)

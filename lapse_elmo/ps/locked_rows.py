@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from lapse_elmo import native
-from lapse_elmo.ps.layout import Segment, turns
+from lapse_elmo.ps.layout import Segment, by_occurrence
 from lapse_elmo.ps.memory import NodeMemory
 from lapse_elmo.ps.rows import DIRTY, PRESENT, REPLICA, SOURCE, NativeRows, Rows
 from lapse_elmo.ps.rules import Rule
 
-_RUN = 1024
+_ROWS_PER_LOCK = 1024
 
 
 def open_rows(memory: NodeMemory, segment: Segment, is_native: bool) -> Rows:
@@ -27,7 +27,7 @@ def open_rows(memory: NodeMemory, segment: Segment, is_native: bool) -> Rows:
 
 
 class LockedRows(Rows):
-    """With NumPy and torch. A call sorts its rows, and each run of ``_RUN`` of them is handled under a lock.
+    """With NumPy and torch. A call sorts its rows, and each run of ``_ROWS_PER_LOCK`` of them is handled under a lock.
 
     The lock is one of the byte interval [first key, last key] of the node's file (open-file-description locks of Linux:
     the kernel finds the overlaps, a waiting rank sleeps, and the locks of a rank that dies are released).
@@ -46,16 +46,16 @@ class LockedRows(Rows):
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         missing, result, main = [], torch.from_numpy(out), self._main[:, : out.shape[1]]
-        for some, places in self._runs(rows, exclusive=False):
+        for some, indices in self._runs(rows, exclusive=False):
             flags = self.flags[some]
             if np.all(flags & (PRESENT | REPLICA) == PRESENT):
                 slots = torch.from_numpy(self.slots[some])
-                if isinstance(places, slice):
-                    torch.index_select(main, 0, slots, out=result[places])
+                if isinstance(indices, slice):
+                    torch.index_select(main, 0, slots, out=result[indices])
                 else:
-                    result.index_copy_(0, torch.from_numpy(places), main.index_select(0, slots))
+                    result.index_copy_(0, torch.from_numpy(indices), main.index_select(0, slots))
                 continue
-            positions = _positions(places)
+            positions = _as_array(indices)
             for view, chosen in self._views(some, flags):
                 out[positions[chosen]] = view[self.slots[some[chosen]], : out.shape[1]]
             missing.append(positions[flags & PRESENT == 0])
@@ -63,15 +63,15 @@ class LockedRows(Rows):
 
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
         missing, source = [], torch.from_numpy(deltas)
-        for some, places in self._runs(rows, exclusive=True):
+        for some, indices in self._runs(rows, exclusive=True):
             flags = self.flags[some]
             self._mark(some, flags, mark)
             if np.all(flags & (PRESENT | REPLICA) == PRESENT):
                 slots = torch.from_numpy(self.slots[some])
-                part = source[places] if isinstance(places, slice) else source[torch.from_numpy(places)]
+                part = source[indices] if isinstance(indices, slice) else source[torch.from_numpy(indices)]
                 self._main.index_add_(0, slots, part)
                 continue
-            positions = _positions(places)
+            positions = _as_array(indices)
             for view, chosen in self._views(some, flags, with_deltas=True):
                 np.add.at(view, self.slots[some[chosen]], deltas[positions[chosen]])
             missing.append(positions[flags & PRESENT == 0])
@@ -79,11 +79,11 @@ class LockedRows(Rows):
 
     def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
         missing = []
-        for some, places in self._runs(rows, exclusive=True):
-            flags, positions = self.flags[some], _positions(places)
+        for some, indices in self._runs(rows, exclusive=True):
+            flags, positions = self.flags[some], _as_array(indices)
             self._mark(some, flags, mark)
             for view, here in self._views(some, flags):
-                for turn in turns(some[here]):  # the steps of a repeated row, one after another
+                for turn in by_occurrence(some[here]):  # the steps of a repeated row, one after another
                     chosen = here[turn]
                     slots = self.slots[some[chosen]]
                     gradient = torch.from_numpy(gradients[positions[chosen]])
@@ -123,7 +123,7 @@ class LockedRows(Rows):
             self.slots[rows] = slots
             self.flags[rows] = PRESENT | dirty
 
-    def clean(self, rows: np.ndarray) -> np.ndarray:
+    def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
         with self._locked(rows):
             changed = np.flatnonzero(self.flags[rows] & DIRTY)
             self.flags[rows[changed]] &= ~np.uint32(DIRTY)
@@ -175,12 +175,12 @@ class LockedRows(Rows):
                 yield self.replica[:, 1], replicas
 
     def _runs(self, rows: np.ndarray, *, exclusive: bool) -> Iterator[tuple[np.ndarray, slice | np.ndarray]]:
-        """``rows`` in runs of ascending order, each under a lock, with their places in the call's buffer."""
+        """``rows`` in runs of ascending order, each under a lock, with their indices in the call's buffer."""
         order = None if np.all(rows[1:] >= rows[:-1]) else np.argsort(rows, kind="stable")
         if order is not None:
             rows = rows[order]
-        for a in range(0, rows.size, _RUN):
-            b = min(a + _RUN, rows.size)
+        for a in range(0, rows.size, _ROWS_PER_LOCK):
+            b = min(a + _ROWS_PER_LOCK, rows.size)
             with self._interval(int(rows[a]), int(rows[b - 1]) + 1, exclusive):
                 yield rows[a:b], slice(a, b) if order is None else order[a:b]
 
@@ -206,5 +206,5 @@ class LockedRows(Rows):
         fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, flock)
 
 
-def _positions(places: slice | np.ndarray) -> np.ndarray:
-    return np.arange(places.start, places.stop) if isinstance(places, slice) else places
+def _as_array(indices: slice | np.ndarray) -> np.ndarray:
+    return np.arange(indices.start, indices.stop) if isinstance(indices, slice) else indices

@@ -2,7 +2,7 @@
 
 It alone changes which rows are on the node. Workers read and change rows that are here by themselves; what is not here
 they ask for at the manager of the node that the owner stamps name (:mod:`lapse_elmo.ps.directory`). A manager serves
-what it owns, forwards the rest by its own, newer stamps, and parks what it is about to own. So requests that arrive
+what it owns, forwards the rest by its own, newer stamps, and queues what it is about to own. So requests that arrive
 while a row moves are served by the new owner, and none is lost.
 
 The manager never waits: :meth:`Manager.step` handles what has arrived. What it sends in answer to one message, which
@@ -17,46 +17,46 @@ from typing import Any
 
 import numpy as np
 
-from lapse_elmo.ps.directory import NOBODY, learn
+from lapse_elmo.ps.directory import NO_NODE, update_stamps
 from lapse_elmo.ps.intents import Intents
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.messages import (
     Deltas,
     Done,
     Drop,
-    Ending,
+    Expiring,
     Flush,
     Freeze,
     HolderPush,
     Intent,
-    Lend,
     Localize,
     Message,
     Moved,
-    Own,
     Pull,
     Push,
     Refresh,
+    Relocate,
+    Replicate,
     Rows,
     Set,
     SetDone,
     Stop,
     Sync,
-    Synced,
+    SyncDone,
     Want,
 )
 from lapse_elmo.ps.moves import Moves
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.rounds import Rounds
-from lapse_elmo.ps.routing import Router, others
+from lapse_elmo.ps.routing import Router, complement
 from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address, Backoff
-from lapse_elmo.ps.wire import new, pieces
+from lapse_elmo.ps.wire import chunks, new
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
 # How long wants, and messages to other managers, wait for more, so that few are sent: a small share of a step.
-_HOLD_SHARE, _LONGEST_HOLD_S = 1 / 128, 0.02
-_AT_ONCE = 64  # messages handled before rounds and jobs have their turn
-_ROOM_BYTES, _ROOM_IN_ALL_BYTES = 1 << 22, 1 << 28  # of what has not left: to one receiver, in all
+_DELAY_SHARE, _MAX_DELAY_S = 1 / 128, 0.02
+_MESSAGES_PER_STEP = 64  # messages handled before rounds and jobs have their turn
+_MAX_OUTGOING_BYTES, _MAX_TOTAL_OUTGOING_BYTES = 1 << 22, 1 << 28  # of what has not left: to one receiver, in all
 
 
 class Manager:
@@ -75,7 +75,7 @@ class Manager:
         self.handled = 0  # messages
         self.stopping = self._halted = False
         self._frozen = False
-        self._together_s = mailbox.transport.now()  # when messages were last sent together
+        self._flushed_s = mailbox.transport.now()  # when small messages and wants were last sent
         self._backoff = backoff
         self._leaders = list(leaders)
         self._jobs: dict[Address, deque[Iterator[None]]] = {}
@@ -93,10 +93,10 @@ class Manager:
             Pull: lambda m: self._job(Address(m.origin, TO_WORKER), self._serve_pull(m)),
             Push: self._on_push, HolderPush: self._on_holder_push, SetDone: self._on_set_done,
             Want: self._moves.on_want,
-            Own: self._moves.on_own, Lend: self._moves.on_lend, Moved: self._on_moved, Drop: self._on_drop,
-            Deltas: self._on_deltas, Ending: self._on_ending, Refresh: self._rounds.on_refresh,
+            Relocate: self._moves.on_relocate, Replicate: self._moves.on_replicate, Moved: self._on_moved,
+            Drop: self._on_drop, Deltas: self._on_deltas, Expiring: self._on_expiring, Refresh: self._rounds.on_refresh,
             Sync: lambda m: self._job(self._manager_of(m.node), self._serve_sync(m)),
-            Synced: lambda m: self._rounds.on_synced(m.node),
+            SyncDone: lambda m: self._rounds.on_sync_done(m.node),
         }
 
     def serve(self) -> None:
@@ -121,35 +121,35 @@ class Manager:
     def step(self) -> bool:
         """Handle what has arrived and is due; return whether there was anything."""
         busy = False
-        for _ in range(_AT_ONCE):
+        for _ in range(_MESSAGES_PER_STEP):
             message = None if self.stopping else self.mailbox.receive()
             if message is None:
                 break
             self._handle(message)
             self.handled += 1
             busy = True
-        for message in self._router.unparked():
+        for message in self._router.take_queued():
             self._handle(message)
         now = self.mailbox.transport.now()
-        together = now - self._together_s >= min(self._rounds.clock_s * _HOLD_SHARE, _LONGEST_HOLD_S)
+        flush_due = now - self._flushed_s >= min(self._rounds.clock_s * _DELAY_SHARE, _MAX_DELAY_S)
         if not self._frozen:
-            if self._intents.moved():
-                self._look_at_clocks()
+            if self._intents.clocks_advanced():
+                self._process_clocks()
             busy |= self._rounds.begin_if_due()
-            busy |= together and self._moves.send_wants()
-        if together:
-            self._together_s = now
-            busy |= self._moves.serve_requests()
+            busy |= flush_due and self._moves.send_wants()
+        if flush_due:
+            self._flushed_s = now
+            busy |= self._moves.serve_wants()
         busy |= self._run_jobs()
-        if together:
+        if flush_due:
             self._moves.send_moved()
-        self.mailbox.flush(urgent_only=not together)
+        self.mailbox.flush(urgent_only=not flush_due)
         return busy
 
     @property
     def pending(self) -> int:
         """Answers that are not complete, of messages that have been handled."""
-        return sum(map(len, self._jobs.values())) + self._moves.num_requests + self._moves.num_moved
+        return sum(map(len, self._jobs.values())) + self._moves.num_pending_wants + self._moves.num_unreported
 
     def _handle(self, message: Message) -> None:
         self._handlers[type(message)](message)
@@ -181,16 +181,16 @@ class Manager:
     def _has_room(self, to: Address) -> bool:
         """Whether ``to`` keeps up. A worker may compute for long before it receives what it asked for."""
         transport = self.mailbox.transport
-        if to.tag == TO_WORKER and transport.outgoing_bytes() >= _ROOM_IN_ALL_BYTES:
+        if to.tag == TO_WORKER and transport.outgoing_bytes() >= _MAX_TOTAL_OUTGOING_BYTES:
             return False
-        return transport.outgoing_bytes(to) < _ROOM_BYTES
+        return transport.outgoing_bytes(to) < _MAX_OUTGOING_BYTES
 
     # What workers ask for
 
     def _serve_pull(self, message: Pull) -> Iterator[None]:
         state = self.states[message.segment]
-        for piece in pieces(message.rows.size, message.num_floats):
-            some = self._router.owned_part(message, piece)
+        for chunk in chunks(message.rows.size, message.num_floats):
+            some = self._router.select_owned(message, chunk)
             if not some.rows.size:
                 continue
             stamps = state.stamps[some.rows] if message.forwarded else some.rows[:0]
@@ -198,7 +198,7 @@ class Manager:
                 Rows, segment=message.segment, sender=self._leaders[self.node], ticket=message.ticket, rows=some.rows,
                 stamps=stamps, indices=some.indices,
             ))
-            block = self.mailbox.transport.take(4 * some.rows.size * message.num_floats)
+            block = self.mailbox.transport.allocate(4 * some.rows.size * message.num_floats)
             values = block.view(np.float32).reshape(some.rows.size, message.num_floats)
             state.rows.pull(some.rows, values)
             self.mailbox.send_values(message.origin, values)
@@ -208,11 +208,11 @@ class Manager:
 
     def _on_push(self, message: Push) -> None:
         state = self.states[message.segment]
-        message = self._router.owned_part(message)
+        message = self._router.select_owned(message)
         if not message.rows.size:
             return
         # A node that is about to get replicas, or has them by now, must not show its worker values without this push.
-        held = state.lending.is_lent(message.rows, message.node)
+        held = state.holders.is_held_by(message.rows, message.node)
         if held.any():
             back = np.flatnonzero(held)
             self._send(message.node, new(
@@ -246,10 +246,10 @@ class Manager:
         """The worker's manager gets it first, so that it comes after the deltas that are on their way to the owner."""
         state = self.states[message.segment]
         missing = state.rows.set(message.rows, message.values)
-        held = missing[state.lender[message.rows[missing]] != NOBODY]
+        held = missing[state.replica_owner[message.rows[missing]] != NO_NODE]
         if held.size and message.node == self.node:
             state.rows.overwrite(message.rows[held], message.values[held])
-        here = others(missing, message.rows.size)
+        here = complement(missing, message.rows.size)
         if here.size:
             done = new(
                 SetDone, segment=message.segment, origin=message.origin, ticket=message.ticket, rows=message.rows[here]
@@ -263,8 +263,8 @@ class Manager:
     def _on_set_done(self, message: SetDone) -> None:
         """Rows are overwritten at their owners; a replica here may show the old value until a round has ended."""
         state, number = self.states[message.segment], message.rows.size
-        if (state.lender[message.rows] != NOBODY).any():
-            self._rounds.after_next(lambda: self._done(message.origin, message.ticket, number))
+        if (state.replica_owner[message.rows] != NO_NODE).any():
+            self._rounds.after_next_round(lambda: self._done(message.origin, message.ticket, number))
         else:
             self._done(message.origin, message.ticket, number)
 
@@ -274,15 +274,15 @@ class Manager:
             rows = self._intents.add(message.segment, rows, message.worker, message.start, message.end)
         self._moves.want(self.states[message.segment], rows)
 
-    def _look_at_clocks(self) -> None:
+    def _process_clocks(self) -> None:
         ended, due = self._intents.advance()
         for segment, rows in ended:
-            self._rounds.release_later(segment, rows)
+            self._rounds.schedule_release(segment, rows)
         for segment, rows in due:
             self._moves.want(self.states[segment], rows)
 
     def _on_flush(self, message: Flush) -> None:
-        self._rounds.after_next(lambda: self._done(message.origin, message.ticket, 1))
+        self._rounds.after_next_round(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_freeze(self, message: Freeze) -> None:
         """With ``frozen`` begin nothing: when all managers have done so and nothing is pending, no row moves."""
@@ -295,30 +295,30 @@ class Manager:
     # What other managers say
 
     def _on_moved(self, message: Moved) -> None:
-        learn(self.states[message.segment].stamps, message.rows, message.stamps)
+        update_stamps(self.states[message.segment].stamps, message.rows, message.stamps)
 
     def _on_drop(self, message: Drop) -> None:
-        self.states[message.segment].lending.give_up(message.rows, message.node)
+        self.states[message.segment].holders.remove(message.rows, message.node)
 
     def _on_deltas(self, message: Deltas) -> None:
         state = self.states[message.segment]
         missing = state.rows.add(message.rows, message.values, mark=False)
         assert not missing.size, "deltas came for rows that are not here"
-        state.lending.changed_by(message.rows, message.node)
+        state.holders.mark_changed_by(message.rows, message.node)
 
-    def _on_ending(self, message: Ending) -> None:
-        self.states[message.segment].lending.end(message.rows, message.node)
+    def _on_expiring(self, message: Expiring) -> None:
+        self.states[message.segment].holders.mark_expiring(message.rows, message.node)
 
     def _serve_sync(self, message: Sync) -> Iterator[None]:
         yield from self._moves.promote(message.node)
         for state in self.states:
-            lent = state.lending.rows_of(message.node)
-            state.lending.changed(lent[state.rows.clean(lent)])
-            outdated = state.lending.outdated(message.node, bool(message.exact))
+            held = state.holders.rows_of(message.node)
+            state.holders.mark_changed(held[state.rows.clear_dirty(held)])
+            outdated = state.holders.outdated(message.node, bool(message.exact))
             width = state.segment.row_width
-            for piece in pieces(outdated.size, width):
-                rows = outdated[piece]
-                state.lending.sending(rows, message.node)
+            for chunk in chunks(outdated.size, width):
+                rows = outdated[chunk]
+                state.holders.mark_sent(rows, message.node)
                 refresh = new(
                     Refresh, self.mailbox.transport, segment=state.number, node=self.node, rows=rows, width=width
                 )
@@ -326,7 +326,7 @@ class Manager:
                 self._send(message.node, refresh)
                 state.stats.synchronised_rows += rows.size
                 yield
-        self._send(message.node, new(Synced, node=self.node))
+        self._send(message.node, new(SyncDone, node=self.node))
 
     # Sending
 

@@ -37,7 +37,7 @@ class NodeMemory:
         for name, (shape, dtype) in shapes.items():
             self._starts[name] = size
             size += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
-        self.file = _open_together(world, size)
+        self.file = _create_shared_file(world, size)
         self._map = mmap.mmap(self.file, max(size, 1))
         with contextlib.suppress(OSError):  # where the machine allows it, rows then cost fewer look-ups of addresses
             self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -61,9 +61,9 @@ class NodeMemory:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
             raise _no_room(f"the rows of {name}", (end - first) * item) from None
-        self._touch(self._starts[name] + first * item, (end - first) * item)
+        self._prefault(self._starts[name] + first * item, (end - first) * item)
 
-    def _touch(self, start: int, size: int) -> None:
+    def _prefault(self, start: int, size: int) -> None:
         """Have the reserved pages entered for this process in one go, rather than one by one as they are used."""
         start -= start % _ALIGNMENT
         with contextlib.suppress(OSError):  # Linux before 5.14
@@ -112,7 +112,7 @@ def _folder() -> str:
     return _FOLDER if os.access(_FOLDER, os.W_OK) else tempfile.gettempdir()
 
 
-def _open_together(world: World, size: int) -> int:
+def _create_shared_file(world: World, size: int) -> int:
     """One new file of ``size`` bytes, opened by each of the node's ranks for itself."""
 
     def make() -> str:

@@ -140,7 +140,7 @@ class HolderPush(Message):
 
 @dataclass(frozen=True)
 class Rows(Message):
-    """Manager to worker, for a `Pull`: the values of ``rows`` follow, in one transmission per piece.
+    """Manager to worker, for a `Pull`: the values of ``rows`` follow, in one transmission per chunk.
 
     ``stamps`` (n,) are the rows' true owner stamps where the request was forwarded, else (0,).
     """
@@ -186,7 +186,7 @@ class Want(Message):
 
 
 @dataclass(frozen=True)
-class Own(Message):
+class Relocate(Message):
     """Owner to a node: the main copies of ``rows`` move there; ``stamps`` already name the new owner."""
 
     KIND = 14
@@ -197,7 +197,7 @@ class Own(Message):
 
 
 @dataclass(frozen=True)
-class Lend(Message):
+class Replicate(Message):
     """Owner ``node`` to another node: replicas of ``rows``."""
 
     KIND = 15
@@ -240,7 +240,7 @@ class Deltas(Message):
 
 
 @dataclass(frozen=True)
-class Ending(Message):
+class Expiring(Message):
     """Holder ``node`` to the owner: it will drop its replicas of ``rows`` after this round and needs no values."""
 
     KIND = 22
@@ -273,7 +273,7 @@ class Refresh(Message):
 
 
 @dataclass(frozen=True)
-class Synced(Message):
+class SyncDone(Message):
     """Owner ``node`` to a holder: all that its `Sync` asked for was sent."""
 
     KIND = 21
@@ -281,6 +281,6 @@ class Synced(Message):
 
 
 KINDS: tuple[type[Message], ...] = (
-    Intent, Localize, Set, Flush, Freeze, Stop, Pull, Push, HolderPush, Rows, Done, SetDone, Want, Own, Lend, Moved,
-    Drop, Deltas, Ending, Sync, Refresh, Synced,
+    Intent, Localize, Set, Flush, Freeze, Stop, Pull, Push, HolderPush, Rows, Done, SetDone, Want, Relocate, Replicate,
+    Moved, Drop, Deltas, Expiring, Sync, Refresh, SyncDone,
 )

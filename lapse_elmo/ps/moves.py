@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapse_elmo.ps.directory import groups, home_of, node_of
+from lapse_elmo.ps.directory import group_by_node, home_of, node_of
 from lapse_elmo.ps.intents import Intents
-from lapse_elmo.ps.messages import Lend, Localize, Moved, Own, Want
+from lapse_elmo.ps.messages import Localize, Moved, Relocate, Replicate, Want
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.rounds import Rounds, SendToNode
 from lapse_elmo.ps.routing import Router
 from lapse_elmo.ps.transport import Transport
-from lapse_elmo.ps.wire import new, pieces
+from lapse_elmo.ps.wire import chunks, new
 
 
 @dataclass
-class _Waiting:
+class _PendingLocalize:
     """A localize under way: the rows that are still to come."""
 
     request: Localize
@@ -43,9 +43,9 @@ class Moves:
         self._router, self._rounds = router, rounds
         self._intents, self._clocks, self._done = intents, clocks, done
         self._wants: list[list[np.ndarray]] = [[] for _ in states]
-        self._requests: list[list[Want]] = [[] for _ in states]
+        self._pending_wants: list[list[Want]] = [[] for _ in states]
         self._moved: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in states]
-        self._localizing: list[_Waiting] = []
+        self._localizing: list[_PendingLocalize] = []
 
     # Asking for rows
 
@@ -66,7 +66,7 @@ class Moves:
                 rows = np.concatenate(waiting)
                 waiting.clear()
                 stamps = state.stamps[rows]
-                for node, chosen in groups(node_of(stamps)):
+                for node, chosen in group_by_node(node_of(stamps)):
                     some = rows[chosen]
                     nodes = np.full(some.size, self._node)
                     self._send(node, new(
@@ -78,7 +78,7 @@ class Moves:
         """Ask for the rows that are not here, and answer when all have come."""
         state = self._states[message.segment]
         rows = message.rows[~state.rows.present(message.rows)]
-        self._localizing.append(_Waiting(message, rows))
+        self._localizing.append(_PendingLocalize(message, rows))
         self.want(state, rows)
         self._answer_localizes(state)
 
@@ -97,23 +97,23 @@ class Moves:
 
     def on_want(self, message: Want) -> None:
         """Serve a want together with those that come at about the same time."""
-        self._requests[message.segment].append(message)
+        self._pending_wants[message.segment].append(message)
 
     @property
-    def num_requests(self) -> int:
+    def num_pending_wants(self) -> int:
         """Wants that have come and are not being served yet."""
-        return sum(map(len, self._requests))
+        return sum(map(len, self._pending_wants))
 
     @property
-    def num_moved(self) -> int:
-        """Relocations of which the homes have not been told."""
+    def num_unreported(self) -> int:
+        """Relocations of which the homes have not been reported."""
         return sum(map(len, self._moved))
 
-    def serve_requests(self) -> bool:
+    def serve_wants(self) -> bool:
         """Begin to serve all wants that have come; return whether there were any."""
-        if not self.num_requests:
+        if not self.num_pending_wants:
             return False
-        for state, waiting in zip(self._states, self._requests, strict=True):
+        for state, waiting in zip(self._states, self._pending_wants, strict=True):
             if not waiting:
                 continue
             rows = np.concatenate([message.rows for message in waiting])
@@ -126,35 +126,35 @@ class Moves:
                     new(Want, segment=state.number, rows=rows[~owned], stamps=stamps[~owned], nodes=nodes[~owned])
                 )
                 rows, stamps, nodes = rows[owned], stamps[owned], nodes[owned]
-            leave = self._may_leave(state, rows)
+            may_move = self._may_relocate(state, rows)
             if self.technique == "adaptive" and rows.size:  # what several ask for at a time had better stay
                 _, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
-                leave &= counts[inverse] == 1
-            for node, chosen in groups(nodes):
+                may_move &= counts[inverse] == 1
+            for node, chosen in group_by_node(nodes):
                 request = new(
                     Want, segment=state.number, rows=rows[chosen], stamps=stamps[chosen], nodes=nodes[chosen]
                 )
-                self._start(node, self._serve(state, request, node, leave[chosen]))
+                self._start(node, self._serve(state, request, node, may_move[chosen]))
         return True
 
-    def _may_leave(self, state: SegmentState, rows: np.ndarray) -> np.ndarray:
+    def _may_relocate(self, state: SegmentState, rows: np.ndarray) -> np.ndarray:
         """Return which of ``rows`` may be relocated (n,) bool: under ``adaptive`` those that nobody else uses."""
         if self.technique == "adaptive":
-            return (state.lending.num_holders[rows] == 0) & (state.intents[rows] == 0)
+            return (state.holders.num_holders[rows] == 0) & (state.intents[rows] == 0)
         return np.full(rows.size, self.technique == "relocation")
 
-    def _serve(self, state: SegmentState, request: Want, node: int, leave: np.ndarray) -> Iterator[None]:
+    def _serve(self, state: SegmentState, request: Want, node: int, may_move: np.ndarray) -> Iterator[None]:
         """Relocate rows to the node that wants them, or lend it replicas; one message or two per step."""
-        for piece in pieces(request.rows.size, state.segment.row_width):
-            here = state.rows.owned(request.rows[piece])
+        for chunk in chunks(request.rows.size, state.segment.row_width):
+            here = state.rows.owned(request.rows[chunk])
             if not here.all():  # given away since
-                self._router.route(request, np.flatnonzero(~here) + piece.start)
-            rows = request.rows[piece][here]
-            leaving = leave[piece][here] & self._may_leave(state, rows)
-            if leaving.any():
-                self._relocate(state, rows[leaving], node)
-            if not leaving.all():
-                self._lend(state, rows[~leaving], node)
+                self._router.route(request, np.flatnonzero(~here) + chunk.start)
+            rows = request.rows[chunk][here]
+            moving = may_move[chunk][here] & self._may_relocate(state, rows)
+            if moving.any():
+                self._relocate(state, rows[moving], node)
+            if not moving.all():
+                self._replicate(state, rows[~moving], node)
             yield
 
     def promote(self, holder: int) -> Iterator[None]:
@@ -162,20 +162,20 @@ class Moves:
         if self.technique != "adaptive":
             return
         for state in self._states:
-            rows = state.lending.sole(holder)
+            rows = state.holders.sole_rows_of(holder)
             rows = rows[state.intents[rows] == 0]
-            for piece in pieces(rows.size, state.segment.row_width):
-                some = rows[piece]
+            for chunk in chunks(rows.size, state.segment.row_width):
+                some = rows[chunk]
                 unused = some[state.intents[some] == 0]
                 if unused.size:
-                    state.lending.give_up(unused, holder)
+                    state.holders.remove(unused, holder)
                     self._relocate(state, unused, holder)
                     yield
 
     def _relocate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
         """Give main copies to ``receiver``, and tell their homes."""
         width = state.segment.row_width
-        message = new(Own, self._transport, segment=state.number, rows=rows, stamps=rows.size, width=width)
+        message = new(Relocate, self._transport, segment=state.number, rows=rows, stamps=rows.size, width=width)
         message.stamps[:] = state.give_main(rows, receiver, message.values)
         self._send(receiver, message)
         self._moved[state.number].append((rows, message.stamps.copy()))
@@ -189,17 +189,19 @@ class Moves:
             rows, stamps = (np.concatenate(arrays) for arrays in zip(*moved, strict=True))
             moved.clear()
             homes = home_of(rows, self._num_nodes)
-            told = (homes != self._node) & (homes != node_of(stamps))
-            for home, chosen in groups(homes[told]):
-                self._send(home, new(Moved, segment=state.number, rows=rows[told][chosen], stamps=stamps[told][chosen]))
+            reported = (homes != self._node) & (homes != node_of(stamps))
+            for home, chosen in group_by_node(homes[reported]):
+                self._send(home, new(
+                    Moved, segment=state.number, rows=rows[reported][chosen], stamps=stamps[reported][chosen]
+                ))
 
-    def _lend(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
+    def _replicate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
         """Send ``receiver`` replicas."""
         # Changes that are not counted yet belong to no holder's version but to the next.
-        state.lending.changed(rows[state.rows.clean(rows)])
-        state.lending.lend(rows, receiver)
+        state.holders.mark_changed(rows[state.rows.clear_dirty(rows)])
+        state.holders.add(rows, receiver)
         message = new(
-            Lend, self._transport, segment=state.number, node=self._node, rows=rows, stamps=state.stamps[rows],
+            Replicate, self._transport, segment=state.number, node=self._node, rows=rows, stamps=state.stamps[rows],
             width=state.segment.row_width,
         )
         state.rows.pull(rows, message.values)
@@ -207,15 +209,15 @@ class Moves:
 
     # Receiving rows
 
-    def on_own(self, message: Own) -> None:
+    def on_relocate(self, message: Relocate) -> None:
         """Main copies arrive."""
         state = self._states[message.segment]
         state.add_main(message.rows, message.stamps, message.values)
         state.stats.relocated_in_rows += message.rows.size
         self._answer_localizes(state)
-        self._router.arrived()
+        self._router.rows_arrived()
 
-    def on_lend(self, message: Lend) -> None:
+    def on_replicate(self, message: Replicate) -> None:
         """Replicas arrive."""
         state = self._states[message.segment]
         state.add_replicas(message.rows, message.stamps, message.values, message.node)
@@ -226,4 +228,4 @@ class Moves:
                 clock = int(self._clocks[waiting.request.worker])
                 self._intents.add(state.number, rows, waiting.request.worker, clock, clock + 1)
         self._answer_localizes(state)
-        self._rounds.release_later(state.number, message.rows[state.intents[message.rows] == 0])
+        self._rounds.schedule_release(state.number, message.rows[state.intents[message.rows] == 0])

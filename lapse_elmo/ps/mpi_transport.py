@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lapse_elmo.ps.transport import TO_WORKER, VALUES, Address, Backoff, Blocks
+from lapse_elmo.ps.transport import TO_WORKER, VALUES, Address, Backoff, BlockPool
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -29,18 +29,18 @@ class MpiTransport:
     :param tag: of the blocks that are for this end.
     """
 
-    def __init__(self, comm: MPI.Comm, tag: int, *, spin: bool, alert: bool) -> None:
+    def __init__(self, comm: MPI.Comm, tag: int, *, spin: bool, low_latency: bool) -> None:
         from mpi4py import MPI
 
         self._mpi, self._comm, self._tag = MPI, comm, tag
-        self._blocks = Blocks()
+        self._blocks = BlockPool()
         self._status = MPI.Status()
         self._sends: deque[tuple[MPI.Request, np.ndarray, Address]] = deque()
         self._outgoing: dict[Address, int] = {}
         self._outgoing_bytes = 0
         self._incoming: dict[int, deque[tuple[MPI.Request, np.ndarray]]] = {}  # by sender, in the order of sending
         self._incoming_bytes = 0
-        self._backoff = Backoff(self, spin, alert)
+        self._backoff = Backoff(self, spin, low_latency)
 
     def send(self, to: Address, block: np.ndarray) -> None:
         self._release_sent()
@@ -62,7 +62,7 @@ class MpiTransport:
             found = self._comm.Improbe(self._mpi.ANY_SOURCE, self._tag, self._status)
             if found is None:
                 break
-            block = self._blocks.take(self._status.Get_count(self._mpi.BYTE))
+            block = self._blocks.allocate(self._status.Get_count(self._mpi.BYTE))
             request = found.Irecv([block, self._mpi.BYTE])
             source = self._status.Get_source()
             if source not in self._incoming and request.Test():
@@ -84,8 +84,8 @@ class MpiTransport:
         self._release_sent()
         return self._outgoing_bytes if to is None else self._outgoing.get(to, 0)
 
-    def take(self, size: int) -> np.ndarray:
-        return self._blocks.take(size)
+    def allocate(self, size: int) -> np.ndarray:
+        return self._blocks.allocate(size)
 
     def now(self) -> float:
         return time.perf_counter()

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from lapse_elmo.ps.api import NodeStats
-from lapse_elmo.ps.directory import NOBODY, epoch_of, home_of, learn, stamp
+from lapse_elmo.ps.directory import NO_NODE, epoch_of, home_of, stamp, update_stamps
+from lapse_elmo.ps.holders import Holders
 from lapse_elmo.ps.layout import Segment
-from lapse_elmo.ps.lending import Lending
 from lapse_elmo.ps.rows import MAIN_ROWS, PRESENT, REPLICA, REPLICA_ROWS, Rows
 
 _CHUNK_BYTES = 1 << 24
@@ -47,7 +47,7 @@ class Slots:
         self._free = np.empty(0, np.int32)  # grows with what was given back at once, not with the capacity
         self._num_free, self._next, self._reserved = 0, 0, 0
 
-    def take(self, number: int) -> np.ndarray:
+    def allocate(self, number: int) -> np.ndarray:
         """Return ``number`` slots (number,) int64."""
         again = min(number, self._num_free)
         self._num_free -= again
@@ -70,7 +70,7 @@ class Slots:
             self._reserve(self._reserved, end)
             self._reserved = end
 
-    def give(self, slots: np.ndarray) -> None:
+    def free(self, slots: np.ndarray) -> None:
         """Give ``slots`` back."""
         end = self._num_free + slots.size
         if end > self._free.size:
@@ -85,7 +85,7 @@ class SegmentState:
     :ivar stamps: (num_rows,) int64 owner stamps, which the node's workers read.
     :ivar intents: (num_rows,) int32, intents of the node's workers that are under way.
     :ivar wanted: (num_rows,) bool, asked for and not here yet.
-    :ivar lender: (num_rows,) uint16, the owner of a replica that is here, `NOBODY` for other rows.
+    :ivar replica_owner: (num_rows,) uint16, the owner of a replica that is here, `NO_NODE` for other rows.
     """
 
     def __init__(self, number: int, segment: Segment, memory: Memory, rows: Rows, node: int, num_nodes: int) -> None:
@@ -96,9 +96,9 @@ class SegmentState:
         total = segment.num_rows
         self.intents = np.zeros(total, np.int32)
         self.wanted = np.zeros(total, bool)
-        self.lender = np.full(total, NOBODY, np.uint16)
-        self.lending = Lending(total)
-        self._borrowed: np.ndarray | None = None
+        self.replica_owner = np.full(total, NO_NODE, np.uint16)
+        self.holders = Holders(total)
+        self._replica_rows: np.ndarray | None = None
         chunk = _CHUNK_BYTES // (4 * segment.row_width)
         self._main_slots = Slots(lambda a, b: memory.reserve(segment.name + MAIN_ROWS, a, b), chunk, total)
         self._replica_slots = Slots(
@@ -109,7 +109,7 @@ class SegmentState:
         """Take the rows whose home this node is, all zero, before any worker asks for them."""
         mine = np.arange(self.node, self.segment.num_rows, num_nodes)
         self.stamps[:] = home_of(np.arange(self.segment.num_rows), num_nodes)
-        self.rows.slots[mine] = self._main_slots.take(mine.size)
+        self.rows.slots[mine] = self._main_slots.allocate(mine.size)
         self.rows.flags[mine] = PRESENT
 
     def prepare(self) -> bool:
@@ -117,25 +117,25 @@ class SegmentState:
         return self._main_slots.prepare() or self._replica_slots.prepare()
 
     @property
-    def borrowed(self) -> np.ndarray:
+    def replica_rows(self) -> np.ndarray:
         """Rows with a replica here, ascending."""
-        if self._borrowed is None:
-            self._borrowed = np.flatnonzero(self.lender != NOBODY)
-        return self._borrowed
+        if self._replica_rows is None:
+            self._replica_rows = np.flatnonzero(self.replica_owner != NO_NODE)
+        return self._replica_rows
 
     def add_main(self, rows: np.ndarray, stamps: np.ndarray, values: np.ndarray) -> None:
         """Main copies arrive, in place of the replicas of those rows that have one."""
         self.wanted[rows] = False
-        learn(self.stamps, rows, stamps)
+        update_stamps(self.stamps, rows, stamps)
         held = self.rows.flags[rows] & REPLICA != 0
-        slots = self._main_slots.take(rows.size)
+        slots = self._main_slots.allocate(rows.size)
         if held.any():
             promoted = rows[held]
             old = self.rows.slots[promoted].copy()
             self.rows.promote(promoted, slots[held], values[held])
-            self._replica_slots.give(old)
-            self.lender[promoted] = NOBODY
-            self._borrowed = None
+            self._replica_slots.free(old)
+            self.replica_owner[promoted] = NO_NODE
+            self._replica_rows = None
             rows, slots, values = rows[~held], slots[~held], values[~held]
         self.rows.put(rows, slots, values, as_replica=False)
 
@@ -144,28 +144,28 @@ class SegmentState:
         slots = self.rows.slots[rows].copy()
         stamps = stamp(epoch_of(self.stamps[rows]) + 1, receiver)
         self.rows.take(rows, out)
-        self._main_slots.give(slots)
+        self._main_slots.free(slots)
         self.stamps[rows] = stamps
         return stamps
 
-    def add_replicas(self, rows: np.ndarray, stamps: np.ndarray, values: np.ndarray, lender: int) -> None:
+    def add_replicas(self, rows: np.ndarray, stamps: np.ndarray, values: np.ndarray, owner: int) -> None:
         """Replicas arrive."""
         self.wanted[rows] = False
-        learn(self.stamps, rows, stamps)
-        self.lender[rows] = lender
-        self._borrowed = None
-        self.rows.put(rows, self._replica_slots.take(rows.size), values, as_replica=True)
+        update_stamps(self.stamps, rows, stamps)
+        self.replica_owner[rows] = owner
+        self._replica_rows = None
+        self.rows.put(rows, self._replica_slots.allocate(rows.size), values, as_replica=True)
 
     def release(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Let replicas go that have no deltas; return (rows that went, their lenders)."""
+        """Let replicas go that have no deltas; return (rows that went, their owners)."""
         slots = self.rows.slots[rows].copy()
         which = self.rows.release(rows)
         gone = rows[which]
-        self._replica_slots.give(slots[which])
-        lenders = self.lender[gone]
-        self.lender[gone] = NOBODY
-        self._borrowed = None
-        return gone, lenders
+        self._replica_slots.free(slots[which])
+        owners = self.replica_owner[gone]
+        self.replica_owner[gone] = NO_NODE
+        self._replica_rows = None
+        return gone, owners
 
     def close(self) -> None:
         """Let go of the node's memory."""

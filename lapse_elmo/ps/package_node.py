@@ -36,7 +36,7 @@ _MARK = "_lapse_elmo_started"  # on the package's module
 _ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
 _SCHEDULER = "import sys; from lapse_elmo.ps.scheduler import main; main(sys.argv[1:])"
 # Reads what faulthandler writes when a process dies of a signal, and says it in one line.
-_TELLER = """
+_CRASH_REPORTER = """
 import os, sys
 package, where = sys.argv[1:]
 os.write(1, b"r")
@@ -93,8 +93,8 @@ class PackageNode(ABC):
         if "DMLC_INTERFACE" not in os.environ:
             os.environ.setdefault("DMLC_NODE_HOST", own)
         self._stdout = _Stdout()
-        self._tell(STARTS)
-        teller = _Teller(self.package, str(world))
+        self._notify_watch(STARTS)
+        crash_reporter = _CrashReporter(self.package, str(world))
         world.barrier()
         widths = np.concatenate([np.full(segment.num_rows, segment.row_width) for segment in layout.segments])
         self.server: Any
@@ -104,8 +104,8 @@ class PackageNode(ABC):
         # Some nodes come up but never answer: the time limit covers a first operation on all of them as well.
         self._pull_from_every_node()
         world.barrier()
-        self._tell(UP)
-        teller.close()
+        self._notify_watch(UP)
+        crash_reporter.close()
         # Their threads must not outlive the interpreter; an error that all ranks raise leads there as well.
         atexit.register(self.close)
         self.closed = False
@@ -136,7 +136,7 @@ class PackageNode(ABC):
         self.closed = True
         atexit.unregister(self.close)
         self.world.barrier()
-        self._tell(ENDS)
+        self._notify_watch(ENDS)
         self.stop()
         self._stdout.restore()
         if self._scheduler is not None:
@@ -194,7 +194,7 @@ class PackageNode(ABC):
             raise LaunchError("this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI")
         return address
 
-    def _tell(self, letter: bytes) -> None:
+    def _notify_watch(self, letter: bytes) -> None:
         """To the watch; on other ranks than 0 nothing."""
         if self._scheduler is not None:
             assert self._scheduler.stdin is not None
@@ -202,7 +202,7 @@ class PackageNode(ABC):
             self._scheduler.stdin.flush()
 
 
-class _Teller:
+class _CrashReporter:
     """A process that says in one line of which signal this one dies, until :meth:`close`.
 
     C++ that crashes leaves no chance to say anything in Python. Of a SIGKILL, which launchers send to the ranks of a
@@ -216,7 +216,7 @@ class _Teller:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _TELLER, package, where], stdin=other.fileno(),
+                [sys.executable, "-I", "-c", _CRASH_REPORTER, package, where], stdin=other.fileno(),
                 stdout=subprocess.PIPE, start_new_session=True,
             )
         assert self._process.stdout is not None

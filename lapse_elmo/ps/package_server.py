@@ -26,7 +26,7 @@ import torch
 from lapse_elmo.errors import ConfigError, ServerError
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer, SegmentStats
-from lapse_elmo.ps.layout import Layout, Segment, distinct, distinct_and_places, turns
+from lapse_elmo.ps.layout import Layout, Segment, by_occurrence, distinct, distinct_with_inverse
 from lapse_elmo.ps.package_node import PackageNode
 from lapse_elmo.ps.rules import Rule
 from lapse_elmo.ps.sampling import Sampler
@@ -55,7 +55,7 @@ class PackageServer(ParameterServer):
     """
 
     node_type: ClassVar[type[PackageNode]]
-    reads_later: ClassVar[bool]
+    reads_buffers_later: ClassVar[bool]
     """Whether the asynchronous forms of push read their buffers after they have returned."""
 
     def __init__(
@@ -71,7 +71,7 @@ class PackageServer(ParameterServer):
         self._node = node or self.node_type(world, layout, technique)
         assert self._node.layout == layout
         self._worker = self._node.worker
-        self._announces = technique != "static" and world.size > 1
+        self._uses_intents = technique != "static" and world.size > 1
 
     def pull(self, keys: Array, out: Array) -> None:
         self._pull(keys, out, later=False)
@@ -94,15 +94,15 @@ class PackageServer(ParameterServer):
             return DONE
         start = time.perf_counter()
         # Their replies are matched with the keys by value: two of a key from two nodes would land in one place.
-        asked, places = distinct_and_places(keys)
+        asked, inverse = distinct_with_inverse(keys)
         rows, finish = out.numpy(), None
-        if places is not None or out.shape[1] < segment.row_width:
+        if inverse is not None or out.shape[1] < segment.row_width:
             rows = np.empty((asked.size, segment.row_width), np.float32)
             wanted = rows[:, : out.shape[1]]
             finish = partial(np.copyto, out.numpy(), wanted)
-            if places is not None:
-                finish = partial(np.take, wanted, places, 0, out.numpy())
-        if later and places is None:
+            if inverse is not None:
+                finish = partial(np.take, wanted, inverse, 0, out.numpy())
+        if later and inverse is None:
             asked = asked.copy()  # the caller may overwrite his, the package reads it again when the rows arrive
         timestamp = self._worker.pull(asked, rows, later)
         stats = self.stats.segments[segment.name]
@@ -120,7 +120,7 @@ class PackageServer(ParameterServer):
         rows = values.numpy()
         if segment.rule is not None:
             keys, rows = self._changes(segment, segment.rule, keys, values)
-        elif later and self.reads_later:
+        elif later and self.reads_buffers_later:
             keys, rows = keys.copy(), rows.copy()
         timestamp = self._worker.push(keys, rows, later)
         stats = self.stats.segments[segment.name]
@@ -135,15 +135,15 @@ class PackageServer(ParameterServer):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Each of ``keys`` (n,) once, and what the steps of ``rule`` change of these rows (m, row_width)."""
         rate = self.rate_of(segment)
-        asked, places = distinct_and_places(keys)
+        asked, inverse = distinct_with_inverse(keys)
         asked = asked.copy()  # not the caller's, who may overwrite his
         before = torch.empty(asked.size, segment.row_width)
         self._worker.pull(asked, before.numpy(), False)
-        if places is None:
+        if inverse is None:
             return asked, rule.changes(before, gradients, rate).numpy()
         after = before.clone()
-        for chosen in turns(places):  # the steps of a repeated key, one after another
-            rows = torch.from_numpy(places[chosen])
+        for chosen in by_occurrence(inverse):  # the steps of a repeated key, one after another
+            rows = torch.from_numpy(inverse[chosen])
             after[rows] += rule.changes(after[rows], gradients[torch.from_numpy(chosen)], rate)
         return asked, (after - before).numpy()
 

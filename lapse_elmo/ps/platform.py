@@ -36,8 +36,8 @@ class Platform(Protocol):
     def rows(self, memory: Memory, segment: Segment) -> Rows:
         """Return an access to the rows of ``segment`` for one thread."""
 
-    def transport(self, tag: int, *, alert: bool) -> Transport:
-        """Return this rank's end for blocks with ``tag``. ``alert``: whether waits should be short."""
+    def transport(self, tag: int, *, low_latency: bool) -> Transport:
+        """Return this rank's end for blocks with ``tag``. ``low_latency``: whether waits should be short."""
 
     def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:
         """Run ``serve`` next to this rank's worker; call ``halt`` if the rank leaves the job before `join`."""
@@ -70,9 +70,9 @@ class MpiPlatform:
         assert isinstance(memory, NodeMemory)
         return open_rows(memory, segment, self.is_native)
 
-    def transport(self, tag: int, *, alert: bool) -> Transport:
+    def transport(self, tag: int, *, low_latency: bool) -> Transport:
         assert self._comm is not None
-        return MpiTransport(self._comm, tag, spin=not self._world.oversubscribed, alert=alert)
+        return MpiTransport(self._comm, tag, spin=not self._world.oversubscribed, low_latency=low_latency)
 
     def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:
         def run() -> None:

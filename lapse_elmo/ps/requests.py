@@ -10,7 +10,7 @@ import torch
 
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import Call
-from lapse_elmo.ps.directory import groups, learn, node_of
+from lapse_elmo.ps.directory import group_by_node, node_of, update_stamps
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.messages import Done, Message, Pull, Push, Rows
@@ -18,7 +18,7 @@ from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
 from lapse_elmo.ps.wire import new
 
-_MOST_REQUESTED_BYTES = 1 << 26  # of values that a worker has asked for or is sending; it waits before it adds to them
+_MAX_REQUESTED_BYTES = 1 << 26  # of values that a worker has asked for or is sending; it waits before it adds to them
 _RECORD_HEADER_BYTES = 256  # more than any message has in addition to its rows
 
 
@@ -48,13 +48,13 @@ class Requests:
         self.world, self.mailbox, self.backoff = world, mailbox, backoff
         self._ring, self._calls = ring, calls
         self._stamps, self._cached = stamps, cached
-        self._sent_home = self._requested_bytes = 0
+        self._sent_local = self._requested_bytes = 0
         self.handled = 0
 
     @property
     def sent(self) -> int:
         """Messages sent so far."""
-        return self.mailbox.sent + self._sent_home
+        return self.mailbox.sent + self._sent_local
 
     def ask(self, kind: type[Pull] | type[Push], number: int, ticket: int, call: RowsCall, missing: np.ndarray) -> int:
         """Ask the nodes that have the rows at ``missing`` to serve ``call``; return the bytes that were sent.
@@ -65,7 +65,7 @@ class Requests:
         asked = call.rows[missing]
         stamps = np.maximum(self._stamps[number][asked], self._cached[number][asked])
         rank, width, sent_bytes = self.world.rank, call.values.shape[1], 0
-        for node, chosen in groups(node_of(stamps)):
+        for node, chosen in group_by_node(node_of(stamps)):
             rows, indices = asked[chosen], missing[chosen]
             self._wait_for_room()
             message: Message
@@ -89,21 +89,21 @@ class Requests:
     def _wait_for_room(self) -> None:
         """Wait until what this worker has asked for or is sending is little enough to add to it."""
         self.backoff.reset()
-        while max(self._requested_bytes, self.mailbox.transport.outgoing_bytes()) > _MOST_REQUESTED_BYTES:
+        while max(self._requested_bytes, self.mailbox.transport.outgoing_bytes()) > _MAX_REQUESTED_BYTES:
             self.receive()
 
-    def records(self, number: int, row_bytes: int) -> Iterable[slice]:
+    def ring_chunks(self, number: int, row_bytes: int) -> Iterable[slice]:
         """Return slices of ``number`` rows whose messages of ``row_bytes`` per row fit into the ring."""
         size = max((self._ring.largest_record - _RECORD_HEADER_BYTES) // row_bytes, 1)
         return (slice(start, start + size) for start in range(0, number, size))
 
-    def send_home(self, message: Message) -> None:
+    def send_local(self, message: Message) -> None:
         """Send ``message`` to this node's manager."""
         if message.block.size > self._ring.largest_record:  # one very wide row
             self.mailbox.send(Address(self.world.leaders[self.world.node], TO_MANAGER), message)
             self.mailbox.flush()
             return
-        self._sent_home += 1
+        self._sent_local += 1
         self.backoff.reset(spin=False)
         while not self._ring.try_write(message.block):
             self.receive()
@@ -136,10 +136,10 @@ class Requests:
         if end - first == indices.size:  # indices ascend
             self.mailbox.transport.receive_values(message.sender, call.values[first:end])
         else:
-            block = self.mailbox.transport.take(4 * indices.size * width)
+            block = self.mailbox.transport.allocate(4 * indices.size * width)
             values = block.view(np.float32).reshape(indices.size, width)
             self.mailbox.transport.receive_values(message.sender, values)
             torch.from_numpy(call.values).index_copy_(0, torch.from_numpy(indices), torch.from_numpy(values))
         self._requested_bytes -= 4 * indices.size * width
         if message.stamps.size:
-            learn(self._cached[message.segment], message.rows, message.stamps)
+            update_stamps(self._cached[message.segment], message.rows, message.stamps)

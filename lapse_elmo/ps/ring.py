@@ -15,7 +15,7 @@ _WRITTEN, _READ, _COUNTERS = 0, 8, 16  # indices of int64: in cache lines of the
 _HEADER_BYTES = 16
 
 
-def shapes(num_workers: int) -> dict[str, tuple[tuple[int, ...], type]]:
+def ring_shapes(num_workers: int) -> dict[str, tuple[tuple[int, ...], type]]:
     """Return what the rings of a node's workers need in its memory."""
     return {"ring counters": ((num_workers, _COUNTERS), np.int64), "rings": ((num_workers, RING_BYTES), np.uint8)}
 

@@ -40,17 +40,17 @@ static void unlock(entry *e, uint32_t flags) {
 }
 
 /* Flags of a row that is absent, or of one that has just come. */
-static uint32_t become(uint32_t flags, uint32_t kind) { return (flags & ~(uint32_t)(VERSION - 1)) | kind; }
+static uint32_t with_kind(uint32_t flags, uint32_t kind) { return (flags & ~(uint32_t)(VERSION - 1)) | kind; }
 
 /* An entry's flags and slot as they were at one moment. */
-static entry look(const entry *e) {
+static entry load_entry(const entry *e) {
     uint64_t both = __atomic_load_n((const uint64_t *)e, __ATOMIC_ACQUIRE);
     entry seen;
     memcpy(&seen, &both, sizeof seen);
     return seen;
 }
 
-static int absent_at_a_glance(const entry *e) {
+static int is_absent(const entry *e) {
     return !(__atomic_load_n(&e->flags, __ATOMIC_ACQUIRE) & (PRESENT | LOCKED));
 }
 
@@ -58,50 +58,50 @@ static void add(float *restrict to, const float *restrict from, int64_t width) {
     for (int64_t j = 0; j < width; j++) to[j] += from[j];
 }
 
-static float *place(entry e, float *main, float *replica, int64_t width) {
+static float *row_data(entry e, float *main, float *replica, int64_t width) {
     return e.flags & REPLICA ? replica + 2 * width * e.slot : main + width * e.slot;
 }
 
 /* How many rows ahead of their use rows are fetched: by bytes, since that is what memory has time for meanwhile. */
-static int64_t ahead_of(int64_t width) {
+static int64_t prefetch_distance(int64_t width) {
     int64_t rows = AHEAD_BYTES / (4 * width);
     return rows < FEWEST_AHEAD ? FEWEST_AHEAD : rows > MOST_AHEAD ? MOST_AHEAD : rows;
 }
 
-static inline __attribute__((always_inline)) void fetch(const float *row, int64_t width, const int change) {
+static inline __attribute__((always_inline)) void prefetch(const float *row, int64_t width, const int change) {
     for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch((const char *)row + j, change);
 }
 
 /* Have the cache fetch `used` floats of each of the rows after number i, to read them or to change them. */
-static inline __attribute__((always_inline)) void fetch_part(entry *entries, float *main, float *replica, int64_t width,
+static inline __attribute__((always_inline)) void prefetch_row(entry *entries, float *main, float *replica, int64_t width,
                                                              int64_t used, const int64_t *rows, int64_t i, int64_t n,
                                                              const int change) {
     if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], change);
-    const int64_t ahead = ahead_of(used);
+    const int64_t ahead = prefetch_distance(used);
     if (i + ahead >= n) return;
-    entry next = look(entries + rows[i + ahead]);
+    entry next = load_entry(entries + rows[i + ahead]);
     if (!(next.flags & PRESENT)) return;
-    fetch(place(next, main, replica, width), used, change);
+    prefetch(row_data(next, main, replica, width), used, change);
 }
 
 /* Have the cache fetch what the rows after number i will need. */
-static inline __attribute__((always_inline)) void fetch_ahead(entry *entries, float *main, float *replica, int64_t width,
+static inline __attribute__((always_inline)) void prefetch_all(entry *entries, float *main, float *replica, int64_t width,
                                                               const int64_t *rows, int64_t i, int64_t n, const int change) {
-    fetch_part(entries, main, replica, width, width, rows, i, n, change);
+    prefetch_row(entries, main, replica, width, width, rows, i, n, change);
 }
 
 /* Copy the first `used` floats of a row to out; whether it is here. */
-static int copy(entry *e, float *main, float *replica, int64_t width, int64_t used, float *out) {
+static int copy_row(entry *e, float *main, float *replica, int64_t width, int64_t used, float *out) {
     for (int tries = 0; tries < SPINS; tries++) {
-        entry seen = look(e);
+        entry seen = load_entry(e);
         if (seen.flags & LOCKED) continue;
         if (!(seen.flags & PRESENT)) return 0;
-        memcpy(out, place(seen, main, replica, width), used * 4);
+        memcpy(out, row_data(seen, main, replica, width), used * 4);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (__atomic_load_n(&e->flags, __ATOMIC_RELAXED) == seen.flags) return 1;
     }
     uint32_t flags = lock(e); /* a row that others change all the time */
-    if (flags & PRESENT) memcpy(out, place(*e, main, replica, width), used * 4);
+    if (flags & PRESENT) memcpy(out, row_data(*e, main, replica, width), used * 4);
     unlock(e, flags);
     return (flags & PRESENT) != 0;
 }
@@ -112,8 +112,8 @@ int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, in
                   int64_t n, float *out, int64_t *missing) {
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
-        fetch_part(entries, main, replica, width, used, rows, i, n, 0);
-        if (!copy(entries + rows[i], main, replica, width, used, out + i * used)) missing[absent++] = i;
+        prefetch_row(entries, main, replica, width, used, rows, i, n, 0);
+        if (!copy_row(entries + rows[i], main, replica, width, used, out + i * used)) missing[absent++] = i;
     }
     return absent;
 }
@@ -134,11 +134,11 @@ int64_t rows_add(entry *entries, float *main, float *replica, int64_t width, con
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, main, replica, width, rows, i, n, 1);
-        if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
+        prefetch_all(entries, main, replica, width, rows, i, n, 1);
+        if (is_absent(e)) { missing[absent++] = i; continue; }
         uint32_t flags = lock(e);
         if (flags & PRESENT) {
-            float *row = place(*e, main, replica, width);
+            float *row = row_data(*e, main, replica, width);
             add(row, deltas + i * width, width);
             if (flags & REPLICA) add(row + width, deltas + i * width, width);
             if (mark || flags & REPLICA) flags |= DIRTY;
@@ -181,7 +181,7 @@ static inline __attribute__((always_inline)) void adagrad_per_row(float *restric
     }
 }
 
-static inline __attribute__((always_inline)) void descend(float *restrict weights, float *restrict delta, int64_t size,
+static inline __attribute__((always_inline)) void sgd(float *restrict weights, float *restrict delta, int64_t size,
                                                           const float *restrict gradient, float rate,
                                                           const int has_delta) {
     for (int64_t j = 0; j < size; j++) {
@@ -191,12 +191,12 @@ static inline __attribute__((always_inline)) void descend(float *restrict weight
     }
 }
 
-static inline __attribute__((always_inline)) void step(int64_t rule, float *weights, float *delta, int64_t size,
+static inline __attribute__((always_inline)) void apply_rule(int64_t rule, float *weights, float *delta, int64_t size,
                                                        const float *gradient, float rate, float epsilon,
                                                        const int has_delta) {
     if (rule == ADAGRAD) adagrad(weights, delta, size, gradient, rate, epsilon, has_delta);
     else if (rule == ADAGRAD_PER_ROW) adagrad_per_row(weights, delta, size, gradient, rate, epsilon, has_delta);
-    else descend(weights, delta, size, gradient, rate, has_delta);
+    else sgd(weights, delta, size, gradient, rate, has_delta);
 }
 
 /* Take one step of a rule per row, with gradients (n, size) of its weights; as rows_pull for those that are not here.
@@ -207,14 +207,14 @@ int64_t rows_step(entry *entries, float *main, float *replica, int64_t width, in
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, main, replica, width, rows, i, n, 1);
-        if (absent_at_a_glance(e)) { missing[absent++] = i; continue; }
+        prefetch_all(entries, main, replica, width, rows, i, n, 1);
+        if (is_absent(e)) { missing[absent++] = i; continue; }
         uint32_t flags = lock(e);
         if (flags & PRESENT) {
-            float *row = place(*e, main, replica, width);
+            float *row = row_data(*e, main, replica, width);
             const float *gradient = gradients + i * size;
-            if (flags & REPLICA) step(rule, row, row + width, size, gradient, rate, epsilon, 1);
-            else step(rule, row, row, size, gradient, rate, epsilon, 0);
+            if (flags & REPLICA) apply_rule(rule, row, row + width, size, gradient, rate, epsilon, 1);
+            else apply_rule(rule, row, row, size, gradient, rate, epsilon, 0);
             if (mark || flags & REPLICA) flags |= DIRTY;
         } else missing[absent++] = i;
         unlock(e, flags);
@@ -228,7 +228,7 @@ int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows
     int64_t absent = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, main, main, width, rows, i, n, 1);
+        prefetch_all(entries, main, main, width, rows, i, n, 1);
         uint32_t flags = lock(e);
         if ((flags & (PRESENT | REPLICA)) == PRESENT) {
             memcpy(main + width * e->slot, values + i * width, width * 4);
@@ -243,17 +243,17 @@ int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows
 void rows_put(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
               const int64_t *slots, const float *values, int64_t as_replica) {
     float *to = as_replica ? replica : main;
-    const int64_t stride = as_replica ? 2 * width : width, ahead = ahead_of(stride);
+    const int64_t stride = as_replica ? 2 * width : width, ahead = prefetch_distance(stride);
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
         if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], 1);
-        if (i + ahead < n) fetch(to + stride * slots[i + ahead], stride, 1);
+        if (i + ahead < n) prefetch(to + stride * slots[i + ahead], stride, 1);
         uint32_t flags = lock(e);
         e->slot = (int32_t)slots[i];
         float *row = to + stride * slots[i];
         memcpy(row, values + i * width, width * 4);
         if (as_replica) memset(row + width, 0, width * 4);
-        unlock(e, become(flags, PRESENT | (as_replica ? REPLICA : 0)));
+        unlock(e, with_kind(flags, PRESENT | (as_replica ? REPLICA : 0)));
     }
 }
 
@@ -261,10 +261,10 @@ void rows_put(entry *entries, float *main, float *replica, int64_t width, const 
 void rows_take(entry *entries, float *main, int64_t width, const int64_t *rows, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, main, main, width, rows, i, n, 0);
+        prefetch_all(entries, main, main, width, rows, i, n, 0);
         uint32_t flags = lock(e);
         memcpy(out + i * width, main + width * e->slot, width * 4);
-        unlock(e, become(flags, 0));
+        unlock(e, with_kind(flags, 0));
     }
 }
 
@@ -279,12 +279,12 @@ void rows_promote(entry *entries, float *main, float *replica, int64_t width, co
         if (flags & DIRTY) for (int64_t j = 0; j < width; j++) row[j] = value[j] + delta[j];
         else memcpy(row, value, width * 4);
         e->slot = (int32_t)slots[i];
-        unlock(e, become(flags, PRESENT | (flags & DIRTY)));
+        unlock(e, with_kind(flags, PRESENT | (flags & DIRTY)));
     }
 }
 
 /* Positions of the rows that were changed since the last call, which are clean now; their number. */
-int64_t rows_clean(entry *entries, const int64_t *rows, int64_t n, int64_t *changed) {
+int64_t rows_clear_dirty(entry *entries, const int64_t *rows, int64_t n, int64_t *changed) {
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
@@ -302,7 +302,7 @@ int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, replica, replica, width, rows, i, n, 1);
+        prefetch_all(entries, replica, replica, width, rows, i, n, 1);
         if (!(__atomic_load_n(&e->flags, __ATOMIC_RELAXED) & DIRTY)) continue;
         uint32_t flags = lock(e);
         float *delta = replica + 2 * width * e->slot + width;
@@ -318,7 +318,7 @@ int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_
 void rows_refresh(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n, const float *values) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, replica, replica, width, rows, i, n, 1);
+        prefetch_all(entries, replica, replica, width, rows, i, n, 1);
         uint32_t flags = lock(e);
         float *row = replica + 2 * width * e->slot;
         const float *value = values + i * width, *delta = row + width;
@@ -333,7 +333,7 @@ void rows_overwrite(entry *entries, float *replica, int64_t width, const int64_t
                     const float *values) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
-        fetch_ahead(entries, replica, replica, width, rows, i, n, 1);
+        prefetch_all(entries, replica, replica, width, rows, i, n, 1);
         uint32_t flags = lock(e);
         float *row = replica + 2 * width * e->slot;
         memcpy(row, values + i * width, width * 4);
@@ -348,7 +348,7 @@ int64_t rows_release(entry *entries, const int64_t *rows, int64_t n, int64_t *re
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
         uint32_t flags = lock(e);
-        if (!(flags & DIRTY)) { flags = become(flags, 0); released[found++] = i; }
+        if (!(flags & DIRTY)) { flags = with_kind(flags, 0); released[found++] = i; }
         unlock(e, flags);
     }
     return found;

@@ -26,7 +26,7 @@ MAIN_ROWS, REPLICA_ROWS = " main", " replica"  # endings of the names of arrays 
 SOURCE = Path(__file__).parent / "rows.c"
 
 
-def shapes_of(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple[int, ...], type]]:
+def array_shapes(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple[int, ...], type]]:
     """What a segment needs in a node's memory; replicas only where there are other nodes."""
     replicas = segment.num_rows if several_nodes else 0
     return {
@@ -110,7 +110,7 @@ class Rows(ABC):
         """Let replicas become main copies in ``slots``: ``values`` plus their deltas."""
 
     @abstractmethod
-    def clean(self, rows: np.ndarray) -> np.ndarray:
+    def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
         """Which main copies have changed since the last call."""
 
     @abstractmethod
@@ -140,7 +140,7 @@ class NativeRows(Rows):
     def __init__(self, memory: NodeMemory, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment)
         self._library = library
-        for name in ("owned", "pull", "add", "step", "set", "clean", "collect", "release"):
+        for name in ("owned", "pull", "add", "step", "set", "clear_dirty", "collect", "release"):
             getattr(library, f"rows_{name}").restype = ctypes.c_int64
 
     def all_owned(self, rows: np.ndarray) -> bool:
@@ -148,19 +148,19 @@ class NativeRows(Rows):
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         assert out.shape[1] <= self.row_width
-        return self._listing("pull", (self.entries, self.main, self.replica, self.row_width, out.shape[1]), rows, out)
+        return self._list("pull", (self.entries, self.main, self.replica, self.row_width, out.shape[1]), rows, out)
 
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
         assert deltas.shape[1] == self.row_width
-        return self._listing("add", (self.entries, self.main, self.replica, self.row_width), rows, deltas, int(mark))
+        return self._list("add", (self.entries, self.main, self.replica, self.row_width), rows, deltas, int(mark))
 
     def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
         assert gradients.shape[1] == self.width
         before = (self.entries, self.main, self.replica, self.row_width, self.width, rule.code)
-        return self._listing("step", before, rows, gradients, float(rate), float(rule.epsilon), int(mark))
+        return self._list("step", before, rows, gradients, float(rate), float(rule.epsilon), int(mark))
 
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return self._listing("set", (self.entries, self.main, self.row_width), rows, values)
+        return self._list("set", (self.entries, self.main, self.row_width), rows, values)
 
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
         before = (self.entries, self.main, self.replica, self.row_width)
@@ -172,14 +172,14 @@ class NativeRows(Rows):
     def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
         self._call("promote", self.entries, self.main, self.replica, self.row_width, rows, rows.size, slots, values)
 
-    def clean(self, rows: np.ndarray) -> np.ndarray:
-        return self._listing("clean", (self.entries,), rows)
+    def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
+        return self._list("clear_dirty", (self.entries,), rows)
 
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Only as much room as there are changed rows now; one that changes meanwhile has its turn next time.
         dirty = np.flatnonzero(self.flags[rows] & DIRTY)
         deltas = np.empty((dirty.size, self.row_width), np.float32)
-        which = self._listing("collect", (self.entries, self.replica, self.row_width), rows[dirty], deltas)
+        which = self._list("collect", (self.entries, self.replica, self.row_width), rows[dirty], deltas)
         return dirty[which], deltas[: which.size]
 
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
@@ -189,9 +189,9 @@ class NativeRows(Rows):
         self._call("overwrite", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def release(self, rows: np.ndarray) -> np.ndarray:
-        return self._listing("release", (self.entries,), rows)
+        return self._list("release", (self.entries,), rows)
 
-    def _listing(
+    def _list(
         self, name: str, before: tuple[np.ndarray | int, ...], rows: np.ndarray, *more: np.ndarray | float
     ) -> np.ndarray:
         listed = np.empty(rows.size, np.int64)

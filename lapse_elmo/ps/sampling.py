@@ -71,7 +71,7 @@ class Distribution:
         """The first ``count`` distinct rows (count,) int64 of a sequence of independent draws, in their order."""
         tries = _expected_tries(self, count)
         if tries > 2 * self.num_rows:
-            return _race(rng, np.arange(self.num_rows), self.probabilities, count)
+            return _exponential_race(rng, np.arange(self.num_rows), self.probabilities, count)
         rows = self.draw(rng, int(1.05 * tries) + 64)
         while True:
             distinct, first = np.unique(rows, return_index=True)
@@ -118,8 +118,8 @@ class Sampler:
 
     def _stream(self, purpose: str, worker: int, number: int) -> np.random.Generator:
         """The random stream of sample or pool ``number``, the same for all workers that share it."""
-        drawer = {"node": (self.node,), "job": (), "none": (worker,)}[self.sharing]
-        return stream(self.seed, purpose, *drawer, number)
+        group = {"node": (self.node,), "job": (), "none": (worker,)}[self.sharing]
+        return stream(self.seed, purpose, *group, number)
 
     def draw(self, number: int, count: int, is_local: np.ndarray | None = None) -> np.ndarray:
         """Rows (count,) int64 of the worker's sample ``number``.
@@ -148,27 +148,27 @@ class Sampler:
             if not here.size:
                 return self.distribution.draw(rng, count)
             bounds = np.cumsum(probabilities[here])
-            places = np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")
-            return here[np.minimum(places, here.size - 1)]
+            indices = np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")
+            return here[np.minimum(indices, here.size - 1)]
         # One time for each row of the segment, local or not: a row that comes or goes leaves the others' times as
         # they are, so workers that see different rows on their node still draw nearly alike.
         times = rng.standard_exponential(is_local.size) / probabilities
-        local = here[_first(times[here], min(count, here.size))]
+        local = here[_smallest(times[here], min(count, here.size))]
         if local.size == count:
             return local
         away = np.flatnonzero(~is_local)
-        return np.concatenate([local, away[_first(times[away], count - local.size)]])
+        return np.concatenate([local, away[_smallest(times[away], count - local.size)]])
 
 
-def _race(rng: np.random.Generator, rows: np.ndarray, probabilities: np.ndarray, count: int) -> np.ndarray:
+def _exponential_race(rng: np.random.Generator, rows: np.ndarray, probabilities: np.ndarray, count: int) -> np.ndarray:
     """The first ``count`` distinct of independent draws among ``rows``, in their order, by an exponential race.
 
     O(number of rows), however rare the last of them are.
     """
-    return rows[_first(rng.standard_exponential(rows.size) / probabilities[rows], count)]
+    return rows[_smallest(rng.standard_exponential(rows.size) / probabilities[rows], count)]
 
 
-def _first(times: np.ndarray, count: int) -> np.ndarray:
+def _smallest(times: np.ndarray, count: int) -> np.ndarray:
     """Places (count,) of the ``count`` smallest of ``times``, ascending by time."""
     if not count:
         return np.empty(0, np.int64)

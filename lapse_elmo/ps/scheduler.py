@@ -59,24 +59,24 @@ def _die_with(parent: int) -> None:
 def _watch(scheduler: int, living: int, start_s: float, parent: int) -> int:
     """Until the scheduler has ended; this process's status."""
     deadline: float | None = None
-    told = b""
+    phase = b""
     while True:
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         ready, _, _ = select.select([0, living], [], [], left)
         if 0 in ready:
-            before, told = told, os.read(0, 1)
-            if not told:
+            before, phase = phase, os.read(0, 1)
+            if not phase:
                 os.kill(scheduler, signal.SIGKILL)
                 return 1
-            if told == STARTS:
+            if phase == STARTS:
                 deadline = time.monotonic() + start_s
-            elif told == UP:
+            elif phase == UP:
                 deadline = None
-            elif told == ENDS:
+            elif phase == ENDS:
                 return _end(scheduler, living)
-            told = told or before
+            phase = phase or before
         elif living in ready:
-            if told:
+            if phase:
                 _end_job(parent, "the scheduler of the parameter server has died")
             return 1
         else:

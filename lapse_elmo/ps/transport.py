@@ -13,16 +13,16 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lapse_elmo.ps.wire import PIECE_BYTES
+from lapse_elmo.ps.wire import CHUNK_BYTES
 
 TO_MANAGER, TO_WORKER, VALUES = 1, 2, 3  # tags
 
 _SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a core
 _SHORTEST_SLEEP_S = 2e-5
-# The next sleep as a share of the time waited so far, and its bound in seconds. The alert setting costs a rank 7 % of
-# its speed in polling; rows that are chased from node to node, as by relocation, arrive in a third of the time.
-_CALM, _ALERT = (1 / 8, 4e-3), (1 / 32, 1e-3)
-_SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, PIECE_BYTES + (1 << 16), 32  # bytes, bytes, blocks
+# The next sleep as a share of the time waited so far, and its upper bound in seconds. Low latency costs a rank 7 % of
+# its speed in polling; in return, rows that several nodes relocate to themselves in turn arrive in a third of the time.
+_NORMAL, _LOW_LATENCY = (1 / 8, 4e-3), (1 / 32, 1e-3)
+_SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, CHUNK_BYTES + (1 << 16), 32  # bytes, bytes, blocks
 _UNUSED = 3  # references to a kept block: the list's, the loop's and the argument's
 
 
@@ -51,7 +51,7 @@ class Transport(Protocol):
     def outgoing_bytes(self, to: Address | None = None) -> int:
         """Return how many bytes have not left yet, in all or to one end (values count as what its worker is sent)."""
 
-    def take(self, size: int) -> np.ndarray:
+    def allocate(self, size: int) -> np.ndarray:
         """Return memory (size,) uint8 for a message."""
 
     def now(self) -> float:
@@ -68,13 +68,13 @@ class Backoff:
     """Polling: first without a break, then with sleeps that grow with the time waited.
 
     :param spin: whether there is a core for polling without a break.
-    :param alert: whether to sleep less; of effect only with ``spin``.
+    :param low_latency: whether to sleep less; of effect only with ``spin``.
     """
 
-    def __init__(self, transport: Transport, spin: bool, alert: bool = False) -> None:
+    def __init__(self, transport: Transport, spin: bool, low_latency: bool = False) -> None:
         self._transport = transport
         self._spin_s = _SPIN_S if spin else 0.0
-        self._share, self._longest_s = _ALERT if spin and alert else _CALM
+        self._share, self._longest_s = _LOW_LATENCY if spin and low_latency else _NORMAL
         self.reset()
 
     def reset(self, spin: bool = True) -> None:
@@ -90,7 +90,7 @@ class Backoff:
         self._transport.sleep(min(max(self._share * waited_s, _SHORTEST_SLEEP_S), self._longest_s))
 
 
-class Blocks:
+class BlockPool:
     """Memory for messages that is used again, since new memory costs more than filling it. For one thread.
 
     A block is free again when nothing but this list refers to it. The first free one is taken, so that few stay in use.
@@ -102,7 +102,7 @@ class Blocks:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._blocks: list[np.ndarray] = []
 
-    def take(self, size: int) -> np.ndarray:
+    def allocate(self, size: int) -> np.ndarray:
         """Return a block of ``size`` bytes."""
         if size < _SMALLEST_KEPT or size > _LARGEST_KEPT:
             return np.empty(size, np.uint8)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lapse_elmo.ps.messages import KINDS, Message
 
-PIECE_BYTES = 1 << 20  # of values in one message, so that sender and receiver work at the same time
+CHUNK_BYTES = 1 << 20  # of values in one message, so that sender and receiver work at the same time
 _SMALLEST_REQUEST_BYTES, _LARGEST_REQUEST_BYTES, _GROWTH = 1 << 19, 1 << 24, 4  # of values that one message asks for
 _WORD = 8
 
@@ -27,7 +27,7 @@ _WORD = 8
 class Allocator(Protocol):
     """Where the memory of messages comes from."""
 
-    def take(self, size: int) -> np.ndarray:
+    def allocate(self, size: int) -> np.ndarray:
         """Return a block (size,) uint8."""
 
 
@@ -84,7 +84,7 @@ def new(kind: type[M], allocator: Allocator | None = None, /, *, width: int = 0,
         shape.append(width)
         num_bytes = -(-4 * lengths[0] * width // _WORD) * _WORD
     size = schema.header.size + _WORD * sum(lengths) + num_bytes
-    block = np.empty(size, np.uint8) if allocator is None else allocator.take(size)
+    block = np.empty(size, np.uint8) if allocator is None else allocator.allocate(size)
     scalars = [fields[name] for name in schema.scalars]
     schema.header.pack_into(block.data, 0, kind.KIND, size, *scalars, *shape)
     message = _parse(schema, block)
@@ -119,7 +119,7 @@ def _parse(schema: _Schema, block: np.ndarray) -> Message:
     return schema.kind(block=block, **fields)
 
 
-def part(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
+def select(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
     """Return the same message about the rows at ``chosen`` only, with other ``changes``."""
     schema = _schema_of(type(message))
     fields: dict[str, Any] = {name: getattr(message, name) for name in schema.scalars}
@@ -129,13 +129,13 @@ def part(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
     return new(type(message), **(fields | changes))
 
 
-def pieces(number: int, width: int) -> Iterator[slice]:
+def chunks(number: int, width: int) -> Iterator[slice]:
     """Yield slices of ``number`` rows whose values of ``width`` floats fit into one message each."""
-    size = _rows_in(PIECE_BYTES, width)
+    size = _rows_in(CHUNK_BYTES, width)
     return (slice(start, min(start + size, number)) for start in range(0, number, size))
 
 
-def growing_pieces(number: int, width: int) -> Iterator[slice]:
+def growing_chunks(number: int, width: int) -> Iterator[slice]:
     """Yield slices of ``number`` rows to ask for in one message each: small ones first, so that owners soon begin."""
     start, size = 0, _rows_in(_SMALLEST_REQUEST_BYTES, width)
     while start < number:

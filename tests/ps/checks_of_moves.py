@@ -52,7 +52,7 @@ class Moves:
         np.testing.assert_array_equal(pulled(server, keys), values)
 
     def whole_segments_move(self, server: ParameterServer) -> None:
-        """By turns to every rank, as one call and in pieces."""
+        """By turns to every rank, as one call and in chunks."""
         keys = every_key("long")
         values = np.arange(15000, dtype=np.float32).reshape(5000, 3)
         if self.world.rank == 0:
@@ -60,8 +60,8 @@ class Moves:
         server.quiesce()
         for turn in range(2 * self.world.size):
             if turn % self.world.size == self.world.rank:
-                for piece in np.array_split(keys, 1 + turn % 3):
-                    server.localize(piece)
+                for chunk in np.array_split(keys, 1 + turn % 3):
+                    server.localize(chunk)
                 server.push(keys, ones(keys))
                 np.testing.assert_array_equal(pulled(server, keys), values + turn + 1)
             server.quiesce()

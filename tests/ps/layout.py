@@ -10,7 +10,7 @@ from lapse_elmo.ps.rules import Rule
 
 NUM_SAMPLED = 400
 WIDTH = 8192  # copying such a row takes long enough that two ranks do meet in it, if nothing keeps them apart
-# Long enough that one call spans several of an engine's internal pieces; single rows and odd widths at the edges.
+# Long enough that one call spans several of an engine's internal chunks; single rows and odd widths at the edges.
 LAYOUT = Layout.of(
     ("single", 1, 1), ("long", 5000, 3), ("wide", 32, WIDTH), ("sampled", NUM_SAMPLED, 4),
     ("adagrad", 40, 5, Rule("adagrad", epsilon=0.5)), ("per row", 40, 7, Rule("adagrad", per_row=True, epsilon=0.5)),

@@ -11,10 +11,10 @@ import torch
 
 from lapse_elmo import native
 from lapse_elmo.mpi.world import solo
-from lapse_elmo.ps.layout import Layout, Segment, turns
+from lapse_elmo.ps.layout import Layout, Segment, by_occurrence
 from lapse_elmo.ps.locked_rows import LockedRows
 from lapse_elmo.ps.memory import NodeMemory
-from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, shapes_of
+from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, array_shapes
 from lapse_elmo.ps.rules import Rule
 
 ROWS = 60
@@ -61,7 +61,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     library = native.load(SOURCE)
     assert library is not None, native.problem(SOURCE)
     segment = Layout.of(("before", 3, 2), ("rows", ROWS, width, RULES[name]))["rows"]
-    memories = [NodeMemory(solo(), shapes_of(segment, True)) for _ in range(2)]
+    memories = [NodeMemory(solo(), array_shapes(segment, True)) for _ in range(2)]
     pair = Pair(
         segment, (NativeRows(memories[0], segment, library), LockedRows(memories[1], segment)), np.random.default_rng(1)
     )
@@ -146,7 +146,7 @@ def test_the_way_of_rows(pair: Pair) -> None:
     values = abs(pair.values(ROWS, wide))
     equal(some.set(every, values) for some in pair.both)
     pair.same()
-    equal(some.clean(MAINS) for some in pair.both)
+    equal(some.clear_dirty(MAINS) for some in pair.both)
     rows = pair.some(COPIES, 12)
     gradients = pair.values(rows.size, pair.segment.width)
     for some in pair.both:
@@ -189,5 +189,5 @@ def test_accumulators_are_exact_sums_of_squares() -> None:
 
 def test_turns() -> None:
     rows = np.array([5, 3, 5, 5, 9, 3])
-    assert [turn.tolist() for turn in turns(rows)] == [[0, 1, 4], [2, 5], [3]]
-    assert list(turns(rows[:0])) == []
+    assert [turn.tolist() for turn in by_occurrence(rows)] == [[0, 1, 4], [2, 5], [3]]
+    assert list(by_occurrence(rows[:0])) == []

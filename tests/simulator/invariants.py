@@ -10,7 +10,7 @@ from lapse_elmo.ps import wire
 from lapse_elmo.ps.directory import node_of
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.manager import Manager
-from lapse_elmo.ps.messages import Deltas, HolderPush, Message, Own, Push
+from lapse_elmo.ps.messages import Deltas, HolderPush, Message, Push, Relocate
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.rows import COPY, DIRTY, MAIN
 from tests.simulator.network import Simulation
@@ -49,7 +49,7 @@ class Invariants:
         for number, segment in enumerate(self._ledger.layout.segments):
             states = [manager.states[number] for manager in self._managers]
             here = [message for message in flying if getattr(message, "segment", -1) == number]
-            moving = [message for message in here if isinstance(message, Own)]
+            moving = [message for message in here if isinstance(message, Relocate)]
             self._one_main_copy(states, moving)
             self._owners_know_replicas(states, moving)
             if segment.name == "counts" and not self._ledger.pushing:
@@ -60,7 +60,7 @@ class Invariants:
                 stamps[:] = state.stamps
 
     def _flying(self) -> Iterator[Message]:
-        """Yield the messages that have not been handled: kept back, on their way, arrived, or parked."""
+        """Yield the messages that have not been handled: kept back, on their way, arrived, or queued."""
         simulation = self._simulation
         for (_, to), blocks in simulation.channels.items():
             if to.tag != 3:
@@ -74,28 +74,28 @@ class Invariants:
             for kept in manager.mailbox._outbox.values():
                 for block in kept:
                     yield from wire.read(block)
-            yield from manager._router._parked
+            yield from manager._router._queued
 
     @staticmethod
-    def _one_main_copy(states: list[SegmentState], flying: list[Own]) -> None:
+    def _one_main_copy(states: list[SegmentState], flying: list[Relocate]) -> None:
         copies = np.sum([state.rows.owned() for state in states], 0)
         for message in flying:
             copies[message.rows] += 1
         assert (copies == 1).all(), f"main copies of the rows: {copies.tolist()}"
 
     @staticmethod
-    def _owners_know_replicas(states: list[SegmentState], flying: list[Own]) -> None:
-        """Of each replica the lender owns the main copy and has noted the holder, unless that is being promoted."""
+    def _owners_know_replicas(states: list[SegmentState], flying: list[Relocate]) -> None:
+        """Of each replica the owner has the main copy and has noted the holder, unless that is being promoted."""
         for node, state in enumerate(states):
-            held = state.borrowed
-            for lender in np.unique(state.lender[held]).tolist():
-                rows = held[state.lender[held] == lender]
-                owner = states[lender]
-                known = owner.lending.is_lent(rows, node) & owner.rows.owned(rows)
+            held = state.replica_rows
+            for owner in np.unique(state.replica_owner[held]).tolist():
+                rows = held[state.replica_owner[held] == owner]
+                at_owner = states[owner]
+                known = at_owner.holders.is_held_by(rows, node) & at_owner.rows.owned(rows)
                 for row in rows[~known].tolist():
                     coming = [message for message in flying if row in message.rows]
                     assert coming and node_of(coming[0].stamps[:1]) == node, (
-                        f"node {lender} does not know that node {node} holds row {row}"
+                        f"node {owner} does not know that node {node} holds row {row}"
                     )
 
     def _nothing_is_lost(self, states: list[SegmentState], flying: list[Message]) -> None:
@@ -108,7 +108,7 @@ class Invariants:
             changed = np.flatnonzero(rows.flags & (COPY | DIRTY) == COPY | DIRTY)
             total[changed] += rows.replica[rows.slots[changed], 1]
         for message in flying:
-            if isinstance(message, (Own, Deltas, Push, HolderPush)):
+            if isinstance(message, (Relocate, Deltas, Push, HolderPush)):
                 np.add.at(total, message.rows, message.values)
         assert (total == self._ledger.begun.T).all(), (
             f"pushes {self._ledger.begun.T.tolist()}, found {total.tolist()}"
@@ -137,5 +137,5 @@ class Invariants:
         assert not left, f"messages were not received when the job ended: {left}"
         for manager in self._managers:
             mailbox = manager.mailbox
-            assert not (manager.pending or manager._router._parked or mailbox._outbox or mailbox._inbox)
+            assert not (manager.pending or manager._router._queued or mailbox._outbox or mailbox._inbox)
         assert all(server.closed and not server._calls for server in self._servers)

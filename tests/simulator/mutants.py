@@ -37,7 +37,7 @@ MUTANTS = (
     ),
     Mutant(
         "a round does not mark the owner's own changes", "manager.py",
-        "state.lending.changed(lent[state.rows.clean(lent)])\n            outdated",
+        "state.holders.mark_changed(held[state.rows.clear_dirty(held)])\n            outdated",
         "outdated",
     ),
     Mutant(
@@ -47,7 +47,7 @@ MUTANTS = (
     ),
     Mutant(
         "set is done before replicas show it", "manager.py",
-        "if (state.lender[message.rows] != NOBODY).any():",
+        "if (state.replica_owner[message.rows] != NO_NODE).any():",
         "if False:",
     ),
     Mutant(
@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         "deltas are not counted as changes", "manager.py",
-        "state.lending.changed_by(message.rows, message.node)",
+        "state.holders.mark_changed_by(message.rows, message.node)",
         "pass",
     ),
     Mutant(
@@ -71,13 +71,13 @@ MUTANTS = (
         "if False:",
     ),
     Mutant(
-        "parked requests are forgotten", "routing.py",
-        "return list(parked)",
+        "queued requests are forgotten", "routing.py",
+        "return list(queued)",
         "return []",
     ),
     Mutant(
-        "parked requests are not looked at when rows arrive", "moves.py",
-        "        self._router.arrived()\n",
+        "queued requests are not looked at when rows arrive", "moves.py",
+        "        self._router.rows_arrived()\n",
         "",
     ),
     Mutant(
@@ -97,22 +97,22 @@ MUTANTS = (
     ),
     Mutant(
         "lent rows are relocated", "moves.py",
-        "(state.lending.num_holders[rows] == 0) & (state.intents[rows] == 0)\n        return",
+        "(state.holders.num_holders[rows] == 0) & (state.intents[rows] == 0)\n        return",
         "(state.intents[rows] == 0)\n        return",
     ),
     Mutant(
         "replicas are not noted", "moves.py",
-        "        state.lending.lend(rows, receiver)\n",
+        "        state.holders.add(rows, receiver)\n",
         "",
     ),
     Mutant(
         "rows that several hold are promoted", "moves.py",
-        "rows = state.lending.sole(holder)",
-        "rows = state.lending.rows_of(holder)",
+        "rows = state.holders.sole_rows_of(holder)",
+        "rows = state.holders.rows_of(holder)",
     ),
     Mutant(
         "promoted rows stay lent", "moves.py",
-        "                    state.lending.give_up(unused, holder)\n",
+        "                    state.holders.remove(unused, holder)\n",
         "",
     ),
     Mutant(
@@ -143,8 +143,8 @@ MUTANTS = (
     ),
     Mutant(
         "what arrives is still wanted", "node_state.py",
-        "self.wanted[rows] = False\n        learn(self.stamps, rows, stamps)\n        self.lender",
-        "learn(self.stamps, rows, stamps)\n        self.lender",
+        "self.wanted[rows] = False\n        update_stamps(self.stamps, rows, stamps)\n        self.replica_owner",
+        "update_stamps(self.stamps, rows, stamps)\n        self.replica_owner",
     ),
     Mutant(
         "older stamps overwrite newer ones", "directory.py",
@@ -152,22 +152,22 @@ MUTANTS = (
         "stamps",
     ),
     Mutant(
-        "a holder's own changes make it current", "lending.py",
-        "current = lent.sent[places] == before[which]",
-        "current = np.ones(places.size, bool)",
+        "a holder's own changes make it current", "holders.py",
+        "current = held.sent_version[indices] == before[which]",
+        "current = np.ones(indices.size, bool)",
     ),
     Mutant(
-        "rounding is not noted", "lending.py",
-        "lent.rounded[places[current]] = True",
+        "rounding is not noted", "holders.py",
+        "held.rounded[indices[current]] = True",
         "pass",
     ),
     Mutant(
-        "changes have no version", "lending.py",
-        "self._version[rows] = self._now",
+        "changes have no version", "holders.py",
+        "self._version[rows] = self._newest_version",
         "pass",
     ),
     Mutant(
-        "exact rounds are as others", "lending.py",
+        "exact rounds are as others", "holders.py",
         "if exact:",
         "if False:",
     ),
@@ -208,8 +208,8 @@ MUTANTS = (
     ),
     Mutant(
         "flushes are answered by the round under way", "rounds.py",
-        "        self._waiting.append(action)",
-        "        (self._flushing if self._running else self._waiting).append(action)",
+        "        self._next_actions.append(action)",
+        "        (self._actions if self._running else self._next_actions).append(action)",
     ),
     Mutant(
         "workers do not wait for rounds", "embedded.py",
@@ -248,7 +248,7 @@ MUTANTS = (
     ),
     Mutant(
         "a replica is kept for ever", "moves.py",
-        "self._rounds.release_later(state.number, message.rows",
+        "self._rounds.schedule_release(state.number, message.rows",
         "len((state.number, message.rows",
     ),
     Mutant(

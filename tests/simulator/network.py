@@ -188,7 +188,7 @@ class SimTransport:
         outgoing = self._simulation.outgoing
         return (sum(outgoing.values()) if to is None else outgoing.get(to, 0)) * self._simulation.pace.outgoing_scale
 
-    def take(self, size: int) -> np.ndarray:
+    def allocate(self, size: int) -> np.ndarray:
         return np.empty(size, np.uint8)
 
     def now(self) -> float:

@@ -132,7 +132,7 @@ class SimPlatform:
     def rows(self, memory: Any, segment: Segment) -> Rows:
         return SimRows(self._job.simulation, memory, segment, self._job.library)
 
-    def transport(self, tag: int, *, alert: bool) -> SimTransport:
+    def transport(self, tag: int, *, low_latency: bool) -> SimTransport:
         return SimTransport(self._job.simulation, self._world.rank, tag)
 
     def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:

@@ -94,7 +94,7 @@ class CountingPlatform(SimPlatform):
         super().__init__(world, 1.0)
         self._workload, self._counts = workload, counts
 
-    def transport(self, tag: int, *, alert: bool) -> SimTransport:
+    def transport(self, tag: int, *, low_latency: bool) -> SimTransport:
         transport = CountingTransport(self._job.simulation, self._world.rank, tag)
         transport.counts, transport.workload = self._counts, self._workload
         return transport
@@ -148,7 +148,8 @@ class _Worker:
             arrays = server._memory.arrays.items()
             size = sum(array.nbytes for name, array in arrays if not name.endswith((MAIN_ROWS, REPLICA_ROWS)))
             for state in server._manager.states:
-                size += state.intents.nbytes + state.wanted.nbytes + state.lender.nbytes + state.lending.num_bytes
+                dense = (state.intents, state.wanted, state.replica_owner)
+                size += sum(array.nbytes for array in dense) + state.holders.num_bytes
             self.counts["bookkeeping"] += size
         server.close()
 

@@ -35,7 +35,7 @@ class Schedule:
     clocks_per_phase: int = 4
     calls_per_clock: int = 3
     staleness: int = 4
-    piece_bytes: int = 1 << 20
+    chunk_bytes: int = 1 << 20
     ring_bytes: int = 1 << 14
     slow_share: float = 0.1
     preemption: float = 0.1
@@ -62,7 +62,7 @@ class Schedule:
             clocks_per_phase=random.choice((1, 1, 2, 2, 3, 8)),
             calls_per_clock=random.choice((1, 2, 2, 5)),
             staleness=random.choice((2, 2, 3, 4)),
-            piece_bytes=random.choice((1 << 20, 40)),
+            chunk_bytes=random.choice((1 << 20, 40)),
             ring_bytes=random.choice((1 << 14, 1 << 11)),
             slow_share=random.choice((0.0, 0.1, 0.5)),
             preemption=random.choice((0.0, 0.1, 0.4)),
@@ -79,7 +79,7 @@ class Schedule:
         simplest: tuple[tuple[str, tuple[object, ...]], ...] = (
             ("phases", (1,)), ("num_nodes", (2, 3)), ("workers_per_node", (1,)), ("num_rows", (1, 3, 8)),
             ("clocks_per_phase", (1, 2, 3)), ("calls_per_clock", (1, 2)), ("scheme", ("naive",)),
-            ("outgoing_scale", (1,)), ("piece_bytes", (1 << 20,)), ("ring_bytes", (1 << 14,)), ("crowded", (False,)),
+            ("outgoing_scale", (1,)), ("chunk_bytes", (1 << 20,)), ("ring_bytes", (1 << 14,)), ("crowded", (False,)),
             ("stall_share", (0.0,)), ("preemption", (0.0,)), ("slow_share", (0.0,)),
             ("hot", (False,)),
         )
@@ -87,7 +87,7 @@ class Schedule:
             present: Any = getattr(self, name)
             for value in values:
                 simpler: Any = value
-                if simpler != present and (name in ("scheme", "piece_bytes", "ring_bytes") or simpler < present):
+                if simpler != present and (name in ("scheme", "chunk_bytes", "ring_bytes") or simpler < present):
                     yield dataclasses.replace(self, **{name: simpler})
 
     def __str__(self) -> str:
@@ -141,12 +141,12 @@ def run(schedule: Schedule) -> Result:
 @contextmanager
 def _sizes(schedule: Schedule) -> Iterator[None]:
     """Make messages and rings so small that a few rows need several."""
-    before = wire.PIECE_BYTES, ring.RING_BYTES
-    wire.PIECE_BYTES, ring.RING_BYTES = schedule.piece_bytes, schedule.ring_bytes
+    before = wire.CHUNK_BYTES, ring.RING_BYTES
+    wire.CHUNK_BYTES, ring.RING_BYTES = schedule.chunk_bytes, schedule.ring_bytes
     try:
         yield
     finally:
-        wire.PIECE_BYTES, ring.RING_BYTES = before
+        wire.CHUNK_BYTES, ring.RING_BYTES = before
 
 
 def shrink(schedule: Schedule, tries: int = 300) -> Schedule:
