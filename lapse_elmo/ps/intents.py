@@ -1,4 +1,4 @@
-"""Intents of a node's workers: which are under way, and when they end."""
+"""Intents of a node's workers: which are active at the workers' clocks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ import numpy as np
 
 from lapse_elmo.ps.node_state import SegmentState
 
-HORIZON = 32  # clocks: an intent is acted on when its start is at most so far away
+HORIZON = 32  # clocks before its start at which an intent becomes active and its rows are requested
 
 
 class Intents:
-    """Counts intents in ``SegmentState.intents`` from their announcement to the end of their clocks.
+    """Counts the active intents per row in ``SegmentState.intents``: from ``HORIZON`` clocks before start to end.
 
-    :param clocks: (workers of the node,) int64, in memory that the workers advance.
+    Args:
+        states: The node's bookkeeping, by segment number.
+        clocks: (workers,) int64, the clocks of the node's workers in shared memory; only read here.
     """
 
     def __init__(self, states: Sequence[SegmentState], clocks: np.ndarray) -> None:
         self._states = states
         self._clocks = clocks
         self._last_clocks = clocks.tobytes()
-        self._number = 0  # so that entries of equal clocks are never compared further
+        self._number = 0  # breaks ties in the heaps, whose entries' arrays cannot be compared
         Entry = tuple[int, int, int, np.ndarray, int]
-        self._scheduled: list[list[Entry]] = [[] for _ in clocks]  # by start
-        self._active: list[list[Entry]] = [[] for _ in clocks]  # by end
+        self._scheduled: list[list[Entry]] = [[] for _ in clocks]  # per worker, a heap by start
+        self._active: list[list[Entry]] = [[] for _ in clocks]  # per worker, a heap by end
 
     def add(self, segment: int, rows: np.ndarray, worker: int, start: int, end: int) -> np.ndarray:
-        """Register an intent for distinct ``rows``; return those to act on now."""
+        """Register an intent of ``worker`` for the distinct ``rows`` in the clocks [start, end).
+
+        Returns:
+            The rows to request now: all, or none if the intent starts later or has ended.
+        """
         if end <= self._clocks[worker]:
             return rows[:0]
         self._number += 1
@@ -40,11 +46,15 @@ class Intents:
         return rows
 
     def clocks_advanced(self) -> bool:
-        """Return whether a clock has advanced since :meth:`advance`."""
+        """Return whether a clock has advanced since the last :meth:`advance`."""
         return self._clocks.tobytes() != self._last_clocks
 
     def advance(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, np.ndarray]]]:
-        """Look at the clocks; return (segment, rows) whose intents have all ended, and those to act on now."""
+        """Expire and activate intents by the current clocks.
+
+        Returns:
+            (segment, rows) lists: rows that have no active intent any more, and rows to request now.
+        """
         clocks = self._clocks.copy()
         self._last_clocks = clocks.tobytes()
         ended, due = [], []

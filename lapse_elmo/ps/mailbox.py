@@ -1,4 +1,4 @@
-"""What one thread of a rank, worker or manager, sends and receives: messages merged into transmissions."""
+"""The messages that one thread of a rank, worker or manager, sends and receives, merged into few transmissions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_WORKER, Address, Transport
 from lapse_elmo.ps.wire import read
 
-_MERGED_BYTES = 1 << 16  # messages below this size wait for the next flush, to be sent together
-_URGENT = (Pull, Push, HolderPush, Set, SetDone)  # a worker waits for them
+_MERGED_BYTES = 1 << 16  # messages below this size wait for the next flush and are sent together
+_URGENT = (Pull, Push, HolderPush, Set, SetDone)  # a worker is waiting for the answer
 
 
 class Mailbox:
     """One end of the engine's network.
 
-    Small messages to one receiver are merged until :meth:`flush`; messages between two ends keep their order.
+    Small messages to a receiver are collected until :meth:`flush`. Messages between two ends keep their order.
 
-    :param rings: of the workers whose messages to this manager come through shared memory.
+    Args:
+        transport: The network.
+        rings: For a manager, the rings of its node's workers.
     """
 
     def __init__(self, transport: Transport, rings: Sequence[Ring] = ()) -> None:
@@ -29,14 +31,14 @@ class Mailbox:
         self._rings = rings
         self._next_ring = 0
         self._outbox: dict[Address, list[np.ndarray]] = {}
-        self._urgent: set[Address] = set()  # receivers that should not wait
+        self._urgent: set[Address] = set()  # receivers with an urgent message in the outbox
         self._inbox: deque[Message] = deque()
         self.sent = 0  # messages
         self.transmissions = 0
         self.sent_bytes = 0
 
     def send(self, to: Address, message: Message) -> None:
-        """Send ``message`` at the next flush, or at once if it is large; it must not be changed any more."""
+        """Send ``message`` at the next flush, or at once if it is large. It must not be changed from now on."""
         self.sent += 1
         if message.block.size < _MERGED_BYTES:
             self._outbox.setdefault(to, []).append(message.block)
@@ -47,22 +49,22 @@ class Mailbox:
         self._transmit(to, message.block)
 
     def send_values(self, rank: int, values: np.ndarray) -> None:
-        """Send values to the worker of ``rank``, after all messages to it."""
+        """Send values (n, width) to the worker of ``rank``, after all messages to it; they must not be changed."""
         self._flush_to(Address(rank, TO_WORKER))
         self.transport.send_values(rank, values)
         self.sent_bytes += values.nbytes
 
     def flush(self, urgent_only: bool = False) -> None:
-        """Begin to send what was kept back: all of it, or what a worker waits for and all before it."""
+        """Start sending the collected messages: all, or those to receivers of urgent ones, in their order."""
         for to in list(self._urgent if urgent_only else self._outbox):
             self._flush_to(to)
         self._urgent.clear()
 
     def receive(self) -> Message | None:
-        """Return the next message, or None. Messages of one sender come in the order of sending."""
+        """Return the next message, or None. Messages of one sender arrive in the order of sending."""
         if self._inbox:
             return self._inbox.popleft()
-        for _ in range(len(self._rings)):  # workers take turns
+        for _ in range(len(self._rings)):  # round robin, so that no worker starves the others
             self._next_ring = (self._next_ring + 1) % len(self._rings)
             block = self._rings[self._next_ring].read()
             if block is not None:
@@ -74,7 +76,7 @@ class Mailbox:
         return self._inbox.popleft()
 
     def _flush_to(self, to: Address) -> None:
-        """Send what was kept back for ``to`` together, in transmissions of bounded size."""
+        """Send the messages collected for ``to``, in transmissions of bounded size."""
         together: list[np.ndarray] = []
         size = 0
         for block in self._outbox.pop(to, ()):

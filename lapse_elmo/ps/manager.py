@@ -1,12 +1,13 @@
-"""The manager of a node moves rows, synchronises replicas and serves other nodes.
+"""The manager of a node: it moves rows, synchronises replicas, and serves the workers of other nodes.
 
-It alone changes which rows are on the node. Workers read and change rows that are here by themselves; what is not here
-they ask for at the manager of the node that the owner stamps name (:mod:`lapse_elmo.ps.directory`). A manager serves
-what it owns, forwards the rest by its own, newer stamps, and queues what it is about to own. So requests that arrive
-while a row moves are served by the new owner, and none is lost.
+Only the manager changes which rows are on its node. Workers access the rows of their node in place. For all other rows
+they send requests to the node that the owner stamps name (:mod:`lapse_elmo.ps.directory`). A manager serves requests
+for rows that it owns, forwards the rest using its own, newer stamps, and queues requests for rows that are in transit
+to it. Requests that arrive while a row moves are thus served by the new owner, and none is lost.
 
-The manager never waits: :meth:`Manager.step` handles what has arrived. What it sends in answer to one message, which
-may be many megabytes, is a *job* that continues as far as the receiver keeps up; jobs for one receiver run in order.
+The manager never blocks: :meth:`Manager.step` handles the messages that have arrived. The answer to one message may be
+many megabytes. It is sent by a *job*, a generator that is advanced while its receiver has room; jobs for one receiver
+run in the order in which they were started. docs/protocol.md lists the messages and the order that each relies on.
 """
 
 from __future__ import annotations
@@ -53,18 +54,25 @@ from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address, Backoff
 from lapse_elmo.ps.wire import chunks, new
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
-# How long wants, and messages to other managers, wait for more, so that few are sent: a small share of a step.
+# Wants and small messages to other managers are delayed by this share of a step, at most by this many seconds, and then
+# sent together: fewer transmissions for a delay that a step does not notice.
 _DELAY_SHARE, _MAX_DELAY_S = 1 / 128, 0.02
-_MESSAGES_PER_STEP = 64  # messages handled before rounds and jobs have their turn
-_MAX_OUTGOING_BYTES, _MAX_TOTAL_OUTGOING_BYTES = 1 << 22, 1 << 28  # of what has not left: to one receiver, in all
+_MESSAGES_PER_STEP = 64  # at most, so that a stream of messages cannot keep rounds and jobs from making progress
+_MAX_OUTGOING_BYTES, _MAX_TOTAL_OUTGOING_BYTES = 1 << 22, 1 << 28  # not sent yet: per receiver, in total
 
 
 class Manager:
-    """Serves until it is told to stop.
+    """The message loop of one node and the handler of each message kind.
 
-    :param leaders: rank of each node's manager.
-    :param clocks: (workers,) int64 of the node.
-    :param synced: (workers,) int64; see :class:`~lapse_elmo.ps.rounds.Rounds`.
+    Args:
+        mailbox: The manager's end of the network, including the rings of the node's workers.
+        backoff: How to wait when there is nothing to do.
+        states: The node's bookkeeping, by segment number.
+        technique: One of ``TECHNIQUES``.
+        node: Number of this node.
+        leaders: Rank of each node's manager, by node.
+        clocks: (workers,) int64, the clocks of the node's workers in shared memory; only read here.
+        synced: (workers,) int64 in shared memory, written here; see :class:`~lapse_elmo.ps.rounds.Rounds`.
     """
 
     def __init__(
@@ -72,10 +80,10 @@ class Manager:
         leaders: Sequence[int], clocks: np.ndarray, synced: np.ndarray,
     ) -> None:
         self.mailbox, self.states, self.node = mailbox, states, node
-        self.handled = 0  # messages
+        self.handled = 0  # messages; compared with those sent to determine whether any is in transit
         self.stopping = self._halted = False
         self._frozen = False
-        self._flushed_s = mailbox.transport.now()  # when small messages and wants were last sent
+        self._flushed_s = mailbox.transport.now()  # when wants and small messages were last sent
         self._backoff = backoff
         self._leaders = list(leaders)
         self._jobs: dict[Address, deque[Iterator[None]]] = {}
@@ -100,7 +108,7 @@ class Manager:
         }
 
     def serve(self) -> None:
-        """Run until stopped, with sleeps where there is nothing to do; return when everything has left."""
+        """Call :meth:`step` until stopped; while idle, first reserve memory for rows that may come, then sleep."""
         prepared = False
         while not self.stopping:
             if self.step():
@@ -115,11 +123,11 @@ class Manager:
             self.mailbox.transport.finish()
 
     def halt(self) -> None:
-        """Have :meth:`serve` return soon, whatever is on its way: nobody may receive any more."""
+        """Make :meth:`serve` return without sending what is left: after an error nobody may be there to receive it."""
         self._halted = self.stopping = True
 
     def step(self) -> bool:
-        """Handle what has arrived and is due; return whether there was anything."""
+        """Handle messages, start what is due and advance jobs, without blocking; return whether anything was done."""
         busy = False
         for _ in range(_MESSAGES_PER_STEP):
             message = None if self.stopping else self.mailbox.receive()
@@ -148,23 +156,22 @@ class Manager:
 
     @property
     def pending(self) -> int:
-        """Answers that are not complete, of messages that have been handled."""
+        """Number of answers still owed for handled messages; ``EmbeddedServer._drain`` waits until it is 0."""
         return sum(map(len, self._jobs.values())) + self._moves.num_pending_wants + self._moves.num_unreported
 
     def _handle(self, message: Message) -> None:
         self._handlers[type(message)](message)
 
-    # Jobs
-
     def _job(self, to: Address, job: Iterator[None]) -> None:
-        """Run what answers a message as far as there is room."""
+        """Start a job that sends messages to ``to`` as far as it has room, after earlier jobs for ``to``."""
         self._jobs.setdefault(to, deque()).append(job)
 
     def _start(self, node: int, job: Iterator[None]) -> None:
+        """Start a job that sends messages to the manager of ``node``."""
         self._job(self._manager_of(node), job)
 
     def _run_jobs(self) -> bool:
-        """Continue all jobs whose receivers have room; return whether anything was done."""
+        """Advance the jobs whose receivers have room; return whether any was advanced."""
         busy = False
         for to in list(self._jobs):
             waiting = self._jobs[to]
@@ -179,15 +186,21 @@ class Manager:
         return busy
 
     def _has_room(self, to: Address) -> bool:
-        """Whether ``to`` keeps up. A worker may compute for long before it receives what it asked for."""
+        """Return whether ``to`` keeps up with what it is sent."""
+        # Workers may compute for seconds before they receive: without a limit in total, many could fill the memory.
         transport = self.mailbox.transport
         if to.tag == TO_WORKER and transport.outgoing_bytes() >= _MAX_TOTAL_OUTGOING_BYTES:
             return False
         return transport.outgoing_bytes(to) < _MAX_OUTGOING_BYTES
 
-    # What workers ask for
+    # Requests of workers
 
     def _serve_pull(self, message: Pull) -> Iterator[None]:
+        """Answer a `Pull` of a worker of any other node, chunk by chunk; forward or queue rows not owned here.
+
+        Each chunk is looked up when its turn comes, since rows may move while the job waits for room. The worker
+        matches values with `Rows` messages by order alone: this relies on FIFO order, and on one job per receiver.
+        """
         state = self.states[message.segment]
         for chunk in chunks(message.rows.size, message.num_floats):
             some = self._router.select_owned(message, chunk)
@@ -207,11 +220,17 @@ class Manager:
             yield
 
     def _on_push(self, message: Push) -> None:
+        """Apply a `Push` of another node's worker to the rows owned here; forward or queue the rest.
+
+        Guarantees that a row is changed before the `Done` that counts it is sent. Rows that the worker's node holds
+        replicas of are returned to that node as `HolderPush`, which is sent after the `Replicate` of these rows and,
+        by FIFO order, arrives after it.
+        """
         state = self.states[message.segment]
         message = self._router.select_owned(message)
         if not message.rows.size:
             return
-        # A node that is about to get replicas, or has them by now, must not show its worker values without this push.
+        # The worker's next pull may read the replica, which must show this push: apply it there instead of here.
         held = state.holders.is_held_by(message.rows, message.node)
         if held.any():
             back = np.flatnonzero(held)
@@ -230,12 +249,16 @@ class Manager:
         self._done(message.origin, message.ticket, rows.size)
 
     def _on_holder_push(self, message: HolderPush) -> None:
-        """Push to replicas here, or to main copies; what is not here any more goes to its owner after all."""
+        """Apply a push of this node's worker that its owner returned because the rows are replicated here.
+
+        Relies on the `Replicate` of the rows having arrived before. A replica that has been dropped in the meantime is
+        missing: its push is sent to the owner again, after the `Drop`.
+        """
         state = self.states[message.segment]
         missing = state.rows.push(message.rows, message.values, message.rate)
         self._done(message.origin, message.ticket, message.rows.size - missing.size)
         if missing.size:
-            self._rounds.send_drops()  # else the owner would send it back here
+            self._rounds.send_drops()  # else the owner, for whom this node holds them, would return the push again
             rows = message.rows[missing]
             self._router.route(new(
                 Push, segment=message.segment, node=message.node, origin=message.origin, ticket=message.ticket,
@@ -243,7 +266,12 @@ class Manager:
             ))
 
     def _on_set(self, message: Set) -> None:
-        """The worker's manager gets it first, so that it comes after the deltas that are on their way to the owner."""
+        """Overwrite the main copies here; forward the rest to its owners.
+
+        A worker sends a `Set` to its own manager first, which overwrites the node's replica and forwards it. So the
+        `Set` reaches the owner after the `Deltas` that the node has sent to it before, which would otherwise be added
+        to the new value. Guarantees a `SetDone` to the worker's manager after the main copy is overwritten.
+        """
         state = self.states[message.segment]
         missing = state.rows.set(message.rows, message.values)
         held = missing[state.replica_owner[message.rows[missing]] != NO_NODE]
@@ -261,7 +289,12 @@ class Manager:
         self._router.route(message, missing)
 
     def _on_set_done(self, message: SetDone) -> None:
-        """Rows are overwritten at their owners; a replica here may show the old value until a round has ended."""
+        """Complete a worker's ``set`` once the owners have overwritten the rows.
+
+        Called on the worker's node. If a row is replicated here, the answer waits for a whole round: a `Refresh` in
+        transit, read before the row was overwritten, may put the old value back into the replica. Relies on `SetDone`
+        arriving after a `Replicate` that the same owner sent before it.
+        """
         state, number = self.states[message.segment], message.rows.size
         if (state.replica_owner[message.rows] != NO_NODE).any():
             self._rounds.after_next_round(lambda: self._done(message.origin, message.ticket, number))
@@ -269,12 +302,14 @@ class Manager:
             self._done(message.origin, message.ticket, number)
 
     def _on_intent(self, message: Intent) -> None:
+        """Register an intent and request the rows it needs soon; under ``relocation`` it is an async localize."""
         rows = message.rows
         if self._moves.technique != "relocation":
             rows = self._intents.add(message.segment, rows, message.worker, message.start, message.end)
         self._moves.want(self.states[message.segment], rows)
 
     def _process_clocks(self) -> None:
+        """Expire intents whose clocks have passed, and request rows whose intents start soon."""
         ended, due = self._intents.advance()
         for segment, rows in ended:
             self._rounds.schedule_release(segment, rows)
@@ -282,34 +317,52 @@ class Manager:
             self._moves.want(self.states[segment], rows)
 
     def _on_flush(self, message: Flush) -> None:
+        """Answer a worker's `Flush` after a whole exact round that starts after this call."""
         self._rounds.after_next_round(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_freeze(self, message: Freeze) -> None:
-        """With ``frozen`` begin nothing: when all managers have done so and nothing is pending, no row moves."""
+        """Stop, or with ``frozen`` 0 resume, starting rounds and requesting rows.
+
+        Requests are still served. Once all managers are frozen and all messages are drained, no row moves.
+        """
         self._frozen = bool(message.frozen)
         self._done(message.origin, message.ticket, 1)
 
     def _on_stop(self, _: Stop) -> None:
+        """End :meth:`serve`. The sender has drained all messages before, so this is the last one."""
         self.stopping = True
 
-    # What other managers say
+    # Messages of other managers
 
     def _on_moved(self, message: Moved) -> None:
+        """Record at the rows' home who owns them now; the newest stamp wins, so no order is needed."""
         update_stamps(self.states[message.segment].stamps, message.rows, message.stamps)
 
     def _on_drop(self, message: Drop) -> None:
+        """Remove a holder of replicas: after its last `Deltas`, and before its next `Want`, of the same rows."""
         self.states[message.segment].holders.remove(message.rows, message.node)
 
     def _on_deltas(self, message: Deltas) -> None:
+        """Add a holder's deltas to the main copies; before the `Sync` of the round, whose answer includes them.
+
+        The rows are here: a row with holders is never relocated, and a holder sends no deltas after its `Drop`.
+        """
         state = self.states[message.segment]
         missing = state.rows.add(message.rows, message.values, mark=False)
         assert not missing.size, "deltas came for rows that are not here"
         state.holders.mark_changed_by(message.rows, message.node)
 
     def _on_expiring(self, message: Expiring) -> None:
+        """Exclude replicas that a holder will drop from the `Refresh` of its round; arrives before the `Sync`."""
         self.states[message.segment].holders.mark_expiring(message.rows, message.node)
 
     def _serve_sync(self, message: Sync) -> Iterator[None]:
+        """Answer a holder's `Sync`: promote and refresh its replicas, then send `SyncDone`.
+
+        All `Deltas` that the holder sent before the `Sync` have been added, and it sends no more until `SyncDone`. So a
+        value read here includes everything that the holder has sent, and the holder can add its new deltas on top.
+        Guarantees `Relocate` and `Refresh` before `SyncDone`, all in one job.
+        """
         yield from self._moves.promote(message.node)
         for state in self.states:
             held = state.holders.rows_of(message.node)
@@ -334,10 +387,12 @@ class Manager:
         return Address(self._leaders[node], TO_MANAGER)
 
     def _send(self, node: int, message: Message) -> None:
+        """Send ``message`` to the manager of ``node`` and count its bytes for its segment (0 if it has none)."""
         segment = getattr(message, "segment", 0)
         self.states[segment].stats.sent_bytes += message.block.size
         self.mailbox.send(self._manager_of(node), message)
 
     def _done(self, origin: int, ticket: int, count: int) -> None:
+        """Answer the worker of rank ``origin``: ``count`` rows of its call ``ticket`` are complete."""
         if count:
             self.mailbox.send(Address(origin, TO_WORKER), new(Done, ticket=ticket, count=count))

@@ -1,9 +1,14 @@
 """The messages of the embedded engine: one frozen dataclass per kind.
 
-docs/protocol.md lists who sends which kind to whom, and the order that each of them relies on. A new kind is a new
-class here, with a ``KIND`` of its own, and a handler in the manager or the worker. ``segment`` is a segment's number,
-``origin`` the rank of the worker that is answered, ``ticket`` its name for the call, ``rows`` are numbers within the
-segment, and ``stamps`` are owner stamps (:mod:`lapse_elmo.ps.directory`).
+docs/protocol.md lists the sender and the receiver of each kind and the order that it relies on. To add a kind, add a
+class here with a new ``KIND``, an entry in ``KINDS``, a handler in the manager or the worker, and a row in the
+document's table, which a test compares with this file. Fields that several kinds share:
+
+- ``segment``: a segment's number, in the order of the layout.
+- ``node``: the node of the sender; of a forwarded request, the node of the worker that began it.
+- ``origin``: the rank of the worker to answer. ``ticket``: the number by which it knows the call.
+- ``rows``: (n,) row numbers within the segment. ``stamps``: (n,) their owner stamps as the sender knows them
+  (:mod:`lapse_elmo.ps.directory`). ``values``: (n, width), whole rows unless the kind says otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ Values: TypeAlias = np.ndarray  # (n, width) float32
 
 @dataclass(frozen=True)
 class Message:
-    """Base of all kinds. ``block`` holds the bytes that all fields lie in."""
+    """Base of all kinds. ``block`` holds the encoded message (:mod:`lapse_elmo.ps.wire`); arrays are views of it."""
 
     KIND: ClassVar[int]
 
@@ -29,7 +34,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Intent(Message):
-    """Worker to its manager: worker ``worker`` of the node will use ``rows`` in the clocks [start, end)."""
+    """Worker to its manager: local rank ``worker`` will access ``rows`` in the clocks [start, end)."""
 
     KIND = 1
     segment: int
@@ -41,7 +46,7 @@ class Intent(Message):
 
 @dataclass(frozen=True)
 class Localize(Message):
-    """Worker to its manager: bring ``rows`` here. Answered by `Done` with the number of rows."""
+    """Worker to its manager: move ``rows`` to this node. Answered by `Done` when all have arrived."""
 
     KIND = 2
     segment: int
@@ -53,7 +58,7 @@ class Localize(Message):
 
 @dataclass(frozen=True)
 class Set(Message):
-    """Worker to its manager, forwarded to owners: overwrite ``rows``. Answered by `SetDone` to ``node``'s manager."""
+    """Worker to its manager, forwarded to the owners: overwrite ``rows``. `SetDone` to ``node``'s manager answers it."""
 
     KIND = 3
     segment: int
@@ -67,7 +72,7 @@ class Set(Message):
 
 @dataclass(frozen=True)
 class Flush(Message):
-    """Worker to its manager: answer with `Done` after one whole round that has not begun yet."""
+    """Worker to its manager: complete a whole exact round that starts after this message, then send `Done`."""
 
     KIND = 4
     origin: int
@@ -76,7 +81,7 @@ class Flush(Message):
 
 @dataclass(frozen=True)
 class Freeze(Message):
-    """Worker to its manager: with ``frozen`` 1 begin no round and want no rows until the next one with 0."""
+    """Worker to its manager: with ``frozen`` 1 start no round and request no rows; with 0 resume. Answered by `Done`."""
 
     KIND = 5
     origin: int
@@ -86,16 +91,17 @@ class Freeze(Message):
 
 @dataclass(frozen=True)
 class Stop(Message):
-    """Worker to its manager: return from `Manager.serve`."""
+    """Worker to its manager: return from ``Manager.serve``."""
 
     KIND = 6
 
 
 @dataclass(frozen=True)
 class Pull(Message):
-    """Worker to the believed owner of ``rows``, forwarded: send `Rows`, and values of ``num_floats`` per row.
+    """Worker to the believed owner of ``rows``, forwarded: send `Rows` and the first ``num_floats`` floats per row.
 
-    ``indices`` are the rows' places in the worker's call. ``forwarded``: whether another manager passed it on.
+    ``indices`` (n,) are the rows' indices in the worker's call, returned with the answer. ``forwarded`` is 1 if a
+    manager forwarded the request; the answer then carries the rows' stamps.
     """
 
     KIND = 7
@@ -111,7 +117,10 @@ class Pull(Message):
 
 @dataclass(frozen=True)
 class Push(Message):
-    """Worker of ``node`` to the believed owner of ``rows``, forwarded: push ``values``. Answered by `Done`."""
+    """Worker of ``node`` to the believed owner of ``rows``, forwarded: push ``values``. Answered by `Done`.
+
+    ``values`` are (n, segment width): gradients at the learning rate ``rate`` if the segment has a rule, else deltas.
+    """
 
     KIND = 8
     segment: int
@@ -126,7 +135,10 @@ class Push(Message):
 
 @dataclass(frozen=True)
 class HolderPush(Message):
-    """Owner to the node of the pushing worker, which holds replicas of ``rows``: push there. Answered by `Done`."""
+    """Owner to the manager of the pushing worker, whose node holds replicas of ``rows``: apply the `Push` to them.
+
+    Answered by `Done` to the worker.
+    """
 
     KIND = 9
     segment: int
@@ -140,9 +152,9 @@ class HolderPush(Message):
 
 @dataclass(frozen=True)
 class Rows(Message):
-    """Manager to worker, for a `Pull`: the values of ``rows`` follow, in one transmission per chunk.
+    """Manager, of rank ``sender``, to worker: answers a `Pull`; the values of ``rows`` follow in one transmission.
 
-    ``stamps`` (n,) are the rows' true owner stamps where the request was forwarded, else (0,).
+    ``stamps`` (n,) are the rows' current owner stamps if the request was forwarded, else (0,).
     """
 
     KIND = 10
@@ -156,7 +168,7 @@ class Rows(Message):
 
 @dataclass(frozen=True)
 class Done(Message):
-    """Manager to worker: ``count`` rows of the call ``ticket`` are done."""
+    """Manager to worker: ``count`` rows of the call ``ticket`` are complete."""
 
     KIND = 11
     ticket: int
@@ -165,7 +177,7 @@ class Done(Message):
 
 @dataclass(frozen=True)
 class SetDone(Message):
-    """Owner to the manager of the worker that called set: ``rows`` are overwritten."""
+    """Owner to the manager of the worker that called ``set``: ``rows`` are overwritten."""
 
     KIND = 12
     segment: int
@@ -176,7 +188,9 @@ class SetDone(Message):
 
 @dataclass(frozen=True)
 class Want(Message):
-    """Manager to the believed owner of ``rows``, forwarded: move or lend each of them to its node of ``nodes`` (n,)."""
+    """Manager to the believed owner of ``rows``, forwarded: relocate each row to its node in ``nodes`` (n,), or
+    replicate it there.
+    """
 
     KIND = 13
     segment: int
@@ -187,7 +201,7 @@ class Want(Message):
 
 @dataclass(frozen=True)
 class Relocate(Message):
-    """Owner to a node: the main copies of ``rows`` move there; ``stamps`` already name the new owner."""
+    """Owner to the new owner: the main copies of ``rows``; ``stamps`` already name the new owner."""
 
     KIND = 14
     segment: int
@@ -198,7 +212,7 @@ class Relocate(Message):
 
 @dataclass(frozen=True)
 class Replicate(Message):
-    """Owner ``node`` to another node: replicas of ``rows``."""
+    """Owner ``node`` to a new holder: replicas of ``rows``."""
 
     KIND = 15
     segment: int
@@ -220,7 +234,7 @@ class Moved(Message):
 
 @dataclass(frozen=True)
 class Drop(Message):
-    """Holder ``node`` to the owner: its replicas of ``rows`` are gone."""
+    """Holder ``node`` to the owner: it has dropped its replicas of ``rows``, whose deltas were all sent."""
 
     KIND = 17
     segment: int
@@ -230,7 +244,7 @@ class Drop(Message):
 
 @dataclass(frozen=True)
 class Deltas(Message):
-    """Holder ``node`` to the owner: what was added to its replicas of ``rows`` since it last sent deltas."""
+    """Holder ``node`` to the owner: the sums of what was added to its replicas of ``rows`` since its last `Deltas`."""
 
     KIND = 18
     segment: int
@@ -241,7 +255,7 @@ class Deltas(Message):
 
 @dataclass(frozen=True)
 class Expiring(Message):
-    """Holder ``node`` to the owner: it will drop its replicas of ``rows`` after this round and needs no values."""
+    """Holder ``node`` to the owner: it will drop its replicas of ``rows`` after this round; do not refresh them."""
 
     KIND = 22
     segment: int
@@ -251,9 +265,9 @@ class Expiring(Message):
 
 @dataclass(frozen=True)
 class Sync(Message):
-    """Holder ``node`` to an owner, after its `Deltas`: send what has changed of the rows that are lent to it.
+    """Holder ``node`` to an owner, after its `Deltas`: send the current values of its replicas that are out of date.
 
-    With ``exact`` also the rows whose replicas may differ from the main copy in rounding alone.
+    With ``exact`` 1 also of those that may differ from the main copy by rounding alone.
     """
 
     KIND = 19
@@ -263,7 +277,7 @@ class Sync(Message):
 
 @dataclass(frozen=True)
 class Refresh(Message):
-    """Owner ``node`` to a holder, for a `Sync`: current values of ``rows``, which include all deltas sent before it."""
+    """Owner ``node`` to a holder: answers a `Sync` with values of ``rows`` that include all deltas sent before it."""
 
     KIND = 20
     segment: int
@@ -274,7 +288,7 @@ class Refresh(Message):
 
 @dataclass(frozen=True)
 class SyncDone(Message):
-    """Owner ``node`` to a holder: all that its `Sync` asked for was sent."""
+    """Owner ``node`` to a holder: the answer to its `Sync` is complete."""
 
     KIND = 21
     node: int

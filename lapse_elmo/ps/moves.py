@@ -1,4 +1,4 @@
-"""How rows come to a node: wants, relocations, replicas, and the promotion of a replica that is the last one used."""
+"""How rows get from node to node: requests, relocations, replicas, and the promotion of replicas to main copies."""
 
 from __future__ import annotations
 
@@ -19,17 +19,28 @@ from lapse_elmo.ps.wire import chunks, new
 
 @dataclass
 class _PendingLocalize:
-    """A localize under way: the rows that are still to come."""
+    """A localize request that is not answered yet, and its rows that have not arrived."""
 
     request: Localize
     rows: np.ndarray
 
 
 class Moves:
-    """Moves rows to and from one node.
+    """Requests rows for one node and gives its rows to the nodes that request them.
 
-    :param send, start: see :class:`~lapse_elmo.ps.rounds.Rounds`.
-    :param done: answers (origin, ticket, count) a worker's call.
+    Args:
+        states: The node's bookkeeping, by segment number.
+        node: Number of this node.
+        num_nodes: Number of nodes of the job.
+        technique: One of ``TECHNIQUES``; decides between relocation and replication.
+        transport: Allocates messages.
+        send: Sends a message to the manager of a node.
+        start: Starts a job, see :class:`~lapse_elmo.ps.rounds.Rounds`.
+        router: Forwards requests for rows that are not here.
+        rounds: The node's rounds, which drop replicas.
+        intents: The intents of the node's workers.
+        clocks: (workers,) int64, the clocks of the node's workers in shared memory; only read here.
+        done: Answers a worker's call, given its rank, the ticket and the number of rows.
     """
 
     def __init__(
@@ -47,20 +58,20 @@ class Moves:
         self._moved: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in states]
         self._localizing: list[_PendingLocalize] = []
 
-    # Asking for rows
+    # Requesting rows
 
     def want(self, state: SegmentState, rows: np.ndarray) -> None:
-        """Have the distinct ``rows`` asked for that are neither here nor asked for already."""
+        """Request the distinct ``rows`` that are neither here nor requested already, with the next `Want`."""
         rows = rows[~(state.rows.present(rows) | state.wanted[rows])]
         if rows.size:
             state.wanted[rows] = True
             self._wants[state.number].append(rows)
 
     def send_wants(self) -> bool:
-        """Ask for what is wanted; return whether there was anything."""
+        """Send the owners a `Want` for the rows requested since the last call; return whether there were any."""
         if not any(self._wants):
             return False
-        self._rounds.send_drops()  # an owner must not take a row that is wanted again for one that is held still
+        self._rounds.send_drops()  # an owner refuses a second replica of a row that this node still holds
         for state, waiting in zip(self._states, self._wants, strict=True):
             if waiting:
                 rows = np.concatenate(waiting)
@@ -75,7 +86,10 @@ class Moves:
         return True
 
     def on_localize(self, message: Localize) -> None:
-        """Ask for the rows that are not here, and answer when all have come."""
+        """Request the rows of a worker's `Localize` that are not here; answer when all have arrived.
+
+        A row counts as arrived as soon as it comes, as main copy or replica, even if it has been relocated again since.
+        """
         state = self._states[message.segment]
         rows = message.rows[~state.rows.present(message.rows)]
         self._localizing.append(_PendingLocalize(message, rows))
@@ -83,6 +97,7 @@ class Moves:
         self._answer_localizes(state)
 
     def _answer_localizes(self, state: SegmentState) -> None:
+        """Answer the localizes of the segment whose rows have all arrived."""
         unfinished = []
         for waiting in self._localizing:
             if waiting.request.segment == state.number:
@@ -93,24 +108,30 @@ class Moves:
                 self._done(waiting.request.origin, waiting.request.ticket, waiting.request.rows.size)
         self._localizing = unfinished
 
-    # Giving rows away
+    # Serving requests for rows
 
     def on_want(self, message: Want) -> None:
-        """Serve a want together with those that come at about the same time."""
+        """Queue a `Want` for :meth:`serve_wants`: requests of several nodes that coincide are decided together.
+
+        Relies on the `Drop` of the same rows by the same node having arrived before.
+        """
         self._pending_wants[message.segment].append(message)
 
     @property
     def num_pending_wants(self) -> int:
-        """Wants that have come and are not being served yet."""
+        """Number of `Want` messages that have arrived and are not being served yet."""
         return sum(map(len, self._pending_wants))
 
     @property
     def num_unreported(self) -> int:
-        """Relocations of which the homes have not been reported."""
+        """Number of relocated rows' messages whose homes have not been informed yet."""
         return sum(map(len, self._moved))
 
     def serve_wants(self) -> bool:
-        """Begin to serve all wants that have come; return whether there were any."""
+        """Start a job per requesting node for all queued `Want` messages; return whether there were any.
+
+        Rows that are not owned here are forwarded, or queued if they are in transit to this node.
+        """
         if not self.num_pending_wants:
             return False
         for state, waiting in zip(self._states, self._pending_wants, strict=True):
@@ -127,7 +148,7 @@ class Moves:
                 )
                 rows, stamps, nodes = rows[owned], stamps[owned], nodes[owned]
             may_move = self._may_relocate(state, rows)
-            if self.technique == "adaptive" and rows.size:  # what several ask for at a time had better stay
+            if self.technique == "adaptive" and rows.size:  # several nodes want it: replicate it
                 _, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
                 may_move &= counts[inverse] == 1
             for node, chosen in group_by_node(nodes):
@@ -138,16 +159,20 @@ class Moves:
         return True
 
     def _may_relocate(self, state: SegmentState, rows: np.ndarray) -> np.ndarray:
-        """Return which of ``rows`` may be relocated (n,) bool: under ``adaptive`` those that nobody else uses."""
+        """Return which of ``rows`` may be relocated, (n,) bool: under ``adaptive`` those that nobody else uses."""
         if self.technique == "adaptive":
             return (state.holders.num_holders[rows] == 0) & (state.intents[rows] == 0)
         return np.full(rows.size, self.technique == "relocation")
 
     def _serve(self, state: SegmentState, request: Want, node: int, may_move: np.ndarray) -> Iterator[None]:
-        """Relocate rows to the node that wants them, or lend it replicas; one message or two per step."""
+        """Relocate the requested rows to ``node`` or send it replicas; a job of one or two messages per step.
+
+        ``may_move`` (n,) is decided when the request arrives, but checked again for each chunk: other jobs or intents
+        may have come between.
+        """
         for chunk in chunks(request.rows.size, state.segment.row_width):
             here = state.rows.owned(request.rows[chunk])
-            if not here.all():  # given away since
+            if not here.all():  # relocated since the job was started
                 self._router.route(request, np.flatnonzero(~here) + chunk.start)
             rows = request.rows[chunk][here]
             moving = may_move[chunk][here] & self._may_relocate(state, rows)
@@ -158,7 +183,11 @@ class Moves:
             yield
 
     def promote(self, holder: int) -> Iterator[None]:
-        """Let ``holder`` own the rows that are lent to it alone and that nobody uses here; one message per step."""
+        """Relocate to ``holder`` the rows that it alone holds and that no worker here uses; one message per step.
+
+        Only called while answering the holder's `Sync`: all its deltas are here, and the replica becomes the main copy
+        when the `Relocate` arrives, in place of a `Refresh`.
+        """
         if self.technique != "adaptive":
             return
         for state in self._states:
@@ -173,7 +202,7 @@ class Moves:
                     yield
 
     def _relocate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
-        """Give main copies to ``receiver``, and tell their homes."""
+        """Send main copies to ``receiver`` and note the relocation for their homes."""
         width = state.segment.row_width
         message = new(Relocate, self._transport, segment=state.number, rows=rows, stamps=rows.size, width=width)
         message.stamps[:] = state.give_main(rows, receiver, message.values)
@@ -182,7 +211,7 @@ class Moves:
         state.stats.relocated_out_rows += rows.size
 
     def send_moved(self) -> None:
-        """Tell the homes of relocated rows their new owners."""
+        """Report relocated rows to their homes, unless the home is the old or the new owner and knows."""
         for state, moved in zip(self._states, self._moved, strict=True):
             if not moved:
                 continue
@@ -196,8 +225,8 @@ class Moves:
                 ))
 
     def _replicate(self, state: SegmentState, rows: np.ndarray, receiver: int) -> None:
-        """Send ``receiver`` replicas."""
-        # Changes that are not counted yet belong to no holder's version but to the next.
+        """Send ``receiver`` replicas; registered as a holder first, it gets all later changes by its rounds."""
+        # Count the changes made so far as a new version for all other holders, before this one gets the current value.
         state.holders.mark_changed(rows[state.rows.clear_dirty(rows)])
         state.holders.add(rows, receiver)
         message = new(
@@ -210,7 +239,11 @@ class Moves:
     # Receiving rows
 
     def on_relocate(self, message: Relocate) -> None:
-        """Main copies arrive."""
+        """Take over main copies from their former owner, in place of replicas where there are any.
+
+        For a replica this arrives before the `SyncDone` of its round. Requests queued for these rows, which overtook
+        the `Relocate`, are handled in the next step.
+        """
         state = self._states[message.segment]
         state.add_main(message.rows, message.stamps, message.values)
         state.stats.relocated_in_rows += message.rows.size
@@ -218,11 +251,14 @@ class Moves:
         self._router.rows_arrived()
 
     def on_replicate(self, message: Replicate) -> None:
-        """Replicas arrive."""
+        """Add replicas that this node requested; arrives before anything else about these rows from their owner.
+
+        They are dropped after the next round unless a worker has an intent for them.
+        """
         state = self._states[message.segment]
         state.add_replicas(message.rows, message.stamps, message.values, message.node)
         state.stats.replicated_rows += message.rows.size
-        for waiting in self._localizing:  # what a worker localized it has for its present clock, as by an intent
+        for waiting in self._localizing:  # keep a localized replica for the worker's current clock, as by an intent
             if waiting.request.segment == state.number:
                 rows = waiting.rows[~state.wanted[waiting.rows]]
                 clock = int(self._clocks[waiting.request.worker])

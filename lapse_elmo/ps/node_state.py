@@ -22,7 +22,7 @@ class Memory(Protocol):
     arrays: dict[str, np.ndarray]
 
     def reserve(self, name: str, first: int, end: int) -> None:
-        """Take the memory of the elements [first, end) of an array."""
+        """Allocate the memory of the elements [first, end) of an array's first dimension."""
 
 
 def stamps_name(segment: Segment) -> str:
@@ -31,20 +31,23 @@ def stamps_name(segment: Segment) -> str:
 
 
 def cached_name(segment: Segment) -> str:
-    """Return the name of the array of stamps (num_rows,) that the node's workers have learned of."""
+    """Return the name of the array of stamps (num_rows,) that the node's workers have received with answers."""
     return f"{segment.name} cached stamps"
 
 
 class Slots:
-    """Free places of an array: the lowest that were never used, and those that were given back.
+    """Allocates the slots of an array: freed ones first, then the lowest that was never used.
 
-    :param reserve: called with [first, end) before slots of this range are used for the first time.
+    Args:
+        reserve: Called with (first, end) before slots of this range are used for the first time.
+        chunk: Number of slots to reserve at a time, at least.
+        capacity: Number of slots in all.
     """
 
     def __init__(self, reserve: Callable[[int, int], None], chunk: int, capacity: int) -> None:
         self._reserve = reserve
         self._chunk, self._capacity = max(chunk, 1), capacity
-        self._free = np.empty(0, np.int32)  # grows with what was given back at once, not with the capacity
+        self._free = np.empty(0, np.int32)  # grows with the number of free slots, not with the capacity
         self._num_free, self._next, self._reserved = 0, 0, 0
 
     def allocate(self, number: int) -> np.ndarray:
@@ -58,20 +61,24 @@ class Slots:
         return np.concatenate([returned, np.arange(first, self._next)]).astype(np.int64)
 
     def prepare(self) -> bool:
-        """While there is nothing else to do, reserve what will be needed next; return whether there was something."""
+        """Reserve memory ahead of its use; return whether any was reserved.
+
+        For idle moments: reserving is slow, since the kernel clears the pages.
+        """
         if self._num_free + self._reserved - self._next >= self._chunk // 2 or self._reserved >= self._capacity:
             return False
         self._reserve_to(self._reserved + 1)
         return True
 
     def _reserve_to(self, end: int) -> None:
+        """Reserve the slots below ``end``, by whole chunks."""
         if end > self._reserved:
             end = min(max(end, self._reserved + self._chunk), self._capacity)
             self._reserve(self._reserved, end)
             self._reserved = end
 
     def free(self, slots: np.ndarray) -> None:
-        """Give ``slots`` back."""
+        """Make ``slots`` available again."""
         end = self._num_free + slots.size
         if end > self._free.size:
             self._free = np.concatenate([self._free[: self._num_free], np.empty(end, np.int32)])
@@ -80,12 +87,24 @@ class Slots:
 
 
 class SegmentState:
-    """The rows of one segment on one node, and who wants, lends and borrows which. For the manager's thread alone.
+    """The rows of one segment on one node, with their owners, holders, intents and requests.
 
-    :ivar stamps: (num_rows,) int64 owner stamps, which the node's workers read.
-    :ivar intents: (num_rows,) int32, intents of the node's workers that are under way.
-    :ivar wanted: (num_rows,) bool, asked for and not here yet.
-    :ivar replica_owner: (num_rows,) uint16, the owner of a replica that is here, `NO_NODE` for other rows.
+    Only the manager's thread may use it.
+
+    Args:
+        number: The segment's number in messages.
+        segment: The segment.
+        memory: The node's shared memory.
+        rows: Access to the segment's rows for the manager's thread.
+        node: Number of this node.
+        num_nodes: Number of nodes of the job.
+
+    Attributes:
+        stamps: (num_rows,) int64 owner stamps in shared memory, written here and read by the node's workers.
+        intents: (num_rows,) int32, the number of active intents of the node's workers for each row.
+        wanted: (num_rows,) bool, rows that were requested and have not arrived yet.
+        replica_owner: (num_rows,) uint16, the owners of replicas on this node, ``NO_NODE`` for all other rows.
+        holders: The nodes that hold replicas of the rows owned here.
     """
 
     def __init__(self, number: int, segment: Segment, memory: Memory, rows: Rows, node: int, num_nodes: int) -> None:
@@ -106,25 +125,31 @@ class SegmentState:
         )
 
     def occupy(self, num_nodes: int) -> None:
-        """Take the rows whose home this node is, all zero, before any worker asks for them."""
+        """Create the rows whose home is this node, all zero; before any worker accesses rows."""
         mine = np.arange(self.node, self.segment.num_rows, num_nodes)
         self.stamps[:] = home_of(np.arange(self.segment.num_rows), num_nodes)
         self.rows.slots[mine] = self._main_slots.allocate(mine.size)
         self.rows.flags[mine] = PRESENT
 
     def prepare(self) -> bool:
-        """While there is nothing else to do, make room for rows that may come; return whether some was made."""
+        """Reserve memory for rows that may come, see :meth:`Slots.prepare`; return whether any was reserved."""
         return self._main_slots.prepare() or self._replica_slots.prepare()
 
     @property
     def replica_rows(self) -> np.ndarray:
-        """Rows with a replica here, ascending."""
+        """Rows with a replica on this node, (n,) int64, ascending."""
         if self._replica_rows is None:
             self._replica_rows = np.flatnonzero(self.replica_owner != NO_NODE)
         return self._replica_rows
 
     def add_main(self, rows: np.ndarray, stamps: np.ndarray, values: np.ndarray) -> None:
-        """Main copies arrive, in place of the replicas of those rows that have one."""
+        """Store main copies that have arrived, replacing replicas of the same rows.
+
+        Args:
+            rows: (n,) distinct rows, whose main copies are not here.
+            stamps: (n,) their owner stamps, which name this node.
+            values: (n, row_width) float32; deltas of a replaced replica that were not sent yet are added to them.
+        """
         self.wanted[rows] = False
         update_stamps(self.stamps, rows, stamps)
         held = self.rows.flags[rows] & REPLICA != 0
@@ -140,7 +165,7 @@ class SegmentState:
         self.rows.put(rows, slots, values, as_replica=False)
 
     def give_main(self, rows: np.ndarray, receiver: int, out: np.ndarray) -> np.ndarray:
-        """Main copies leave, into ``out``; return their new stamps."""
+        """Move main copies into ``out`` (n, row_width) for ``receiver``; return their new owner stamps (n,)."""
         slots = self.rows.slots[rows].copy()
         stamps = stamp(epoch_of(self.stamps[rows]) + 1, receiver)
         self.rows.take(rows, out)
@@ -149,7 +174,7 @@ class SegmentState:
         return stamps
 
     def add_replicas(self, rows: np.ndarray, stamps: np.ndarray, values: np.ndarray, owner: int) -> None:
-        """Replicas arrive."""
+        """Store replicas (n, row_width) that ``owner`` has sent, with the owner stamps (n,) of their rows."""
         self.wanted[rows] = False
         update_stamps(self.stamps, rows, stamps)
         self.replica_owner[rows] = owner
@@ -157,7 +182,7 @@ class SegmentState:
         self.rows.put(rows, self._replica_slots.allocate(rows.size), values, as_replica=True)
 
     def release(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Let replicas go that have no deltas; return (rows that went, their owners)."""
+        """Drop the replicas among ``rows`` that have no deltas; return (the rows dropped, their owners)."""
         slots = self.rows.slots[rows].copy()
         which = self.rows.release(rows)
         gone = rows[which]
@@ -168,6 +193,6 @@ class SegmentState:
         return gone, owners
 
     def close(self) -> None:
-        """Let go of the node's memory."""
+        """Release the references to shared memory."""
         self.rows.close()
         del self.stamps

@@ -1,4 +1,4 @@
-"""What one worker asks of managers, of its own through shared memory and of others over the network; the answers."""
+"""Requests of one worker to managers, its own through shared memory and others over the network, and their answers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
 from lapse_elmo.ps.wire import new
 
-_MAX_REQUESTED_BYTES = 1 << 26  # of values that a worker has asked for or is sending; it waits before it adds to them
-_RECORD_HEADER_BYTES = 256  # more than any message has in addition to its rows
+_MAX_REQUESTED_BYTES = 1 << 26  # of values requested or being sent by a worker; it waits before it adds to them
+_RECORD_HEADER_BYTES = 256  # more than any message's header takes
 
 
 @dataclass
 class RowsCall(Call):
-    """A call that waits for ``remaining`` rows or answers; ``values`` (n, width) are pulled, or pushed at ``rate``."""
+    """A call in progress, complete once ``remaining`` rows or answers have arrived.
+
+    ``values`` (n, width) is the caller's output buffer of a pull, or its input of a push at the learning rate ``rate``.
+    """
 
     remaining: int
     segment: Segment | None = None
@@ -34,11 +37,16 @@ class RowsCall(Call):
 
 
 class Requests:
-    """Sends a worker's requests and takes in their answers. Every wait keeps the network going.
+    """Sends a worker's requests and receives their answers. Every wait receives messages, so that nobody deadlocks.
 
-    :param calls: the worker's calls under way, by ticket.
-    :param stamps: owner stamps (num_rows,) of each segment by its number, as the node's manager knows them.
-    :param cached: the same, as the node's workers have learned them from answers.
+    Args:
+        world: The worker's rank and the managers' ranks.
+        mailbox: The worker's end of the network.
+        backoff: How to wait when no message has arrived.
+        ring: The worker's queue to its node's manager.
+        calls: The worker's calls in progress, by ticket; not changed here.
+        stamps: Owner stamps (num_rows,) int64 by segment number, written by the node's manager.
+        cached: The same as learned by the node's workers from answers to forwarded requests, written here.
     """
 
     def __init__(
@@ -57,12 +65,21 @@ class Requests:
         return self.mailbox.sent + self._sent_local
 
     def ask(self, kind: type[Pull] | type[Push], number: int, ticket: int, call: RowsCall, missing: np.ndarray) -> int:
-        """Ask the nodes that have the rows at ``missing`` to serve ``call``; return the bytes that were sent.
+        """Send the owners of the rows at the indices ``missing`` a `Pull` or `Push` for ``call``.
 
-        :param number: of the segment.
+        Args:
+            kind: The message to send.
+            number: The segment's number.
+            ticket: The call's ticket.
+            call: The call; its rows and values are read.
+            missing: (n,) indices of rows that are not on this node.
+
+        Returns:
+            The number of bytes sent.
         """
         assert call.rows is not None and call.values is not None
         asked = call.rows[missing]
+        # The newer of both. They are separate arrays so that each has one kind of writer; a lost update costs a hop.
         stamps = np.maximum(self._stamps[number][asked], self._cached[number][asked])
         rank, width, sent_bytes = self.world.rank, call.values.shape[1], 0
         for node, chosen in group_by_node(node_of(stamps)):
@@ -80,26 +97,26 @@ class Requests:
                     Push, self.mailbox.transport, segment=number, node=self.world.node, origin=rank, ticket=ticket,
                     rate=call.rate, rows=rows, stamps=stamps[chosen], width=width,
                 )
-                np.take(call.values, indices, 0, push.values, mode="clip")  # (else through a buffer)
+                np.take(call.values, indices, 0, push.values, mode="clip")  # other modes of np.take write through a buffer
             self.mailbox.send(Address(self.world.leaders[node], TO_MANAGER), message)
             sent_bytes += message.block.size
         self.mailbox.flush()
         return sent_bytes
 
     def _wait_for_room(self) -> None:
-        """Wait until what this worker has asked for or is sending is little enough to add to it."""
+        """Receive answers until less than the maximum is requested or being sent."""
         self.backoff.reset()
         while max(self._requested_bytes, self.mailbox.transport.outgoing_bytes()) > _MAX_REQUESTED_BYTES:
             self.receive()
 
     def ring_chunks(self, number: int, row_bytes: int) -> Iterable[slice]:
-        """Return slices of ``number`` rows whose messages of ``row_bytes`` per row fit into the ring."""
+        """Return slices of ``number`` rows such that a message of ``row_bytes`` per row fits into the ring."""
         size = max((self._ring.largest_record - _RECORD_HEADER_BYTES) // row_bytes, 1)
         return (slice(start, start + size) for start in range(0, number, size))
 
     def send_local(self, message: Message) -> None:
-        """Send ``message`` to this node's manager."""
-        if message.block.size > self._ring.largest_record:  # one very wide row
+        """Send ``message`` to this node's manager, through shared memory; wait while the ring is full."""
+        if message.block.size > self._ring.largest_record:  # a single, very wide row
             self.mailbox.send(Address(self.world.leaders[self.world.node], TO_MANAGER), message)
             self.mailbox.flush()
             return
@@ -109,7 +126,7 @@ class Requests:
             self.receive()
 
     def receive(self) -> None:
-        """Take in one answer, or let a moment pass."""
+        """Handle one answer if any has arrived, else wait by the backoff."""
         message = self.mailbox.receive()
         if message is None:
             self.world.progress.waits()
@@ -129,11 +146,11 @@ class Requests:
         self.handled += 1
 
     def _take_rows(self, call: RowsCall, message: Rows) -> None:
-        """Receive the values that ``message`` announces: in place if they belong side by side."""
+        """Receive the values that ``message`` announces into the call's buffer, and learn the owners of its rows."""
         assert call.values is not None
         indices, width = message.indices, call.values.shape[1]
         first, end = int(indices[0]), int(indices[-1]) + 1
-        if end - first == indices.size:  # indices ascend
+        if end - first == indices.size:  # ascending indices without gaps: no copy
             self.mailbox.transport.receive_values(message.sender, call.values[first:end])
         else:
             block = self.mailbox.transport.allocate(4 * indices.size * width)

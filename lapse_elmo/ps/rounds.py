@@ -1,13 +1,13 @@
-"""Rounds keep replicas up to date: deltas go to the owners, and what has changed there comes back.
+"""Synchronisation of replicas in rounds: deltas go to the owners, changed values come back.
 
-A round of a node sends each owner of its replicas the deltas of those that changed, then a `Sync`. The owner adds the
-deltas and answers with the current values of the lent rows that have changed since it last sent them, and `SyncDone`.
-When all owners have answered, the round ends, and only then does the next one begin.
+In a round, a node sends each owner of its replicas the deltas of the replicas that changed, then a `Sync`. The owner
+adds the deltas and answers with the current values of the replicated rows that have changed since it last sent them,
+then `SyncDone`. When all owners have answered, the round ends; only then does the next one start.
 
-Why replicas are exact: an owner reads the values of its answer after it has added all deltas that were sent before the
-`Sync`, and a node sends no more deltas to it until the answer has come. So a replica is always the value that was last
-received plus the deltas that have not been sent since, and nothing is counted twice. A replica is dropped at the end of
-a round only if it has no deltas then, so an owner that is told so has all of them.
+Why replicas are exact: the owner reads the values for its answer after it has added all deltas sent before the `Sync`,
+and the holder sends it no more deltas until the answer has arrived. So a replica is always the value last received plus
+the deltas not sent since, and nothing is counted twice. At the end of a round a replica is dropped only if it has no
+deltas, so an owner that receives a `Drop` has all of them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ from lapse_elmo.ps.ordering import fence
 from lapse_elmo.ps.transport import Transport
 from lapse_elmo.ps.wire import chunks, new
 
-# Seconds between the starts of two rounds: at least; while no clock advances, at first and at most.
+# Seconds between the starts of two rounds: the minimum; while no clock advances, the first and the longest interval.
+# The interval doubles from one to the other, so that an idle job sends almost nothing.
 _SHORTEST_S, _LONG_S, _LONGEST_S = 0.002, 0.05, 1.6
-# Where some but not all workers have advanced their clocks, the others are waited for: for this share of the time that
-# a clock takes, within these bounds in seconds. So the workers of a node lead to one round per step, not one each.
+# When some but not all workers of the node have advanced their clocks, a round waits for the others: for this share of
+# the time per clock, within these bounds in seconds. So there is one round per step, not one per worker and step.
 _STRAGGLER_SHARE, _STRAGGLERS_S = 1 / 16, (0.01, 0.2)
 
 SendToNode = Callable[[int, Message], None]
 
 
 class Rounds:
-    """The rounds of one node.
+    """The rounds of one node, of which at most one is running.
 
-    :param send: sends a message to a node's manager.
-    :param start: given a node and an iterator over its messages' sending, sends them as far as there is room.
-    :param clocks: (workers,) int64 of the node.
-    :param synced: (workers,) int64: the clocks at the start of the newest round that has ended, which the workers read.
+    Args:
+        states: The node's bookkeeping, by segment number.
+        node: Number of this node.
+        transport: Allocates messages and tells the time.
+        send: Sends a message to the manager of a node.
+        start: Starts a job: advances the generator, which sends messages to the node, as far as the node has room.
+        clocks: (workers,) int64, the clocks of the node's workers in shared memory; only read here.
+        synced: (workers,) int64 in shared memory: the clocks at the start of the newest round that has ended. Workers
+            read it to bound the staleness of replicas.
     """
 
     def __init__(
@@ -52,31 +58,34 @@ class Rounds:
         self._running = False
         self._started_s = transport.now() - _LONGEST_S
         self._pause_s = _LONG_S
-        self.clock_s = 0.0  # how long the last clock of the slowest worker took
+        self.clock_s = 0.0  # seconds that the slowest worker's last clock took
         self._advanced_s = transport.now()
         self._snapshot = clocks.copy()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
-        self._expiring: list[list[np.ndarray]] = [[] for _ in states]  # rows of which no values were asked for
-        self._kept: list[np.ndarray] = [np.empty(0, np.int64) for _ in states]  # of these, what was not released
+        self._expiring: list[list[np.ndarray]] = [[] for _ in states]  # rows sent as `Expiring` in this round
+        self._kept: list[np.ndarray] = [np.empty(0, np.int64) for _ in states]  # of those, rows that were not dropped
         self._drops: list[tuple[int, Drop]] = []
         self._next_actions: list[Callable[[], None]] = []
         self._actions: list[Callable[[], None]] = []
 
     def after_next_round(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when a whole round that has not begun yet has ended; it leaves replicas equal to the bit."""
+        """Call ``action`` at the end of the next round to start, which will be exact.
+
+        The running round does not count: its deltas may have been collected before the caller's push.
+        """
         self._next_actions.append(action)
 
     def schedule_release(self, segment: int, rows: np.ndarray) -> None:
-        """Replicas of ``rows`` are not needed any more, unless an intent comes before the next round has ended."""
+        """Drop the replicas of ``rows`` at the end of a round, unless they have a new intent or deltas by then."""
         if rows.size:
             self._ended[segment].append(rows)
 
     def begin_if_due(self) -> bool:
-        """Begin a round if it is time; return whether one was begun."""
+        """Start a round if none is running and one is due; return whether one was started."""
         if self._running or not self._due():
             return False
         clocks = self._clocks.copy()
-        self._fence()  # pushes of a clock that is seen here are seen below
+        self._fence()  # pushes of a clock that was read above are visible to the collection of deltas below
         moved, now = bool((clocks != self._snapshot).any()), self._transport.now()
         if clocks.min() > self._snapshot.min():
             self.clock_s, self._advanced_s = now - self._advanced_s, now
@@ -93,6 +102,7 @@ class Rounds:
         return True
 
     def _due(self) -> bool:
+        """Return whether a round is waited for, all clocks have advanced, or the interval has passed."""
         since = self._transport.now() - self._started_s
         if since < _SHORTEST_S:
             return False
@@ -103,6 +113,7 @@ class Rounds:
         return since >= wait_s and bool((self._clocks != self._snapshot).any())
 
     def _replicas_by_owner(self) -> dict[int, list[tuple[SegmentState, np.ndarray]]]:
+        """Return the replicas on this node: by owner, the segments and their rows."""
         result: dict[int, list[tuple[SegmentState, np.ndarray]]] = {}
         for state in self._states:
             for owner, chosen in group_by_node(state.replica_owner[state.replica_rows]):
@@ -112,9 +123,13 @@ class Rounds:
     def _messages(
         self, owner: int, replicas: list[tuple[SegmentState, np.ndarray]], exact: bool
     ) -> Iterator[None]:
-        """Send ``owner`` the deltas of ``replicas`` rows, one message per step, and a `Sync`."""
+        """Send ``owner`` the deltas of its ``replicas``, `Expiring` for those without intents, then `Sync`.
+
+        A job, which yields after each large message. An exact round announces no `Expiring` rows: it must refresh all.
+        """
         for state, rows in replicas:
             width = state.segment.row_width
+            # Rows kept at the end of the last round are not `Expiring` again, for they must be refreshed now.
             expiring = rows[:0]
             if not exact:
                 expiring = np.setdiff1d(rows[state.intents[rows] == 0], self._kept[state.number], True)
@@ -133,24 +148,28 @@ class Rounds:
         self._send(owner, new(Sync, node=self._node, exact=int(exact)))
 
     def on_refresh(self, message: Refresh) -> None:
-        """Take an owner's values for replicas, none of which is dropped while a round is under way."""
+        """Replace replicas by the owner's values plus the deltas not sent yet.
+
+        Arrives between a `Sync` and its `SyncDone`. The replicas are here, since none is dropped during a round.
+        """
         state = self._states[message.segment]
         assert (state.replica_owner[message.rows] == message.node).all(), "values came for rows that are not held"
         state.rows.refresh(message.rows, message.values)
 
     def on_sync_done(self, owner: int) -> None:
-        """An owner has answered."""
+        """Finish the round if ``owner`` was the last to answer. All its `Refresh` messages have been handled before."""
         self._awaited.remove(owner)
         if not self._awaited:
             self._finish()
 
     def _finish(self) -> None:
+        """End the round: drop replicas, publish its clocks to the workers, run the actions that waited for it."""
         for state in self._states:
             self._release(state)
         if any(kept.size for kept in self._kept):
-            self._next_actions.append(lambda: None)  # they have not been refreshed: the next round, due now, does it
+            self._next_actions.append(lambda: None)  # not refreshed, so another round is due at once
         else:
-            self._fence()
+            self._fence()  # a worker that reads the clocks reads the refreshed replicas, too
             self._synced[:] = self._snapshot
         self._running = False
         actions, self._actions = self._actions, []
@@ -158,7 +177,7 @@ class Rounds:
             action()
 
     def _release(self, state: SegmentState) -> None:
-        """Drop the replicas whose intents have ended; one with new deltas stays for another round."""
+        """Drop the replicas without intents; those with new deltas stay for another round, which sends them."""
         ended = self._ended[state.number] + self._expiring[state.number]
         if not ended:
             self._kept[state.number] = self._kept[state.number][:0]
@@ -176,7 +195,11 @@ class Rounds:
         self._expiring[state.number].clear()
 
     def send_drops(self) -> None:
-        """Tell owners which replicas are gone: before anything else about these rows is sent to them."""
+        """Send the `Drop` messages of replicas dropped so far.
+
+        Must be called before anything else about these rows is sent to their owners: a `Want` would be refused by an
+        owner that still lists this node as a holder, a `Push` would be returned.
+        """
         for owner, drop in self._drops:
             self._send(owner, drop)
         self._drops.clear()

@@ -1,4 +1,4 @@
-"""Requests for rows that a node does not own: forwarded to the owner, or queued until the rows arrive."""
+"""Requests for rows that a node does not own: forwarded to their owner, or queued until they arrive here."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Router:
         self._arrived = False
 
     def select_owned(self, message: Request, chunk: slice | None = None) -> Request:
-        """Return the part of a request (or of its ``chunk``) whose main copies are here; the rest is forwarded.
+        """Return the part of a request (or of its ``chunk``) whose main copies are here, and :meth:`route` the rest.
 
-        A replica does not serve other nodes' workers: their pushes would not be where their next pulls look for them.
+        Replicas do not serve the workers of other nodes: a push to a replica would reach the owner, where the same
+        worker's next pull may look for it, only by the next round.
         """
         rows = self._states[message.segment].rows
         wanted = message.rows if chunk is None else message.rows[chunk]
@@ -40,7 +41,11 @@ class Router:
         return select(message, np.flatnonzero(owned) + start)
 
     def route(self, message: Request, indices: np.ndarray | None = None) -> None:
-        """Forward the rows at ``indices`` (default: all) to where they are, or queue them if they are about to come."""
+        """Forward the rows at ``indices`` (default: all) to their owners, or queue those in transit to this node.
+
+        A stamp of the request that is newer than this node's own says that the row is on its way here. Otherwise this
+        node's stamp is sent along, which is at least as new: each hop leads to a higher epoch, so the chain ends.
+        """
         if indices is None:
             indices = np.arange(message.rows.size)
         if not indices.size:
@@ -59,20 +64,21 @@ class Router:
         state.stats.forwarded_rows += indices.size
 
     def rows_arrived(self) -> None:
-        """Main copies have arrived: what waits for them may be served."""
+        """Have queued requests handled again, since main copies have arrived."""
         self._arrived = True
 
     def take_queued(self) -> list[Message]:
-        """Return the queued requests to be handled again; those whose rows have not come will be queued again."""
+        """Return the queued requests if rows have arrived since; handling queues those that came too early again."""
         if not self._arrived:
             return []
         self._arrived = False
+        # A copy, since handling them appends to the queue.
         queued, self._queued = self._queued, []
         return list(queued)
 
 
 def complement(indices: np.ndarray, number: int) -> np.ndarray:
-    """Return 0 .. ``number`` - 1 without ``indices``."""
+    """Return those of 0, ..., ``number`` - 1 that are not in ``indices``, ascending."""
     kept = np.ones(number, bool)
     kept[indices] = False
     return np.flatnonzero(kept)

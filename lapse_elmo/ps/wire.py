@@ -1,9 +1,9 @@
-"""How messages are laid out in bytes.
+"""The encoding of messages as bytes.
 
-A message is a block of bytes: a header of int64 (its kind, its size, the scalar fields in order, then the shape of each
-array field), followed by the arrays in order. Every message is a multiple of 8 bytes long, so that several of them can
-follow each other in one transmission. Arrays are views of the block, filled in place by the sender and read in place by
-the receiver.
+A message is a block of bytes: a header of 8-byte words (the kind, the size in bytes, the scalar fields in order, the
+number of rows of each array, the width of the values), then the arrays in order. Every message is a multiple of 8 bytes
+long, so that several fit into one transmission without gaps. Array fields are views of the block: the sender fills them
+in place and the receiver reads them in place, without a copy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 
 from lapse_elmo.ps.messages import KINDS, Message
 
-CHUNK_BYTES = 1 << 20  # of values in one message, so that sender and receiver work at the same time
-_SMALLEST_REQUEST_BYTES, _LARGEST_REQUEST_BYTES, _GROWTH = 1 << 19, 1 << 24, 4  # of values that one message asks for
+CHUNK_BYTES = 1 << 20  # of values per message: small enough that sender and receiver work at the same time
+_SMALLEST_REQUEST_BYTES, _LARGEST_REQUEST_BYTES, _GROWTH = 1 << 19, 1 << 24, 4  # of values requested per `Pull`
 _WORD = 8
 
 
 class Allocator(Protocol):
-    """Where the memory of messages comes from."""
+    """Allocates the memory of messages."""
 
     def allocate(self, size: int) -> np.ndarray:
         """Return a block (size,) uint8."""
@@ -37,7 +37,7 @@ _SCALARS = {"int": "q", "float": "d"}  # struct codes
 
 @dataclass(frozen=True)
 class _Schema:
-    """The fields of a kind in the order of the header: scalars, row arrays, and at most one array of values."""
+    """The fields of a kind in encoded order: scalars, int64 arrays, and at most one array of values."""
 
     kind: type[Message]
     scalars: tuple[str, ...]
@@ -70,8 +70,12 @@ def _kinds() -> dict[int, _Schema]:
 def new(kind: type[M], allocator: Allocator | None = None, /, *, width: int = 0, **fields: Any) -> M:
     """Return a message in a new block.
 
-    Array fields are copied into the block. An array of rows may be given as its length, and is then for the caller to
-    fill; so are values where only their ``width`` is given (there are as many as ``rows``).
+    Args:
+        kind: The class of the message.
+        allocator: Allocates the block; by default NumPy does.
+        width: Floats per row of ``values``, if they are not given; the caller then fills ``message.values``.
+        **fields: All fields but ``block``. Arrays are copied into the block. An int64 array may be given as its length;
+            the caller then fills it.
     """
     schema = _schema_of(kind)
     lengths = [fields[name] if isinstance(fields[name], int) else len(fields[name]) for name in schema.rows]
@@ -97,7 +101,7 @@ def new(kind: type[M], allocator: Allocator | None = None, /, *, width: int = 0,
 
 
 def read(block: np.ndarray) -> Iterator[Message]:
-    """Yield the messages that lie one after another in ``block``, as views of it."""
+    """Yield the messages in ``block`` (n,) uint8, one after another, as views of it."""
     start = 0
     while start < block.size:
         kind, size = struct.unpack_from("=qq", block.data, start)
@@ -106,6 +110,7 @@ def read(block: np.ndarray) -> Iterator[Message]:
 
 
 def _parse(schema: _Schema, block: np.ndarray) -> Message:
+    """Return the message encoded in ``block``, whose arrays are views of it."""
     header = schema.header.unpack_from(block.data, 0)
     end = 2 + len(schema.scalars)
     fields: dict[str, Any] = dict(zip(schema.scalars, header[2:end], strict=True))
@@ -120,7 +125,10 @@ def _parse(schema: _Schema, block: np.ndarray) -> Message:
 
 
 def select(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
-    """Return the same message about the rows at ``chosen`` only, with other ``changes``."""
+    """Return a copy of ``message`` with only the rows at the indices ``chosen``, and with fields replaced by ``changes``.
+
+    Used to split a request between what is served here, forwarded and queued.
+    """
     schema = _schema_of(type(message))
     fields: dict[str, Any] = {name: getattr(message, name) for name in schema.scalars}
     for name in (*schema.rows, *((schema.values,) if schema.values else ())):
@@ -130,13 +138,13 @@ def select(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
 
 
 def chunks(number: int, width: int) -> Iterator[slice]:
-    """Yield slices of ``number`` rows whose values of ``width`` floats fit into one message each."""
+    """Return slices of ``number`` rows, each with at most ``CHUNK_BYTES`` of values of ``width`` floats per row."""
     size = _rows_in(CHUNK_BYTES, width)
     return (slice(start, min(start + size, number)) for start in range(0, number, size))
 
 
 def growing_chunks(number: int, width: int) -> Iterator[slice]:
-    """Yield slices of ``number`` rows to ask for in one message each: small ones first, so that owners soon begin."""
+    """Yield slices of ``number`` rows to request in one message each: a small one first, so that owners start early."""
     start, size = 0, _rows_in(_SMALLEST_REQUEST_BYTES, width)
     while start < number:
         yield slice(start, min(start + size, number))
@@ -145,4 +153,5 @@ def growing_chunks(number: int, width: int) -> Iterator[slice]:
 
 
 def _rows_in(num_bytes: int, width: int) -> int:
+    """Return how many rows of ``width`` floats fit into ``num_bytes``, at least 1."""
     return max(num_bytes // (4 * width), 1)
