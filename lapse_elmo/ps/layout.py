@@ -1,4 +1,4 @@
-"""The only key arithmetic: which segment, and which row of it, a key names."""
+"""The mapping of keys to segments and rows; no other module computes with keys."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lapse_elmo.ps.rules import Rule
 
 @dataclass(frozen=True)
 class Segment:
-    """``num_rows`` rows, whose keys are ``first_key + 0 .. num_rows - 1``.
+    """A named range of keys, ``first_key`` to ``first_key + num_rows - 1``, whose rows have one width.
 
-    ``width`` float32 per row are pulled and pushed. With a ``rule`` its state is stored after them: ``row_width``
-    float32 per row in all.
+    ``width`` float32 per row are pulled and pushed. If there is an update ``rule``, its state is stored after them, for
+    ``row_width`` float32 per row in total.
     """
 
     name: str
@@ -31,22 +31,23 @@ class Segment:
 
     @property
     def num_bytes(self) -> int:
+        """Size of all rows."""
         return self.num_rows * self.row_width * 4
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
-        """Keys (n,) int64 of ``rows`` (n,), which count from 0 inside the segment."""
+        """Return the keys (n,) int64 of ``rows`` (n,), which count from 0 within the segment."""
         return rows + self.first_key
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All segments, one after another from key 0 on, in the order in which they were named."""
+    """All segments, one after another from key 0 on."""
 
     segments: tuple[Segment, ...] = field(default=())
 
     @classmethod
     def of(cls, *shapes: tuple[str, int, int] | tuple[str, int, int, Rule | None]) -> Layout:
-        """The layout of segments given as (name, number of rows, width) or (name, number of rows, width, rule)."""
+        """Return the layout of segments given as (name, number of rows, width[, rule])."""
         segments: list[Segment] = []
         first = 0
         for name, num_rows, width, *rule in shapes:
@@ -59,14 +60,16 @@ class Layout:
 
     @property
     def num_keys(self) -> int:
+        """Number of rows of all segments."""
         return sum(segment.num_rows for segment in self.segments)
 
     @property
     def num_bytes(self) -> int:
+        """Size of the rows of all segments."""
         return sum(segment.num_bytes for segment in self.segments)
 
     def segment_of(self, first: int, last: int) -> Segment | None:
-        """The segment that holds both keys, or None."""
+        """Return the segment that both keys belong to, or None."""
         for segment in self.segments:
             if segment.first_key <= first and last < segment.first_key + segment.num_rows:
                 return segment
@@ -74,7 +77,10 @@ class Layout:
 
 
 def distinct_with_inverse(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(each of ``keys`` (n,) once, the place of each among them); no inverse where they are distinct already."""
+    """Return (distinct keys, inverse), or (``keys``, None) if they are distinct already.
+
+    Like ``np.unique``, the inverse (n,) holds the index of each of ``keys`` (n,) among the distinct ones.
+    """
     if np.all(keys[1:] > keys[:-1]):
         return keys, None
     found, inverse = np.unique(keys, return_inverse=True)
@@ -82,12 +88,12 @@ def distinct_with_inverse(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | No
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
-    """Each of ``keys`` (n,) once; in their order where they are distinct already."""
+    """Return each of ``keys`` (n,) once: unchanged if they are distinct already, else ascending."""
     return distinct_with_inverse(keys)[0]
 
 
 def by_occurrence(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Positions of the first occurrence of each of ``rows`` (n,), of their second ones and so on, ascending."""
+    """Yield the indices of the first occurrences of all ``rows`` (n,), of their second ones and so on, ascending."""
     order = np.argsort(rows, kind="stable")
     number = np.arange(rows.size)
     first = np.diff(rows[order], prepend=-1) != 0

@@ -1,9 +1,9 @@
-"""Memory that the ranks of a node share: named arrays in one file that has no name any more.
+"""Shared memory of the ranks of a node: named arrays in one unlinked file.
 
-MPI's own shared windows are not used: what they leave behind when a job is killed stays until the machine restarts,
-and they take their whole size at once. This file is unlinked as soon as all ranks have opened it, so it goes with the
-last of them, whatever ends them; and its pages are taken only when they are reserved, so that an array may be as long
-as it could ever get.
+MPI's shared-memory windows are not used: if a job is killed they may leave files behind until the machine restarts, and
+they allocate their whole size at once. This file is unlinked as soon as all ranks have opened it, so the kernel frees it
+with the last of them, however they end. Its pages are allocated when they are reserved, so an array can have the largest
+size that it may ever need.
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ _MADV_POPULATE_WRITE = 23
 
 
 class NodeMemory:
-    """The arrays of ``shapes``, {name: (shape, dtype)}, all zero, shared by the node's ranks (collective).
+    """Arrays shared by the node's ranks, all zero (construction is collective).
 
-    :raises ConfigError: if there is no room for it.
+    Args:
+        world: The ranks.
+        shapes: (shape, dtype) by name.
+
+    Attributes:
+        arrays: The arrays by name. Elements must be reserved before they are written.
+
+    Raises:
+        ConfigError: If the file cannot be created.
     """
 
     def __init__(self, world: World, shapes: dict[str, tuple[tuple[int, ...], Any]]) -> None:
@@ -39,7 +47,7 @@ class NodeMemory:
             size += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
         self.file = _create_shared_file(world, size)
         self._map = mmap.mmap(self.file, max(size, 1))
-        with contextlib.suppress(OSError):  # where the machine allows it, rows then cost fewer look-ups of addresses
+        with contextlib.suppress(OSError):  # fewer TLB misses, where the kernel allows it
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.arrays: dict[str, np.ndarray] = {
             name: np.frombuffer(self._map, dtype, int(np.prod(shape)), self._starts[name]).reshape(shape)
@@ -47,9 +55,12 @@ class NodeMemory:
         }
 
     def reserve(self, name: str, first: int, end: int) -> None:
-        """Take the pages of the elements [first, end) of an array's first dimension: to write to others may kill.
+        """Allocate the pages of the elements [first, end) of an array's first dimension.
 
-        :raises ConfigError: if there is no room for them.
+        Writing to pages that are not allocated raises SIGBUS when memory is short, and so kills the process.
+
+        Raises:
+            ConfigError: If there is not enough shared memory.
         """
         array = self.arrays[name]
         item = array.itemsize * int(np.prod(array.shape[1:]))
@@ -64,31 +75,36 @@ class NodeMemory:
         self._prefault(self._starts[name] + first * item, (end - first) * item)
 
     def _prefault(self, start: int, size: int) -> None:
-        """Have the reserved pages entered for this process in one go, rather than one by one as they are used."""
+        """Map the reserved pages into this process at once, which costs less than one page fault each."""
         start -= start % _ALIGNMENT
         with contextlib.suppress(OSError):  # Linux before 5.14
             self._map.madvise(_MADV_POPULATE_WRITE, start, min(size + _ALIGNMENT, len(self._map) - start))
 
     def lock_file(self) -> int:
-        """A new open file description, to which locks belong; for the caller to close."""
+        """Return a new open file description, to which file locks belong. The caller closes it."""
         return os.open(f"/proc/self/fd/{self.file}", os.O_RDWR)
 
     def close(self) -> None:
-        """Give the memory back once nothing refers to the arrays any more."""
+        """Free the memory, once nothing refers to the arrays any more."""
         self.arrays.clear()
-        with contextlib.suppress(BufferError):  # an array is still referred to: the memory goes with it
+        with contextlib.suppress(BufferError):  # an array is still in use: the memory is freed with it
             self._map.close()
         os.close(self.file)
 
 
 def require_room(world: World, num_bytes: int) -> None:
-    """Collective: refuse rows that do not fit, before anything is taken.
+    """Refuse rows that do not fit into shared memory, before anything is allocated (collective).
 
-    :param num_bytes: of all rows; each node starts with an equal share.
+    Args:
+        world: The ranks.
+        num_bytes: Size of all rows of the job; each node starts with an equal share.
+
+    Raises:
+        ConfigError: On all ranks, if they do not fit on one of them.
     """
 
     def check() -> None:
-        on_host = world.host_size / world.local_size  # nodes, where one machine is split into several
+        on_host = world.host_size / world.local_size  # nodes per machine, if machines are split
         if num_bytes * on_host / world.num_nodes > free_bytes():
             raise _no_room("the tables", int(num_bytes * on_host / world.num_nodes))
 
@@ -96,7 +112,7 @@ def require_room(world: World, num_bytes: int) -> None:
 
 
 def free_bytes() -> int:
-    """Shared memory that is free on this machine."""
+    """Return the free shared memory of this machine."""
     room = os.statvfs(_folder())
     return room.f_bavail * room.f_frsize
 
@@ -113,7 +129,7 @@ def _folder() -> str:
 
 
 def _create_shared_file(world: World, size: int) -> int:
-    """One new file of ``size`` bytes, opened by each of the node's ranks for itself."""
+    """Create a file of ``size`` bytes, open it on each of the node's ranks, and unlink it; return its descriptor."""
 
     def make() -> str:
         if world.local_rank:
@@ -127,7 +143,7 @@ def _create_shared_file(world: World, size: int) -> int:
                 raise
             finally:
                 os.close(handle)
-        except OSError as error:  # of a limit on the size of files too (ulimit -f), for this is one
+        except OSError as error:  # also if it exceeds the limit on file sizes (ulimit -f)
             wanted = f"file of {size / 1e9:.2f} GB for shared memory in {_folder()}"
             raise ConfigError(f"no {wanted}: {error.strerror}") from None
         return path

@@ -5,7 +5,7 @@ class here with a new ``KIND``, an entry in ``KINDS``, a handler in the manager 
 document's table, which a test compares with this file. Fields that several kinds share:
 
 - ``segment``: a segment's number, in the order of the layout.
-- ``node``: the node of the sender; of a forwarded request, the node of the worker that began it.
+- ``node``: the sender's node; of `Set`, `Push` and `HolderPush`, the node of the worker that called.
 - ``origin``: the rank of the worker to answer. ``ticket``: the number by which it knows the call.
 - ``rows``: (n,) row numbers within the segment. ``stamps``: (n,) their owner stamps as the sender knows them
   (:mod:`lapse_elmo.ps.directory`). ``values``: (n, width), whole rows unless the kind says otherwise.
@@ -58,7 +58,7 @@ class Localize(Message):
 
 @dataclass(frozen=True)
 class Set(Message):
-    """Worker to its manager, forwarded to the owners: overwrite ``rows``. `SetDone` to ``node``'s manager answers it."""
+    """Worker to its manager, forwarded to the owners: overwrite ``rows``. Answered by `SetDone` to its manager."""
 
     KIND = 3
     segment: int
@@ -81,7 +81,7 @@ class Flush(Message):
 
 @dataclass(frozen=True)
 class Freeze(Message):
-    """Worker to its manager: with ``frozen`` 1 start no round and request no rows; with 0 resume. Answered by `Done`."""
+    """Worker to its manager: with ``frozen`` 1 start no round and request no rows; with 0 resume. Then send `Done`."""
 
     KIND = 5
     origin: int
@@ -188,9 +188,7 @@ class SetDone(Message):
 
 @dataclass(frozen=True)
 class Want(Message):
-    """Manager to the believed owner of ``rows``, forwarded: relocate each row to its node in ``nodes`` (n,), or
-    replicate it there.
-    """
+    """Manager to the believed owner of ``rows``, forwarded: relocate or replicate each to its node in ``nodes`` (n,)."""
 
     KIND = 13
     segment: int

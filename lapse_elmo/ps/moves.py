@@ -124,7 +124,7 @@ class Moves:
 
     @property
     def num_unreported(self) -> int:
-        """Number of relocated rows' messages whose homes have not been informed yet."""
+        """Number of `Relocate` messages whose rows' homes have not been informed yet."""
         return sum(map(len, self._moved))
 
     def serve_wants(self) -> bool:

@@ -1,4 +1,4 @@
-"""The ordering of NumPy's accesses to memory that processes share; see ordering.c."""
+"""A memory fence for NumPy's accesses to shared memory; see ordering.c."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _GLOBAL = 1  # MEMBARRIER_CMD_GLOBAL: all running threads of the machine pass a 
 
 @lru_cache(maxsize=1)
 def fence() -> Callable[[], object]:
-    """Return a function after whose call this process's earlier accesses are visible before its later ones.
+    """Return a function that orders this process's memory accesses before its call before those after it.
 
-    On x86, stores are seen in their order and loads are done in theirs, so that nothing is needed without a compiler;
-    elsewhere the kernel's ``membarrier`` does it, slowly.
+    Without a compiler: x86 keeps the order of stores and of loads, so nothing is needed there. On other processors the
+    ``membarrier`` system call does the same, slowly.
     """
     library = native.load(SOURCE)
     if library is not None:

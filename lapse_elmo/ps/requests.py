@@ -1,4 +1,4 @@
-"""Requests of one worker to managers, its own through shared memory and others over the network, and their answers."""
+"""Requests of one worker to its own manager (in shared memory) and to others (over the network), and their answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RowsCall(Call):
 
 
 class Requests:
-    """Sends a worker's requests and receives their answers. Every wait receives messages, so that nobody deadlocks.
+    """Sends a worker's requests and receives their answers. Every wait receives messages, which prevents deadlocks.
 
     Args:
         world: The worker's rank and the managers' ranks.
@@ -79,7 +79,7 @@ class Requests:
         """
         assert call.rows is not None and call.values is not None
         asked = call.rows[missing]
-        # The newer of both. They are separate arrays so that each has one kind of writer; a lost update costs a hop.
+        # The newer of both. Workers update theirs without a lock: an update that is lost costs one more hop.
         stamps = np.maximum(self._stamps[number][asked], self._cached[number][asked])
         rank, width, sent_bytes = self.world.rank, call.values.shape[1], 0
         for node, chosen in group_by_node(node_of(stamps)):

@@ -1,8 +1,8 @@
-"""Update rules: how the server turns a gradient that is pushed into a row's next value.
+"""Update rules: how the server turns a pushed gradient into a row's next value.
 
-A row of a segment with a rule is ``[weights | state]``. Workers pull weights and push gradients; whoever holds the row
-takes the step under the row's lock, from the state that the row has at that moment. A rule is data and knows no model;
-rows.c computes the steps, and :meth:`Rule.changes` is its twin in torch.
+A row of a segment with a rule is ``[weights | state]``. Workers pull weights and push gradients. The step is taken where
+the row is, under its lock, from the row's current state. A rule is plain data, independent of any model; rows.c computes
+the steps, and :meth:`Rule.changes` is the fallback in torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ ADAGRAD, ADAGRAD_PER_ROW, SGD = range(3)  # as in rows.c
 
 @dataclass(frozen=True)
 class Rule:
-    """Adagrad or plain gradient descent, with a learning rate that comes with each push.
+    """Adagrad or plain gradient descent; each push brings its learning rate.
 
-    Adagrad of a gradient g is ``acc += g * g; weights -= rate * g / (sqrt(acc) + epsilon)``. With ``per_row`` the row
-    has one accumulator, which grows by the mean of ``g * g`` over the row (row-wise Adagrad).
-
-    :ivar epsilon: see above; of no effect on gradient descent, as ``per_row``.
+    An Adagrad step with gradient g is ``acc += g * g; weights -= rate * g / (sqrt(acc) + epsilon)``. With ``per_row``
+    the row has a single accumulator, to which the mean of ``g * g`` over the row is added (row-wise Adagrad). ``sgd``
+    ignores ``per_row`` and ``epsilon``.
     """
 
     kind: Literal["adagrad", "sgd"]
@@ -35,22 +34,27 @@ class Rule:
 
     @property
     def code(self) -> int:
-        """The rule's number in rows.c."""
+        """Number of the rule in rows.c."""
         if self.kind == "sgd":
             return SGD
         return ADAGRAD_PER_ROW if self.per_row else ADAGRAD
 
     def state_width(self, width: int) -> int:
-        """Floats of state that are stored after ``width`` weights."""
+        """Return the number of floats of state stored after ``width`` weights."""
         if self.kind == "sgd":
             return 0
         return 1 if self.per_row else width
 
     def changes(self, rows: Tensor, gradients: Tensor, rate: float) -> Tensor:
-        """What one step of each of the distinct ``rows`` adds to it, as (n, width + state).
+        """Compute what one step adds to each of the distinct ``rows``, without changing them.
 
-        :param rows: (n, width + state), not changed.
-        :param gradients: (n, width).
+        Args:
+            rows: (n, width + state) float32.
+            gradients: (n, width) float32.
+            rate: Learning rate.
+
+        Returns:
+            (n, width + state) float32.
         """
         if self.kind == "sgd":
             return gradients * -rate

@@ -1,7 +1,7 @@
-"""What the embedded engine needs of the world outside: sending, receiving, the time, and waiting.
+"""The network interface of the embedded engine, its polling back-off, and its message memory.
 
-The engine runs unchanged on two implementations: MPI (:mod:`lapse_elmo.ps.mpi_transport`) and the simulated network of
-tests/simulator, which controls every order and delay by a seed.
+The engine runs unchanged on two implementations of :class:`Transport`: MPI (:mod:`lapse_elmo.ps.mpi_transport`) and the
+simulated network of tests/simulator, where a seed determines every order and delay.
 """
 
 from __future__ import annotations
@@ -17,58 +17,64 @@ from lapse_elmo.ps.wire import CHUNK_BYTES
 
 TO_MANAGER, TO_WORKER, VALUES = 1, 2, 3  # tags
 
-_SPIN_S = 2e-4  # how long a wait polls without a break, where every rank has a core
+_SPIN_S = 2e-4  # how long a wait polls without sleeping, if every rank has a core
 _SHORTEST_SLEEP_S = 2e-5
 # The next sleep as a share of the time waited so far, and its upper bound in seconds. Low latency costs a rank 7 % of
 # its speed in polling; in return, rows that several nodes relocate to themselves in turn arrive in a third of the time.
 _NORMAL, _LOW_LATENCY = (1 / 8, 4e-3), (1 / 32, 1e-3)
 _SMALLEST_KEPT, _LARGEST_KEPT, _MOST_KEPT = 1 << 16, CHUNK_BYTES + (1 << 16), 32  # bytes, bytes, blocks
-_UNUSED = 3  # references to a kept block: the list's, the loop's and the argument's
+_UNUSED = 3  # references to a free block: the list's, the loop variable's and getrefcount's argument
 
 
 class Address(NamedTuple):
-    """One receiver: a rank, and whether its manager or its worker (`TO_MANAGER`, `TO_WORKER`)."""
+    """A receiver: a rank, and its manager or its worker (``TO_MANAGER``, ``TO_WORKER``)."""
 
     rank: int
     tag: int
 
 
 class Transport(Protocol):
-    """The network as one worker or one manager sees it. No call but `receive_values` and `sleep` waits."""
+    """The network as seen by one worker or one manager.
+
+    Blocks and values each arrive in the order of sending per pair of ends. Only ``receive_values``, ``sleep`` and
+    ``finish`` block.
+    """
 
     def send(self, to: Address, block: np.ndarray) -> None:
-        """Begin to send ``block`` (n,) uint8, which must not change any more. Blocks to one end keep their order."""
+        """Start sending ``block`` (n,) uint8, which must not be changed from now on; the transport keeps it alive."""
 
     def receive(self) -> np.ndarray | None:
         """Return the next block that has arrived completely, or None."""
 
     def send_values(self, rank: int, values: np.ndarray) -> None:
-        """Begin to send ``values`` (n, width) float32 to the worker of ``rank``; they must not change any more."""
+        """Start sending ``values`` (n, width) float32 to the worker of ``rank``; as :meth:`send`."""
 
     def receive_values(self, rank: int, values: np.ndarray) -> None:
-        """Wait for the next values that the manager of ``rank`` sends here, and receive them into ``values``."""
+        """Receive the next values of the manager of ``rank`` into ``values`` (n, width); block until they are here."""
 
     def outgoing_bytes(self, to: Address | None = None) -> int:
-        """Return how many bytes have not left yet, in all or to one end (values count as what its worker is sent)."""
+        """Return the bytes not sent yet, in total or to one receiver; values count for the worker that gets them."""
 
     def allocate(self, size: int) -> np.ndarray:
-        """Return memory (size,) uint8 for a message."""
+        """Return uninitialised memory (size,) uint8 for a message; it is reused once nothing refers to it."""
 
     def now(self) -> float:
-        """Return seconds of a clock that never goes back."""
+        """Return the seconds of a monotonic clock."""
 
     def sleep(self, seconds: float) -> None:
-        """Let others run for about ``seconds``; 0 gives the processor away once."""
+        """Sleep for about ``seconds``; 0 yields the processor once."""
 
     def finish(self) -> None:
-        """Wait until everything has left."""
+        """Block until everything is sent."""
 
 
 class Backoff:
-    """Polling: first without a break, then with sleeps that grow with the time waited.
+    """Polling back-off: spin, then sleep for intervals that grow with the time waited.
 
-    :param spin: whether there is a core for polling without a break.
-    :param low_latency: whether to sleep less; of effect only with ``spin``.
+    Args:
+        transport: Tells the time and sleeps.
+        spin: Whether this thread has a core to spin on.
+        low_latency: Whether to sleep for shorter intervals; only with ``spin``.
     """
 
     def __init__(self, transport: Transport, spin: bool, low_latency: bool = False) -> None:
@@ -78,32 +84,33 @@ class Backoff:
         self.reset()
 
     def reset(self, spin: bool = True) -> None:
-        """Start anew after progress: the next wait is short; without ``spin`` it is at least the shortest sleep."""
+        """Start over after progress: the next wait spins or, without ``spin``, sleeps for the shortest interval."""
         self._start = self._transport.now() - (0.0 if spin else self._spin_s)
 
     def wait(self) -> None:
-        """Let others run for a while."""
+        """Spin or sleep once."""
         waited_s = self._transport.now() - self._start
         if waited_s < self._spin_s:
-            self._transport.sleep(0)  # gives the interpreter's lock to the rank's other thread
+            self._transport.sleep(0)  # yields the interpreter's lock to the rank's other thread
             return
         self._transport.sleep(min(max(self._share * waited_s, _SHORTEST_SLEEP_S), self._longest_s))
 
 
 class BlockPool:
-    """Memory for messages that is used again, since new memory costs more than filling it. For one thread.
+    """Reused memory for messages, since fresh memory costs more than filling it. For one thread.
 
-    A block is free again when nothing but this list refers to it. The first free one is taken, so that few stay in use.
+    A block is free when only this pool refers to it: a view of a block, such as a message's array, keeps it in use. The
+    first free block is taken, so that few blocks are touched.
     """
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, _MOST_KEPT * _LARGEST_KEPT, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # where the machine allows it, MPI then looks up fewer pages
+        with contextlib.suppress(OSError):  # fewer pages for MPI to register, where the kernel allows it
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._blocks: list[np.ndarray] = []
 
     def allocate(self, size: int) -> np.ndarray:
-        """Return a block of ``size`` bytes."""
+        """Return a block (size,) uint8; very small, large or exceeding ones are not from the pool."""
         if size < _SMALLEST_KEPT or size > _LARGEST_KEPT:
             return np.empty(size, np.uint8)
         for block in self._blocks:

@@ -125,7 +125,7 @@ def _parse(schema: _Schema, block: np.ndarray) -> Message:
 
 
 def select(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
-    """Return a copy of ``message`` with only the rows at the indices ``chosen``, and with fields replaced by ``changes``.
+    """Return a copy of ``message`` with only the rows at the indices ``chosen``; ``changes`` replace fields.
 
     Used to split a request between what is served here, forwarded and queued.
     """
