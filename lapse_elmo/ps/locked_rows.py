@@ -1,4 +1,4 @@
-"""Rows without a compiler: the twin of rows.c in NumPy and torch, under locks of the kernel."""
+"""Access to rows without a compiler: the fallback for rows.c, in NumPy and torch under kernel locks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ _ROWS_PER_LOCK = 1024
 
 
 def open_rows(memory: NodeMemory, segment: Segment, is_native: bool) -> Rows:
-    """The rows of ``segment``; ``is_native`` must be the same for all who open them."""
+    """Return an accessor of the rows of ``segment``; ``is_native`` must be the same on all ranks of the node.
+
+    The two implementations use different locks, which do not exclude each other.
+    """
     library = native.load(SOURCE) if is_native else None
     return NativeRows(memory, segment, library) if library is not None else LockedRows(memory, segment)
 
 
 class LockedRows(Rows):
-    """With NumPy and torch. A call sorts its rows, and each run of ``_ROWS_PER_LOCK`` of them is handled under a lock.
+    """Rows through NumPy and torch. A call sorts its rows and handles ``_ROWS_PER_LOCK`` of them at a time under a lock.
 
-    The lock is one of the byte interval [first key, last key] of the node's file (open-file-description locks of Linux:
-    the kernel finds the overlaps, a waiting rank sleeps, and the locks of a rank that dies are released).
+    The lock covers the byte interval [first key, last key] of the node's file. With Linux's open-file-description locks
+    the kernel finds overlaps, a waiting rank sleeps, and the locks of a rank that dies are released.
     """
 
     def __init__(self, memory: NodeMemory, segment: Segment) -> None:
@@ -40,11 +43,13 @@ class LockedRows(Rows):
         self._main = torch.from_numpy(self.main)
 
     def close(self) -> None:
+        """Close the lock file and release the references to shared memory."""
         os.close(self._file)
         del self._main
         super().close()
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Copy the rows that are here into ``out``."""
         missing, result, main = [], torch.from_numpy(out), self._main[:, : out.shape[1]]
         for some, indices in self._runs(rows, exclusive=False):
             flags = self.flags[some]
@@ -62,6 +67,7 @@ class LockedRows(Rows):
         return np.sort(np.concatenate(missing)) if missing else rows[:0]
 
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
+        """Add ``deltas`` to the rows that are here."""
         missing, source = [], torch.from_numpy(deltas)
         for some, indices in self._runs(rows, exclusive=True):
             flags = self.flags[some]
@@ -83,7 +89,7 @@ class LockedRows(Rows):
             flags, positions = self.flags[some], _as_array(indices)
             self._mark(some, flags, mark)
             for view, here in self._views(some, flags):
-                for turn in by_occurrence(some[here]):  # the steps of a repeated row, one after another
+                for turn in by_occurrence(some[here]):  # steps of a repeated row must follow one another
                     chosen = here[turn]
                     slots = self.slots[some[chosen]]
                     gradient = torch.from_numpy(gradients[positions[chosen]])
@@ -95,6 +101,7 @@ class LockedRows(Rows):
         return np.sort(np.concatenate(missing)) if missing else rows[:0]
 
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Overwrite the main copies that are here."""
         with self._locked(rows):
             here = self.owned(rows)
             self.main[self.slots[rows[here]]] = values[here]
@@ -102,6 +109,7 @@ class LockedRows(Rows):
         return np.flatnonzero(~here)
 
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
+        """Store absent rows."""
         with self._locked(rows):
             if as_replica:
                 self.replica[slots, 0], self.replica[slots, 1] = values, 0
@@ -111,25 +119,30 @@ class LockedRows(Rows):
             self.flags[rows] = PRESENT | (REPLICA if as_replica else 0)
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Move main copies to ``out``."""
         with self._locked(rows):
             out[:] = self.main[self.slots[rows]]
             self.flags[rows] = 0
 
     def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        """Make replicas main copies."""
         with self._locked(rows):
             dirty = self.flags[rows] & DIRTY
+            # Adding -0.0 keeps all bits of a value, as a copy does; +0.0 would turn -0.0 into +0.0.
             deltas = np.where(dirty[:, None] != 0, self.replica[self.slots[rows], 1], np.float32(-0.0))
             self.main[slots] = values + deltas
             self.slots[rows] = slots
             self.flags[rows] = PRESENT | dirty
 
     def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
+        """Clear the dirty flags of main copies."""
         with self._locked(rows):
             changed = np.flatnonzero(self.flags[rows] & DIRTY)
             self.flags[rows[changed]] &= ~np.uint32(DIRTY)
         return changed
 
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take the deltas of replicas."""
         with self._locked(rows):
             changed = np.flatnonzero(self.flags[rows] & DIRTY)
             slots = self.slots[rows[changed]]
@@ -139,32 +152,35 @@ class LockedRows(Rows):
         return changed, deltas
 
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Set replicas to ``values`` plus their deltas."""
         with self._locked(rows):
             slots = self.slots[rows]
-            dirty = self.flags[rows] & DIRTY != 0  # adding -0 keeps all bits
+            dirty = self.flags[rows] & DIRTY != 0  # adding -0.0 keeps all bits
             self.replica[slots, 0] = values + np.where(dirty[:, None], self.replica[slots, 1], np.float32(-0.0))
 
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Set replicas to ``values`` and discard their deltas."""
         with self._locked(rows):
             slots = self.slots[rows]
             self.replica[slots, 0], self.replica[slots, 1] = values, 0
             self.flags[rows] &= ~np.uint32(DIRTY)
 
     def release(self, rows: np.ndarray) -> np.ndarray:
+        """Remove the replicas that have no deltas."""
         with self._locked(rows):
             released = np.flatnonzero(self.flags[rows] & DIRTY == 0)
             self.flags[rows[released]] = 0
         return released
 
     def _mark(self, rows: np.ndarray, flags: np.ndarray, main_too: bool) -> None:
-        """Count replicas and, with ``main_too``, main copies as changed."""
+        """Mark replicas and, with ``main_too``, main copies as dirty."""
         changed = (flags & PRESENT != 0) & (main_too or flags & REPLICA != 0)
         self.flags[rows] = flags | np.where(changed, DIRTY, 0).astype(np.uint32)
 
     def _views(
         self, rows: np.ndarray, flags: np.ndarray, with_deltas: bool = False
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(array, positions of ``rows`` in it, by slot): main copies, replicas' values and, if wanted, their deltas."""
+        """Yield (array by slot, indices of the ``rows`` in it): main copies, replicas' values and, if asked, deltas."""
         main = np.flatnonzero(flags & (PRESENT | REPLICA) == PRESENT)
         replicas = np.flatnonzero(flags & (PRESENT | REPLICA) == PRESENT | REPLICA)
         if main.size:
@@ -175,7 +191,10 @@ class LockedRows(Rows):
                 yield self.replica[:, 1], replicas
 
     def _runs(self, rows: np.ndarray, *, exclusive: bool) -> Iterator[tuple[np.ndarray, slice | np.ndarray]]:
-        """``rows`` in runs of ascending order, each under a lock, with their indices in the call's buffer."""
+        """Yield ``rows`` in ascending runs, each under a lock, with their indices in the call's buffers.
+
+        Ascending order and one lock at a time prevent deadlocks.
+        """
         order = None if np.all(rows[1:] >= rows[:-1]) else np.argsort(rows, kind="stable")
         if order is not None:
             rows = rows[order]
@@ -186,6 +205,7 @@ class LockedRows(Rows):
 
     @contextmanager
     def _locked(self, rows: np.ndarray) -> Iterator[None]:
+        """Hold one exclusive lock on the interval that ``rows`` span."""
         if not rows.size:
             yield
             return
@@ -201,7 +221,7 @@ class LockedRows(Rows):
             self._lock(fcntl.F_UNLCK, first, end)
 
     def _lock(self, kind: int, first: int, end: int) -> None:
-        # A ``struct flock`` of 64-bit Linux.
+        # ``struct flock`` of 64-bit Linux.
         flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, self._first_key + first, end - first, 0)
         fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, flock)
 

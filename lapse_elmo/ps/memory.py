@@ -1,9 +1,9 @@
 """Shared memory of the ranks of a node: named arrays in one unlinked file.
 
-MPI's shared-memory windows are not used: if a job is killed they may leave files behind until the machine restarts, and
-they allocate their whole size at once. This file is unlinked as soon as all ranks have opened it, so the kernel frees it
-with the last of them, however they end. Its pages are allocated when they are reserved, so an array can have the largest
-size that it may ever need.
+MPI's shared-memory windows are not used: if a job is killed they may leave files behind until the machine restarts,
+and they allocate their whole size at once. This file is unlinked as soon as all ranks have opened it, so the kernel
+frees it with the last of them, however they end. Its pages are allocated when they are reserved, so an array can have
+the largest size that it may ever need.
 """
 
 from __future__ import annotations

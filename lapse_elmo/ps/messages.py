@@ -188,7 +188,7 @@ class SetDone(Message):
 
 @dataclass(frozen=True)
 class Want(Message):
-    """Manager to the believed owner of ``rows``, forwarded: relocate or replicate each to its node in ``nodes`` (n,)."""
+    """Manager to the believed owner of ``rows``, forwarded: relocate or replicate each to its node of ``nodes``."""
 
     KIND = 13
     segment: int

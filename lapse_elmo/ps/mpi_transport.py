@@ -1,8 +1,8 @@
 """The engine's messages over MPI. No call blocks inside MPI: every operation is non-blocking and then tested.
 
 A receive is started when its message has been matched, and handed out once it is complete and all earlier messages of
-its sender have been handed out. So a rendezvous message, whose data arrives only when the sender enters MPI again, delays
-only messages of the same sender. (Without cross-memory attach, MPICH sends everything above some tens of KB that way.)
+its sender have been handed out. So a rendezvous message, whose data arrives only when the sender enters MPI again,
+delays only messages of the same sender. (Without cross-memory attach, MPICH uses rendezvous from some tens of KB on.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _TESTED_AT_ONCE = 64  # sends tested per call, so that a poll stays cheap however many are in progress
-_MOST_INCOMING_BYTES = 1 << 26  # of receives in progress; messages beyond it stay unmatched, which throttles their senders
+_MOST_INCOMING_BYTES = 1 << 26  # of receives in progress; further messages stay unmatched, which throttles senders
 
 
 class MpiTransport:

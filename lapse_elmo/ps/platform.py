@@ -81,7 +81,7 @@ class MpiPlatform:
         """Run ``serve`` in a thread."""
 
         def run() -> None:
-            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # in ns: the default adds 50 us to each short sleep
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # ns; the default adds 50 us to a sleep
             serve()
 
         # An exception in the thread ends the job, through threading.excepthook.

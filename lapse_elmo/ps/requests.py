@@ -18,7 +18,7 @@ from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
 from lapse_elmo.ps.wire import new
 
-_MAX_REQUESTED_BYTES = 1 << 26  # of values requested or being sent by a worker; it waits before it adds to them
+_MAX_REQUESTED_BYTES = 1 << 26  # of values requested or being sent by a worker, which waits for answers beyond it
 _RECORD_HEADER_BYTES = 256  # more than any message's header takes
 
 

@@ -1,11 +1,11 @@
-"""The rows of one segment on one node: which are here, where they lie, and how they are read and changed in place.
+"""Access to the rows of one segment on one node, in place, from several processes at once.
 
-A row is present as the main copy or as a replica, or absent. A replica is a value and, beside it, the sum of the deltas
-that its owner has not been sent yet. Workers call ``pull``, ``push`` and ``set`` straight from their processes, while
-the node's manager moves rows in and out; each row is guarded by itself, so that no call sees half of another.
+A row is present as the main copy or as a replica, or absent. A replica consists of a value and the sum of the deltas
+not sent to its owner yet. Workers call ``pull``, ``push`` and ``set`` in their own processes while the node's manager
+adds and removes rows; each row is locked separately, so that no call sees half of another.
 
-Two implementations of the same methods: :class:`NativeRows` goes through rows.c, with a spin lock a row;
-:class:`~lapse_elmo.ps.locked_rows.LockedRows` needs no compiler and guards intervals of rows by locks of the kernel.
+There are two implementations: :class:`NativeRows` calls rows.c, with a spin lock per row, and the fallback
+:class:`~lapse_elmo.ps.locked_rows.LockedRows` needs no compiler and uses kernel locks on intervals of rows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.memory import NodeMemory
 from lapse_elmo.ps.rules import Rule
 
-PRESENT, REPLICA, DIRTY = 2, 4, 8  # as in rows.c
-MAIN, COPY = PRESENT, PRESENT | REPLICA  # kinds of rows
-MAIN_ROWS, REPLICA_ROWS = " main", " replica"  # endings of the names of arrays whose memory is reserved slot by slot
+PRESENT, REPLICA, DIRTY = 2, 4, 8  # flags of a row's entry, as in rows.c
+MAIN, COPY = PRESENT, PRESENT | REPLICA  # what is here of a row: the main copy, or a replica
+MAIN_ROWS, REPLICA_ROWS = " main", " replica"  # suffixes of array names; their memory is reserved as slots are used
 SOURCE = Path(__file__).parent / "rows.c"
 
 
 def array_shapes(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple[int, ...], type]]:
-    """What a segment needs in a node's memory; replicas only where there are other nodes."""
+    """Return the (shape, dtype) by name of a segment's arrays in shared memory; replicas only with several nodes."""
     replicas = segment.num_rows if several_nodes else 0
     return {
         f"{segment.name} entries": ((segment.num_rows, 2), np.uint32),
@@ -37,10 +37,17 @@ def array_shapes(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple
 
 
 class Rows(ABC):
-    """Rows of ``segment`` in ``memory``; an object serves one thread.
+    """Accessor of the rows of ``segment`` in ``memory``, for use by one thread.
 
-    ``rows`` are int64 numbers within the segment; ``missing`` and ``changed`` results are positions in ``rows``. Values
-    and deltas are those of whole rows, (n, row_width), where nothing else is said.
+    In all methods, ``rows`` (n,) are int64 row numbers within the segment, and results that select some of them are
+    indices into ``rows``, (m,) int64, ascending. ``values`` and ``deltas`` are float32 of whole rows, (n, row_width),
+    unless stated otherwise. Buffers are only used during the call. Methods from ``put`` on are for the manager, and
+    their ``rows`` are distinct and of the stated kind.
+
+    Attributes:
+        entries: (num_rows, 2) uint32, each row's flags and slot; ``flags`` and ``slots`` are views of it.
+        main: (num_rows, row_width) float32, main copies by slot.
+        replica: (num_rows, 2, row_width) float32, values and deltas of replicas by slot.
     """
 
     def __init__(self, memory: NodeMemory, segment: Segment) -> None:
@@ -52,34 +59,42 @@ class Rows(ABC):
         self.main, self.replica = arrays[segment.name + MAIN_ROWS], arrays[segment.name + REPLICA_ROWS]
 
     def present(self, rows: np.ndarray) -> np.ndarray:
-        """Which rows (n,) are here, as main copy or replica."""
+        """Return which rows are here, as main copy or replica, (n,) bool."""
         return self.flags[rows] & PRESENT != 0
 
     def owned(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Of which rows (n,) the main copy is here."""
+        """Return of which rows the main copy is here, (n,) bool."""
         return self.flags[rows] & (PRESENT | REPLICA) == PRESENT
 
     def all_owned(self, rows: np.ndarray) -> bool:
-        """Whether the main copies of all ``rows`` are here."""
+        """Return whether the main copies of all ``rows`` are here."""
         return bool(self.owned(rows).all())
 
     def kinds(self) -> np.ndarray:
-        """MAIN or COPY (num_rows,) of the rows that are here, 0 of others."""
+        """Return ``MAIN`` or ``COPY`` for the rows that are here, 0 for others, (num_rows,)."""
         return self.flags & COPY
 
     @abstractmethod
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy the rows that are here to ``out``; the missing ones.
+        """Copy the rows that are here into ``out``: (n, width), or (n, row_width) for whole rows.
 
-        :param out: (n, width) for what is pulled of a row, or (n, row_width) for whole rows.
+        Returns:
+            Indices of the rows that are not here; ``out`` is not changed there.
         """
 
     def push(self, rows: np.ndarray, values: np.ndarray, rate: float = 0.0, mark: bool = True) -> np.ndarray:
-        """Add ``values`` (n, width) to the rows that are here; the missing ones. Repeats are all added.
+        """Add ``values`` (n, width) to the rows that are here; repeated rows get all of theirs.
 
-        Where the segment has a rule they are gradients, each of which makes a step at the learning rate ``rate``.
+        If the segment has a rule, ``values`` are gradients, and each makes a step at the learning rate ``rate``.
 
-        :param mark: whether main copies count as changed by it. Replicas always do.
+        Args:
+            rows: (n,) rows, in any order.
+            values: (n, width) float32.
+            rate: Learning rate, used if there is a rule.
+            mark: Whether main copies become dirty; replicas always do.
+
+        Returns:
+            Indices of the rows that are not here.
         """
         if self.rule is None:
             return self.add(rows, values, mark)
@@ -87,55 +102,55 @@ class Rows(ABC):
 
     @abstractmethod
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
-        """Add ``deltas`` to the rows that are here; the missing ones. See :meth:`push`."""
+        """Add ``deltas`` to the rows that are here, whatever the rule; otherwise as :meth:`push`."""
 
     @abstractmethod
     def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
-        """Take a step of ``rule`` with ``gradients`` (n, width)."""
+        """Take a step of ``rule`` per row with ``gradients`` (n, width); otherwise as :meth:`push`."""
 
     @abstractmethod
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Overwrite the main copies that are here; the missing ones."""
+        """Overwrite the main copies that are here; return the indices of other rows, also of replicas."""
 
     @abstractmethod
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
-        """Let absent rows be here, in ``slots``."""
+        """Store absent rows in ``slots`` (n,), as main copies or as replicas without deltas."""
 
     @abstractmethod
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy main copies to ``out`` and let them be absent."""
+        """Move main copies to ``out``; the rows become absent."""
 
     @abstractmethod
     def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
-        """Let replicas become main copies in ``slots``: ``values`` plus their deltas."""
+        """Make replicas main copies in ``slots`` (n,), with ``values`` plus the replicas' deltas."""
 
     @abstractmethod
     def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
-        """Which main copies have changed since the last call."""
+        """Clear the dirty flags of main copies; return the indices of those that had changed since the last call."""
 
     @abstractmethod
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take the deltas of replicas that have some: (which, deltas)."""
+        """Take the deltas of the replicas that have any, and clear them there; return (indices, deltas)."""
 
     @abstractmethod
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Replicas become ``values`` plus their deltas."""
+        """Set replicas to ``values``, the owner's, plus their own deltas."""
 
     @abstractmethod
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Replicas become ``values``; their deltas are forgotten."""
+        """Set replicas to ``values`` and discard their deltas."""
 
     @abstractmethod
     def release(self, rows: np.ndarray) -> np.ndarray:
-        """Let the replicas that have no deltas be absent; which they are."""
+        """Remove the replicas that have no deltas; return their indices."""
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the references to shared memory."""
         del self.entries, self.flags, self.slots, self.main, self.replica
 
 
 class NativeRows(Rows):
-    """Through rows.c, whose calls run without the interpreter's lock."""
+    """Rows through rows.c, whose functions run without the interpreter's lock."""
 
     def __init__(self, memory: NodeMemory, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment)
@@ -144,13 +159,16 @@ class NativeRows(Rows):
             getattr(library, f"rows_{name}").restype = ctypes.c_int64
 
     def all_owned(self, rows: np.ndarray) -> bool:
+        """Return whether the main copies of all ``rows`` are here, without a temporary array."""
         return self._call("owned", self.entries, rows, rows.size) == rows.size
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Call rows_pull."""
         assert out.shape[1] <= self.row_width
         return self._list("pull", (self.entries, self.main, self.replica, self.row_width, out.shape[1]), rows, out)
 
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
+        """Call rows_add."""
         assert deltas.shape[1] == self.row_width
         return self._list("add", (self.entries, self.main, self.replica, self.row_width), rows, deltas, int(mark))
 
@@ -160,45 +178,56 @@ class NativeRows(Rows):
         return self._list("step", before, rows, gradients, float(rate), float(rule.epsilon), int(mark))
 
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Call rows_set."""
         return self._list("set", (self.entries, self.main, self.row_width), rows, values)
 
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
+        """Call rows_put."""
         before = (self.entries, self.main, self.replica, self.row_width)
         self._call("put", *before, rows, rows.size, slots, values, int(as_replica))
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Call rows_take."""
         self._call("take", self.entries, self.main, self.row_width, rows, rows.size, out)
 
     def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
+        """Call rows_promote."""
         self._call("promote", self.entries, self.main, self.replica, self.row_width, rows, rows.size, slots, values)
 
     def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
+        """Call rows_clear_dirty."""
         return self._list("clear_dirty", (self.entries,), rows)
 
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Only as much room as there are changed rows now; one that changes meanwhile has its turn next time.
+        """Call rows_collect for the replicas that are dirty now; one that becomes dirty meanwhile is for the next call."""
+        # Selecting them first keeps the buffer as small as the deltas, of which there are usually few.
         dirty = np.flatnonzero(self.flags[rows] & DIRTY)
         deltas = np.empty((dirty.size, self.row_width), np.float32)
         which = self._list("collect", (self.entries, self.replica, self.row_width), rows[dirty], deltas)
         return dirty[which], deltas[: which.size]
 
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Call rows_refresh."""
         self._call("refresh", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Call rows_overwrite."""
         self._call("overwrite", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def release(self, rows: np.ndarray) -> np.ndarray:
+        """Call rows_release."""
         return self._list("release", (self.entries,), rows)
 
     def _list(
         self, name: str, before: tuple[np.ndarray | int, ...], rows: np.ndarray, *more: np.ndarray | float
     ) -> np.ndarray:
+        """Call a function of rows.c that lists indices into ``rows`` in its last argument; return them."""
         listed = np.empty(rows.size, np.int64)
         number = self._call(name, *before, rows, rows.size, *more, listed)
         return listed[:number]
 
     def _call(self, name: str, *arguments: np.ndarray | float) -> int:
+        """Call ``rows_<name>``: arrays as pointers, ints as int64, floats as float."""
         passed: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):

@@ -1,8 +1,8 @@
 """Update rules: how the server turns a pushed gradient into a row's next value.
 
-A row of a segment with a rule is ``[weights | state]``. Workers pull weights and push gradients. The step is taken where
-the row is, under its lock, from the row's current state. A rule is plain data, independent of any model; rows.c computes
-the steps, and :meth:`Rule.changes` is the fallback in torch.
+A row of a segment with a rule is ``[weights | state]``. Workers pull weights and push gradients. The step is taken
+where the row is, under its lock, from the row's current state. A rule is plain data, independent of any model; rows.c
+computes the steps, and :meth:`Rule.changes` is the fallback in torch.
 """
 
 from __future__ import annotations
