@@ -1,4 +1,4 @@
-"""Every parameter server by its name; a native package is imported only where it is asked for."""
+"""The parameter servers by name; a native package is imported only if it is chosen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lapse_elmo.ps.sampling import Sampler
 
 
 def server_remarks(name: str) -> list[str]:
-    """What a log should say about how the server ``name`` works on this rank: a slower way that is taken, and why."""
+    """Return warnings about slow fallbacks that the server ``name`` uses on this rank, and why, for the log."""
     if name != "embedded":
         return []
     from lapse_elmo.ps.rows import SOURCE
@@ -29,7 +29,16 @@ def make_server(
     name: str, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0,
     **options: Any,
 ) -> ParameterServer:
-    """Collective: the server ``name`` (``--ps``) for the rows of ``layout``. ``options`` are the engine's own."""
+    """Return a new server for the rows of ``layout`` (collective).
+
+    Args:
+        name: The engine, as in ``--ps``.
+        world: The ranks.
+        layout: The segments.
+        sampled: See :class:`~lapse_elmo.ps.api.ParameterServer`, as ``first_sample``.
+        first_sample: Number of the first sample.
+        **options: Further arguments of the engine's constructor.
+    """
     if name == "lapse":
         from lapse_elmo.ps.lapse_package import LapseServer
 

@@ -30,7 +30,7 @@ def open_rows(memory: NodeMemory, segment: Segment, is_native: bool) -> Rows:
 
 
 class LockedRows(Rows):
-    """Rows through NumPy and torch. A call sorts its rows and handles ``_ROWS_PER_LOCK`` of them at a time under a lock.
+    """Rows through NumPy and torch. A call sorts its rows and handles ``_ROWS_PER_LOCK`` at a time under a lock.
 
     The lock covers the byte interval [first key, last key] of the node's file. With Linux's open-file-description locks
     the kernel finds overlaps, a waiting rank sleeps, and the locks of a rank that dies are released.

@@ -1,22 +1,26 @@
-/* Rows of one segment in memory that a node's processes share, each guarded by a lock of its own.
+/* Access to the rows of one segment in shared memory, with a lock per row.
  *
- * A row has `width` floats: weights and, where the segment has an update rule, the rule's state after them (rules.py).
- * entry[row] says whether the row is on the node, in which slot, and as what. A main copy lies at main[slot * width]; a
- * replica at replica[slot * 2 * width], its value followed by the sum of the deltas that its owner has not been sent.
- * Whoever changes a row or its entry holds the row's lock, and letting it go counts the entry's version up. A reader
- * takes no lock: it copies, and copies again if the entry has changed meanwhile. (An atomic operation for each row would
- * wait until the copy before it has reached the cache.)
- * Every function has a twin in rows.py (LockedRows), with which the tests compare it.
+ * A row has `width` floats: weights and, if the segment has an update rule, the rule's state after them (rules.py).
+ * entries[row] holds flags and a slot. A main copy is at main[slot * width]; a replica is at replica[slot * 2 * width],
+ * its value followed by the sum of the deltas not sent to its owner yet.
+ *
+ * Locking is that of a seqlock. A writer holds the row's lock, a bit of its flags; unlocking increments the version in
+ * the upper bits. A reader takes no lock: it copies the row, and copies it again if the entry has changed meanwhile.
+ * (With an atomic write per row, a reader would have to wait for the copy of the row before to reach the cache.)
+ *
+ * `rows` are row numbers, n of them, and may repeat in pull, add and step. Functions that list rows write their indices
+ * in `rows` to the last argument (n), ascending, and return their number. LockedRows (locked_rows.py) is the fallback in
+ * NumPy and torch, which the tests compare with each function.
  */
 #include <math.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8, VERSION = 16 }; /* the version is in the bits from VERSION up */
-enum { AHEAD_BYTES = 6144, FEWEST_AHEAD = 2, MOST_AHEAD = 12, FETCHED = 4096 }; /* rows fetched ahead; bytes of a row */
-enum { FAR_AHEAD = 24 };                                                       /* entries fetched ahead */
-enum { SPINS = 64 };                                                           /* tries before the core is yielded */
+enum { LOCKED = 1, PRESENT = 2, REPLICA = 4, DIRTY = 8, VERSION = 16 }; /* the bits from VERSION up count */
+enum { AHEAD_BYTES = 6144, FEWEST_AHEAD = 2, MOST_AHEAD = 12, FETCHED = 4096 }; /* rows prefetched; bytes of each */
+enum { FAR_AHEAD = 24 };                                                       /* entries prefetched */
+enum { SPINS = 64 };                                                           /* tries before yielding the core */
 enum { ADAGRAD, ADAGRAD_PER_ROW, SGD };                                        /* rules, as in rules.py */
 
 typedef struct {
@@ -24,25 +28,27 @@ typedef struct {
     int32_t slot;
 } __attribute__((aligned(8))) entry;
 
+/* Lock a row, spinning; return its flags, without LOCKED. */
 static uint32_t lock(entry *e) {
     for (int spins = 0;; spins++) {
         uint32_t before = __atomic_fetch_or(&e->flags, LOCKED, __ATOMIC_ACQUIRE);
         if (!(before & LOCKED)) {
-            __atomic_thread_fence(__ATOMIC_RELEASE); /* readers see the lock before any change that it guards */
+            __atomic_thread_fence(__ATOMIC_RELEASE); /* readers see LOCKED before any write to the row */
             return before;
         }
         if (spins >= SPINS) { sched_yield(); spins = 0; }
     }
 }
 
+/* Unlock a row and set its flags, with the next version. */
 static void unlock(entry *e, uint32_t flags) {
     __atomic_store_n(&e->flags, (flags & ~(uint32_t)LOCKED) + VERSION, __ATOMIC_RELEASE);
 }
 
-/* Flags of a row that is absent, or of one that has just come. */
+/* Return flags with the same version, and with `kind` in place of PRESENT, REPLICA and DIRTY. */
 static uint32_t with_kind(uint32_t flags, uint32_t kind) { return (flags & ~(uint32_t)(VERSION - 1)) | kind; }
 
-/* An entry's flags and slot as they were at one moment. */
+/* Return an entry's flags and slot as of one moment, by a single 8-byte load. */
 static entry load_entry(const entry *e) {
     uint64_t both = __atomic_load_n((const uint64_t *)e, __ATOMIC_ACQUIRE);
     entry seen;
@@ -50,6 +56,7 @@ static entry load_entry(const entry *e) {
     return seen;
 }
 
+/* Return whether a row is absent, without its lock: a locked row may just be coming, so it does not count. */
 static int is_absent(const entry *e) {
     return !(__atomic_load_n(&e->flags, __ATOMIC_ACQUIRE) & (PRESENT | LOCKED));
 }
@@ -58,11 +65,12 @@ static void add(float *restrict to, const float *restrict from, int64_t width) {
     for (int64_t j = 0; j < width; j++) to[j] += from[j];
 }
 
+/* Return the value of a row that is here; a replica's deltas follow it after `width` floats. */
 static float *row_data(entry e, float *main, float *replica, int64_t width) {
     return e.flags & REPLICA ? replica + 2 * width * e.slot : main + width * e.slot;
 }
 
-/* How many rows ahead of their use rows are fetched: by bytes, since that is what memory has time for meanwhile. */
+/* Return how many rows to prefetch ahead: a number of bytes, since bytes per time is what memory delivers. */
 static int64_t prefetch_distance(int64_t width) {
     int64_t rows = AHEAD_BYTES / (4 * width);
     return rows < FEWEST_AHEAD ? FEWEST_AHEAD : rows > MOST_AHEAD ? MOST_AHEAD : rows;
@@ -72,10 +80,10 @@ static inline __attribute__((always_inline)) void prefetch(const float *row, int
     for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch((const char *)row + j, change);
 }
 
-/* Have the cache fetch `used` floats of each of the rows after number i, to read them or to change them. */
-static inline __attribute__((always_inline)) void prefetch_row(entry *entries, float *main, float *replica, int64_t width,
-                                                             int64_t used, const int64_t *rows, int64_t i, int64_t n,
-                                                             const int change) {
+/* Prefetch `used` floats of a row some way after rows[i], and the entry of a later one, for reading or for writing. */
+static inline __attribute__((always_inline)) void prefetch_row(entry *entries, float *main, float *replica,
+                                                               int64_t width, int64_t used, const int64_t *rows,
+                                                               int64_t i, int64_t n, const int change) {
     if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], change);
     const int64_t ahead = prefetch_distance(used);
     if (i + ahead >= n) return;
@@ -84,13 +92,14 @@ static inline __attribute__((always_inline)) void prefetch_row(entry *entries, f
     prefetch(row_data(next, main, replica, width), used, change);
 }
 
-/* Have the cache fetch what the rows after number i will need. */
-static inline __attribute__((always_inline)) void prefetch_all(entry *entries, float *main, float *replica, int64_t width,
-                                                              const int64_t *rows, int64_t i, int64_t n, const int change) {
+/* As prefetch_row, for whole rows. */
+static inline __attribute__((always_inline)) void prefetch_all(entry *entries, float *main, float *replica,
+                                                               int64_t width, const int64_t *rows, int64_t i, int64_t n,
+                                                               const int change) {
     prefetch_row(entries, main, replica, width, width, rows, i, n, change);
 }
 
-/* Copy the first `used` floats of a row to out; whether it is here. */
+/* Copy the first `used` floats of a row to out; return whether it is here. */
 static int copy_row(entry *e, float *main, float *replica, int64_t width, int64_t used, float *out) {
     for (int tries = 0; tries < SPINS; tries++) {
         entry seen = load_entry(e);
@@ -100,14 +109,13 @@ static int copy_row(entry *e, float *main, float *replica, int64_t width, int64_
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (__atomic_load_n(&e->flags, __ATOMIC_RELAXED) == seen.flags) return 1;
     }
-    uint32_t flags = lock(e); /* a row that others change all the time */
+    uint32_t flags = lock(e); /* others change the row too often to read it in between */
     if (flags & PRESENT) memcpy(out, row_data(*e, main, replica, width), used * 4);
     unlock(e, flags);
     return (flags & PRESENT) != 0;
 }
 
-/* Copy the first `used` floats of rows to out (n, used); the positions of rows that are not here go to missing, their
- * number is returned. */
+/* Copy the first `used` floats of rows to out (n, used); list the rows that are not here. */
 int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, int64_t used, const int64_t *rows,
                   int64_t n, float *out, int64_t *missing) {
     int64_t absent = 0;
@@ -118,7 +126,7 @@ int64_t rows_pull(entry *entries, float *main, float *replica, int64_t width, in
     return absent;
 }
 
-/* Of how many rows the main copy is here. */
+/* Return the number of rows whose main copy is here. */
 int64_t rows_owned(const entry *entries, const int64_t *rows, int64_t n) {
     int64_t owned = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -128,7 +136,7 @@ int64_t rows_owned(const entry *entries, const int64_t *rows, int64_t n) {
     return owned;
 }
 
-/* Add deltas (n, width) to the rows; as rows_pull for those that are not here. mark: whether main copies count as changed. */
+/* Add deltas (n, width) to the rows; list those that are not here. mark: whether main copies become dirty. */
 int64_t rows_add(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
                   const float *deltas, int64_t mark, int64_t *missing) {
     int64_t absent = 0;
@@ -140,7 +148,7 @@ int64_t rows_add(entry *entries, float *main, float *replica, int64_t width, con
         if (flags & PRESENT) {
             float *row = row_data(*e, main, replica, width);
             add(row, deltas + i * width, width);
-            if (flags & REPLICA) add(row + width, deltas + i * width, width);
+            if (flags & REPLICA) add(row + width, deltas + i * width, width); /* what the owner will be sent */
             if (mark || flags & REPLICA) flags |= DIRTY;
         } else missing[absent++] = i;
         unlock(e, flags);
@@ -148,8 +156,8 @@ int64_t rows_add(entry *entries, float *main, float *replica, int64_t width, con
     return absent;
 }
 
-/* One step of Adagrad, with an accumulator for each of `size` weights. What the step adds to the row is added to `delta`
- * too, if there is one. */
+/* Take a step of Adagrad with an accumulator for each of `size` weights. With has_delta, add what the step adds to the
+ * row to `delta` as well. */
 static inline __attribute__((always_inline)) void adagrad(float *restrict weights, float *restrict delta, int64_t size,
                                                           const float *restrict gradient, float rate, float epsilon,
                                                           const int has_delta) {
@@ -163,7 +171,7 @@ static inline __attribute__((always_inline)) void adagrad(float *restrict weight
     }
 }
 
-/* One step of Adagrad with one accumulator for the row, which grows by the mean square of the gradient. */
+/* Take a step of Adagrad with one accumulator for the row, to which the mean square of the gradient is added. */
 static inline __attribute__((always_inline)) void adagrad_per_row(float *restrict weights, float *restrict delta,
                                                                   int64_t size, const float *restrict gradient,
                                                                   float rate, float epsilon, const int has_delta) {
@@ -199,8 +207,8 @@ static inline __attribute__((always_inline)) void apply_rule(int64_t rule, float
     else sgd(weights, delta, size, gradient, rate, has_delta);
 }
 
-/* Take one step of a rule per row, with gradients (n, size) of its weights; as rows_pull for those that are not here.
- * A replica's step starts from the replica's state, and what it adds is what the owner will be sent. */
+/* Take a step of a rule per row, with gradients (n, size); list the rows that are not here. A replica's step starts from
+ * the replica's state, and what it adds to weights and state is added to the deltas for the owner. */
 int64_t rows_step(entry *entries, float *main, float *replica, int64_t width, int64_t size, int64_t rule,
                   const int64_t *rows, int64_t n, const float *gradients, float rate, float epsilon, int64_t mark,
                   int64_t *missing) {
@@ -222,7 +230,7 @@ int64_t rows_step(entry *entries, float *main, float *replica, int64_t width, in
     return absent;
 }
 
-/* Overwrite main copies by values (n, width); as rows_pull for rows whose main copy is not here. */
+/* Overwrite main copies with values (n, width); list the rows whose main copy is not here. */
 int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows, int64_t n, const float *values,
                  int64_t *missing) {
     int64_t absent = 0;
@@ -239,7 +247,7 @@ int64_t rows_set(entry *entries, float *main, int64_t width, const int64_t *rows
     return absent;
 }
 
-/* Let absent rows be here from now on, in the given slots, as main copies or as replicas. */
+/* Store absent rows with values (n, width) in the given slots, as main copies or as replicas without deltas. */
 void rows_put(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
               const int64_t *slots, const float *values, int64_t as_replica) {
     float *to = as_replica ? replica : main;
@@ -257,7 +265,7 @@ void rows_put(entry *entries, float *main, float *replica, int64_t width, const 
     }
 }
 
-/* Copy main copies to out (n, width) and let them be absent from now on. */
+/* Copy main copies to out (n, width) and make them absent. */
 void rows_take(entry *entries, float *main, int64_t width, const int64_t *rows, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
@@ -268,7 +276,7 @@ void rows_take(entry *entries, float *main, int64_t width, const int64_t *rows, 
     }
 }
 
-/* Replicas become main copies in the given slots: values (n, width) plus the deltas that are still here. */
+/* Make replicas main copies in the given slots, with values (n, width) plus the deltas not sent yet. */
 void rows_promote(entry *entries, float *main, float *replica, int64_t width, const int64_t *rows, int64_t n,
                   const int64_t *slots, const float *values) {
     for (int64_t i = 0; i < n; i++) {
@@ -283,7 +291,7 @@ void rows_promote(entry *entries, float *main, float *replica, int64_t width, co
     }
 }
 
-/* Positions of the rows that were changed since the last call, which are clean now; their number. */
+/* Clear the dirty flag of rows; list those that had it. */
 int64_t rows_clear_dirty(entry *entries, const int64_t *rows, int64_t n, int64_t *changed) {
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -296,7 +304,7 @@ int64_t rows_clear_dirty(entry *entries, const int64_t *rows, int64_t n, int64_t
     return found;
 }
 
-/* Move the deltas of the replicas that have some to out (up to n, width), positions to changed; their number. */
+/* Move the deltas of dirty replicas to out (up to n, width) and clear their flags; list these rows. */
 int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n, float *out,
                      int64_t *changed) {
     int64_t found = 0;
@@ -314,7 +322,7 @@ int64_t rows_collect(entry *entries, float *replica, int64_t width, const int64_
     return found;
 }
 
-/* Replicas become their owner's values (n, width) plus the deltas that are still here. */
+/* Set replicas to their owner's values (n, width) plus the deltas not sent yet. */
 void rows_refresh(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n, const float *values) {
     for (int64_t i = 0; i < n; i++) {
         entry *e = entries + rows[i];
@@ -323,12 +331,12 @@ void rows_refresh(entry *entries, float *replica, int64_t width, const int64_t *
         float *row = replica + 2 * width * e->slot;
         const float *value = values + i * width, *delta = row + width;
         if (flags & DIRTY) for (int64_t j = 0; j < width; j++) row[j] = value[j] + delta[j];
-        else memcpy(row, value, width * 4); /* bit-equal: -0 + 0 would be 0 */
+        else memcpy(row, value, width * 4); /* not adding 0, which would turn -0 into +0 */
         unlock(e, flags);
     }
 }
 
-/* Replicas become values (n, width), and their deltas are forgotten. */
+/* Set replicas to values (n, width) and discard their deltas. */
 void rows_overwrite(entry *entries, float *replica, int64_t width, const int64_t *rows, int64_t n,
                     const float *values) {
     for (int64_t i = 0; i < n; i++) {
@@ -342,7 +350,7 @@ void rows_overwrite(entry *entries, float *replica, int64_t width, const int64_t
     }
 }
 
-/* Let replicas without deltas be absent from now on; their positions go to released, their number is returned. */
+/* Make replicas without deltas absent; list them. */
 int64_t rows_release(entry *entries, const int64_t *rows, int64_t n, int64_t *released) {
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {

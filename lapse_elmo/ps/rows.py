@@ -199,7 +199,7 @@ class NativeRows(Rows):
         return self._list("clear_dirty", (self.entries,), rows)
 
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Call rows_collect for the replicas that are dirty now; one that becomes dirty meanwhile is for the next call."""
+        """Call rows_collect for the replicas that are dirty now; those that become so later are for the next call."""
         # Selecting them first keeps the buffer as small as the deltas, of which there are usually few.
         dirty = np.flatnonzero(self.flags[rows] & DIRTY)
         deltas = np.empty((dirty.size, self.row_width), np.float32)

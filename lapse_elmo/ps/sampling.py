@@ -1,6 +1,6 @@
-"""Drawing negative samples: distributions over the rows of a segment, and the schemes of NuPS.
+"""Negative sampling: distributions over the rows of a segment, and the sampling schemes of NuPS.
 
-Schemes differ in when rows are drawn and how often a draw is used again:
+Schemes differ in when rows are drawn and how often a draw is reused:
 
 ==========  ============================================================  ==========================================
 scheme      what happens                                                  distribution of a sample
@@ -13,8 +13,9 @@ scheme      what happens                                                  distri
                                                                           whole segment is
 ==========  ============================================================  ==========================================
 
-Who draws alike is a second choice (``sharing``). The distribution of one sample does not depend on it; the samples of
-one step do, and with them how much the mean over ranks reduces the sampling error of the gradient:
+``sharing`` determines which workers draw the same samples. The distribution of a single sample does not depend on it,
+but the joint distribution of one step's samples does, and with it how much averaging over ranks reduces the sampling
+error of the gradient:
 
 ========  =========================================================================================================
 sharing   the samples with one number
@@ -25,9 +26,9 @@ sharing   the samples with one number
 ``none``  independent for all workers
 ========  =========================================================================================================
 
-The scheme ``local`` draws by the rows that are on the node at the moment of the draw, which may differ between two
-workers of a node while rows move. Without replacement, such a row alone makes their samples differ; with replacement,
-any of their rows may then differ. Under ``job``, nodes own different rows and therefore draw differently.
+The scheme ``local`` draws from the rows that are on the node at the time of the draw. While rows move, these may differ
+between two workers of a node. Without replacement, their samples then differ in the rows that moved; with replacement,
+any of their rows may differ. With ``job``, nodes still draw differently, since they own different rows.
 """
 
 from __future__ import annotations
@@ -43,32 +44,33 @@ from lapse_elmo.rng import stream
 SCHEMES = ("naive", "preloc", "pool", "local")
 DISTRIBUTIONS = ("log-uniform", "uniform")
 SHARING = ("node", "job", "none")
-POOL_REUSE = 2
+POOL_REUSE = 2  # samples per pool; the next pool is drawn then
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """A distribution over rows 0 .. ``num_rows`` - 1; log-uniform supposes the most frequent row first."""
+    """A distribution over the rows 0 to ``num_rows - 1``; log-uniform assumes that rows are sorted by frequency."""
 
     name: str
     num_rows: int
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """P (num_rows,) float64."""
+        """Probability of each row, (num_rows,) float64."""
         if self.name == "uniform":
             return np.full(self.num_rows, 1.0 / self.num_rows)
         return log_uniform_probability(np.arange(self.num_rows), self.num_rows)
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """``count`` rows (count,) int64, drawn independently (with replacement)."""
+        """Draw rows (count,) int64 independently (with replacement)."""
         if self.name == "uniform":
             return rng.integers(self.num_rows, size=count)
         rows = np.exp(rng.random(count) * np.log(self.num_rows + 1.0)).astype(np.int64) - 1
         return np.clip(rows, 0, self.num_rows - 1, out=rows)  # exp may round up to num_rows + 1
 
     def draw_distinct(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """The first ``count`` distinct rows (count,) int64 of a sequence of independent draws, in their order."""
+        """Draw independently until there are ``count`` distinct rows; return them (count,) int64 in the order drawn."""
+        # Rare rows may take very many draws; the race has the same distribution at a fixed cost.
         tries = _expected_tries(self, count)
         if tries > 2 * self.num_rows:
             return _exponential_race(rng, np.arange(self.num_rows), self.probabilities, count)
@@ -82,7 +84,7 @@ class Distribution:
 
 @lru_cache(maxsize=8)
 def _expected_tries(distribution: Distribution, count: int) -> float:
-    """Independent draws after which ``count`` distinct rows are expected: sum over rows of 1 - (1 - P)^n = count."""
+    """Return the n of independent draws with ``count`` distinct rows expected: sum of 1 - (1 - P)^n over rows."""
     if count >= distribution.num_rows:
         return np.inf
     log_miss = np.log1p(-distribution.probabilities)
@@ -100,11 +102,18 @@ def _expected_tries(distribution: Distribution, count: int) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The samples of one worker, each a function of its number: a resumed run draws what it would have drawn.
+    """The samples of one worker. Each is a function of its number, so a resumed run draws the same ones.
 
-    :param node: of the worker; it matters for ``sharing`` "node" alone.
-    :param sharing: which workers draw the same samples, one of ``SHARING``.
-    :ivar parts: a worker that does the work of so many draws the samples of workers ``worker * parts``, ... in turn.
+    Args:
+        distribution: What is drawn from.
+        scheme: One of ``SCHEMES``.
+        replacement: Whether a sample may contain a row more than once.
+        seed: Seed of the run.
+        worker: The worker's rank.
+        node: The worker's node, used if ``sharing`` is "node".
+        sharing: Which workers draw the same samples, one of ``SHARING``.
+        parts: Number of workers that this one stands for (gradient accumulation): its samples are, in turn, those of
+            the workers ``worker * parts`` to ``worker * parts + parts - 1``.
     """
 
     distribution: Distribution
@@ -117,15 +126,21 @@ class Sampler:
     parts: int = 1
 
     def _stream(self, purpose: str, worker: int, number: int) -> np.random.Generator:
-        """The random stream of sample or pool ``number``, the same for all workers that share it."""
+        """Return the random stream of sample or pool ``number``, equal for all workers that share it."""
         group = {"node": (self.node,), "job": (), "none": (worker,)}[self.sharing]
         return stream(self.seed, purpose, *group, number)
 
     def draw(self, number: int, count: int, is_local: np.ndarray | None = None) -> np.ndarray:
-        """Rows (count,) int64 of the worker's sample ``number``.
+        """Return the rows of the worker's sample ``number``.
 
-        :param is_local: for the scheme ``local``, (num_rows,) bool: which rows are on the node; None means all. Where
-            they are fewer than ``count`` distinct ones, all of them are taken and the rest is drawn from elsewhere.
+        Args:
+            number: Counts the worker's samples.
+            count: Rows per sample.
+            is_local: For the scheme ``local``, the rows that are on the node, (num_rows,) bool; None means all. If fewer
+                than ``count`` are local and ``replacement`` is off, all of them and some others are drawn.
+
+        Returns:
+            (count,) int64.
         """
         number, part = divmod(number, self.parts)
         worker = self.worker * self.parts + part
@@ -137,12 +152,13 @@ class Sampler:
         return self._stream("sample order", worker, number).permutation(pool)
 
     def _draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Draw from all rows, (count,) int64."""
         if self.replacement:
             return self.distribution.draw(rng, count)
         return self.distribution.draw_distinct(rng, count)
 
     def _draw_local(self, rng: np.random.Generator, count: int, is_local: np.ndarray) -> np.ndarray:
-        """As :meth:`_draw` under the condition that all rows are local, as far as there are enough of them."""
+        """Draw from the local rows, as :meth:`_draw` on condition that all are local, as far as there are enough."""
         here, probabilities = np.flatnonzero(is_local), self.distribution.probabilities
         if self.replacement:
             if not here.size:
@@ -150,8 +166,8 @@ class Sampler:
             bounds = np.cumsum(probabilities[here])
             indices = np.searchsorted(bounds, rng.random(count) * bounds[-1], side="right")
             return here[np.minimum(indices, here.size - 1)]
-        # One time for each row of the segment, local or not: a row that comes or goes leaves the others' times as
-        # they are, so workers that see different rows on their node still draw nearly alike.
+        # An exponential race with a time for each row of the segment, local or not. A row that comes or goes does not
+        # change the times of others, so workers that see different local rows still draw nearly the same ones.
         times = rng.standard_exponential(is_local.size) / probabilities
         local = here[_smallest(times[here], min(count, here.size))]
         if local.size == count:
@@ -161,15 +177,16 @@ class Sampler:
 
 
 def _exponential_race(rng: np.random.Generator, rows: np.ndarray, probabilities: np.ndarray, count: int) -> np.ndarray:
-    """The first ``count`` distinct of independent draws among ``rows``, in their order, by an exponential race.
+    """Draw the first ``count`` distinct ones of independent draws among ``rows``, in order, by an exponential race.
 
-    O(number of rows), however rare the last of them are.
+    A row's first occurrence in a Poisson process of draws is exponential with its probability as rate. Takes O(rows),
+    however rare the rows drawn last are.
     """
     return rows[_smallest(rng.standard_exponential(rows.size) / probabilities[rows], count)]
 
 
 def _smallest(times: np.ndarray, count: int) -> np.ndarray:
-    """Places (count,) of the ``count`` smallest of ``times``, ascending by time."""
+    """Return the indices (count,) of the ``count`` smallest ``times``, in ascending order of time."""
     if not count:
         return np.empty(0, np.int64)
     nearest = np.argpartition(times, count - 1)[:count]
