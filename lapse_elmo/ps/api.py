@@ -1,26 +1,26 @@
 """The parameter server's interface: the verbs of Lapse, NuPS and AdaPM.
 
-Keys are int64, rows float32. A call concerns keys of one segment, whose width is that of the buffer's second dimension.
-A segment may have an update rule (:mod:`lapse_elmo.ps.rules`). Then pushes are gradients, with which the server changes
-the row's weights and state; pulls give the weights alone. Only ``set`` and ``pull_rows`` are about whole rows.
-NumPy arrays and CPU torch tensors both serve; both must be contiguous. A call that is refused raises
+Keys are int64, rows float32. The keys of a call belong to one segment, and buffers are (number of keys, width of the
+segment). A segment may have an update rule (:mod:`lapse_elmo.ps.rules`). Then pushes are gradients, with which the
+server updates the row's weights and state, and pulls return the weights only; ``set`` and ``pull_rows`` are for whole
+rows.
+Buffers are NumPy arrays or torch tensors on the CPU, and must be contiguous. A call with bad arguments raises
 :class:`~lapse_elmo.errors.ServerError`, which names the argument, and changes nothing.
 
-Consistency. A pull sees the worker's own completed pushes; a call is completed when it returns, one of the ``_async``
-form when its ticket was waited for. Pushes are atomic per row: no pull sees half of one, and after
-:meth:`ParameterServer.quiesce` the sum of integer-valued additions is exact. ``localize`` and ``intent`` may change
-where a row is, never what it is. A row with one copy is sequentially consistent per key, also while it moves; how far a
-replica may lag behind is the engine's to document.
+Consistency: A pull sees the worker's own completed pushes. A call is complete when it returns; an ``_async`` call when
+its ticket has been waited for. Pushes are atomic per row: no pull sees half of one. After
+:meth:`ParameterServer.quiesce`, sums of integer-valued pushes are exact. ``localize`` and ``intent`` may change where a
+row is, never its value. A row with one copy is sequentially consistent per key, also while it moves. Each engine
+documents how stale its replicas may be.
 
-A step of an update rule starts from the weights and state that the copy of the row has at that moment, whatever the
-worker has pulled. Steps on a row with one copy thus come one after another, as if one worker had taken them all. A step
-on a replica starts from the replica's state, which may lack what other nodes have pushed within the engine's staleness;
-what it changes of weights and state is added to the owner's copy, so that no step and no square of a gradient is lost.
+A step of an update rule starts from the current weights and state of the copy, not from what the worker has pulled.
+So the steps on a row with one copy are serial. A step on a replica may lack what other nodes have pushed recently; what
+it changes of weights and state is added to the owner's copy, so no step and no squared gradient is lost.
 
-Ownership of buffers. Keys and values belong to the caller again as soon as a call returns, in the ``_async``
-forms too. Only ``out`` of :meth:`ParameterServer.pull_async` belongs to the server until its ticket was waited for.
+Ownership of buffers: Keys and values belong to the caller again as soon as a call returns, also in the ``_async`` forms.
+Only ``out`` of :meth:`ParameterServer.pull_async` belongs to the server until its ticket has been waited for.
 
-A server is for the thread that made it: workers are ranks, and calls of one worker come one after another.
+Threads: Only the thread that created a server may use it. Workers are ranks, and each makes one call at a time.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from lapse_elmo.ps.sampling import Sampler
 
 Array: TypeAlias = "np.ndarray | torch.Tensor"
 
-DONE = -1  # the ticket of a call that was complete when it returned
+DONE = -1  # ticket of a call that was complete when it returned
 
 
 @dataclass
 class SegmentStats:
-    """What this rank did to one segment since the start: rows, bytes moved, seconds spent in the calls.
+    """Counters of this rank and one segment since the start: rows, bytes, and seconds spent in calls.
 
-    ``remote_``: of the rows, those that had to come from or go to another node; for them the worker waited ``wait_s``
-    and sent ``sent_bytes``.
+    ``remote_`` rows had to be pulled from or pushed to another node; the worker waited ``wait_s`` seconds for them and
+    sent ``sent_bytes``.
     """
 
     pulled_rows: int = 0
@@ -64,13 +64,13 @@ class SegmentStats:
     sent_bytes: int = 0
 
     def count_pull(self, rows: int, remote_rows: int, width: int) -> None:
-        """A pull of ``rows``, ``remote_rows`` of them from other nodes."""
+        """Count a pull of ``rows``, ``remote_rows`` of them from other nodes."""
         self.pulled_rows += rows
         self.remote_pulled_rows += remote_rows
         self.pulled_bytes += rows * width * 4
 
     def count_push(self, rows: int, remote_rows: int, width: int) -> None:
-        """A push of ``rows``, ``remote_rows`` of them to other nodes."""
+        """Count a push of ``rows``, ``remote_rows`` of them to other nodes."""
         self.pushed_rows += rows
         self.remote_pushed_rows += remote_rows
         self.pushed_bytes += rows * width * 4
@@ -78,50 +78,52 @@ class SegmentStats:
 
 @dataclass
 class NodeStats:
-    """What the server of a node did with one segment since the start: rows, and bytes sent by it to other ranks."""
+    """Counters of a node's manager and one segment since the start: rows, and bytes sent to other ranks."""
 
     relocated_in_rows: int = 0
     relocated_out_rows: int = 0
-    replicated_rows: int = 0  # replicas that came
+    replicated_rows: int = 0  # replicas received
     served_rows: int = 0  # pulled or pushed by workers of other nodes
     forwarded_rows: int = 0
     queued_rows: int = 0
-    synchronised_rows: int = 0  # values and deltas sent to keep replicas alike
+    synchronised_rows: int = 0  # values and deltas sent in rounds
     sent_bytes: int = 0
 
 
 @dataclass
 class ServerStats:
-    """Counters of one rank: by segment, and of announcements."""
+    """Counters of one rank, per segment and in total."""
 
     segments: dict[str, SegmentStats] = field(default_factory=dict)
     intended_rows: int = 0
     localized_rows: int = 0
     sampled_rows: int = 0
     clock_wait_s: float = 0.0
-    node: dict[str, NodeStats] = field(default_factory=dict)  # on the first rank of a node, where there are several
+    node: dict[str, NodeStats] = field(default_factory=dict)  # on the first rank of each of several nodes
 
 
 @dataclass
 class Call:
-    """A call under way; the time in which it is waited for counts in ``stats``, where there are any."""
+    """A call in progress; the time spent waiting for it is added to ``stats``, if given."""
 
     stats: SegmentStats | None = field(default=None, kw_only=True)
 
 
 class ParameterServer(ABC):
-    """Rows shared by all workers; one object a worker, all constructed and closed together (collective calls).
+    """Rows shared by all workers, through one object per worker; construction and ``close`` are collective.
 
-    :cvar emulated: what the engine lacks and does in another way, for the run log.
+    ``emulated`` lists what the engine lacks and does in another way, for the run log.
     """
 
     emulated: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0) -> None:
-        """Collective.
+        """Initialise the state that all engines share.
 
-        :param sampled: the segment that :meth:`prepare_sample` draws from, and how; None if nothing is sampled.
-        :param first_sample: number of the first sample to be prepared; a resumed run goes on where it was.
+        Args:
+            layout: The segments.
+            sampled: The segment that :meth:`prepare_sample` draws from, and how; None if nothing is sampled.
+            first_sample: Number of the first sample to be prepared; greater than 0 in a resumed run.
         """
         self.layout = layout
         self.stats = ServerStats({segment.name: SegmentStats() for segment in layout.segments})
@@ -140,18 +142,18 @@ class ParameterServer(ABC):
 
     @abstractmethod
     def pull_rows(self, keys: Array, out: Array) -> None:
-        """Copy whole rows, with the state of their update rule, into ``out`` (n, row_width)."""
+        """Copy whole rows, including the state of their update rule, into ``out`` (n, row_width)."""
 
     def push(self, keys: Array, values: Array) -> None:
-        """Add ``values`` (n, width) to the rows of ``keys`` (n,). The values of a repeated key are all added.
+        """Add ``values`` (n, width) to the rows of ``keys`` (n,); a repeated key gets all of its values.
 
-        In a segment with an update rule ``values`` are gradients, and each of them makes a step of its own, with the
-        rate of :meth:`set_rate`: the gradients of a repeated key should be summed first.
+        If the segment has an update rule, ``values`` are gradients, and each makes a step with the rate of
+        :meth:`set_rate`. Sum the gradients of a repeated key first, to make one step.
         """
         self.wait(self.push_async(keys, values))
 
     def set_rate(self, name: str, rate: float) -> None:
-        """Set the learning rate of this worker's pushes to the segment ``name`` from now on."""
+        """Set the learning rate of this worker's further pushes to the segment ``name``."""
         self.require_open()
         segment = next((segment for segment in self.layout.segments if segment.name == name), None)
         if segment is None or segment.rule is None:
@@ -161,25 +163,26 @@ class ParameterServer(ABC):
         self._rates[name] = float(rate)
 
     def localize(self, keys: Array) -> None:
-        """Bring the rows of ``keys`` to this worker's node; another worker's call may take them away again."""
+        """Move the rows of ``keys`` to this worker's node; another worker's call may move them away again."""
         self.wait(self.localize_async(keys))
 
     @abstractmethod
     def pull_async(self, keys: Array, out: Array) -> int:
-        """Begin a :meth:`pull`; its ticket, :data:`DONE` where it is complete already."""
+        """Start a :meth:`pull`; return its ticket, :data:`DONE` if it is already complete."""
 
     @abstractmethod
     def push_async(self, keys: Array, values: Array) -> int:
-        """Begin a :meth:`push`; its ticket, :data:`DONE` where it is complete already."""
+        """Start a :meth:`push`; return its ticket, :data:`DONE` if it is already complete."""
 
     @abstractmethod
     def localize_async(self, keys: Array) -> int:
-        """Begin a :meth:`localize`; its ticket, :data:`DONE` where it is complete already."""
+        """Start a :meth:`localize`; return its ticket, :data:`DONE` if it is already complete."""
 
     def wait(self, ticket: int) -> None:
-        """Return when the call of ``ticket`` is complete. A ticket serves once.
+        """Block until the call of ``ticket`` is complete. A ticket can be waited for once.
 
-        :raises ServerError: for a ticket that was never given or was waited for before.
+        Raises:
+            ServerError: If the ticket was never given or has been waited for before.
         """
         self.require_open()
         if ticket == DONE:
@@ -196,13 +199,13 @@ class ParameterServer(ABC):
             call.stats.wait_s += time.perf_counter() - start
 
     def wait_all(self) -> None:
-        """Return when every call that this worker has begun is complete."""
+        """Block until every call that this worker has started is complete."""
         self.require_open()
         for ticket in list(self._calls):
             self.wait(ticket)
 
     def _ticket(self, call: Call) -> int:
-        """The ticket of a call that has begun."""
+        """Register a call that has started; return its ticket."""
         ticket = self._next_ticket
         self._next_ticket += 1
         self._calls[ticket] = call
@@ -210,24 +213,24 @@ class ParameterServer(ABC):
 
     @abstractmethod
     def _complete(self, call: Call) -> None:
-        """Return when ``call`` is complete."""
+        """Block until ``call`` is complete."""
 
     @abstractmethod
     def set(self, keys: Array, values: Array) -> None:
-        """Overwrite the rows of the distinct ``keys`` (n,) by ``values`` (n, row_width)."""
+        """Overwrite the rows of the distinct ``keys`` (n,) with ``values`` (n, row_width)."""
 
     @abstractmethod
     def intent(self, keys: Array, start: int, end: int) -> None:
-        """Announce access to the rows of ``keys`` by this worker in the clocks [start, end)."""
+        """Announce that this worker will access the rows of ``keys`` in the clocks [start, end)."""
 
     def advance_clock(self) -> int:
-        """One step is done; returns the new clock."""
+        """End a step of this worker; return its new clock."""
         self.require_open()
         self.clock += 1
         return self.clock
 
     def prepare_sample(self, count: int, start: int, end: int) -> int:
-        """Announce that ``count`` sampled rows will be pulled in clocks [start, end); a handle for ``pull_sample``."""
+        """Announce that ``count`` sampled rows will be pulled in the clocks [start, end); return a handle of them."""
         self.require_open()
         if self._sampled is None:
             raise ServerError("no segment is set up for sampling")
@@ -244,9 +247,9 @@ class ParameterServer(ABC):
         return handle
 
     def pull_sample(self, handle: int, keys_out: np.ndarray, out: Array | None = None) -> None:
-        """Fill ``keys_out`` (count,) int64 with a sample's keys and, where given, ``out`` (count, width) with its rows.
+        """Fill ``keys_out`` (count,) int64 with a sample's keys and, if given, ``out`` (count, width) with its rows.
 
-        A handle serves once. Leaving ``out`` away is for callers that pull the rows together with others.
+        A handle can be used once. Without ``out``, the caller pulls the rows itself, together with others.
         """
         self.require_open()
         if handle not in self._samples:
@@ -267,41 +270,42 @@ class ParameterServer(ABC):
 
     @abstractmethod
     def is_local(self, name: str) -> np.ndarray | None:
-        """Which rows of a segment are on this worker's node now (num_rows,) bool; None where all are."""
+        """Return which rows of a segment are on this worker's node now, (num_rows,) bool; None if all are."""
 
     @abstractmethod
     def owned_rows(self, name: str) -> np.ndarray:
-        """Rows (n,) int64, ascending, of the segment ``name`` that this rank should save: over all ranks, each once.
+        """Return this rank's share of a partition of the segment's rows over all ranks, (n,) int64, ascending.
 
-        Collective in meaning: to be asked on every rank after :meth:`quiesce`, before anything else is called.
+        For saving. Collective: to be called on every rank after :meth:`quiesce`, before anything else.
         """
 
     def placement(self, name: str, ends: np.ndarray) -> np.ndarray | None:
-        """How many rows of a segment are on this node, as [main copies, replicas] (2, bands).
+        """Count the rows of a segment on this node, as [main copies, replicas] (2, bands).
 
-        A band goes from the one before to its of the ascending row numbers ``ends`` (bands,). None where the engine
-        does not know, or on ranks that are not the first of a node.
+        Band i is the rows ``ends[i - 1]`` to ``ends[i] - 1``; ``ends`` (bands,) ascends. Returns None if the engine
+        does not know, and on ranks that are not the first of their node.
         """
         return None
 
     @abstractmethod
     def quiesce(self) -> None:
-        """Collective: return when every completed push of every worker is visible to every other."""
+        """Block until every completed push of every worker is visible to all (collective)."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Collective: return when every worker has come here."""
+        """Block until every worker has called this (collective)."""
 
     @abstractmethod
     def close(self) -> None:
-        """Collective: give the rows' memory back. Any later call is refused."""
+        """Free the rows (collective). Any later call raises ServerError."""
 
     def require_open(self) -> None:
+        """Raise ServerError if the server is closed."""
         if self.closed:
             raise ServerError("the parameter server is closed")
 
     def checked_keys(self, keys: Array) -> tuple[np.ndarray, Segment | None]:
-        """``keys`` as a NumPy array, and the segment that they all belong to (None if there are none)."""
+        """Check ``keys``; return them as a NumPy array, with their segment (None if there are no keys)."""
         self.require_open()
         keys = _numpy("keys", keys, np.int64)
         if keys.ndim != 1:
@@ -320,10 +324,14 @@ class ParameterServer(ABC):
     def checked(
         self, name: str, keys: Array, values: Array, *, writes: bool = False, whole: bool = False
     ) -> tuple[np.ndarray, torch.Tensor, Segment | None]:
-        """``keys``, ``values`` as a CPU tensor, and their segment; ServerError unless they fit each other.
+        """Check that ``keys`` and ``values`` fit; return them, as array and tensor, with their segment.
 
-        :param writes: whether the call writes to ``values``.
-        :param whole: whether ``values`` are whole rows.
+        Args:
+            name: Name of the argument ``values`` in errors.
+            keys: (n,) int64.
+            values: (n, width) float32, or (n, row_width) if ``whole``.
+            writes: Whether the call writes to ``values``. Otherwise read-only values are copied.
+            whole: Whether ``values`` are whole rows.
         """
         keys, segment = self.checked_keys(keys)
         values = _numpy(name, values, np.float32)
@@ -338,7 +346,7 @@ class ParameterServer(ABC):
         return keys, torch.from_numpy(values), segment
 
     def rate_of(self, segment: Segment) -> float:
-        """The rate of this worker's pushes to ``segment``; 0 for one without a rule, whose pushes are added."""
+        """Return the learning rate of this worker's pushes to ``segment``; 0 if it has no rule."""
         if segment.rule is None:
             return 0.0
         if segment.name not in self._rates:
@@ -346,13 +354,13 @@ class ParameterServer(ABC):
         return self._rates[segment.name]
 
     def checked_clocks(self, start: int, end: int) -> None:
-        """ServerError unless [start, end) is an interval of clocks."""
+        """Raise ServerError unless [start, end) is a non-empty interval of clocks."""
         if not 0 <= start < end:
             raise ServerError(f"start, end: [{start}, {end}) is not an interval of clocks")
 
 
 def _numpy(name: str, array: Array, dtype: type[np.generic]) -> np.ndarray:
-    """``array`` of ``dtype`` as a NumPy view of the same memory."""
+    """Return ``array``, which must be contiguous and of ``dtype``, as a NumPy view of the same memory."""
     expected = np.dtype(dtype)
     if isinstance(array, torch.Tensor):
         if array.dtype != getattr(torch, expected.name):

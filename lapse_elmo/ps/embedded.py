@@ -1,24 +1,24 @@
-"""The embedded engine: rows in memory that the ranks of a node share, on as many nodes as there are.
+"""The embedded engine: rows in shared memory, on one node or several.
 
-A worker reads and changes the rows of its node in place. For rows of other nodes it asks their managers
-(:mod:`lapse_elmo.ps.manager`), and it can have them brought near: ``localize`` moves them; ``intent`` announces access,
-and the ``technique`` decides what comes of it:
+A worker accesses the rows of its node in place. For rows of other nodes it sends requests to their managers
+(:mod:`lapse_elmo.ps.manager`). To make rows local, ``localize`` moves them, and ``intent`` announces access to them;
+the ``technique`` determines what an intent leads to:
 
 ===============  ==============================================================================================
-``adaptive``     a row moves to the node that intends to use it, unless another one does too: then it stays, and
-                 all others that use it get replicas until their intents end (AdaPM). ``localize`` is the same
-``relocation``   a row moves to whoever announced it last (Lapse, with intents as asynchronous ``localize``)
+``adaptive``     a row moves to the node that intends to use it, unless another node does so too: then it stays, and
+                 the other nodes get replicas until their intents end (AdaPM). ``localize`` does the same
+``relocation``   a row moves to the node that announced it last (Lapse, with intents as asynchronous ``localize``)
 ``replication``  rows stay at their homes, and nodes that announce them get replicas
-``static``       rows stay at their homes, whatever is announced: a classic parameter server
+``static``       rows stay at their homes: a classic parameter server
 ===============  ==============================================================================================
 
-Consistency. Rows with one copy (all of them under ``relocation`` and ``static``) are sequentially consistent per key,
-also while they move, for calls that are waited for. Replicas are eventually consistent, with a bound: a worker waits in
-:meth:`advance_clock` where its node's last complete round of synchronisation began more than ``staleness / 2 - 1``
-clocks ago. So a push is at the row's owner after at most ``staleness / 2`` further clocks of the pushing worker, and at
-each holder after as many of the holder's workers: where clocks advance together, everybody sees it ``staleness`` clocks
-later. While rounds keep pace with steps, as they do unless cores are crowded, it takes one or two clocks.
-:meth:`quiesce` makes all copies equal to the bit. docs/protocol.md describes the messages.
+Consistency: Rows with one copy (all rows under ``relocation`` and ``static``) are sequentially consistent per key, also
+while they move, for calls that are waited for. Replicas are eventually consistent with bounded staleness: a worker
+waits in ``advance_clock`` if its node's last complete round of synchronisation started more than ``staleness / 2 - 1``
+clocks ago. So a push reaches the row's owner within ``staleness / 2`` further clocks of the pushing worker, and each holder
+within as many clocks of the holder's workers: where clocks advance together, all see it after ``staleness`` clocks.
+Usually it takes one or two clocks, as long as rounds keep pace with steps, that is unless cores are oversubscribed.
+``quiesce`` makes all copies equal to the bit. docs/protocol.md describes the messages.
 """
 
 from __future__ import annotations
@@ -50,12 +50,19 @@ from lapse_elmo.ps.wire import chunks, growing_chunks, new
 
 
 class EmbeddedServer(ParameterServer):
-    """Rows of ``layout`` on all nodes of ``world`` (collective).
+    """The embedded parameter server (construction is collective); see the module for the consistency it promises.
 
-    :param technique: see above; of no effect on one node.
-    :param staleness: see above, in clocks; at least 2.
-    :param platform: where it runs; by default the machine and the MPI of ``world``.
-    :raises ConfigError: if a node's share of the rows does not fit into its shared memory.
+    Args:
+        world: The ranks.
+        layout: The segments, whose rows are 0 at first.
+        sampled: See :class:`~lapse_elmo.ps.api.ParameterServer`, as ``first_sample``.
+        first_sample: Number of the first sample.
+        technique: One of ``TECHNIQUES``; without effect on one node.
+        staleness: Bound on the staleness of replicas in clocks, at least 2.
+        platform: Access to the machine; by default the shared memory and the MPI of ``world``.
+
+    Raises:
+        ConfigError: If a node's share of the rows does not fit into its shared memory.
     """
 
     def __init__(
@@ -93,18 +100,18 @@ class EmbeddedServer(ParameterServer):
 
     @property
     def is_native(self) -> bool:
-        """Whether rows are accessed through rows.c, not under locks of the kernel."""
+        """Whether rows are accessed through rows.c, not under kernel locks."""
         return all(isinstance(rows, NativeRows) for rows in self._rows.values())
 
     def _occupy(self) -> list[SegmentState]:
-        """Take this node's share of the rows; return what its first rank knows of them."""
+        """Create this node's share of the rows; return the manager's bookkeeping on the node's first rank, else []."""
         world = self._world
         states: list[SegmentState] = []
 
         def take() -> None:
             if world.local_rank == 0:
                 for name, array in self._memory.arrays.items():
-                    if not name.endswith((MAIN_ROWS, REPLICA_ROWS)):  # of these, what is used
+                    if not name.endswith((MAIN_ROWS, REPLICA_ROWS)):  # these are reserved as slots are used
                         self._memory.reserve(name, 0, len(array))
                 for number, segment in enumerate(self.layout.segments):
                     rows = self._platform.rows(self._memory, segment)
@@ -116,6 +123,7 @@ class EmbeddedServer(ParameterServer):
         return states
 
     def _connect(self, states: list[SegmentState]) -> None:
+        """Connect the worker and, on the node's first rank, start the manager."""
         world = self._world
         spin, low_latency = not world.oversubscribed, self._technique == "relocation"
         arrays = self._memory.arrays
@@ -135,9 +143,11 @@ class EmbeddedServer(ParameterServer):
             self._platform.start(self._manager.serve, f"manager of node {world.node}", self.halt)
 
     def pull_async(self, keys: Array, out: Array) -> int:
+        """Start a pull: rows of this node are copied at once, others requested."""
         return self._pull(keys, out, whole=False)
 
     def pull_rows(self, keys: Array, out: Array) -> None:
+        """Copy whole rows, including the state of their update rule."""
         self.wait(self._pull(keys, out, whole=True))
 
     def _pull(self, keys: Array, out: Array, whole: bool) -> int:
@@ -152,6 +162,7 @@ class EmbeddedServer(ParameterServer):
         return ticket
 
     def push_async(self, keys: Array, values: Array) -> int:
+        """Start a push: rows of this node are changed at once, others sent to their owners."""
         keys, values, segment = self.checked("values", keys, values)
         if segment is None:
             return DONE
@@ -163,6 +174,7 @@ class EmbeddedServer(ParameterServer):
         return ticket
 
     def set(self, keys: Array, values: Array) -> None:
+        """Overwrite rows; wait until their owners have done so and no replica on this node shows the old values."""
         keys, values, segment = self.checked("values", keys, values, whole=True)
         if segment is None:
             return
@@ -171,7 +183,7 @@ class EmbeddedServer(ParameterServer):
         rows = keys - segment.first_key
         missing = self._rows[segment.name].set(rows, values.numpy())
         if missing.size:
-            # By way of this node's manager, see Manager._on_set.
+            # Through this node's manager, which keeps the order with its deltas; see Manager._on_set.
             ticket = self._ticket(RowsCall(missing.size))
             for chunk in self._requests.ring_chunks(missing.size, 16 + 4 * segment.row_width):
                 some = missing[chunk]
@@ -183,6 +195,7 @@ class EmbeddedServer(ParameterServer):
             self.wait(ticket)
 
     def localize_async(self, keys: Array) -> int:
+        """Request rows through this node's manager."""
         keys, segment = self.checked_keys(keys)
         self.stats.localized_rows += keys.size
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
@@ -200,6 +213,7 @@ class EmbeddedServer(ParameterServer):
         return ticket
 
     def intent(self, keys: Array, start: int, end: int) -> None:
+        """Announce access to this node's manager."""
         keys, segment = self.checked_keys(keys)
         self.checked_clocks(start, end)
         self.stats.intended_rows += keys.size
@@ -213,15 +227,16 @@ class EmbeddedServer(ParameterServer):
             ))
 
     def advance_clock(self) -> int:
+        """End a step; wait while replicas could be staler than promised."""
         clock = super().advance_clock()
-        self._fence()  # whoever sees the clock sees the pushes before it
+        self._fence()  # the manager, which reads the clock, must see the pushes before it
         self._clocks[self._world.local_rank] = clock
         if self._replicates and clock - self._synced[self._world.local_rank] > self._slack:
             start = time.perf_counter()
             self._requests.backoff.reset()
             while clock - self._synced[self._world.local_rank] > self._slack:
-                self._requests.receive()  # which keeps the network going, too
-            self._fence()
+                self._requests.receive()  # drives MPI's progress, on which other ranks may depend
+            self._fence()  # read replicas only after the clocks of the round that refreshed them
             self._world.progress.made()
             self.stats.clock_wait_s += time.perf_counter() - start
         return clock
@@ -229,16 +244,18 @@ class EmbeddedServer(ParameterServer):
     def _complete(self, call: Call) -> None:
         assert isinstance(call, RowsCall)
         if call.remaining:
-            self._requests.backoff.reset(spin=call.rows is not None)  # else this node's manager needs the core
+            self._requests.backoff.reset(spin=call.rows is not None)  # else it is this node's manager that needs the core
         while call.remaining:
             self._requests.receive()
 
     def is_local(self, name: str) -> np.ndarray | None:
+        """Return which rows are on this node, (num_rows,) bool; None on one node."""
         if self._world.num_nodes == 1:
             return None
         return self._rows[name].present(np.arange(self.layout[name].num_rows))
 
     def placement(self, name: str, ends: np.ndarray) -> np.ndarray | None:
+        """Count main copies and replicas on this node by bands of rows, on its first rank."""
         if self._world.local_rank:
             return None
         starts = np.concatenate([[0], ends[:-1]])
@@ -246,6 +263,7 @@ class EmbeddedServer(ParameterServer):
         return np.stack([np.add.reduceat(kinds == kind, starts) for kind in (MAIN, COPY)])
 
     def owned_rows(self, name: str) -> np.ndarray:
+        """Return this rank's share of the rows that its node owns."""
         self.require_open()
         if self._world.num_nodes > 1:
             self._freeze(True)
@@ -258,6 +276,7 @@ class EmbeddedServer(ParameterServer):
         return rows[rows.size * rank // size : rows.size * (rank + 1) // size]
 
     def quiesce(self) -> None:
+        """Make all copies of all rows equal (collective)."""
         self.wait_all()
         self._world.barrier()
         if self._replicates:
@@ -267,10 +286,12 @@ class EmbeddedServer(ParameterServer):
                 self._world.barrier()
 
     def barrier(self) -> None:
+        """Wait for all ranks (collective)."""
         self.require_open()
         self._world.barrier()
 
     def close(self) -> None:
+        """Complete all calls, stop the managers and free the rows (collective)."""
         if self.closed:
             return
         self.wait_all()
@@ -296,7 +317,7 @@ class EmbeddedServer(ParameterServer):
         self._platform.close()
 
     def halt(self) -> None:
-        """Stop this node's manager without a word to others; for a rank that is about to leave MPI after an error."""
+        """Stop this node's manager at once; for a rank that is about to finalize MPI after an error."""
         if self._manager is not None:
             self._manager.halt()
             self._platform.join()
@@ -306,9 +327,12 @@ class EmbeddedServer(ParameterServer):
     def _access(
         self, kind: type[Pull] | type[Push], segment: Segment, keys: np.ndarray, values: np.ndarray, rate: float = 0.0
     ) -> tuple[int, int]:
-        """Pull or push what is here and ask other nodes for the rest; return (ticket, number of rows not here).
+        """Pull into or push from ``values`` (n, width): access local rows, send requests for others.
 
-        Chunk by chunk, so that others work on one while the next is looked up.
+        It goes by chunks, so that owners work on one while the next is looked up.
+
+        Returns:
+            The ticket, ``DONE`` if all rows are local, and the number of rows that are not.
         """
         rows = keys - segment.first_key
         here = self._rows[segment.name]
@@ -334,22 +358,22 @@ class EmbeddedServer(ParameterServer):
         return growing_chunks(number, width) if kind is Pull else chunks(number, width)
 
     def _ask_manager(self, kind: type[Flush] | type[Freeze], **fields: int) -> None:
-        """Have this node's manager do something, and wait until it has."""
+        """Send this node's manager a message, and wait for its answer."""
         ticket = self._ticket(RowsCall(1))
         self._requests.send_local(new(kind, origin=self._world.rank, ticket=ticket, **fields))
         self.wait(ticket)
 
     def _freeze(self, frozen: bool) -> None:
-        """Collective: once all have returned and all messages are handled, no row moves until a call with False."""
+        """Freeze or thaw all managers (collective); once frozen and drained, no row moves until they are thawed."""
         if self._manager is not None:
             self._ask_manager(Freeze, frozen=int(frozen))
         self._world.barrier()
 
     def _drain(self) -> None:
-        """Collective: return when no message is on its way or being handled.
+        """Block until no message is in transit or being handled; for frozen managers (collective).
 
-        Messages sent and handled are counted over all ranks; nothing is under way where as many were handled by one
-        count as had been sent by the next, and no answer is pending.
+        Sums the numbers of messages sent and handled over all ranks. Nothing is in transit if as many had been handled
+        by one count as have been sent by the next, and no answer is pending.
         """
         handled_before = -1
         backoff = Backoff(self._requests.mailbox.transport, spin=False)
@@ -360,6 +384,6 @@ class EmbeddedServer(ParameterServer):
             self._world.sum_(counts)
             if counts[0] == handled_before and not counts[2]:
                 return
-            if handled_before >= 0:  # the second count ends it where nothing was under way
+            if handled_before >= 0:  # no pause before the second count, the last if nothing is in transit
                 backoff.wait()
             handled_before = int(counts[1])

@@ -14,22 +14,27 @@ from lapse_elmo.ps.package_server import PackageServer, Pending
 
 
 class LapseNode(PackageNode):
+    """A rank as a node of Lapse."""
+
     package = "lapse"
     repository = "https://github.com/alexrenz/lapse-ps"
     techniques = ("adaptive", "relocation", "static")
 
     def load(self) -> ModuleType:
+        """Import ``lapse``."""
         import lapse
 
         return lapse
 
     def start(self, widths: torch.Tensor) -> tuple[Any, Any]:
-        self.module.setup(self.layout.num_keys, 1)  # blocks until all nodes are there
+        """Start the node and its worker."""
+        self.module.setup(self.layout.num_keys, 1)  # blocks until all nodes are up
         server = self.module.Server(widths)
         return server, self.module.Worker(0, 1, server)
 
     def stop(self) -> None:
-        # The worker's own finalize() waits in a barrier with Python's lock held; deleting the object is what it needs.
+        """Delete the worker and shut the node down."""
+        # Not by the worker's finalize(), which waits in a barrier while holding the interpreter's lock.
         self.worker = None
         self.server.shutdown()
         self.server = None
@@ -38,9 +43,9 @@ class LapseNode(PackageNode):
 class LapseServer(PackageServer):
     """Rows in Lapse.
 
-    A row has one copy: operations are sequentially consistent per key, and a barrier makes all of them visible.
-    ``intent`` localizes at once, whatever its clocks are, and does not wait; where ranks announce the same rows, the
-    last one has them.
+    A row has one copy, so operations are sequentially consistent per key, and a barrier makes all of them visible.
+    ``intent`` localizes asynchronously at once, whatever its clocks; if several ranks announce a row, the last one gets
+    it.
     """
 
     node_type = LapseNode
@@ -51,9 +56,11 @@ class LapseServer(PackageServer):
     )
 
     def localize(self, keys: Array) -> None:
+        """Relocate rows to this node and wait for them."""
         self._localize(keys, later=False)
 
     def localize_async(self, keys: Array) -> int:
+        """Start to relocate rows to this node."""
         return self._localize(keys, later=True)
 
     def _localize(self, keys: Array, later: bool) -> int:
@@ -67,6 +74,7 @@ class LapseServer(PackageServer):
         return self._ticket(Pending(lambda: self._worker.wait(timestamp), ()))
 
     def intent(self, keys: Array, start: int, end: int) -> None:
+        """Start to relocate rows to this node, without a ticket."""
         keys, segment = self.checked_keys(keys)
         self.checked_clocks(start, end)
         self.stats.intended_rows += keys.size
@@ -74,11 +82,12 @@ class LapseServer(PackageServer):
             self._worker.localize(distinct(keys), True)
 
     def quiesce(self) -> None:
+        """Wait for all ranks: with one copy per row, completed pushes are visible to all."""
         self.barrier()
 
 
 def run_scheduler(num_keys: int) -> None:
-    """Until every node has shut down."""
+    """Run Lapse's scheduler until every node has shut down."""
     import lapse
 
     lapse.scheduler(num_keys, 1)

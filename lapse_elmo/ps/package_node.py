@@ -1,10 +1,10 @@
-"""A rank as a node of a native parameter server: the scheduler beside rank 0, the start and the end of the package.
+"""A rank as a node of a native parameter server: start and end of the package and of its scheduler next to rank 0.
 
-The packages read where the scheduler is from the environment, find each other through it, and block while they wait:
-for the other nodes without a limit, and with Python's lock held. So everything that can be checked before is checked
-before, and a watch (:mod:`lapse_elmo.ps.scheduler`) bounds the rest.
+The packages read the scheduler's address from the environment and find each other through it. They wait for the other
+nodes without a time limit, while holding the interpreter's lock. So everything that can be checked is checked before,
+and a watchdog (:mod:`lapse_elmo.ps.scheduler`) limits the time of the rest.
 
-Their messages go over TCP, neither authenticated nor encrypted. Ranks of one host use the loopback interface.
+The packages' messages go over TCP, neither authenticated nor encrypted. Ranks of one host use the loopback interface.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.scheduler import ENDS, STARTS, UP
 
-START_S = 120.0
-_MARK = "_lapse_elmo_started"  # on the package's module
-_ATTEMPTS = 3  # to get a port: another process may take it between its choice and its use
+START_S = 120.0  # time limit of the start
+_MARK = "_lapse_elmo_started"  # attribute of the package's module
+_ATTEMPTS = 3  # to find a port, since another process may take a free one before it is used
 _SCHEDULER = "import sys; from lapse_elmo.ps.scheduler import main; main(sys.argv[1:])"
-# Reads what faulthandler writes when a process dies of a signal, and says it in one line.
+# Reads what faulthandler writes when a process dies of a signal, and prints it as one line.
 _CRASH_REPORTER = """
 import os, sys
 package, where = sys.argv[1:]
@@ -54,21 +54,30 @@ if text.startswith(mark):
 while os.read(0, 4096):
     pass
 """
-_FIRST_KEYS = 4  # of each segment and for each node, pulled to try the package
+_FIRST_KEYS = 4  # keys per segment and node that are pulled to test the package
 _SOURCE = Path(__file__).resolve().parent.parent.parent
 
 
 class PackageNode(ABC):
-    """This process as one node of a package, with one worker (collective: every rank makes and closes its own).
+    """This process as one node of a package, with one worker (construction and ``close`` are collective).
 
-    A process can do this once: neither package can be set up again after it was shut down.
+    A process can do this once: neither package can be set up again after it has been shut down. Nodes that do not come
+    up in time end the job with a one-line message.
 
-    :param start_s: seconds within which the scheduler, and then all nodes, must be up.
-    :ivar worker: the package's worker object.
-    :raises ConfigError: if the package is not installed.
-    :raises ServerError: if this process has been its node before.
-    :raises LaunchError: if the scheduler does not start or cannot be reached. Nodes that do not come up in time end
-        the job with one line.
+    Args:
+        world: The ranks; each becomes a node.
+        layout: The segments.
+        technique: One of ``techniques``.
+        start_s: Seconds within which the scheduler, and then all nodes, must be up.
+
+    Attributes:
+        server: The package's server object.
+        worker: The package's worker object.
+
+    Raises:
+        ConfigError: If the package is not installed.
+        ServerError: If this process has been a node of the package before.
+        LaunchError: If the scheduler does not start or cannot be reached.
     """
 
     package: ClassVar[str]
@@ -101,17 +110,17 @@ class PackageNode(ABC):
         self.worker: Any
         self.server, self.worker = self.start(torch.from_numpy(widths))
         world.barrier()
-        # Some nodes come up but never answer: the time limit covers a first operation on all of them as well.
+        # Some nodes come up but never answer, so the time limit includes a first operation on all of them.
         self._pull_from_every_node()
         world.barrier()
         self._notify_watch(UP)
         crash_reporter.close()
-        # Their threads must not outlive the interpreter; an error that all ranks raise leads there as well.
+        # The package's threads must not outlive the interpreter, also if all ranks end by an error.
         atexit.register(self.close)
         self.closed = False
 
     def _pull_from_every_node(self) -> None:
-        """Pull rows spread over each segment, so that every node is asked for some."""
+        """Pull rows spread over each segment, which come from every node."""
         for segment in self.layout.segments:
             number = min(segment.num_rows, _FIRST_KEYS * self.world.size)
             rows = np.unique(np.linspace(0, segment.num_rows - 1, number).astype(np.int64))
@@ -123,14 +132,18 @@ class PackageNode(ABC):
 
     @abstractmethod
     def start(self, widths: torch.Tensor) -> tuple[Any, Any]:
-        """The package's server and worker objects. ``widths``: float32 of each key's row, (num_keys,) int64."""
+        """Start the node; return the package's server and worker objects.
+
+        Args:
+            widths: Floats per row of each key, (num_keys,) int64.
+        """
 
     @abstractmethod
     def stop(self) -> None:
-        """Collective: shut the package down."""
+        """Shut the package down (collective)."""
 
     def close(self) -> None:
-        """Collective: end the worker, the node and the scheduler, in this order."""
+        """End the worker, the node and the scheduler, in this order (collective)."""
         if self.closed:
             return
         self.closed = True
@@ -145,6 +158,7 @@ class PackageNode(ABC):
             self._scheduler.wait()
 
     def _load(self) -> ModuleType:
+        """Import the package, or raise ConfigError that says why that is not possible."""
         try:
             module = self.load()
         except ModuleNotFoundError:
@@ -161,7 +175,7 @@ class PackageNode(ABC):
         )
 
     def _start_scheduler(self, start_s: float) -> tuple[str, int]:
-        """On rank 0: start it, wait until it listens; its address and port."""
+        """Start the scheduler on rank 0 and wait until it listens; return its address and port."""
         address = os.environ.get("DMLC_PS_ROOT_URI") or self._address()
         for _ in range(_ATTEMPTS):
             port = _free_port(address)
@@ -188,14 +202,14 @@ class PackageNode(ABC):
         )
 
     def _address(self) -> str:
-        """An address of this host under which the other ranks reach it."""
+        """Return an address of this host by which the other ranks can reach it."""
         address = own_address(self._hosts)
         if address is None:
             raise LaunchError("this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI")
         return address
 
     def _notify_watch(self, letter: bytes) -> None:
-        """To the watch; on other ranks than 0 nothing."""
+        """Send the watchdog a letter; does nothing on ranks other than 0."""
         if self._scheduler is not None:
             assert self._scheduler.stdin is not None
             self._scheduler.stdin.write(letter)
@@ -203,15 +217,15 @@ class PackageNode(ABC):
 
 
 class _CrashReporter:
-    """A process that says in one line of which signal this one dies, until :meth:`close`.
+    """A process that reports in one line if this one dies of a signal, until :meth:`close`.
 
-    C++ that crashes leaves no chance to say anything in Python. Of a SIGKILL, which launchers send to the ranks of a
-    job that has failed elsewhere, nothing is said.
+    When C++ code crashes, Python cannot report anything any more. SIGKILL, which launchers send to the ranks of a job
+    that has failed elsewhere, is not reported.
     """
 
     def __init__(self, package: str, where: str) -> None:
-        # A socket with the smallest buffer: faulthandler, whose many small writes do not fit into it, and so the death
-        # of this process wait until the line is said. Afterwards the launcher may end everything at once.
+        # With the smallest buffer, faulthandler's many small writes block until they are read. That delays the death of
+        # this process until the line is printed; afterwards the launcher may end everything at once.
         self._socket, other = socket.socketpair()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         with other:
@@ -220,11 +234,12 @@ class _CrashReporter:
                 stdout=subprocess.PIPE, start_new_session=True,
             )
         assert self._process.stdout is not None
-        self._process.stdout.read(1)  # it is ready
+        self._process.stdout.read(1)  # returns when the process is ready
         self._before = faulthandler.is_enabled()
         faulthandler.enable(self._socket.fileno(), all_threads=False)
 
     def close(self) -> None:
+        """End the process and restore faulthandler."""
         faulthandler.disable()
         if self._before:
             faulthandler.enable()
@@ -233,9 +248,9 @@ class _CrashReporter:
 
 
 class _Stdout:
-    """Keeps standard output for Python, since the packages write their progress there.
+    """Reserves standard output for Python while the package, which prints its progress there, is in use.
 
-    What their C++ writes is dropped, or shown if the packages' own PS_VERBOSE is set.
+    The output of the package's C++ code is dropped unless its own variable PS_VERBOSE is set.
     """
 
     def __init__(self) -> None:
@@ -250,6 +265,7 @@ class _Stdout:
             sys.stdout = os.fdopen(self._file, "w", encoding=self._python.encoding, closefd=False)
 
     def restore(self) -> None:
+        """Give standard output back to C++ code."""
         if self._file is not None:
             sys.stdout.flush()
             os.dup2(self._file, 1)
@@ -276,7 +292,7 @@ def _listens(address: str, port: int) -> bool:
 
 
 def _own_address(address: str, port: int) -> str:
-    """This host's address on the way to the scheduler."""
+    """Return the address of this host's interface that reaches the scheduler."""
     try:
         with socket.create_connection((address, port), 10) as connection:
             return str(connection.getsockname()[0])

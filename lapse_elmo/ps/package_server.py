@@ -1,15 +1,15 @@
-"""What the adapters of the two native packages share: our interface on the package's worker object.
+"""The common part of the adapters of the two native packages: our interface on top of the package's worker object.
 
-A rank is a node with one worker. All arguments are checked here before the package sees them: a negative key, a row of
-another type or a buffer with gaps would crash it or be read as garbage.
+Each rank is a node with one worker. All arguments are checked before the package gets them: a negative key, another
+dtype or a buffer that is not contiguous would crash it or be read as garbage.
 
-Both packages keep Python's lock while they wait for the network: other threads of the rank stand still meanwhile.
+Both packages hold the interpreter's lock while they wait for the network, which blocks all threads of the rank.
 
-The packages know additions of whole rows only. An update rule is therefore computed by the worker: a push pulls whole
-rows, and adds what the rule changes of them. A pull moves whole rows too, and leaves their state out.
+The packages can only add to whole rows. The worker therefore computes update rules: a push pulls whole rows and adds
+what the rule changes of them. A pull transfers whole rows, too, and discards their state.
 
-Sampling is ours, over ``pull`` and ``intent``: Lapse's bindings have none, and AdaPM's schemes can hang or crash (its
-``pool`` never uses a pool, and a sample pulled twice aborts the process).
+Sampling uses our own code, on top of ``pull`` and ``intent``: Lapse's bindings have none, and AdaPM's schemes can hang
+or crash (its ``pool`` never uses a pool, and a sample pulled twice aborts the process).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lapse_elmo.ps.sampling import Sampler
 
 @dataclass
 class Pending(Call):
-    """How to wait for a call, what must stay alive until then, and what is left to do."""
+    """A call in progress: how to wait for it, the buffers it uses until then, and what to do at the end."""
 
     wait: Callable[[], None]
     buffers: tuple[Any, ...]
@@ -42,21 +42,28 @@ class Pending(Call):
 
 
 class PackageServer(ParameterServer):
-    """Rows of ``layout`` in a native package, a node a rank.
+    """Rows of ``layout`` in a native package, with one node per rank (construction is collective).
 
-    ``remote_`` statistics are upper bounds: a package says of a call whether it was answered on the node as a whole,
-    not of how many rows, so all rows of another call count. ``lock_wait_s`` stays 0.
+    ``remote_`` statistics are upper bounds: a package reports only whether all rows of a call were local, so otherwise
+    all of them count as remote. ``lock_wait_s`` stays 0.
 
-    :param technique: one of ``node_type.techniques``.
-    :param node: a node of the same layout that is to serve this object and later ones, since a process can start one
-        only once; :meth:`close` leaves it running. By default the object starts and ends its own.
-    :raises ConfigError: if the package is absent or lacks the technique.
-    :raises LaunchError: if its nodes do not come up.
+    Args:
+        world: The ranks.
+        layout: The segments.
+        sampled: See :class:`~lapse_elmo.ps.api.ParameterServer`, as ``first_sample``.
+        first_sample: Number of the first sample.
+        technique: One of ``node_type.techniques``.
+        node: A running node of the same layout to use, since a process can start one only once; :meth:`close` leaves it
+            running. By default the object starts and ends its own.
+
+    Raises:
+        ConfigError: If the package is absent or lacks the technique.
+        LaunchError: If the nodes do not come up.
     """
 
     node_type: ClassVar[type[PackageNode]]
     reads_buffers_later: ClassVar[bool]
-    """Whether the asynchronous forms of push read their buffers after they have returned."""
+    """Whether the package reads the buffers of an asynchronous push after the call has returned."""
 
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
@@ -74,18 +81,23 @@ class PackageServer(ParameterServer):
         self._uses_intents = technique != "static" and world.size > 1
 
     def pull(self, keys: Array, out: Array) -> None:
+        """Copy rows into ``out``."""
         self._pull(keys, out, later=False)
 
     def pull_rows(self, keys: Array, out: Array) -> None:
+        """Copy whole rows into ``out``."""
         self._pull(keys, out, later=False, whole=True)
 
     def push(self, keys: Array, values: Array) -> None:
+        """Add ``values`` to rows, or take a step with them."""
         self._push(keys, values, later=False)
 
     def pull_async(self, keys: Array, out: Array) -> int:
+        """Start a pull."""
         return self._pull(keys, out, later=True)
 
     def push_async(self, keys: Array, values: Array) -> int:
+        """Start a push."""
         return self._push(keys, values, later=True)
 
     def _pull(self, keys: Array, out: Array, later: bool, whole: bool = False) -> int:
@@ -93,7 +105,7 @@ class PackageServer(ParameterServer):
         if segment is None:
             return DONE
         start = time.perf_counter()
-        # Their replies are matched with the keys by value: two of a key from two nodes would land in one place.
+        # The package matches replies with keys by value: two replies for a repeated key would go to the same row.
         asked, inverse = distinct_with_inverse(keys)
         rows, finish = out.numpy(), None
         if inverse is not None or out.shape[1] < segment.row_width:
@@ -103,7 +115,7 @@ class PackageServer(ParameterServer):
             if inverse is not None:
                 finish = partial(np.take, wanted, inverse, 0, out.numpy())
         if later and inverse is None:
-            asked = asked.copy()  # the caller may overwrite his, the package reads it again when the rows arrive
+            asked = asked.copy()  # the package reads the keys again when rows arrive, the caller may overwrite his
         timestamp = self._worker.pull(asked, rows, later)
         stats = self.stats.segments[segment.name]
         stats.count_pull(keys.size, keys.size * self._is_remote(timestamp), segment.row_width)
@@ -133,16 +145,20 @@ class PackageServer(ParameterServer):
     def _changes(
         self, segment: Segment, rule: Rule, keys: np.ndarray, gradients: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Each of ``keys`` (n,) once, and what the steps of ``rule`` change of these rows (m, row_width)."""
+        """Compute the steps of ``rule`` with ``gradients`` (n, width) here.
+
+        Returns:
+            The distinct ones of ``keys`` (n,), and what to add to their rows (m, row_width).
+        """
         rate = self.rate_of(segment)
         asked, inverse = distinct_with_inverse(keys)
-        asked = asked.copy()  # not the caller's, who may overwrite his
+        asked = asked.copy()  # the caller may overwrite his before the package has read them
         before = torch.empty(asked.size, segment.row_width)
         self._worker.pull(asked, before.numpy(), False)
         if inverse is None:
             return asked, rule.changes(before, gradients, rate).numpy()
         after = before.clone()
-        for chosen in by_occurrence(inverse):  # the steps of a repeated key, one after another
+        for chosen in by_occurrence(inverse):  # steps of a repeated key must follow one another
             rows = torch.from_numpy(inverse[chosen])
             after[rows] += rule.changes(after[rows], gradients[torch.from_numpy(chosen)], rate)
         return asked, (after - before).numpy()
@@ -150,7 +166,11 @@ class PackageServer(ParameterServer):
     def _begun(
         self, timestamp: int, later: bool, start: float, stats: SegmentStats, pending: Pending
     ) -> tuple[int, float]:
-        """A call that the package has taken: its ticket (DONE, and its rest done, where it is complete), seconds."""
+        """Register a call that the package has started, or finish it if it is complete.
+
+        Returns:
+            The ticket (``DONE`` if the call is complete), and the seconds since ``start``.
+        """
         complete = not later or timestamp == DONE
         if complete and pending.finish is not None:
             pending.finish()
@@ -161,6 +181,7 @@ class PackageServer(ParameterServer):
         return DONE if complete else self._ticket(pending), seconds
 
     def _is_remote(self, timestamp: int) -> bool:
+        """Return whether a call involved other nodes."""
         return timestamp != DONE and self._world.size > 1
 
     def _complete(self, call: Call) -> None:
@@ -170,6 +191,7 @@ class PackageServer(ParameterServer):
             call.finish()
 
     def set(self, keys: Array, values: Array) -> None:
+        """Overwrite rows."""
         keys, values, segment = self.checked("values", keys, values, whole=True)
         if segment is None:
             return
@@ -181,20 +203,22 @@ class PackageServer(ParameterServer):
         self._worker.set(keys, values)
 
     def is_local(self, name: str) -> np.ndarray | None:
-        """None: the packages do not tell where a row is, so the scheme ``local`` draws as ``naive`` does."""
+        """Return None: the packages do not report where a row is, so the scheme ``local`` draws as ``naive`` does."""
         return None
 
     def owned_rows(self, name: str) -> np.ndarray:
-        """An equal share: any node can pull any row."""
+        """Return an equal share of the rows: any node can pull any row."""
         self.require_open()
         total, world = self.layout[name].num_rows, self._world
         return np.arange(total * world.rank // world.size, total * (world.rank + 1) // world.size)
 
     def barrier(self) -> None:
+        """Wait for all ranks (collective)."""
         self.require_open()
         self._world.barrier()
 
     def close(self) -> None:
+        """Complete all calls and, unless it was given, end the node (collective)."""
         if self.closed:
             return
         self.wait_all()

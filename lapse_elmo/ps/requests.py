@@ -97,7 +97,7 @@ class Requests:
                     Push, self.mailbox.transport, segment=number, node=self.world.node, origin=rank, ticket=ticket,
                     rate=call.rate, rows=rows, stamps=stamps[chosen], width=width,
                 )
-                np.take(call.values, indices, 0, push.values, mode="clip")  # other modes of np.take write through a buffer
+                np.take(call.values, indices, 0, push.values, mode="clip")  # other modes copy via a buffer
             self.mailbox.send(Address(self.world.leaders[node], TO_MANAGER), message)
             sent_bytes += message.block.size
         self.mailbox.flush()

@@ -6,11 +6,11 @@
  *
  * Locking is that of a seqlock. A writer holds the row's lock, a bit of its flags; unlocking increments the version in
  * the upper bits. A reader takes no lock: it copies the row, and copies it again if the entry has changed meanwhile.
- * (With an atomic write per row, a reader would have to wait for the copy of the row before to reach the cache.)
+ * (To lock, it would need an atomic operation per row, which waits until the copy of the row before is in the cache.)
  *
  * `rows` are row numbers, n of them, and may repeat in pull, add and step. Functions that list rows write their indices
- * in `rows` to the last argument (n), ascending, and return their number. LockedRows (locked_rows.py) is the fallback in
- * NumPy and torch, which the tests compare with each function.
+ * in `rows` to the last argument (n), ascending, and return their number. LockedRows (locked_rows.py) is the fallback
+ * in NumPy and torch, which the tests compare with each function.
  */
 #include <math.h>
 #include <sched.h>
@@ -207,8 +207,8 @@ static inline __attribute__((always_inline)) void apply_rule(int64_t rule, float
     else sgd(weights, delta, size, gradient, rate, has_delta);
 }
 
-/* Take a step of a rule per row, with gradients (n, size); list the rows that are not here. A replica's step starts from
- * the replica's state, and what it adds to weights and state is added to the deltas for the owner. */
+/* Take a step of a rule per row, with gradients (n, size); list the rows that are not here. A replica's step starts
+ * from the replica's state, and what it adds to weights and state is added to the deltas for the owner. */
 int64_t rows_step(entry *entries, float *main, float *replica, int64_t width, int64_t size, int64_t rule,
                   const int64_t *rows, int64_t n, const float *gradients, float rate, float epsilon, int64_t mark,
                   int64_t *missing) {

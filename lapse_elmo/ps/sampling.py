@@ -44,7 +44,7 @@ from lapse_elmo.rng import stream
 SCHEMES = ("naive", "preloc", "pool", "local")
 DISTRIBUTIONS = ("log-uniform", "uniform")
 SHARING = ("node", "job", "none")
-POOL_REUSE = 2  # samples per pool; the next pool is drawn then
+POOL_REUSE = 2  # samples taken from one pool
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Sampler:
         Args:
             number: Counts the worker's samples.
             count: Rows per sample.
-            is_local: For the scheme ``local``, the rows that are on the node, (num_rows,) bool; None means all. If fewer
-                than ``count`` are local and ``replacement`` is off, all of them and some others are drawn.
+            is_local: For the scheme ``local``, the rows that are on the node, (num_rows,) bool; None means all. If
+                fewer than ``count`` are local and ``replacement`` is off, all of them and some others are drawn.
 
         Returns:
             (count,) int64.

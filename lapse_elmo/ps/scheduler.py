@@ -1,16 +1,17 @@
-"""The scheduler of a native package, as a process of its own, which runs :func:`main`.
+"""The scheduler of a native package and its watchdog, in processes of their own; :func:`main` is their program.
 
-Rank 0 starts it and holds its standard input. It becomes two: the package's scheduler, which blocks in C++ until every
-node has shut down, and a watch over it, over rank 0 and over the start-up, during which each node blocks in C++ as
-well, without a limit and with Python's lock in its hands. Rank 0 sends a letter at each turn:
+Rank 0 starts it and holds its standard input. It forks into the package's scheduler, which blocks in C++ until every
+node has shut down, and a watchdog for the scheduler, for rank 0, and for the start-up. (During start-up, each node
+blocks in C++ without a time limit and holds the interpreter's lock, so it cannot watch itself.) Rank 0 sends a letter
+for each phase:
 
 ==========  ======================================================================================================
-``STARTS``  the nodes begin to start: from now on their time runs, and the scheduler's death ends the job
-``UP``      every node is up: no time limit any more
+``STARTS``  the nodes start: the time limit begins, and the death of the scheduler ends the job
+``UP``      every node is up: the time limit ends
 ``ENDS``    every node is shutting down: the scheduler ends by itself
 ==========  ======================================================================================================
 
-Without ``ENDS``, the end of the input means that rank 0 has died: the scheduler dies with it.
+The end of the input without ``ENDS`` means that rank 0 has died: the watchdog then kills the scheduler.
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ import time
 from lapse_elmo.errors import log_line
 
 STARTS, UP, ENDS = b"s", b"u", b"e"
-_END_S = 20.0  # for the scheduler to end once the nodes shut down
+_END_S = 20.0  # time for the scheduler to end once the nodes shut down
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 def main(argv: list[str]) -> None:
-    """``MODULE NUM_KEYS START_S PARENT``: of the adapter ``MODULE``, for the rank whose process is PARENT."""
+    """Run scheduler and watchdog for the rank that started this process.
+
+    Args:
+        argv: The adapter's module, the number of keys, the time limit of the start in seconds, and the rank's process
+            id.
+    """
     module, num_keys, start_s, parent = argv[0], int(argv[1]), float(argv[2]), int(argv[3])
     _die_with(parent)
-    living, held = os.pipe()  # the scheduler holds the one end: the other shows its death
+    living, held = os.pipe()  # the scheduler keeps one end open, so the other signals its death
     watch, scheduler = os.getpid(), os.fork()
     if scheduler == 0:
         _die_with(watch)
@@ -57,7 +63,7 @@ def _die_with(parent: int) -> None:
 
 
 def _watch(scheduler: int, living: int, start_s: float, parent: int) -> int:
-    """Until the scheduler has ended; this process's status."""
+    """Watch until the scheduler has ended; return this process's exit status."""
     deadline: float | None = None
     phase = b""
     while True:
@@ -85,7 +91,7 @@ def _watch(scheduler: int, living: int, start_s: float, parent: int) -> int:
 
 
 def _end(scheduler: int, living: int) -> int:
-    """Wait for the scheduler, which is about to end; kill it if it does not."""
+    """Wait for the scheduler to end, and kill it if it does not; return this process's exit status."""
     ready, _, _ = select.select([living], [], [], _END_S)
     if not ready:
         os.kill(scheduler, signal.SIGKILL)
@@ -94,7 +100,7 @@ def _end(scheduler: int, living: int) -> int:
 
 
 def _end_job(parent: int, why: str) -> None:
-    """Say ``why`` and end rank 0, and with it the job: it cannot do so itself while it is blocked in C++."""
+    """Print ``why`` and terminate rank 0, and with it the job, which rank 0 cannot do itself while blocked in C++."""
     log_line(f"lapse-elmo: error: {why}")
     with contextlib.suppress(ProcessLookupError):
         os.kill(parent, signal.SIGTERM)
