@@ -17,7 +17,7 @@ A step of an update rule starts from the current weights and state of the copy, 
 So the steps on a row with one copy are serial. A step on a replica may lack what other nodes have pushed recently; what
 it changes of weights and state is added to the owner's copy, so no step and no squared gradient is lost.
 
-Ownership of buffers: Keys and values belong to the caller again as soon as a call returns, also in the ``_async`` forms.
+Ownership of buffers: Keys and values belong to the caller again as soon as a call returns, also an ``_async`` one.
 Only ``out`` of :meth:`ParameterServer.pull_async` belongs to the server until its ticket has been waited for.
 
 Threads: Only the thread that created a server may use it. Workers are ranks, and each makes one call at a time.

@@ -15,9 +15,9 @@ the ``technique`` determines what an intent leads to:
 Consistency: Rows with one copy (all rows under ``relocation`` and ``static``) are sequentially consistent per key, also
 while they move, for calls that are waited for. Replicas are eventually consistent with bounded staleness: a worker
 waits in ``advance_clock`` if its node's last complete round of synchronisation started more than ``staleness / 2 - 1``
-clocks ago. So a push reaches the row's owner within ``staleness / 2`` further clocks of the pushing worker, and each holder
-within as many clocks of the holder's workers: where clocks advance together, all see it after ``staleness`` clocks.
-Usually it takes one or two clocks, as long as rounds keep pace with steps, that is unless cores are oversubscribed.
+clocks ago. So a push reaches the row's owner within ``staleness / 2`` further clocks of the pushing worker, and each
+holder within as many clocks of the holder's workers: if clocks advance together, all see it after ``staleness`` clocks.
+As long as rounds keep pace with steps, that is unless cores are oversubscribed, it takes one or two clocks.
 ``quiesce`` makes all copies equal to the bit. docs/protocol.md describes the messages.
 """
 
@@ -244,7 +244,7 @@ class EmbeddedServer(ParameterServer):
     def _complete(self, call: Call) -> None:
         assert isinstance(call, RowsCall)
         if call.remaining:
-            self._requests.backoff.reset(spin=call.rows is not None)  # else it is this node's manager that needs the core
+            self._requests.backoff.reset(spin=call.rows is not None)  # else this node's manager needs the core
         while call.remaining:
             self._requests.receive()
 

@@ -12,7 +12,7 @@ from lapse_elmo.ps.api import ParameterServer
 from tests.ps.layout import LAYOUT, NUM_SAMPLED, every_key, ones, pulled
 
 STALENESS = 8  # clocks, the engines' default
-PATIENCE_S = 10.0  # for what a server does by itself, on a busy machine
+ARRIVAL_S = 10.0  # for what a server does by itself, on a busy machine
 
 
 class Moves:
@@ -257,7 +257,7 @@ def _are_local(server: ParameterServer, name: str, rows: np.ndarray) -> bool:
 
 def _eventually(condition: Callable[[], bool], problem: str) -> None:
     """Wait until ``condition`` holds."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + ARRIVAL_S
     while not condition():
         assert time.monotonic() < deadline, problem
         time.sleep(0.002)

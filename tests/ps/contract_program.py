@@ -202,7 +202,7 @@ class Contract(Moves, Tickets, Rules):
         server.intent(none, 0, 1)
         assert not any(pulled(server, every_key(segment.name)).any() for segment in LAYOUT.segments)
 
-    def whereabouts_do_not_change_rows(self, server: ParameterServer) -> None:
+    def relocation_does_not_change_rows(self, server: ParameterServer) -> None:
         """Rows are localized and announced by all ranks while all push to them."""
         rng, keys = self._rng(), every_key("long")
         self.world.barrier()
