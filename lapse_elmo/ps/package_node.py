@@ -49,7 +49,7 @@ if text.startswith(mark):
     cause = text.removeprefix(mark)
     os.write(2, (
         f"lapse-elmo: error: [{where}] the package {package} died at its start ({cause}): a fault of the package, "
-        "often of timing; start the job again, or leave --ps away for the embedded server\\n"
+        "often a race at start; restart the job, or omit --ps to use the embedded server\\n"
     ).encode())
 while os.read(0, 4096):
     pass
@@ -171,7 +171,7 @@ class PackageNode(ABC):
             why = f"is another package of that name ({module.__file__})"
         raise ConfigError(
             f"--ps {self.package}: the Python package {self.package} {why}; {self.repository} says how to build its "
-            "bindings, for this Python and torch; or leave --ps away for the embedded server"
+            "bindings, for this Python and torch; or omit --ps to use the embedded server"
         )
 
     def _start_scheduler(self, start_s: float) -> tuple[str, int]:

@@ -115,7 +115,7 @@ class PackageServer(ParameterServer):
             if inverse is not None:
                 finish = partial(np.take, wanted, inverse, 0, out.numpy())
         if later and inverse is None:
-            asked = asked.copy()  # the package reads the keys again when rows arrive, the caller may overwrite his
+            asked = asked.copy()  # the package reads the keys again when rows arrive, the caller may overwrite theirs
         timestamp = self._worker.pull(asked, rows, later)
         stats = self.stats.segments[segment.name]
         stats.count_pull(keys.size, keys.size * self._is_remote(timestamp), segment.row_width)
@@ -152,7 +152,7 @@ class PackageServer(ParameterServer):
         """
         rate = self.rate_of(segment)
         asked, inverse = distinct_with_inverse(keys)
-        asked = asked.copy()  # the caller may overwrite his before the package has read them
+        asked = asked.copy()  # the caller may overwrite theirs before the package has read them
         before = torch.empty(asked.size, segment.row_width)
         self._worker.pull(asked, before.numpy(), False)
         if inverse is None:

@@ -31,7 +31,7 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "push to a lent row stays at the owner", "manager.py",
+        "a push to a replicated row stays at the owner", "manager.py",
         "if held.any():\n            back",
         "if False:\n            back",
     ),
@@ -96,7 +96,7 @@ MUTANTS = (
         "        # an owner",
     ),
     Mutant(
-        "lent rows are relocated", "moves.py",
+        "replicated rows are relocated", "moves.py",
         "(state.holders.num_holders[rows] == 0) & (state.intents[rows] == 0)\n        return",
         "(state.intents[rows] == 0)\n        return",
     ),
@@ -111,7 +111,7 @@ MUTANTS = (
         "rows = state.holders.rows_of(holder)",
     ),
     Mutant(
-        "promoted rows stay lent", "moves.py",
+        "promoted rows stay replicated", "moves.py",
         "                    state.holders.remove(unused, holder)\n",
         "",
     ),
@@ -260,7 +260,7 @@ MUTANTS = (
 HARMLESS = {
     "what is about to arrive is not waited for": "the request travels between the former owners until the row arrives",
     "forwarded without the newer stamps": "the request travels between the former owners until the row arrives",
-    "a replica is kept for ever": "costs traffic alone: the row stays lent until its node announces it again",
+    "a replica is kept for ever": "costs traffic alone: the owner counts a holder until its node announces the row again",
     "drops wait while pushes come back": "the push travels between owner and node until the next round sends the drop",
 }
 
