@@ -260,7 +260,7 @@ MUTANTS = (
 HARMLESS = {
     "what is about to arrive is not waited for": "the request travels between the former owners until the row arrives",
     "forwarded without the newer stamps": "the request travels between the former owners until the row arrives",
-    "a replica is kept for ever": "costs traffic alone: the owner counts a holder until its node announces the row again",
+    "a replica is kept for ever": "costs traffic only: it stays a holder until its node announces the row again",
     "drops wait while pushes come back": "the push travels between owner and node until the next round sends the drop",
 }
 
