@@ -152,7 +152,9 @@ class TrainingStep:
         dense_mean = self._start_mean(gradients)
         if self.measures_noise and len(parts) == 1:
             square = _square(0.0, *gradients)  # while the ranks' gradients are being summed
-        sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts)
+        num_parts = self.world.size * len(parts)
+        # Of the mean over all parts: rows that parts share have gradients that hardly correlate, so squares add up.
+        sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts) / num_parts
         dense = dense_mean()
         dense_square = _square(0.0, *dense)
         report = RankReport(
@@ -177,7 +179,6 @@ class TrainingStep:
         total = reports.total
         signal, noise = 0.0, 0.0
         if self.measures_noise:
-            num_parts = self.world.size * len(parts)
             signal, noise = noise_of(
                 total["dense_square"] / self.world.size, dense_square, num_parts, total["num_tokens"]
             )

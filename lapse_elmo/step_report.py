@@ -56,7 +56,8 @@ class RankReport:
         num_tokens: Words, without boundaries.
         num_cut: Sentences that were cut at --max-length.
         num_sentences: Sentences.
-        gradient_square: Squared norm of its rows' gradients (the mean over its parts) and of the mean dense gradient.
+        gradient_square: Estimated squared norm of the mean gradient over all parts of all ranks, of rows and dense
+            parameters; for the rows it takes this rank's parts as typical. The ranks' mean is what counts.
         dense_square: Squared norm of its own dense gradient (the mean over its parts), before the mean over the ranks.
         compute_s: Seconds of computing.
     """

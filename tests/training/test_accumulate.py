@@ -9,7 +9,16 @@ import pytest
 
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.errors import ConfigError
-from tests.training.corpora import Prepared, checkpoints, records, saved_arrays, train_alone, train_job
+from tests.training.corpora import (
+    Prepared,
+    checkpoints,
+    prepare,
+    random_sentences,
+    records,
+    saved_arrays,
+    train_alone,
+    train_job,
+)
 
 OPTIONS = (
     "--sync", "--epochs", "1", "--batch-size", "6", "--first-batch", "8", "--growth-tokens", "300", "--report-every",
@@ -43,6 +52,17 @@ def test_few_ranks_compute_what_many_do(
     arrays = [saved_arrays(checkpoints(run_dir)[-1]) for run_dir in (less, many)]
     for name, values in arrays[0].items():
         np.testing.assert_allclose(values, arrays[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_parts_are_clipped_as_one_batch_is(tmp_path: Path) -> None:
+    """The norm that decides about clipping is that of the mean over all parts, not that of a part, which is noisier."""
+    text = random_sentences(7, 300, 1000, (4, 12))
+    corpus = prepare(tmp_path / "text", text, text[:10])
+    options = ("--max-steps", "12")
+    whole = run(1, corpus, tmp_path / "whole", "--batch-size", "24", *options)
+    parts = run(1, corpus, tmp_path / "parts", "--accumulate", "4", *options)
+    norms = [np.median([line["train/gradient_norm"] for line in records(of, "train")]) for of in (whole, parts)]
+    assert 0.9 < norms[1] / norms[0] < 1.1, norms
 
 
 def test_more_parts_than_sentences_are_refused(small: Prepared, tmp_path: Path) -> None:
