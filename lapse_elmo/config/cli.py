@@ -114,7 +114,7 @@ def parse_command(
     prog = as_called(prog)
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"usage: {prog} COMMAND [OPTION ...]", "", description, "", "commands:"]
-        lines += [f"  {name:<12}{text}" for name, (_, text) in commands.items()]
+        lines += [f"  {name:<12}{as_called(text)}" for name, (_, text) in commands.items()]
         lines += ["", f"{prog} COMMAND --help shows the options of a command."]
         print("\n".join(lines))
         raise SystemExit(0 if argv else 2)
