@@ -10,7 +10,7 @@ from lapse_elmo.devices import Device
 from lapse_elmo.fallbacks import model_fallbacks, product_lines
 from lapse_elmo.metrics.run_log import table
 from lapse_elmo.mpi.world import World
-from lapse_elmo.ps.engines import server_remarks
+from lapse_elmo.ps.engines import server_fallbacks
 from lapse_elmo.run_folder import ResumePoint
 from lapse_elmo.training_data import TrainingData
 
@@ -38,7 +38,7 @@ def plan_lines(
     if start.path is not None:
         how = "with the same batches" if cursor.exact else "what is left of the epoch is shared out anew"
         lines.append(f"resumes from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
-    own = [*model_fallbacks(config.model, device.device), *server_remarks(config.server.ps)]
+    own = [*model_fallbacks(config.model, device.device), *server_fallbacks(config.server.ps)]
     lines += lines_of_all(world, [*own, *product_lines(config.model, device.device)])
     if config.softmax.num_samples >= data.vocabulary.size:
         lines.append(

@@ -56,14 +56,14 @@ class Checks:
             mean.close()
 
     def over_nccl(self) -> None:
-        mean, remark = open_dense_mean(self.world, self.device, NUMBERS)
-        assert isinstance(mean, TorchMean), remark
+        mean, reason = open_dense_mean(self.world, self.device, NUMBERS)
+        assert isinstance(mean, TorchMean), reason
         self.means(mean)
         mean.close()
 
     def without_gpus(self) -> None:
-        mean, remark = open_dense_mean(self.world, CPU, NUMBERS)
-        assert isinstance(mean, MpiMean) and not remark
+        mean, reason = open_dense_mean(self.world, CPU, NUMBERS)
+        assert isinstance(mean, MpiMean) and not reason
 
     def with_gpus(self) -> None:
         """NCCL is for ranks with a GPU each; where it fails, MPI does its work and the log says why."""

@@ -11,7 +11,7 @@ from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Sampler
 
 
-def server_remarks(name: str) -> list[str]:
+def server_fallbacks(name: str) -> list[str]:
     """Return warnings about slow fallbacks that the server ``name`` uses on this rank, and why, for the log."""
     if name != "embedded":
         return []

@@ -129,10 +129,10 @@ def test_a_rank_without_native_code_and_the_slowest_rank_are_named(small: Prepar
         2, ["-c", code, *small.options, *OPTIONS, "--max-steps", "3", "--run-dir", str(run_dir)], timeout=90
     )
     assert job.returncode == 0, job.output
-    remarks = [line for line in job.stderr.splitlines() if "slower than C" in line]
-    assert len(remarks) == 3, job.output
-    assert all("(1 of 2 ranks, the first is rank 1/2 " in line for line in remarks), job.output
-    assert len([line for line in remarks if line.startswith("the server's rows ")]) == 1
+    fallbacks = [line for line in job.stderr.splitlines() if "slower than C" in line]
+    assert len(fallbacks) == 3, job.output
+    assert all("(1 of 2 ranks, the first is rank 1/2 " in line for line in fallbacks), job.output
+    assert len([line for line in fallbacks if line.startswith("the server's rows ")]) == 1
     (train,) = records(run_dir, "train")
     assert train["ranks/slowest"] in (0, 1) and train["ranks/slowest_host"] == socket.gethostname()
     assert train["ranks/slowest_compute_s"] >= train["ranks/median_compute_s"] > 0
