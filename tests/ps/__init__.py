@@ -1,1 +1,1 @@
-"""Of the parameter server."""
+"""Tests of the parameter server."""

@@ -1,4 +1,4 @@
-"""The contract's checks of rows that move between nodes, or are on several of them, while all ranks use them."""
+"""Contract checks for rows that move between nodes or are replicated while all ranks use them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from tests.ps.layout import LAYOUT, NUM_SAMPLED, every_key, ones, pulled
 
-STALENESS = 8  # clocks, the engines' default
-ARRIVAL_S = 10.0  # for what a server does by itself, on a busy machine
+STALENESS = 8  # in clocks; the engines' default
+ARRIVAL_S = 10.0  # what a server does on its own must have happened by then, on a busy machine too
 
 
 class Moves:
@@ -21,7 +21,7 @@ class Moves:
     world: World
 
     def adds_during_forced_moves(self, server: ParameterServer) -> None:
-        """All ranks pull the same rows to themselves and push to them, over and over."""
+        """No push is lost while all ranks keep localizing the same rows and pushing to them."""
         long, wide = every_key("long")[:300], every_key("wide")[:4]
         self.world.barrier()
         for round_ in range(25):
@@ -36,7 +36,7 @@ class Moves:
         assert (pulled(server, wide) == 25 * self.world.size).all()
 
     def thousands_of_localizes(self, server: ParameterServer) -> None:
-        """For the same keys from all nodes at once: none is lost, and the rows stay what they are."""
+        """Localizes of the same keys by all nodes at once all complete, and the rows keep their values."""
         keys = every_key("long")[40:56]
         values = np.arange(48, dtype=np.float32).reshape(16, 3)
         if self.world.rank == 0:
@@ -52,7 +52,7 @@ class Moves:
         np.testing.assert_array_equal(pulled(server, keys), values)
 
     def whole_segments_move(self, server: ParameterServer) -> None:
-        """By turns to every rank, as one call and in chunks."""
+        """A whole segment moves to each rank in turn, in one call or in chunks."""
         keys = every_key("long")
         values = np.arange(15000, dtype=np.float32).reshape(5000, 3)
         if self.world.rank == 0:
@@ -68,7 +68,7 @@ class Moves:
         np.testing.assert_array_equal(pulled(server, keys), values + 2 * self.world.size)
 
     def localized_rows_are_local(self, server: ParameterServer) -> None:
-        """Where nobody else wants them."""
+        """Localized rows are local if no other node wants them."""
         mine = np.arange(self.world.rank, 5000, self.world.size)
         server.localize(LAYOUT["long"].keys(mine))
         assert _are_local(server, "long", mine)
@@ -79,7 +79,7 @@ class Moves:
         assert server.stats.segments["long"].remote_pulled_rows == before
 
     def intended_rows_become_local(self, server: ParameterServer) -> None:
-        """In time for their clocks; where there are replicas also those that all ranks announce."""
+        """Announced rows are local in time for their clocks; with replicas, also rows that all ranks announce."""
         mine = np.arange(self.world.rank, 1000, self.world.size)
         shared = np.arange(4000, 4100) if self._replicates else mine
         server.intent(LAYOUT["long"].keys(mine), 3, 6)
@@ -91,14 +91,14 @@ class Moves:
         _eventually(lambda: _are_local(server, "long", shared), "rows that all announced are not local")
 
     def own_pushes_are_seen_wherever_rows_are(self, server: ParameterServer) -> None:
-        """Far or near, moving, replicated, while intents begin and end, by calls of both forms."""
+        """A worker sees its own pushes at once, wherever the rows are, while they move and intents begin and end."""
         segment, rng = LAYOUT["long"], self._rng()
         everybody = segment.keys(np.arange(64))
         own = everybody[self.world.rank :: self.world.size].copy()
         hot = segment.keys(np.arange(900, 916))
         out = np.empty((hot.size, 3), np.float32)
         for count in range(1, 61):
-            if count % 5 == 0:  # mine are wanted by the others too
+            if count % 5 == 0:  # the other workers want this worker's rows too
                 server.intent(everybody, count, count + int(rng.integers(1, 4)))
                 server.intent(hot, count + 1, count + 3)
             if count % 7 == self.world.rank:
@@ -114,7 +114,7 @@ class Moves:
         np.testing.assert_array_equal(pulled(server, hot), ones(hot, 60 * self.world.size))
 
     def sets_are_seen_wherever_rows_are(self, server: ParameterServer) -> None:
-        """By one's own next pull, and after a quiesce by everybody."""
+        """A worker's next pull sees its own set, and after a quiesce everybody does."""
         keys = every_key("long")[200:328]
         rng = np.random.default_rng(5)  # the same on all ranks
         for round_ in range(8):
@@ -130,7 +130,7 @@ class Moves:
                 np.testing.assert_array_equal(pulled(server, keys[mine]), values[mine])
             server.quiesce()
             np.testing.assert_array_equal(pulled(server, keys), values)
-            self.world.barrier()  # all have looked before the next changes them
+            self.world.barrier()  # all ranks have looked before the next round changes the rows
             server.push(keys, ones(keys))
             server.advance_clock()
             server.quiesce()
@@ -138,7 +138,7 @@ class Moves:
             self.world.barrier()
 
     def intents_of_all_for_the_same_rows(self, server: ParameterServer) -> None:
-        """Of overlapping rows and clocks, with pushes in between: all of them count."""
+        """Intents of all workers for overlapping rows and clocks all count, with pushes in between."""
         rng, keys, expected = self._rng(), every_key("long")[:600], np.zeros(600)
         self.world.barrier()
         for clock in range(25):
@@ -155,7 +155,7 @@ class Moves:
         np.testing.assert_array_equal(pulled(server, keys), np.repeat(total[:, None], 3, 1))
 
     def intents_for_any_clocks(self, server: ParameterServer) -> None:
-        """Past, present, very far and very long ones."""
+        """Intents may be for past, present and very distant clocks, or for very long intervals."""
         keys = every_key("long")[: 10 * self.world.size]
         for _ in range(4):
             server.advance_clock()
@@ -167,7 +167,7 @@ class Moves:
         assert (pulled(server, keys) == 8 * self.world.size).all()
 
     def pushes_are_seen_after_a_number_of_clocks(self, server: ParameterServer) -> None:
-        """Without a quiesce: what was pushed before is seen by all once all have advanced so many clocks together."""
+        """Everybody sees a push once all workers have advanced their clocks by ``STALENESS``, without a quiesce."""
         keys = every_key("long")[:200]
         server.intent(keys, 0, 10_000)
         if self._replicates:
@@ -184,7 +184,7 @@ class Moves:
             self.world.barrier()
 
     def pushes_are_seen_after_a_barrier(self, server: ParameterServer) -> None:
-        """By everybody, without a quiesce, where rows have one copy."""
+        """Where rows have one copy, everybody sees a push after a barrier, without a quiesce."""
         keys = every_key("long")[:30]
         for round_ in range(30):
             if round_ % 3 == 1:
@@ -195,7 +195,7 @@ class Moves:
             server.barrier()
 
     def reads_never_go_back(self, server: ParameterServer) -> None:
-        """A row that one rank counts up is never seen to count down by another one, however it moves."""
+        """A row that one rank counts up never seems to count down, however it moves."""
         keys, last = every_key("wide")[:1], 0.0
         self.world.barrier()
         for count in range(1, 81):
@@ -211,7 +211,7 @@ class Moves:
         assert (pulled(server, keys) == 80).all()
 
     def owned_rows_are_a_partition(self, server: ParameterServer) -> None:
-        """Of every segment over the ranks, wherever the rows have gone."""
+        """The owned rows of all ranks partition each segment, wherever the rows have moved."""
         rng = self._rng()
         for round_ in range(3):
             server.localize(rng.choice(every_key("long"), 500))
@@ -226,7 +226,7 @@ class Moves:
                 np.testing.assert_array_equal(np.sort(everyone), np.arange(segment.num_rows))
 
     def samples_while_rows_move(self, server: ParameterServer) -> None:
-        """Sampled rows are what they are, and are pushed to by all."""
+        """Sampled rows have the right values and accept pushes while rows move."""
         keys, rows = np.empty(64, np.int64), np.empty((64, 4), np.float32)
         handles = [server.prepare_sample(64, clock, clock + 1) for clock in range(3)]
         pushed = np.zeros(NUM_SAMPLED)
@@ -256,7 +256,7 @@ def _are_local(server: ParameterServer, name: str, rows: np.ndarray) -> bool:
 
 
 def _eventually(condition: Callable[[], bool], problem: str) -> None:
-    """Wait until ``condition`` holds."""
+    """Wait until ``condition`` holds; fail with ``problem`` after ``ARRIVAL_S``."""
     deadline = time.monotonic() + ARRIVAL_S
     while not condition():
         assert time.monotonic() < deadline, problem

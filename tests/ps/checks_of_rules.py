@@ -1,4 +1,4 @@
-"""The contract's checks of update rules: pushes are gradients, and the server takes the steps."""
+"""Contract checks for update rules: a push carries gradients, and the server takes the steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Segment
 from tests.ps.layout import LAYOUT, every_key, ones, pulled
 
-RULED = ("adagrad", "per row", "descent")  # segments
+RULED = ("adagrad", "per row", "descent")  # the segments that have a rule
 _PUSHES = 30
 
 
@@ -25,7 +25,7 @@ class Rules:
     world: World
 
     def pulls_are_weights_alone(self, server: ParameterServer) -> None:
-        """``set`` and ``pull_rows`` are about whole rows; from any rank, in any order, with repeats."""
+        """A pull returns weights only; ``set`` and ``pull_rows`` take and return whole rows."""
         for segment in (LAYOUT[name] for name in RULED):
             values = np.arange(segment.num_rows * segment.row_width, dtype=np.float32).reshape(segment.num_rows, -1)
             mine = np.arange(self.world.rank, segment.num_rows, self.world.size)
@@ -39,7 +39,7 @@ class Rules:
             np.testing.assert_array_equal(out, values[rows])
 
     def hot_rows_make_right_steps(self, server: ParameterServer) -> None:
-        """All ranks push to the same row at once. Whatever the order: accumulators are the exact sums of squares."""
+        """All ranks push to the same row at once; in any order, accumulators are the exact sums of squares."""
         for name in ("adagrad", "per row"):
             segment, total = LAYOUT[name], _PUSHES * self.world.size
             assert segment.rule is not None
@@ -53,14 +53,14 @@ class Rules:
             assert (row[segment.width :] == gradient**2 * total).all()
             self._seen_alike(row)
             steps = 0.5 * gradient / (gradient * np.sqrt(np.arange(1, total + 1)) + segment.rule.epsilon)
-            if self._steps_are_in_turn:  # each from the accumulators that the ones before have left
+            if self._steps_are_in_turn:  # each step uses the accumulators that the earlier ones have left
                 np.testing.assert_allclose(row[: segment.width], -steps.sum(), rtol=1e-5)
             else:
-                assert (row[: segment.width] <= -steps.sum() * (1 - 1e-5)).all()  # from none that are larger
+                assert (row[: segment.width] <= -steps.sum() * (1 - 1e-5)).all()  # no accumulator exceeds the final one
             server.quiesce()
 
     def steps_while_rows_move(self, server: ParameterServer) -> None:
-        """Rows are localized and announced by all ranks while all push to them, with repeats: every step counts."""
+        """No step is lost while all ranks localize, announce and push to the same rows, with repeats."""
         for name in ("adagrad", "per row"):
             segment, rng = LAYOUT[name], self._rng()
             squares = np.zeros(segment.num_rows)
@@ -85,7 +85,7 @@ class Rules:
             server.quiesce()
 
     def rates_are_the_workers_own(self, server: ParameterServer) -> None:
-        """And may change from one push to the next, also on rows of other nodes: exact for powers of two."""
+        """Each worker has its own rate and may change it from push to push; powers of two keep the sums exact."""
         keys = every_key("descent")
         for turn in range(6):
             server.set_rate("descent", 2.0 ** (self.world.rank - turn))
@@ -97,7 +97,7 @@ class Rules:
         np.testing.assert_array_equal(pulled(server, keys), expected)
 
     def pulls_see_own_steps(self, server: ParameterServer) -> None:
-        """At once, also by calls that are waited for later."""
+        """A worker sees its own steps at once, also with asynchronous calls."""
         key, out = every_key("adagrad")[[self.world.rank]], np.empty((1, 5), np.float32)
         server.set_rate("adagrad", 1.0)
         expected = np.float64(0)
@@ -108,7 +108,7 @@ class Rules:
             np.testing.assert_allclose(out, np.full((1, 5), expected), rtol=1e-5)
 
     def a_push_carries_gradients_alone(self, server: ParameterServer) -> None:
-        """And a pull weights: half of a row with an accumulator for each weight. (The packages move whole rows.)"""
+        """A push transfers gradients and a pull weights, not whole rows. (The packages transfer whole rows.)"""
         keys, stats = every_key("adagrad")[:7], server.stats.segments["adagrad"]
         server.set_rate("adagrad", 1.0)
         pushed, got = stats.pushed_bytes, stats.pulled_bytes
@@ -117,7 +117,7 @@ class Rules:
         assert (stats.pushed_bytes - pushed, stats.pulled_bytes - got) == (7 * 20, 7 * 20)
 
     def _seen_alike(self, rows: np.ndarray) -> None:
-        """By all ranks, but for the order in which an owner and a holder of a replica have added, and so rounded."""
+        """All ranks have the same rows, up to rounding: an owner and a replica's holder add in different orders."""
         for values in self.world.allgather(rows):
             np.testing.assert_allclose(values, rows, rtol=1e-5, atol=1e-6)
 

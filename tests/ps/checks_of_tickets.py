@@ -1,4 +1,4 @@
-"""The contract's checks of calls that are begun and waited for later, and of a server that closes over them."""
+"""Contract checks for asynchronous calls, and for a server that closes while some are pending."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tickets:
     world: World
 
     def tickets_in_any_order(self, server: ParameterServer) -> None:
-        """Pulls, pushes and localizes under way together, of few and many rows, waited for in any order."""
+        """Pending pulls, pushes and localizes of few and many rows may be waited for in any order."""
         segment, rng = LAYOUT["long"], np.random.default_rng(self.world.rank)
         fixed = np.arange(15000, dtype=np.float32).reshape(5000, 3)[:3000]
         if self.world.rank == 0:
@@ -59,7 +59,7 @@ class Tickets:
         assert (out == 4).all()
 
     def tickets_serve_once(self, server: ParameterServer) -> None:
-        """Unknown and used ones are refused, whatever else is under way; DONE is always done."""
+        """Unknown and used tickets are refused while other calls are pending; DONE may be waited for repeatedly."""
         keys = every_key("long")
         server.wait(DONE)
         for number in (10**6, -2, 2**40):
@@ -69,7 +69,7 @@ class Tickets:
         other = server.pull_async(keys, np.empty((keys.size, 3), np.float32))
         assert ticket != other or ticket == DONE
         server.wait(ticket)
-        if ticket != DONE:  # in a world of one node all is done at once
+        if ticket != DONE:  # in a world of one node every call completes at once
             with pytest.raises(ServerError, match=rf"^ticket: {ticket} "):
                 server.wait(ticket)
         server.wait(other)
@@ -77,7 +77,7 @@ class Tickets:
         assert (pulled(server, keys) == self.world.size).all()
 
     def rows_pushed_from_a_refilled_buffer(self, server: ParameterServer) -> None:
-        """Keys and deltas are the caller's again while the push is still under way."""
+        """The caller may overwrite keys and deltas while the push is still pending."""
         keys, deltas = every_key("wide")[:2].copy(), np.empty((2, WIDTH), np.float32)
         tickets = []
         for _ in range(25):
@@ -93,7 +93,7 @@ class Tickets:
         assert not pulled(server, every_key("wide")[2:]).any()
 
     def later_calls_see_earlier_ones(self, server: ParameterServer) -> None:
-        """Waiting for the newest of one's pushes is no licence to lose the older ones."""
+        """A worker that waits for its newest push alone still sees the earlier ones."""
         keys = every_key("long")[self.world.rank : 900 : self.world.size].copy()
         tickets = [server.push_async(keys, ones(keys)) for _ in range(20)]
         for ticket in reversed(tickets):
@@ -111,7 +111,7 @@ class Tickets:
         np.testing.assert_array_equal(out, np.tile([[800.0] * 3, [400.0] * 3, [800.0] * 3], (400, 1)))
 
     def pushes_arrive_unattended(self, server: ParameterServer) -> None:
-        """One that nobody waits for is applied all the same, while its worker does something else."""
+        """A push that nobody waits for is applied while its worker does something else."""
         keys = every_key("long")[:50]
         ticket = server.push_async(keys, ones(keys)) if self.world.rank == 0 else DONE
         if self.world.rank == self.world.size - 1:
@@ -123,7 +123,7 @@ class Tickets:
         server.wait(ticket)
 
     def close_with_requests_in_flight(self, server: ParameterServer) -> None:
-        """Nothing hangs, and what is asked for just before the end still arrives."""
+        """Closing does not hang, and requests sent just before it still arrive."""
         keys = every_key("long")
         out = np.full((keys.size, 3), np.nan, np.float32)
         server.prepare_sample(20, 0, 1)

@@ -24,12 +24,12 @@ def _wants_simulation(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the tests that look at the simulation to the end."""
+    """Move the tests that need the simulation's result to the end."""
     items.sort(key=_wants_simulation)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the simulation, if a test will look at it."""
+    """Start the simulation if a selected test needs its result."""
     if any(map(_wants_simulation, session.items)) and not session.config.option.collectonly:
         command = [sys.executable, "-m", "tests.simulator", "--schedules", str(SCHEDULES), "--first", "1000000"]
         session.config.stash[SIMULATION] = subprocess.Popen(
@@ -39,7 +39,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave nothing behind, also when the tests were interrupted."""
+    """End the simulation, also if the tests were interrupted."""
     process = config.stash.get(SIMULATION, None)
     if process is not None and process.poll() is None:
         os.killpg(process.pid, 9)
@@ -47,5 +47,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def simulation(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
-    """The simulation of ``SCHEDULES`` schedules under way; it prints little, so nobody needs to drain its output."""
+    """Return the running simulation of ``SCHEDULES`` schedules; it prints little, so its pipes need no draining."""
     return request.config.stash[SIMULATION]

@@ -1,7 +1,7 @@
-"""What every engine of the parameter server must do, called on all ranks of one job.
+"""The contract that every engine of the parameter server must keep, checked on all ranks of one job.
 
-Run as ``contract_program.py ENGINE NODES FOLDER``; the ranks of each machine are split into so many nodes.
-Rows are integers, so sums are exact. An engine is a function from (world, layout, sampled, first_sample) to a server.
+Run as ``contract_program.py ENGINE NODES FOLDER``; the ranks of each machine are split into that many nodes. Rows are
+integers, so sums are exact. An engine is a function from (world, layout, sampled, first_sample) to a server.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Engine = Callable[..., ParameterServer]
 ENGINES: dict[str, Engine] = {technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES}
 NATIVE: dict[str, Engine] = {"lapse": OnOneNode("lapse"), "adapm": OnOneNode("adapm")}
 ONE_COPY = {"relocation", "static", "lapse"}  # engines that never replicate
-STATIC = {"static"}  # engines whose rows stay where they are
-ONLY = {  # checks of what not every engine promises: of those that do
+STATIC = {"static"}  # engines whose rows never move
+ONLY = {  # checks of what only some engines promise, with those engines
     "pushes_are_seen_after_a_barrier": ONE_COPY,
     "reads_never_go_back": ONE_COPY,
     "localized_rows_are_local": {*ENGINES, *NATIVE} - STATIC,
@@ -45,7 +45,7 @@ ONLY = {  # checks of what not every engine promises: of those that do
 
 
 class Contract(Moves, Tickets, Rules):
-    """The checks. Each gets a new server whose rows are all 0."""
+    """Each check gets a new server whose rows are all 0."""
 
     def __init__(self, world: World, engine: str) -> None:
         self.world = world
@@ -72,7 +72,7 @@ class Contract(Moves, Tickets, Rules):
     def _with_server(self, name: str) -> None:
         if name.startswith("refuses "):
             if self._refusing is None:
-                self._refusing = self._open()  # one server for all refusals, since they change nothing
+                self._refusing = self._open()  # one server for all refusals, since a refused call changes nothing
             check_refusal(self._refusing, REFUSALS[name.removeprefix("refuses ")])
             return
         server = self._open()
@@ -80,7 +80,7 @@ class Contract(Moves, Tickets, Rules):
         server.close()
 
     def rows_are_as_set(self, server: ParameterServer) -> None:
-        """Each rank sets its share, in any order; everybody sees all of it."""
+        """Each rank sets its share in any order; everybody then sees all of it."""
         for segment in LAYOUT.segments[:4]:
             values = np.arange(segment.num_rows * segment.width, dtype=np.float32).reshape(-1, segment.width)
             mine = self._rng().permutation(np.arange(self.world.rank, segment.num_rows, self.world.size))
@@ -89,7 +89,7 @@ class Contract(Moves, Tickets, Rules):
             np.testing.assert_array_equal(pulled(server, every_key(segment.name)), values)
 
     def hot_rows_add_up(self, server: ParameterServer) -> None:
-        """All ranks push to the same few rows at once."""
+        """No push is lost when all ranks push to the same few rows at once."""
         keys = every_key("wide")[:HOT]
         deltas = np.ones((HOT, WIDTH), np.float32) * np.arange(1, HOT + 1, dtype=np.float32)[:, None]
         self.world.barrier()
@@ -100,7 +100,7 @@ class Contract(Moves, Tickets, Rules):
         np.testing.assert_array_equal(pulled(server, keys), deltas * factor)
 
     def random_keys_add_up(self, server: ParameterServer) -> None:
-        """Unsorted, repeated keys over the whole segment, in calls of many sizes, from all ranks at once."""
+        """Pushes of unsorted, repeated keys add up, in calls of many sizes from all ranks at once."""
         expected = np.zeros((5000, 3))
         for rank in range(self.world.size):
             for keys, deltas in _random_pushes(rank):
@@ -112,7 +112,7 @@ class Contract(Moves, Tickets, Rules):
         np.testing.assert_array_equal(pulled(server, every_key("long")), expected)
 
     def pull_sees_own_pushes(self, server: ParameterServer) -> None:
-        """At once, without any waiting; and what others push meanwhile only adds."""
+        """A pull sees the worker's own pushes at once; other workers' pushes can only add to them."""
         own, hot = every_key("wide")[[10 + self.world.rank]], every_key("wide")[:1]
         last = 0.0
         for count in range(1, 41):
@@ -123,7 +123,7 @@ class Contract(Moves, Tickets, Rules):
             last = seen
 
     def no_torn_rows(self, server: ParameterServer) -> None:
-        """A row whose entries are always pushed alike is never seen with different entries."""
+        """A row whose entries always get equal deltas is never seen with unequal entries."""
         rng, keys = self._rng(), every_key("wide")[:HOT]
         self.world.barrier()
         for _ in range(50):
@@ -141,7 +141,7 @@ class Contract(Moves, Tickets, Rules):
             assert (rows == rows[:, :1]).all()
 
     def keys_in_any_order(self, server: ParameterServer) -> None:
-        """Sorted, descending, shuffled, repeated: rows come back in the order asked for."""
+        """Sorted, descending, shuffled or repeated: rows come back in the order of the keys."""
         segment = LAYOUT["long"]
         if self.world.rank == 0:
             server.set(every_key("long"), np.arange(15000, dtype=np.float32).reshape(5000, 3))
@@ -160,7 +160,7 @@ class Contract(Moves, Tickets, Rules):
         np.testing.assert_array_equal(pulled(server, np.array([key])), [[3000] * 3])
 
     def segments_are_apart(self, server: ParameterServer) -> None:
-        """What is pushed to the edges of a segment does not reach its neighbours."""
+        """A push to the first or last row of a segment does not change the neighbouring segments."""
         if self.world.rank == self.world.size - 1:
             server.push(every_key("long")[[0, -1]], np.full((2, 3), 7, np.float32))
         server.quiesce()
@@ -181,7 +181,7 @@ class Contract(Moves, Tickets, Rules):
         np.testing.assert_array_equal(part, 3 * values)
 
     def buffers_belong_to_the_caller(self, server: ParameterServer) -> None:
-        """They may be overwritten as soon as a call returns, and inputs may be read-only."""
+        """The caller may overwrite buffers as soon as a call returns, and inputs may be read-only."""
         keys, deltas = every_key("wide")[[self.world.rank]].copy(), np.ones((1, WIDTH), np.float32)
         server.push(keys, deltas)
         deltas[:] = 99
@@ -203,7 +203,7 @@ class Contract(Moves, Tickets, Rules):
         assert not any(pulled(server, every_key(segment.name)).any() for segment in LAYOUT.segments)
 
     def relocation_does_not_change_rows(self, server: ParameterServer) -> None:
-        """Rows are localized and announced by all ranks while all push to them."""
+        """All ranks localize and announce rows while all push to them: no push is lost."""
         rng, keys = self._rng(), every_key("long")
         self.world.barrier()
         for clock in range(40):
@@ -234,7 +234,7 @@ class Contract(Moves, Tickets, Rules):
         assert stats.segments["wide"].pulled_rows == 0
 
     def samples(self, server: ParameterServer) -> None:
-        """Handles serve in any order, each once, with keys of the segment and their rows."""
+        """Handles serve in any order, once each, and give keys of the segment with the right rows."""
         if self.world.rank == 0:
             server.set(every_key("sampled"), np.repeat(np.arange(NUM_SAMPLED, dtype=np.float32)[:, None], 4, 1))
         server.quiesce()
@@ -249,7 +249,7 @@ class Contract(Moves, Tickets, Rules):
             np.testing.assert_array_equal(rows, np.repeat(places[:, None], 4, 1))
 
     def samples_follow_their_numbers(self, server: ParameterServer) -> None:
-        """A run that goes on at sample k draws what it would have drawn; every worker draws its own."""
+        """A run resumed at sample k draws the samples that follow; every worker has its own."""
         first = _samples(server, 6)
         resumed = self._open(first_sample=2)
         assert first[2:] == _samples(resumed, 4)

@@ -1,4 +1,4 @@
-"""One rank fails while all have requests under way at each other: ``failing_program.py KIND RANK NODES FOLDER``."""
+"""One rank fails while all have requests pending: ``failing_program.py KIND RANK NODES FOLDER``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lapse_elmo.ps.layout import Layout
 from tests.mpi import mpirun
 
 RANKS = 4
-ENDS_S = 10  # far above what ending takes, even on a busy machine
+ENDS_S = 10  # far more than ending takes, even on a busy machine
 _STEPS_BEFORE = 10
 _LAYOUT = Layout.of(("rows", 4000, 64))
 
@@ -29,7 +29,7 @@ def _raise(*_: Any) -> None:
 
 
 def _break_manager(server: EmbeddedServer) -> None:
-    """The next thing that the node's manager does goes wrong."""
+    """Make the node's manager fail at its next step."""
     assert server._manager is not None
     server._manager.mailbox.receive = _raise  # type: ignore[method-assign]
 
@@ -64,7 +64,7 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
 
 
 def run_and_check(kind: str, rank: int, nodes: int, folder: Path, ranks: int = RANKS, **job: Any) -> None:
-    """Run such a job, and fail unless it ends within seconds of the failure, with a bad status and nothing left."""
+    """Run a failing job; check that it ends within seconds, with a failure status and without leftovers."""
     words = [__file__, kind, str(rank), str(nodes), str(folder)]
     ended = mpirun(ranks, words, timeout=60, **job)
     seconds = time.time() - float((folder / "failed").read_text())

@@ -1,4 +1,4 @@
-"""The rows that the contract is checked on, and short ways to name and read them."""
+"""The segments that the contract is checked on, and short helpers to name and read their rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.rules import Rule
 
 NUM_SAMPLED = 400
-WIDTH = 8192  # copying such a row takes long enough that two ranks do meet in it, if nothing keeps them apart
+WIDTH = 8192  # copying such a row takes long enough for two ranks to collide in it unless a lock keeps them apart
 # Long enough that one call spans several of an engine's internal chunks; single rows and odd widths at the edges.
 LAYOUT = Layout.of(
     ("single", 1, 1), ("long", 5000, 3), ("wide", 32, WIDTH), ("sampled", NUM_SAMPLED, 4),
@@ -32,7 +32,7 @@ def pulled(server: ParameterServer, keys: np.ndarray) -> np.ndarray:
 
 
 def ones(keys: np.ndarray, factor: float = 1) -> np.ndarray:
-    """Deltas (n, width) that are all ``factor``."""
+    """Return deltas (n, width) that are all ``factor``."""
     segment = LAYOUT.segment_of(int(keys.min()), int(keys.max()))
     assert segment is not None
     return np.full((keys.size, segment.width), factor, np.float32)

@@ -1,6 +1,6 @@
-"""A job with an error on all ranks while managers are at work: ``leaving_program.py NODES LEVEL [together|apart]``.
+"""Raise an error on all ranks while the managers are busy: ``leaving_program.py NODES LEVEL [together|apart]``.
 
-Srun's variables are emulated. LEVEL is the MPI thread level that is asked for in place of MPI_THREAD_MULTIPLE.
+srun's variables are emulated. LEVEL is the MPI thread level to ask for instead of MPI_THREAD_MULTIPLE.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
     mpi4py.rc.thread_level = level.removeprefix("THREAD_").lower()
     world = join()
     world.split(nodes)
-    for name in LOCAL_SIZE_VARIABLES:  # mpirun's; below srun there are none of them
+    for name in LOCAL_SIZE_VARIABLES:  # mpirun sets them, srun does not
         os.environ.pop(name, None)
     os.environ["SLURM_PROCID"] = str(world.rank)
     server = EmbeddedServer(world, Layout.of(("rows", ROWS, WIDTH)), technique="adaptive")
@@ -39,7 +39,7 @@ def main(argv: list[str], join: Callable[[], World]) -> None:
         server.pull(keys, out[: keys.size])
         server.push(keys, out[: keys.size])
         server.advance_clock()
-    server.intent(np.arange(ROWS), CLOCKS, CLOCKS + 10)  # rows are on their way when the error comes
+    server.intent(np.arange(ROWS), CLOCKS, CLOCKS + 10)  # so that rows are in transit when the error is raised
     world.barrier()
     if how == "apart":
         time.sleep(world.rank)

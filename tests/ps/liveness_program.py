@@ -1,7 +1,7 @@
-"""What once hung, stalled or grew, on 2 nodes of 2 ranks: ``liveness_program.py NODES FOLDER``.
+"""Situations that once hung, stalled or leaked, on 2 nodes of 2 ranks: ``liveness_program.py NODES FOLDER``.
 
-The ranks of each machine are split into NODES nodes: 2 on one machine, 1 on two.
-Ranks 0 and 2 run the managers of the nodes, ranks 1 and 3 are workers alone.
+The ranks of each machine are split into NODES nodes: 2 on one machine, 1 on two. Ranks 0 and 2 run the managers of the
+nodes; ranks 1 and 3 are workers only.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests import collective
 RANKS, NODES = 4, 2
 LONG, WIDE = 2_000_000, 20_000  # rows
 LAYOUT = Layout.of(("long", LONG, 1), ("wide", WIDE, 8))
-CALM_S = 5.0  # for twenty steps that take milliseconds, on a busy machine
+CALM_S = 5.0  # limit for twenty steps that take milliseconds, on a busy machine
 STALL_S, COMPUTES_S, ATTEMPTS = 0.5, 1.5, 3
 ARRIVAL_S = 20.0
 MOST_SENDS, MOST_SENT_BYTES, MOST_GROWTH_BYTES = 8, 1 << 20, 8 << 20
 
 
 class Liveness:
-    """The checks. Each gets a new server of two nodes, whose rows are all 0."""
+    """Each check gets a new server of two nodes whose rows are all 0."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -46,7 +46,7 @@ class Liveness:
         server.close()
 
     def large_intents_do_not_hang(self, server: EmbeddedServer) -> None:
-        """A worker announces 64 KB of rows and advances its clock, for which it needs its manager."""
+        """A worker that announces 64 KB of rows and advances its clock, which needs its manager, does not hang."""
         own = self._rows_at_home("long", 8000)
         start = time.monotonic()
         for clock in range(20):
@@ -56,7 +56,7 @@ class Liveness:
         assert time.monotonic() - start < CALM_S
 
     def a_worker_that_computes_stalls_nobody(self, server: EmbeddedServer) -> None:
-        """Rank 1 announces 64 KB of rows and then leaves MPI alone, while rank 2 pulls from its node.
+        """A worker that announces 64 KB of rows and then computes without calling MPI delays no pull of rank 2.
 
         The shortest of a few attempts counts, since a busy machine may stop any process for a while.
         """
@@ -78,12 +78,12 @@ class Liveness:
         raise AssertionError(f"the longest pull of each attempt: {longest_s} s")
 
     def local_steps_hold_nothing(self, server: EmbeddedServer) -> None:
-        """Steps whose rows are all local leave neither sends nor memory behind: 72 KB of intents each."""
+        """Steps whose rows are all local, with intents of 72 KB, leave no pending sends and no allocated memory."""
         own = self._rows_at_home("wide", 9000)
         self._take_steps(server, own, 400)
 
     def far_steps_hold_nothing(self, server: EmbeddedServer) -> None:
-        """Nor do steps whose rows are all on the other node, without an intent."""
+        """Steps whose rows are all on the other node, without intents, leave neither either."""
         self._take_steps(server, self._rows_elsewhere("wide", 500), 100, announced=False)
 
     def _take_steps(self, server: EmbeddedServer, keys: np.ndarray, number: int, announced: bool = True) -> None:
@@ -109,10 +109,10 @@ class Liveness:
         assert not server._calls
 
     def replicas_are_equal_to_the_bit(self, server: EmbeddedServer) -> None:
-        """After a quiesce, where floats were pushed whose sums depend on their order.
+        """After a quiesce replicas equal their main copies to the bit, though the sums depend on the order.
 
-        By all nodes to one half of the rows, by the holder of the replicas alone to the other half: what it has pushed
-        itself, and the owner has added in another order, is what once came back to nobody.
+        All nodes push floats to one half of the rows; only the replicas' holder pushes to the other half. Once, a
+        holder never got back its own pushes as the owner had added them, in another order.
         """
         keys, rng = LAYOUT["wide"].keys(np.arange(0, 4000, 2)), np.random.default_rng(self.world.rank)
         out = np.empty((keys.size, 8), np.float32)
@@ -136,7 +136,7 @@ class Liveness:
             np.testing.assert_array_equal(values, out)
 
     def a_full_ring_is_waited_for(self, server: EmbeddedServer) -> None:
-        """Workers announce 8 times what a ring holds, while their managers are busy: all of it arrives."""
+        """Workers announce 8 times what a ring can hold while their managers are busy: all of it arrives."""
         if server._manager is not None:
             step = server._manager.step
 
@@ -167,7 +167,7 @@ class Liveness:
         self.world.barrier()
 
     def _rows_at_home(self, segment: str, number: int) -> np.ndarray:
-        """Keys (number,) whose home is this node: homes take turns."""
+        """Return keys (number,) whose home is this node; consecutive rows have alternating homes."""
         return LAYOUT[segment].keys(np.arange(number) * NODES + self.world.node)
 
     def _rows_elsewhere(self, segment: str, number: int) -> np.ndarray:
@@ -183,7 +183,7 @@ NAMES = [name for name in vars(Liveness) if not name.startswith("_") and name !=
 
 
 def _longest_s(call: Callable[[], None], seconds: float) -> float:
-    """Return how long the longest call took of all that were made within ``seconds``."""
+    """Return the duration of the longest call among those made within ``seconds``."""
     longest_s, end = 0.0, time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
         call()
@@ -192,7 +192,7 @@ def _longest_s(call: Callable[[], None], seconds: float) -> float:
 
 
 def _resident_bytes() -> int:
-    """Memory of this process alone: what nodes share is counted when its pages are first touched, whoever did."""
+    """Return this process's own memory; shared pages count for the process that touches them first."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["RssAnon"].split()[0]) << 10
 

@@ -1,4 +1,4 @@
-"""The native packages as engines of the contract suite, where they are installed, and what cannot hold for them."""
+"""The native packages as engines of the contract suite, if installed, and the checks that cannot hold for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import ParameterServer
 from lapse_elmo.ps.layout import Layout
 
-# By (package, check): why it is not asked of the package.
+# Why a check is not asked of a package, by (package, check).
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("adapm", "own_pushes_are_seen_wherever_rows_are"): "where a replica comes or goes, a pull can overtake the node's "
     "own updates on their way to the owner: they are late, not lost",
@@ -25,7 +25,7 @@ def installed(package: str) -> bool:
 
 
 class OnOneNode:
-    """All servers of the suite on the one node that a process can start; it ends with the process."""
+    """One node for all servers of the suite, since a process can start only one; it ends with the process."""
 
     def __init__(self, package: str) -> None:
         self.package = package

@@ -1,4 +1,4 @@
-"""A job that starts a native package and ends in one of several ways: ``native_program.py PACKAGE END START_S``."""
+"""Start a native package and end in one of several ways: ``native_program.py PACKAGE END START_S``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Ranks whose parameter server is played from outside, one call at a time: ``puppets.py ADDRESS NODES`` as an MPI job.
+"""Ranks whose server a test drives from outside, one call at a time: ``puppets.py ADDRESS NODES`` as an MPI job.
 
-Each rank connects to the Unix socket ADDRESS, says its number, and then does what it is sent: (method, arguments) of
-:class:`Puppet`, answered by the result. :class:`Stage` is the other end.
+Each rank connects to the Unix socket ADDRESS, sends its number, and then runs what it receives: (method, arguments) of
+:class:`Puppet`. It answers with the result. :class:`Stage` is the other end.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Sampler
 from tests import mpi
 
-ANSWER_S = 15  # far above what any call takes on a busy machine
+ANSWER_S = 15  # far more than any call takes on a busy machine
 
 
 class Puppet:
-    """What a rank can be asked to do."""
+    """The calls that a rank can be asked for."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -39,7 +39,7 @@ class Puppet:
         self.server = EmbeddedServer(self.world, layout, sampled, technique=technique)
 
     def call(self, verb: str, *arguments: Any) -> Any:
-        """A verb whose result is what it returns."""
+        """Call a method of the server and return its result."""
         return getattr(self.server, verb)(*arguments)
 
     def pull(self, keys: np.ndarray, width: int) -> np.ndarray:
@@ -48,7 +48,7 @@ class Puppet:
         return out
 
     def begin_pull(self, keys: np.ndarray, width: int) -> tuple[int, np.ndarray | None]:
-        """The ticket and, where it is complete already, the rows."""
+        """Begin a pull; return its ticket and, if it is complete already, the rows."""
         out = np.full((keys.size, width), np.nan, np.float32)
         ticket = self.server.pull_async(keys, out)
         if ticket == DONE:
@@ -67,7 +67,7 @@ class Puppet:
 
 
 class Stage:
-    """A job of puppets, seen from the test; a context that ends it. A job that broke is started anew."""
+    """A job of puppets as the test sees it; a context that ends it. A job that failed is restarted."""
 
     def __init__(self, num_ranks: int, nodes: int) -> None:
         self.num_ranks, self.nodes = num_ranks, nodes
@@ -75,11 +75,11 @@ class Stage:
         self._job: mpi.RunningJob | None = None
 
     def start(self) -> None:
-        """Make sure that there is a job."""
+        """Start the job unless it is running."""
         if self._job is not None:
             return
         with tempfile.TemporaryDirectory(prefix="puppets-") as folder, socket.socket(socket.AF_UNIX) as listener:
-            address = f"{folder}/socket"  # a socket's path must be short
+            address = f"{folder}/socket"  # the path of a Unix socket must be short
             listener.bind(address)
             listener.listen(self.num_ranks)
             listener.settimeout(4 * ANSWER_S)
@@ -92,16 +92,16 @@ class Stage:
         return rank * self.nodes // self.num_ranks
 
     def on(self, rank: int, method: str, *arguments: Any) -> Any:
-        """Let one rank do something; its result."""
+        """Call a method on one rank; return its result."""
         self._send(rank, method, arguments)
         return self._answer(self._connections[rank])
 
     def on_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Let all ranks do the same thing together; the results, by rank."""
+        """Call the same method on all ranks at once; return the results by rank."""
         return self.each(method, [arguments] * self.num_ranks)
 
     def each(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-        """The same with arguments of each rank's own."""
+        """Call a method on all ranks at once, with arguments by rank; return the results by rank."""
         for rank, own in enumerate(arguments):
             self._send(rank, method, own)
         return [self._answer(connection) for connection in self._connections]

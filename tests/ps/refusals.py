@@ -1,4 +1,4 @@
-"""Calls that a parameter server must refuse: by name, the call and a pattern that its message must match.
+"""Calls that a parameter server must refuse, by name, each with a pattern that its message must match.
 
 Segments are those of ``contract_program.LAYOUT``: key 0 ``single`` (width 1), keys 1 to 5000 ``long`` (width 3).
 """
@@ -23,7 +23,7 @@ Refusal = tuple[Callable[[Any], object], str]
 KEYS = np.array([4, 5])
 ROWS = np.ones((2, 3), np.float32)
 _NUM_KEYS = 1 + 5000 + 32 + 400 + 3 * 40
-RULED = np.array([5433, 5434])  # keys of a segment with an update rule, of width 5
+RULED = np.array([5433, 5434])  # keys of a segment of width 5 with an update rule
 
 
 def _fresh() -> np.ndarray:
@@ -35,7 +35,7 @@ def _on(call: Callable[[Any, Any], object], argument: Any, server: ParameterServ
 
 
 def _key_refusals() -> dict[str, Refusal]:
-    """Of every verb that takes keys."""
+    """Return refused calls of every verb that takes keys."""
     verbs: dict[str, Callable[[Any, Any], object]] = {
         "pull": lambda server, keys: server.pull(keys, _fresh()),
         "push": lambda server, keys: server.push(keys, _fresh()),
@@ -61,7 +61,7 @@ def _key_refusals() -> dict[str, Refusal]:
 
 
 def _value_refusals() -> dict[str, Refusal]:
-    """Of every verb that takes rows."""
+    """Return refused calls of every verb that takes values."""
     verbs: dict[str, tuple[str, Callable[[Any, Any], object]]] = {
         "pull": ("out", lambda server, rows: server.pull(KEYS, rows)),
         "push": ("values", lambda server, rows: server.push(KEYS, rows)),
@@ -133,19 +133,19 @@ REFUSALS: dict[str, Refusal] = {
         _pull_into(np.empty(3, np.int64), np.empty((3, 5), np.float32)), r"^out should have shape \(3, 4\)",
     ),
 }
-# Their lead-up takes a sample, which counts.
+# Preparing these calls takes a sample, which is counted.
 _COUNT = [refusal for name, refusal in REFUSALS.items() if name == "used handle" or name.startswith("sample into")]
 
 
 def check_refusal(server: ParameterServer, refusal: Refusal) -> None:
-    """Raise AssertionError unless the call is refused with the right message and changes nothing: rows are all 0."""
+    """Check that the call is refused with the right message and changes nothing: rows remain 0."""
     call, pattern = refusal
     clock = server.clock
     stats = copy.deepcopy(_own_stats(server))
     error: Exception | None = None
     try:
         call(server)
-    except Exception as caught:  # (any other type is what the assertion below reports)
+    except Exception as caught:  # the assertion below reports any other type
         error = caught
     assert isinstance(error, ServerError), f"ServerError expected, not {error!r}"
     assert re.search(pattern, str(error)), f"{str(error)!r} does not match {pattern!r}"
@@ -159,5 +159,5 @@ def check_refusal(server: ParameterServer, refusal: Refusal) -> None:
 
 
 def _own_stats(server: ParameterServer) -> ServerStats:
-    """Without those of the node, which other ranks change."""
+    """Return the statistics without those of the node, which other ranks change."""
     return dataclasses.replace(server.stats, node={})

@@ -1,6 +1,6 @@
-"""The laws of samples that are drawn through a server of several nodes: ``sampling_program.py NODES FOLDER``.
+"""Check the distribution of samples drawn through a server of several nodes: ``sampling_program.py NODES FOLDER``.
 
-Seeds are fixed; each bound holds with the probability that :mod:`tests.ps.test_sampling` states for a right sampler.
+Seeds are fixed. A correct sampler violates a bound with the probability that :mod:`tests.ps.test_sampling` states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEGMENT = LAYOUT["sampled"]
 
 
 class Laws:
-    """Checks on all ranks together: counts are summed over the ranks that draw independently of each other."""
+    """Checks for all ranks together: counts are summed over the ranks that draw independently."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -42,19 +42,19 @@ class Laws:
         return {**laws, **{name: getattr(self, name) for name in own}}
 
     def law_of(self, scheme: str, replacement: bool, sharing: str) -> None:
-        """One sample of each pool follows the distribution, whole or in its first row; ``local`` where all is local."""
+        """A sample of each pool follows the distribution, as a whole and in its first row; so does ``local``."""
         server = self._open(scheme, replacement, "replication", sharing)
         if scheme == "local":
             server.localize(SEGMENT.keys(np.arange(ROWS)))
         draws = self._draws(server, 400 * POOL_REUSE)[::POOL_REUSE]
         server.close()
-        # Of ranks that draw alike, one counts.
+        # Of ranks that draw the same rows, only one counts.
         leaders = {"none": range(self.world.size), "node": self.world.leaders, "job": [0]}[sharing]
         if self.world.rank not in leaders:
             draws = draws[:0]
         if replacement:
             self._follows(draws.ravel(), LAW.probabilities)
-        elif scheme == "pool":  # shuffled: each row is as often in it as in the draws of the other schemes
+        elif scheme == "pool":  # a pool is shuffled: each row is in it as often as in the draws of the other schemes
             reference = Sampler(LAW, "naive", False, seed=17, worker=0)
             often = np.concatenate([reference.draw(number, COUNT) for number in range(2000)])
             expected = np.bincount(often, minlength=ROWS) / 2000
@@ -73,7 +73,7 @@ class Laws:
         assert len({pool[0].tobytes() for pool in draws}) > 10
 
     def who_draws_alike(self) -> None:
-        """All ranks, those of a node or none, by every scheme (``local`` where rows stay at their homes)."""
+        """Either all ranks, or those of each node, or none draw the same rows, depending on ``sharing`` and the scheme."""
         for sharing in SHARING:
             for scheme in SCHEMES:
                 server = self._open(scheme, False, "static" if scheme == "local" else "adaptive", sharing)
@@ -87,14 +87,14 @@ class Laws:
                     assert len(set(everyone)) == self.world.num_nodes, "a node's ranks draw differently"
 
     def local_where_rows_are_at_their_homes(self) -> None:
-        """A node draws from its own rows, each in proportion to its probability, and from no other."""
+        """A node draws from its own rows only, each in proportion to its probability."""
         for replacement in (True, False):
             server = self._open("local", replacement, "static")
             self._conditional_law(server, replacement)
             server.close()
 
     def local_where_rows_were_brought(self) -> None:
-        """The same after the rows have moved: frequent ones to node 0, the rest to the last."""
+        """The same holds after moves: frequent rows to node 0, the others to the last node."""
         for replacement in (True, False):
             server = self._open("local", replacement, "relocation")
             self.world.barrier()
@@ -113,7 +113,7 @@ class Laws:
             server.close()
 
     def local_with_too_few_rows(self) -> None:
-        """All of the local rows are taken, and the rest is drawn from elsewhere, in proportion to its probability."""
+        """If local rows are too few, all are taken, and the others are drawn in proportion to their probability."""
         server = self._open("local", False, "static")
         here = server.is_local("sampled")
         assert here is not None
@@ -123,7 +123,7 @@ class Laws:
         for rows in draws:
             assert np.unique(rows).size == count
             assert set(np.flatnonzero(here)) <= set(rows.tolist())
-        far = draws[:, count - 3]  # the first of the others
+        far = draws[:, count - 3]  # the first row that is not local
         law = np.where(here, 0, LAW.probabilities)
         self._follows(far, law / law.sum(), together=False)
 
@@ -142,7 +142,7 @@ class Laws:
         return EmbeddedServer(self.world, LAYOUT, ("sampled", sampler), technique=technique)
 
     def _draws(self, server: EmbeddedServer, number: int, count: int = COUNT) -> np.ndarray:
-        """Rows (number, count), as the server gives them, prepared some clocks ahead."""
+        """Return rows (number, count) as the server samples them, prepared a few clocks ahead."""
         draws = np.empty((number, count), np.int64)
         handles: list[int] = []
         for place in range(number):
@@ -152,11 +152,11 @@ class Laws:
         return draws - SEGMENT.first_key
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
-        """Of all ranks."""
+        """Return how often each row was drawn by all ranks."""
         return self.world.sum_(np.bincount(rows, minlength=ROWS).astype(np.float64))
 
     def _follows(self, rows: np.ndarray, law: np.ndarray, together: bool = True) -> None:
-        """The counts fit ``law``, of all ranks together or of this rank; rare rows count as one."""
+        """Check that counts, of all ranks or of this one, fit ``law``; rare rows are merged into one class."""
         counts = self._counts(rows) if together else np.bincount(rows, minlength=ROWS).astype(np.float64)
         expected = law * counts.sum()
         order = np.argsort(-expected)

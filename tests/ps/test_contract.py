@@ -1,7 +1,7 @@
-"""Every engine keeps the parameter server's contract, in real jobs of 1, 2 and 4 ranks on 1, 2 and 4 nodes.
+"""Every engine keeps the contract of the parameter server, in real jobs of 1, 2 and 4 ranks on 1, 2 and 4 nodes.
 
-The orders of messages are the simulator's concern (tests/ps/test_simulated.py). These jobs show what it cannot: shared
-memory and locks between processes, threads inside MPI, and the transports.
+Orders of messages are left to the simulator (tests/ps/test_simulated.py). These jobs test what it cannot: shared memory
+and locks between processes, threads inside MPI, and the transports.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tests.ps.contract_program import NATIVE
 from tests.ps.native_engines import EXCEPTIONS, installed
 
 OPEN_MPI = "adaptive-2-2-openmpi"
-# Of each: engine, ranks, nodes, and what else the job is given. On one node all techniques are alike.
+# Each case: engine, ranks, nodes, and further settings of the job. On one node all techniques behave alike.
 CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    # one process: no MPI, no locks that anybody else takes
+    # one process: no MPI, and no contention for locks
     "adaptive-1-1": ("adaptive", 1, 1, {}),
-    # two and four processes in the same shared memory
+    # two and four processes that share memory
     "adaptive-2-1": ("adaptive", 2, 1, {}),
     "adaptive-4-1": ("adaptive", 4, 1, {}),
-    # rows under locks of the kernel, without rows.c; every rank is worker and manager
+    # rows under kernel locks, without rows.c; every rank is worker and manager
     "adaptive-2-2-twin": ("adaptive", 2, 2, {"env": {SWITCH: "0"}}),
-    # workers next to a manager, and messages above some tens of KB as a rendezvous
+    # workers and a manager in different ranks, and a rendezvous for messages above some tens of KB
     "adaptive-4-2-no-cma": ("adaptive", 4, 2, {"env": CMA_OFF}),
     # rows that move between more than two nodes, so that requests are forwarded
     "relocation-4-4": ("relocation", 4, 4, {}),
-    # replicas whose holders are several workers of a node
+    # replicas shared by several workers of a node
     "replication-4-2": ("replication", 4, 2, {}),
     # all rows of other nodes by messages
     "static-2-2": ("static", 2, 2, {}),
@@ -43,13 +43,13 @@ CHECKS: list[Any] = [
     (case, name) for case, (engine, *_) in CASES.items() if case != OPEN_MPI or not open_mpi.why_not()
     for name in contract_program.names(engine)
 ]
-if open_mpi.why_not():  # one skip stands for all of them
+if open_mpi.why_not():  # one skip stands for all of its cases
     CHECKS.append(pytest.param(OPEN_MPI, "all", marks=pytest.mark.skip(open_mpi.why_not())))
 
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict[str, str]]:
-    """The reports of the jobs that have run, by case: a job is run once for all its checks."""
+    """Return the reports of the jobs run so far, by case: one job serves all its checks."""
     return {}
 
 
@@ -70,7 +70,7 @@ def test_contract(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
 
 
-# Of a package that is not installed, one case stands for all of them, as one skip.
+# One skip stands for all cases of a package that is not installed.
 PRESENT, ABSENT = ([package for package in NATIVE if installed(package) == wanted] for wanted in (True, False))
 NATIVE_CASES = {f"{package}-{ranks}": (package, ranks) for package in PRESENT for ranks in (1, 2, 4)}
 NATIVE_CHECKS = [

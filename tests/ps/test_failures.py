@@ -1,4 +1,4 @@
-"""A rank that dies while the ranks have requests under way at each other ends the job within seconds."""
+"""A rank that dies while all ranks have requests pending ends the job within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An error on all ranks ends a job in order below srun too, however busy the managers of its nodes are."""
+"""Under srun too, an error on all ranks ends the job in order, however busy the managers of its nodes are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATUS_S = 30.0  # from the end of mpirun to that of the last rank
 
 
 def ended(folder: Path, ranks: int, nodes: int, level: str = "THREAD_MULTIPLE", how: str = "together") -> list[str]:
-    """The error lines of the job; its ranks must leave as srun needs them to: rank 0 with 2 and the others with 0."""
+    """Return the error lines of the job; under srun rank 0 must exit with 2 and the others with 0."""
     folder.mkdir(exist_ok=True)
     job = mpirun(ranks, ["-c", NOTE, folder, PROGRAM, str(nodes), level, how], timeout=120)
     paths, deadline = [folder / str(rank) for rank in range(ranks)], time.monotonic() + STATUS_S
@@ -44,7 +44,7 @@ def ended(folder: Path, ranks: int, nodes: int, level: str = "THREAD_MULTIPLE", 
     ("ranks", "nodes", "how"), [(2, 1, "together"), (2, 2, "together"), (4, 2, "together"), (2, 2, "apart")]
 )
 def test_status_below_srun(ranks: int, nodes: int, how: str, tmp_path: Path) -> None:
-    """Repeated, since whether a manager calls MPI after its end is a matter of timing."""
+    """Repeat the job, since whether a manager calls MPI after its end is a matter of timing."""
     for attempt in range(2 if how == "together" else 1):
         assert ended(tmp_path / str(attempt), ranks, nodes, how=how) == ["leaving_program.py: error: no more"]
 

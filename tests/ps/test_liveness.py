@@ -1,4 +1,4 @@
-"""What once hung, stalled or grew on several nodes, in real jobs: with and without MPI's access to others' memory."""
+"""Situations that once hung, stalled or leaked on several nodes, in real jobs, with and without CMA."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests import collective
 from tests.mpi import CMA_OFF
 from tests.ps import liveness_program
 
-# MPICH may read the memory of other processes (CMA) only where the kernel lets it. Without that every message of some
-# tens of KB is a rendezvous, which ends when its sender enters MPI again.
+# MPICH may read the memory of other processes (CMA) only where the kernel allows it. Otherwise each message of some
+# tens of KB is a rendezvous, which completes only when its sender enters MPI again.
 CASES: dict[str, dict[str, str]] = {"cma": {}, "no cma": CMA_OFF}
 
 

@@ -1,8 +1,8 @@
-"""Any order of calls from any rank, against a sequential model of the rows, on several nodes.
+"""Any order of calls from any rank on several nodes, compared with a sequential model of the rows.
 
-The calls come one at a time, so the model is exact for rows with one copy. For others it says between which bounds a
-pull must be: what a worker has completed it sees, what another has pushed since the last quiesce it may see. Deltas are
-positive, so that bounds are simple; integers, so that sums are exact.
+The calls come one at a time, so the model is exact for rows with one copy. With replicas it bounds each pull: a worker
+sees what it has completed itself, and may or may not see what others have pushed since the last quiesce. Deltas are
+positive, so that bounds are simple, and integers, so that sums are exact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VERBS = ("localize", "intent")
 
 @dataclass
 class Begun:
-    """A call under way: of which rank, segment and rows; a pull's bounds, or a push's sums by row."""
+    """A pending call: its rank, segment and rows, with a pull's bounds or a push's sums by row."""
 
     rank: int
     ticket: int
@@ -44,9 +44,9 @@ class Begun:
 
 
 class AnyOrderOfCalls(RuleBasedStateMachine):
-    """By segment: ``rows``, what a sequential model says; ``low[rank]`` and ``high``, between which a pull must be.
+    """By segment: the sequential model ``rows``, and the bounds ``low[rank]`` and ``high`` of a pull.
 
-    ``unsettled[rank]``: rows to which this rank has pushed and whose replicas may not all have been told of it.
+    ``unsettled[rank]``: rows to which this rank has pushed and whose replicas may not all have received it yet.
     """
 
     def __init__(self, stage: Stage, technique: str) -> None:
@@ -112,7 +112,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
 
     @rule(rank=WORKERS, segment=SEGMENTS, seed=SEEDS)
     def set(self, rank, segment, seed) -> None:  # type: ignore[no-untyped-def]
-        """Of rows to which no push may be under way, nor the deltas of a push on another node's replica."""
+        """Set rows that have no pending push, nor deltas of a push on another node's replica."""
         rng, name = np.random.default_rng(seed), segment.name
         rows = rng.permutation(segment.num_rows)[: rng.integers(segment.num_rows + 1)]
         own = [r for r in range(RANKS) if self.stage.node_of(r) == self.stage.node_of(rank)]
@@ -171,7 +171,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
 
     @rule()
     def quiesce(self) -> None:
-        """Then all ranks see the same, exactly."""
+        """Quiesce; then all ranks see exactly the same rows."""
         self._end_all()
         self.stage.on_all("call", "quiesce")
         for segment in LAYOUT.segments:
@@ -193,7 +193,7 @@ class AnyOrderOfCalls(RuleBasedStateMachine):
             self.stage.on_all("call", "close")
 
     def _raise(self, segment: Segment, high: np.ndarray) -> None:
-        """From now on ``high`` bounds what may be seen, of pulls under way too."""
+        """Raise ``high``, which bounds what may be seen from now on, by pending pulls too."""
         self.high[segment.name] = high
         for begun in self.pulls:
             if begun.segment == segment:

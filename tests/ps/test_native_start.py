@@ -1,4 +1,4 @@
-"""How jobs with a native package start and end: in order, or within seconds, and never with anything left behind."""
+"""Jobs with a native package start and end in order or fail within seconds, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAKES = str(Path(__file__).parent / "fakes")
 
 
 def fake(fault: str) -> dict[str, str]:
-    """The environment of a job that finds our stand-in for lapse, with ``fault``."""
+    """Return the environment of a job that finds the stand-in for lapse, with ``fault``."""
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), FAKES]), "FAKE_LAPSE": fault}
 
 
@@ -35,7 +35,7 @@ ENDS = {
      for end in ENDS],
 )
 def test_ends(package: str, end: str) -> None:
-    """Of an absent package nothing is run here; test_contract.py has its skip."""
+    """Check the end of a job. (An absent package is skipped here; test_contract.py reports the skip.)"""
     result = job("lapse", end, fake("")) if package == "stand-in" else job(package, end)
     expected = ENDS[end]
     assert result.returncode == expected if expected is not None else result.returncode != 0, result.output

@@ -1,4 +1,4 @@
-"""The embedded server between two hosts that share nothing but a network: the contract, and an end for every job."""
+"""The embedded server between two hosts joined by a network only: the contract, and an end for every job."""
 
 from __future__ import annotations
 

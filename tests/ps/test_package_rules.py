@@ -1,4 +1,4 @@
-"""Update rules over a package that only adds: what the adapter makes of them, on a stand-in for its worker."""
+"""Update rules over a package that can only add: the adapter's work, on a stand-in for the package's worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RULES = {"sgd": Rule("sgd"), "adagrad": Rule("adagrad"), "per row": Rule("adagra
 
 
 class AddingWorker:
-    """Rows of one width, in memory; every call is complete at once."""
+    """Rows of one width in memory; every call completes at once."""
 
     def __init__(self, num_rows: int, width: int) -> None:
         self.rows = np.zeros((num_rows, width), np.float32)

@@ -1,4 +1,4 @@
-"""docs/protocol.md names every kind of message, and its arrays as they are."""
+"""docs/protocol.md lists every kind of message with its arrays."""
 
 from __future__ import annotations
 

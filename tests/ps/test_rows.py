@@ -1,4 +1,4 @@
-"""Rows in shared memory: every function of rows.c against its twin, and steps of update rules against torch's own."""
+"""Rows in shared memory: every function of rows.c against its fallback, and update rules against torch's optimizers."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def equal(two: Iterable[np.ndarray]) -> None:
 
 @dataclass
 class Pair:
-    """The same rows twice: those of MAINS as main copies, of COPIES as replicas; others are absent."""
+    """The same rows in both versions: main copies of MAINS, replicas of COPIES; the others are absent."""
 
     segment: Segment
     both: tuple[Rows, Rows]
     rng: np.random.Generator
 
     def some(self, rows: np.ndarray, number: int) -> np.ndarray:
-        """``number`` of ``rows`` in any order, with repeats."""
+        """Return ``number`` of ``rows`` in random order, with repeats."""
         return self.rng.choice(rows, number)
 
     def values(self, number: int, width: int) -> np.ndarray:
         return self.rng.normal(size=(number, width)).astype(np.float32)
 
     def same(self) -> None:
-        """All that the two hold is alike, up to the last bits."""
+        """Check that both versions hold the same, up to the last bits."""
         a, b = self.both
         np.testing.assert_array_equal(a.flags & 15, b.flags & 15)
         np.testing.assert_array_equal(a.slots, b.slots)
@@ -92,7 +92,7 @@ def test_pull(pair: Pair) -> None:
 
 @pytest.mark.parametrize("mark", [True, False])
 def test_push(pair: Pair, mark: bool) -> None:
-    """In any order, with repeats, to main copies, replicas and rows that are not here."""
+    """Push in any order, with repeats, to main copies, replicas and absent rows."""
     for rows in (pair.some(np.arange(ROWS), 150), MAINS, pair.some(COPIES, 30), pair.some(ABSENT, 3), np.full(9, 30)):
         values = pair.values(rows.size, pair.segment.width)
         missing = [some.push(rows, values, RATE, mark) for some in pair.both]
@@ -104,7 +104,7 @@ def test_push(pair: Pair, mark: bool) -> None:
 
 
 def test_a_push_is_a_step_of_the_rule(pair: Pair) -> None:
-    """Of torch's own optimizers, repeats one after another; a replica's deltas are what it has changed."""
+    """A push takes the steps of torch's optimizers, repeats one after another; a replica's deltas are its changes."""
     rule, width = pair.segment.rule, pair.segment.width
     rows = pair.some(np.arange(50), 90)
     gradients = pair.values(rows.size, width)
@@ -130,7 +130,7 @@ def test_a_push_is_a_step_of_the_rule(pair: Pair) -> None:
 
 
 def test_add(pair: Pair) -> None:
-    """Whole rows, whatever the rule."""
+    """``add`` adds to whole rows under any rule."""
     rows = pair.some(np.arange(ROWS), 70)
     deltas = abs(pair.values(rows.size, pair.segment.row_width))
     missing = [some.add(rows, deltas, mark=False) for some in pair.both]
@@ -140,7 +140,7 @@ def test_add(pair: Pair) -> None:
 
 
 def test_the_way_of_rows(pair: Pair) -> None:
-    """Set, cleaned, collected, refreshed, overwritten, released, taken: all of it of whole rows."""
+    """Rows are set, cleaned, collected, refreshed, overwritten, released and taken as whole rows."""
     wide = pair.segment.row_width
     every = pair.rng.permutation(ROWS)
     values = abs(pair.values(ROWS, wide))
@@ -172,12 +172,12 @@ def test_the_way_of_rows(pair: Pair) -> None:
     equal(outs)
     pair.same()
     kinds = pair.both[0].kinds()
-    np.testing.assert_array_equal(np.flatnonzero(kinds == MAIN), COPIES[-4:])  # what was promoted
+    np.testing.assert_array_equal(np.flatnonzero(kinds == MAIN), COPIES[-4:])  # the promoted rows
     assert (kinds == COPY).any()
 
 
 def test_accumulators_are_exact_sums_of_squares() -> None:
-    """Of integer-valued gradients, in any order."""
+    """With integer gradients in any order, accumulators are the exact sums of squares."""
     for per_row in (False, True):
         rule = Rule("adagrad", per_row)
         rows = torch.full((2, 5), 1.0)

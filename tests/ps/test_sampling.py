@@ -1,4 +1,4 @@
-"""The laws of the draws. Seeds are fixed; each bound holds with the stated probability for a right sampler."""
+"""The distribution of samples. Seeds are fixed; a correct sampler fails a bound with the stated probability."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from lapse_elmo.ps.sampling import DISTRIBUTIONS, POOL_REUSE, SCHEMES, SHARING, Distribution, Sampler
 from lapse_elmo.ps.sampling import _expected_tries as expected_tries
 
-DEVIATIONS = 4.5  # of a standard normal: a right sampler passes with probability 1 - 7e-6
+DEVIATIONS = 4.5  # of a standard normal: a correct sampler passes with probability 1 - 7e-6
 
 
 def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
-    """Pearson's statistic is below its bound, in Wilson and Hilferty's normal approximation."""
+    """Return whether Pearson's statistic is below its bound, in Wilson and Hilferty's normal approximation."""
     assert expected.min() > 5
     statistic = float(((counts - expected) ** 2 / expected).sum())
     freedom = counts.size - 1
@@ -31,12 +31,12 @@ def sampler(
 
 
 def inclusion(draws: list[np.ndarray], num_rows: int) -> np.ndarray:
-    """How often each row is in a draw (num_rows,)."""
+    """Return how often each row is in a draw, as (num_rows,)."""
     return np.bincount(np.concatenate(draws), minlength=num_rows)
 
 
 def brute_force(distribution: Distribution, rng: np.random.Generator, count: int) -> list[int]:
-    """Rows in the order in which they first come up, one draw after another."""
+    """Return distinct rows in order of first appearance, one draw after another."""
     rows: dict[int, None] = {}
     while len(rows) < count:
         for row in rng.choice(distribution.num_rows, 200, p=distribution.probabilities).tolist():
@@ -78,7 +78,7 @@ def test_draws_of_a_large_table_stay_inside(name: str) -> None:
 
 @pytest.mark.parametrize(("num_rows", "count"), [(200, 40), (40, 36), (40, 40)], ids=["by draws", "by a race", "all"])
 def test_distinct_draws_include_rows_as_rejection_does(num_rows: int, count: int) -> None:
-    """Both ways of drawing, against one draw at a time and against the expected count 1 - (1 - P) ** tries."""
+    """Both ways of drawing agree with one draw at a time and with the expected count 1 - (1 - P) ** tries."""
     distribution = Distribution("log-uniform", num_rows)
     by_race = expected_tries(distribution, count) > 2 * num_rows
     assert by_race == (num_rows == 40), "the case no longer takes the way that it is meant for"
@@ -100,7 +100,7 @@ def test_distinct_draws_include_rows_as_rejection_does(num_rows: int, count: int
 
 @pytest.mark.parametrize(("num_rows", "count"), [(200, 40), (40, 36)], ids=["by draws", "by a race"])
 def test_distinct_draws_come_in_order_of_appearance(num_rows: int, count: int) -> None:
-    """The first of them follows the law itself, so a shorter sample is the beginning of a longer one in law."""
+    """The first row follows the distribution itself, so a prefix of a sample is distributed like a shorter sample."""
     distribution = Distribution("log-uniform", num_rows)
     rng = np.random.default_rng(3)
     first = np.bincount([distribution.draw_distinct(rng, count)[0] for _ in range(4000)], minlength=num_rows)
@@ -128,7 +128,7 @@ def test_a_sample_is_a_function_of_seed_worker_and_number(scheme: str, replaceme
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("sharing", SHARING)
 def test_who_draws_alike(scheme: str, replacement: bool, sharing: str) -> None:
-    """Workers 0 and 1 are on node 0, worker 2 on node 1; ``local`` with the same rows local to both nodes."""
+    """Workers 0 and 1 are on node 0, worker 2 on node 1; under ``local`` both nodes have the same local rows."""
     is_local = np.arange(50) % 3 > 0 if scheme == "local" else None
     numbers = range(2 * POOL_REUSE)
     first, second, away = (
@@ -143,7 +143,7 @@ def test_who_draws_alike(scheme: str, replacement: bool, sharing: str) -> None:
 
 
 def test_workers_that_see_different_local_rows_draw_nearly_alike() -> None:
-    """A row that arrives between two draws changes that row alone."""
+    """A row that arrives between two draws changes the draw of that row only."""
     is_local = np.arange(50) % 2 > 0
     now = is_local.copy()
     now[0] = True
@@ -156,7 +156,7 @@ def test_workers_that_see_different_local_rows_draw_nearly_alike() -> None:
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("sharing", SHARING)
 def test_every_scheme_keeps_the_law_of_one_sample(scheme: str, replacement: bool, sharing: str) -> None:
-    """Where the whole segment is local, ``local`` too. Only samples of different pools are independent."""
+    """Each scheme follows the law; so does ``local`` if all rows are local. Only different pools are independent."""
     drawn = [sampler(scheme, replacement, 1, 1, 1, sharing).draw(number * POOL_REUSE, 5) for number in range(3000)]
     if replacement:
         assert chi_square_is_plausible(inclusion(drawn, 50), Distribution("log-uniform", 50).probabilities * 15_000)
@@ -178,7 +178,7 @@ def test_a_pool_serves_shuffled_and_then_is_replaced() -> None:
 
 
 def test_schemes_but_the_pool_draw_alike() -> None:
-    """They differ in when rows are drawn and moved, not in which: a run may change the scheme and keep its samples."""
+    """Schemes differ in when rows are drawn and moved, not in which: a run that changes its scheme keeps its samples."""
     naive, preloc, local = (sampler(scheme).draw(4, 20) for scheme in ("naive", "preloc", "local"))
     np.testing.assert_array_equal(naive, preloc)
     np.testing.assert_array_equal(naive, local)

@@ -1,4 +1,4 @@
-"""Samples drawn through a server of several nodes follow the laws that lapse_elmo/ps/sampling.py states."""
+"""Samples drawn through a server of several nodes follow the laws stated in lapse_elmo/ps/sampling.py."""
 
 from __future__ import annotations
 

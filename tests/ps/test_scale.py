@@ -1,6 +1,6 @@
-"""Count what a step costs at several numbers of nodes: no state is nodes x rows, and messages grow with nodes alone.
+"""Costs of a step at several numbers of nodes: no state of size nodes x rows, and messages linear in the nodes.
 
-The same count at 64 nodes of 32 workers is benchmarks/scale.py.
+benchmarks/scale.py counts the same at 64 nodes of 32 workers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def counts() -> dict[int, Counts]:
 
 @pytest.mark.parametrize("nodes", SIZES)
 def test_transmissions_per_step_and_node(counts: dict[int, Counts], nodes: int) -> None:
-    assert counts[nodes].transmissions <= 5 * nodes  # 3.5 at many nodes and rows
+    assert counts[nodes].transmissions <= 5 * nodes  # 3.5 with many nodes and rows
 
 
 @pytest.mark.parametrize("nodes", SIZES)

@@ -1,4 +1,4 @@
-"""The embedded engine under simulated schedules: any order of messages, delays, stalls and crowded cores."""
+"""The embedded engine under simulated schedules: any order of messages, delays, stalls and preemption."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.simulator.schedule import Schedule, failure, run
 
 pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulator accesses rows through rows.c")
 
-# Seeds whose schedules once showed a fault of the engine.
+# Seeds whose schedules once exposed a fault of the engine.
 REGRESSIONS = {
     356: "a freeze was answered while a round still had a Sync to send",
 }
 
 
 def test_schedules(simulation: subprocess.Popen[str]) -> None:
-    """All techniques and sampling schemes; ``SCHEDULES`` in the environment says how many (make simulate: for long)."""
-    with contextlib.suppress(OSError):  # only root may raise a priority; then nothing but this test is left to run
+    """All techniques and sampling schemes; ``SCHEDULES`` in the environment sets how many (make simulate: for long)."""
+    with contextlib.suppress(OSError):  # only root may raise a priority; at this point nothing else is left to run
         os.setpriority(os.PRIO_PGRP, simulation.pid, 0)
     output, _ = simulation.communicate(timeout=1800)
     assert simulation.returncode == 0, output
@@ -44,7 +44,7 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
 
 
 def test_a_broken_engine_is_noticed() -> None:
-    """One mutant of many (python -m tests.simulator.mutants tries them all), with the line that repeats it."""
+    """The simulator notices one mutant (python -m tests.simulator.mutants tries all) and prints how to repeat it."""
     words = [sys.executable, "-m", "tests.simulator.mutants", "--only", "replicas are not noted", "--schedules", "500"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

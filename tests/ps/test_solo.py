@@ -1,4 +1,4 @@
-"""The embedded engine in a world of one process: any order of calls against a plain array, and what it refuses."""
+"""The embedded engine in a world of one process: any order of calls against a plain array, and refused calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 class AnyOrderOfCalls(RuleBasedStateMachine):
-    """Rows are what a sequential model of them says, after every call."""
+    """After every call rows equal those of a sequential model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_rows_that_do_not_fit_are_refused_before_they_are_touched() -> None:
 
 
 def test_a_limit_on_the_size_of_files_is_named() -> None:
-    """Shared memory is a file: a batch system's ``ulimit -f`` stops it."""
+    """Shared memory is a file, so a batch system's ``ulimit -f`` can stop it; the error says so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = set(Path("/dev/shm").glob("lapse-elmo-*"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))

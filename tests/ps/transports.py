@@ -1,7 +1,8 @@
 """The parameter server on every transport that this machine has: ``python -m tests.ps.transports [WORD...]``.
 
-Prints a line per case, with its time and verdict; what went wrong follows it. Only cases whose names have all WORDs are
-run. A transport that is absent is one line. Some ten minutes on idle cores; ``--patience`` multiplies all time limits.
+Prints one line per case with its time and verdict, and the output of failed cases. Only cases whose names contain all
+WORDs are run; an absent transport is one line. It takes some ten minutes on idle cores; ``--patience`` multiplies all
+time limits.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CONTRACT_S, LIVENESS_S, TRAINING_S = 240, 120, 150
 
 @dataclass(frozen=True)
 class Transport:
-    """``job``: arguments of :func:`tests.mpi.mpirun`. ``nodes``: that each machine's ranks are split into."""
+    """A transport. ``job``: arguments of :func:`tests.mpi.mpirun`; ``nodes``: nodes per machine."""
 
     name: str
     ranks: int
@@ -58,7 +59,7 @@ TRANSPORTS = [
 
 
 class Cases:
-    """What is run on a transport. Each case raises an AssertionError, or a TimeoutError, where it goes wrong."""
+    """The cases to run on a transport. A case that fails raises an AssertionError or a TimeoutError."""
 
     def __init__(self, transport: Transport, job: dict[str, Any], corpus: Prepared, patience: float) -> None:
         self._at, self._job, self._corpus, self._patience = transport, job, corpus, patience
@@ -110,7 +111,7 @@ class Cases:
 
 
 def run(words: list[str], patience: float) -> int:
-    """Run the cases whose names have all ``words``; return how many went wrong."""
+    """Run the cases whose names contain all ``words``; return the number of failures."""
     num_wrong = num_run = 0
     with tempfile.TemporaryDirectory(prefix="transports-") as root:
         sentences = random_sentences(1, 203, 40, (1, 12)), random_sentences(2, 41, 40, (1, 12))
@@ -137,7 +138,7 @@ def run(words: list[str], patience: float) -> int:
 
 
 def _ends_well(name: str, case: Callable[[], None]) -> bool:
-    """Run a case and print how it ended."""
+    """Run a case, print how it ended, and return whether it passed."""
     start, problem = time.monotonic(), ""
     try:
         case()
@@ -154,7 +155,7 @@ def main() -> int:
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--patience", type=float, default=1.0, help="times all time limits, for a busy machine")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contexts end: no job and no namespace is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contexts end: nothing remains
     return 1 if run(options.words, options.patience) else 0
 
 

@@ -85,7 +85,7 @@ def many(options: argparse.Namespace) -> int:
 
 
 def firsts(options: argparse.Namespace, start: float) -> Iterator[int]:
-    """Yield the first seed of each batch, until all schedules are under way or the time is over."""
+    """Yield the first seed of each batch, until all schedules have been started or the time is over."""
     first = options.first
     while time.monotonic() - start < 60 * options.minutes or (
         not options.minutes and first < options.first + options.schedules
@@ -95,7 +95,7 @@ def firsts(options: argparse.Namespace, start: float) -> Iterator[int]:
 
 
 def results(pool: Pool, seeds: Iterator[int], ahead: int) -> Iterator[tuple[int, int, int, int | None]]:
-    """Yield the results of batches in order. At most ``ahead`` are given out early: a time limit holds for the rest."""
+    """Yield the results of batches in order; submit at most ``ahead`` early, so that a time limit takes effect."""
     waiting = collections.deque(pool.apply_async(batch, (first,)) for first in itertools.islice(seeds, ahead))
     while waiting:
         yield waiting.popleft().get()

@@ -1,4 +1,4 @@
-"""What must hold at any moment at which no manager and no push is within a step."""
+"""What must hold whenever no manager and no push is in the middle of a step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lapse_elmo.ps.rows import COPY, DIRTY, MAIN
 from tests.simulator.network import Simulation
 from tests.simulator.workload import Ledger
 
-_EVERY = 12  # deliveries between two checks of everything
+_EVERY = 12  # deliveries between two full checks
 
 
 class Invariants:
-    """Looks at all nodes at once."""
+    """Checks over all nodes at once."""
 
     def __init__(self, simulation: Simulation, ledger: Ledger) -> None:
         self._simulation, self._ledger = simulation, ledger
@@ -31,7 +31,7 @@ class Invariants:
         self._deliveries = 0
 
     def opened(self, server: EmbeddedServer) -> None:
-        """A rank's server is up."""
+        """Register a rank's server, which is now open."""
         self._servers.append(server)
         if server._manager is not None:
             self._managers.append(server._manager)
@@ -39,7 +39,7 @@ class Invariants:
             self._stamps = [[state.stamps.copy() for state in manager.states] for manager in self._managers]
 
     def check(self) -> None:
-        """Check everything, now and then."""
+        """Run all checks, on every ``_EVERY``-th call."""
         self._deliveries += 1
         world_size = self._ledger.begun.shape[0]
         if self._deliveries % _EVERY or len(self._servers) < world_size or any(s.closed for s in self._servers):
@@ -60,7 +60,7 @@ class Invariants:
                 stamps[:] = state.stamps
 
     def _flying(self) -> Iterator[Message]:
-        """Yield the messages that have not been handled: kept back, on their way, arrived, or queued."""
+        """Yield all unhandled messages: held back, in transit, arrived or queued."""
         simulation = self._simulation
         for (_, to), blocks in simulation.channels.items():
             if to.tag != 3:
@@ -85,7 +85,7 @@ class Invariants:
 
     @staticmethod
     def _owners_know_replicas(states: list[SegmentState], flying: list[Relocate]) -> None:
-        """Of each replica the owner has the main copy and has noted the holder, unless that is being promoted."""
+        """Owners of replicated rows have the main copy and have noted each holder, except during a promotion."""
         for node, state in enumerate(states):
             held = state.replica_rows
             for owner in np.unique(state.replica_owner[held]).tolist():
@@ -99,7 +99,7 @@ class Invariants:
                     )
 
     def _nothing_is_lost(self, states: list[SegmentState], flying: list[Message]) -> None:
-        """Main copies, deltas of replicas and what is on its way sum up to all pushes."""
+        """Main copies, deltas of replicas and messages in transit sum to all pushes."""
         total = np.zeros(self._ledger.begun.T.shape)
         for state in states:
             rows = state.rows
@@ -115,7 +115,7 @@ class Invariants:
         )
 
     def check_copies(self) -> None:
-        """After a quiesce: every replica has the bits of its main copy."""
+        """After a quiesce every replica equals its main copy to the bit."""
         for number, segment in enumerate(self._ledger.layout.segments):
             states = [manager.states[number] for manager in self._managers]
             for row in range(segment.num_rows):
@@ -131,7 +131,7 @@ class Invariants:
                     assert (state == self._ledger.squares[row]).all(), f"row {row}: accumulators are not all squares"
 
     def check_end(self) -> None:
-        """All calls have been answered, and nothing is on its way."""
+        """All calls have been answered, and no message is in transit."""
         assert not any(self._simulation.channels.values()), "messages were on their way when the job ended"
         left = [m for blocks in self._simulation.inboxes.values() for block in blocks for m in wire.read(block)]
         assert not left, f"messages were not received when the job ended: {left}"

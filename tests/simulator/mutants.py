@@ -1,7 +1,7 @@
-"""Take each guard of the protocol away in turn, and see whether the simulator notices.
+"""Remove each guard of the protocol in turn, and see whether the simulator notices.
 
-A mutant is a copy of the source in which one piece of text is replaced. What survives is either explained in `HARMLESS`
-(the guard is for speed, not for what is promised) or shows that the simulator does not look closely enough.
+A mutant is a copy of the source in which one piece of text is replaced. A mutant that survives is either explained in
+`HARMLESS` (the guard serves speed only, not a promise) or shows that the simulator's checks are too weak.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TIME_S = 3600  # many times what the schedules take
 
 @dataclass(frozen=True)
 class Mutant:
-    """One guard that is taken away."""
+    """A guard that is removed."""
 
     name: str
     file: str  # in lapse_elmo/ps
@@ -266,7 +266,7 @@ HARMLESS = {
 
 
 def caught(mutant: Mutant, schedules: int, jobs: int) -> tuple[bool, str]:
-    """Return whether the simulator notices, and what it says."""
+    """Return whether the simulator notices the mutant, and the simulator's output."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("lapse_elmo", "tests"):
             shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))

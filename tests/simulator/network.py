@@ -1,8 +1,8 @@
 """Tasks, time and a network that one seed controls: a discrete-event simulation.
 
-Every task (a worker or a manager) is a greenlet that runs until it sleeps, waits for others, or is preempted. What
-happens next is the earliest event of a heap: a task resumes, or a block arrives. Delays are drawn from the seed, so any
-order of events may occur that a real network and a real scheduler allow: only blocks between two ends keep theirs.
+Every task (a worker or a manager) is a greenlet that runs until it sleeps, waits for others, or is preempted. The next
+event is the earliest one in a heap: a task resumes, or a block arrives. Delays are drawn from the seed, so events may
+come in any order that a real network and scheduler allow; only blocks from one end to another keep their order.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class NoProgress(AssertionError):
 
 @dataclass
 class Pace:
-    """How time passes in one schedule, in seconds of simulated time."""
+    """Speeds and delays of one schedule, in seconds of simulated time."""
 
-    latency_s: float = 3e-4  # of a block, on average
-    slow_latency_s: float = 2e-2  # of a block on a slow way
-    slow_share: float = 0.1  # of blocks that are slow
+    latency_s: float = 3e-4  # mean delay of a block
+    slow_latency_s: float = 2e-2  # mean delay of a slow block
+    slow_share: float = 0.1  # fraction of blocks that are slow
     preemption: float = 0.2  # probability of being interrupted at an access to rows
-    pause_s: float = 2e-4  # of an interruption, on average
-    stall_share: float = 0.01  # of interruptions that are stalls
-    stall_s: float = 0.1  # of a stall: longer than any pause of the protocol
-    poll_s: float = 4e-4  # shortest sleep: a poll that finds nothing costs time here, too
-    outgoing_scale: int = 1  # by how much bytes under way count for more than they are
+    pause_s: float = 2e-4  # mean length of an interruption
+    stall_share: float = 0.01  # fraction of interruptions that are stalls
+    stall_s: float = 0.1  # length of a stall: longer than any pause of the protocol
+    poll_s: float = 4e-4  # shortest sleep, so that a poll that finds nothing takes time here too
+    outgoing_scale: int = 1  # factor by which bytes in transit count, to reach limits with small messages
 
 
 @dataclass(eq=False)
 class Task:
-    """A greenlet and how it was last interrupted: between two steps of its work, or within one."""
+    """A greenlet, and whether it was last interrupted between two steps of its work or within one."""
 
     name: str
     run: Callable[[], None]
@@ -52,11 +52,11 @@ class Task:
 
 @dataclass
 class Simulation:
-    """The heap of events. ``check`` is called after each delivery at which all managers are between two steps."""
+    """The heap of events. ``check`` runs after each delivery at which no manager is within a step."""
 
     random: Random
     pace: Pace
-    longest_s: float = 600.0  # of simulated time without an end: far longer than any schedule that makes progress
+    longest_s: float = 600.0  # limit of simulated time: far more than any schedule that makes progress takes
     now: float = 0.0
     deliveries: int = 0
     check: Callable[[], None] | None = None
@@ -64,7 +64,7 @@ class Simulation:
     current: Task | None = None
     channels: dict[tuple[Address, Address], deque[np.ndarray]] = field(default_factory=dict)
     inboxes: dict[Address, deque[np.ndarray]] = field(default_factory=dict)
-    values: dict[tuple[int, int], deque[np.ndarray]] = field(default_factory=dict)  # by (sending, receiving rank)
+    values: dict[tuple[int, int], deque[np.ndarray]] = field(default_factory=dict)  # by (sending rank, receiving rank)
     outgoing: dict[Address, int] = field(default_factory=dict)
     _heap: list[tuple[float, int, Task | tuple[Address, Address]]] = field(default_factory=list)
     _number: int = 0
@@ -72,13 +72,13 @@ class Simulation:
     _main: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
 
     def add(self, task: Task) -> None:
-        """Let ``task`` run from now on."""
+        """Start ``task`` at the current time."""
         self.tasks.append(task)
         task.let = greenlet.greenlet(task.run, self._main)
         self._push(self.now, task)
 
     def run(self) -> None:
-        """Return when all tasks have ended."""
+        """Run until all tasks have ended."""
         while self._heap:
             self.now, _, event = heapq.heappop(self._heap)
             if self.now > self.longest_s:
@@ -115,10 +115,10 @@ class Simulation:
         self._number += 1
         heapq.heappush(self._heap, (when, self._number, event))
 
-    # What tasks call
+    # Called by tasks.
 
     def sleep(self, seconds: float) -> None:
-        """Let others run for about ``seconds``. The task is between two steps of its work."""
+        """Let others run for about ``seconds``; the task is between two steps of its work."""
         task = self.current
         assert task is not None
         seconds = max(seconds, self.pace.poll_s) * task.slowness * (1 + 7 * self.random.random())
@@ -127,7 +127,7 @@ class Simulation:
         self._main.switch()
 
     def preempt(self) -> None:
-        """Perhaps be interrupted, within a step."""
+        """Interrupt the task with some probability, within a step."""
         if self.current is None or self.random.random() >= self.pace.preemption:
             return
         pause_s = self.random.expovariate(1 / self.pace.pause_s) * self.current.slowness
@@ -162,7 +162,7 @@ class Simulation:
 
 
 class SimTransport:
-    """A :class:`~lapse_elmo.ps.transport.Transport` of one simulated end."""
+    """The :class:`~lapse_elmo.ps.transport.Transport` of one simulated end."""
 
     def __init__(self, simulation: Simulation, rank: int, tag: int) -> None:
         self.address = Address(rank, tag)
@@ -198,9 +198,9 @@ class SimTransport:
         self._simulation.sleep(seconds)
 
     def finish(self) -> None:
-        """Everything that was sent has been copied."""
+        """Return at once: whatever was sent has been copied."""
 
 
 def manager_address(rank: int) -> Address:
-    """Return the address of the manager whose node's first rank is ``rank``."""
+    """Return the address of the manager of the node whose first rank is ``rank``."""
     return Address(rank, TO_MANAGER)

@@ -1,4 +1,4 @@
-"""Nodes and ranks of one process: the simulated platform and world of the embedded engine."""
+"""Nodes and ranks in one process: the simulated platform and world of the embedded engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass
 class Memory:
-    """The arrays of one node. ``capacity`` limits the elements that may be reserved in all, if not negative."""
+    """The arrays of one node. ``capacity`` limits the elements that may be reserved in total, unless negative."""
 
     arrays: dict[str, np.ndarray]
     capacity: int = -1
@@ -34,7 +34,7 @@ class Memory:
 
 
 class SimRows(NativeRows):
-    """Rows through rows.c; before each access others may run, as other processes would."""
+    """Rows accessed through rows.c; before each access other tasks may run, as other processes would."""
 
     def __init__(self, simulation: Simulation, memory: Any, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment, library)
@@ -47,7 +47,7 @@ class SimRows(NativeRows):
 
 @dataclass
 class Job:
-    """What all ranks of a simulated job share."""
+    """State shared by all ranks of a simulated job."""
 
     simulation: Simulation
     num_nodes: int
@@ -85,7 +85,7 @@ class Job:
 
 
 class SimWorld:
-    """One rank's view of the job; what the engine needs of :class:`lapse_elmo.mpi.world.World`."""
+    """One rank's view of the job: the part of :class:`lapse_elmo.mpi.world.World` that the engine uses."""
 
     comm = None
     oversubscribed = True

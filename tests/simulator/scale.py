@@ -1,8 +1,8 @@
 """Count what a training job costs the server at any number of nodes, with the real code on the simulated network.
 
-Rows are one float wide, so that many nodes fit into one process; bytes are counted as for rows of the given width. Each
-worker announces the rows of its next batch, pulls those of the present one, pushes them, and waits for all others, as
-bin/train does: distinct input words, distinct targets, and negative samples that its node's workers share.
+Rows are one float wide, so that many nodes fit into one process; bytes are counted as for rows of the given width. As
+in bin/train, each worker announces the rows of its next batch, pulls those of the current one, pushes them, and waits
+for all others. The rows are distinct input words, distinct targets, and negative samples shared by the node's workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.simulator.platform import Job, SimPlatform, SimWorld
 
 @dataclass(frozen=True)
 class Workload:
-    """A training job. ``row_floats``: floats of a whole row; ``weights``: of those, what is pulled and pushed."""
+    """A training job. ``row_floats``: floats per whole row; ``weights``: those of them that are pulled and pushed."""
 
     num_nodes: int
     workers_per_node: int
@@ -47,7 +47,7 @@ class Workload:
 
 @dataclass
 class Counts:
-    """Per step and node, over the steps after the warm-up."""
+    """Costs per step and node, over the steps after the warm-up."""
 
     transmissions: float = 0.0
     messages: float = 0.0
@@ -58,11 +58,11 @@ class Counts:
     remote_share: float = 0.0
     bookkeeping_bytes: float = 0.0  # of one node
     bytes_per_token: float = 0.0
-    by_kind: dict[str, float] = field(default_factory=dict)  # messages
+    by_kind: dict[str, float] = field(default_factory=dict)  # number of messages by kind
 
 
 class CountingTransport(SimTransport):
-    """Counts what is sent, as if rows had their real width."""
+    """Counts sent messages and bytes as if rows had their real width."""
 
     counts: Counter[str]
     workload: Workload
@@ -101,7 +101,7 @@ class CountingPlatform(SimPlatform):
 
 
 class _Worker:
-    """The steps of one worker."""
+    """Run the steps of one worker."""
 
     def __init__(
         self, workload: Workload, job: Job, rank: int, counts: Counter[str], warm_up: Counter[str]
@@ -131,7 +131,7 @@ class _Worker:
             for name, rows in batches[0].items():
                 server.pull(layout[name].keys(rows), pulled[name])
             self.job.simulation.sleep(workload.step_s / 8)
-            self.world.barrier()  # dense gradients are summed
+            self.world.barrier()  # stands for the sum of dense gradients
             for name, rows in batches[0].items():
                 server.push(layout[name].keys(rows), pulled[name])
             server.advance_clock()
@@ -139,7 +139,7 @@ class _Worker:
         self.finish(server, before)
 
     def finish(self, server: EmbeddedServer, before: list[tuple[int, int]]) -> None:
-        """Note what the rank's server has counted since the warm-up."""
+        """Store the counts of the rank's server since the warm-up."""
         self.world.barrier()
         for stats, (pulled, remote) in zip(server.stats.segments.values(), before, strict=True):
             self.counts["pulled"] += stats.pulled_rows - pulled
@@ -167,7 +167,7 @@ class _Worker:
 
 
 def _time_steps(server: EmbeddedServer, counts: Counter[str]) -> None:
-    """Have the seconds of processor time in the manager's steps counted."""
+    """Count the processor time of the manager's steps."""
     manager = server._manager
     assert manager is not None
     step = manager.step
@@ -183,11 +183,11 @@ def _time_steps(server: EmbeddedServer, counts: Counter[str]) -> None:
 
 
 def count(workload: Workload) -> Counts:
-    """Run ``workload``; return what it costs."""
+    """Run ``workload``; return its costs."""
     simulation = Simulation(Random(0), Pace(latency_s=5e-5, slow_share=0.0, preemption=0.0, poll_s=1e-3), longest_s=1e6)
     job = Job(simulation, workload.num_nodes, workload.workers_per_node)
     counts: Counter[str] = Counter()
-    warm_up: Counter[str] = Counter()  # what was counted until its end
+    warm_up: Counter[str] = Counter()  # counts at the end of the warm-up
     for rank in range(job.size):
         simulation.add(Task(f"worker {rank}", _Worker(workload, job, rank, counts, warm_up).run))
     simulation.run()

@@ -1,4 +1,4 @@
-"""One schedule: a small job, all of it drawn from a seed, run to its end under all checks."""
+"""One schedule: a small job drawn from a seed, run to its end under all checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TECHNIQUES = ("adaptive", "relocation", "replication", "static")
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a seed leads to. Other values than those it draws may be given, to shrink a failure."""
+    """The settings that a seed leads to. They may be replaced one by one, to shrink a failure."""
 
     seed: int
     technique: str = "adaptive"
@@ -102,7 +102,7 @@ class Schedule:
 
 @dataclass
 class Result:
-    """What a schedule did."""
+    """Counts of one run of a schedule."""
 
     deliveries: int
     checks: int
@@ -110,7 +110,7 @@ class Result:
 
 
 def run(schedule: Schedule) -> Result:
-    """Run a schedule; whatever promise is broken raises an AssertionError."""
+    """Run a schedule; raise an AssertionError if any promise is broken."""
     random = Random(f"{schedule.seed} events")
     pace = Pace(
         slow_share=schedule.slow_share, preemption=schedule.preemption, stall_share=schedule.stall_share,
@@ -164,7 +164,7 @@ def shrink(schedule: Schedule, tries: int = 300) -> Schedule:
 
 
 def failure(schedule: Schedule) -> BaseException | None:
-    """Return what went wrong in a schedule, or None."""
+    """Return the error of a schedule, or None."""
     try:
         run(schedule)
     except Exception as error:

@@ -33,30 +33,30 @@ ONE_COPY = ("relocation", "static")
 
 
 class Ledger:
-    """What all workers have pushed: (worker, row) counts, begun and complete, and complete by clock."""
+    """The pushes of all workers: (worker, row) counts, begun and complete, and complete by clock."""
 
     def __init__(self, layout: Layout, num_workers: int, num_rows: int) -> None:
         self.layout = layout
         self.begun = np.zeros((num_workers, num_rows), np.int64)
         self.complete = np.zeros((num_workers, num_rows), np.int64)
         self.by_clock: list[list[np.ndarray]] = [[] for _ in range(num_workers)]  # complete at the end of each clock
-        self.at_owners = np.zeros((num_workers, num_rows), np.int64)  # what clocks say must have reached the owners
+        self.at_owners = np.zeros((num_workers, num_rows), np.int64)  # what must be there by the clocks
         self.squares = np.zeros((layout["steps"].num_rows, 3))
-        self.pushing = 0  # workers that have begun a push of which not all is applied or sent
+        self.pushing = 0  # number of workers with a push not yet fully applied or sent
 
     def ending(self, worker: int) -> None:
-        """A clock of ``worker`` is about to end."""
+        """Note that a clock of ``worker`` is about to end."""
         self.by_clock[worker].append(self.complete[worker].copy())
 
     def ended(self, worker: int, slack: int) -> None:
-        """A clock of ``worker`` has ended: a round that began at most ``slack`` clocks ago has ended."""
+        """Note that a clock of ``worker`` has ended, and so has a round that began at most ``slack`` clocks ago."""
         clock = len(self.by_clock[worker]) - slack
         if clock > 0:
             self.at_owners[worker] = self.by_clock[worker][clock - 1]
 
 
 class Worker:
-    """One worker: a random program."""
+    """One worker, which runs a random program."""
 
     def __init__(
         self, schedule: Schedule, job: Job, rank: int, ledger: Ledger, invariants: Invariants, slowness: float
@@ -71,7 +71,7 @@ class Worker:
         self.samples: list[tuple[int, int]] = []  # (handle, count)
         self.seen = np.zeros((job.size, schedule.num_rows), np.int64)
         self.slack = schedule.staleness // 2 - 1
-        self.reached: list[np.ndarray] = []  # what had reached the owners when each clock ended here
+        self.reached: list[np.ndarray] = []  # what had reached the owners when each of its clocks ended
         self.last_set = 0
         self.server: EmbeddedServer
 
@@ -104,9 +104,9 @@ class Worker:
         self.server.close()
 
     def use_hot_rows(self) -> None:
-        """Announce the rows that everybody uses for one clock, in time or late, push to them and pull them.
+        """Announce, push and pull the rows that all workers use for one clock, in time or late.
 
-        Their replicas are refreshed in each round, and between two announcements they are about to be dropped.
+        Their replicas are refreshed in each round and are about to be dropped between two announcements.
         """
         if not self.schedule.alone:
             late = self.random.randint(0, 1)
@@ -116,7 +116,7 @@ class Worker:
         self.pull(hot=True)
 
     def rows(self, hot: bool = False) -> np.ndarray:
-        """Return some distinct rows of "counts", frequent ones more often, or those that everybody uses."""
+        """Return some distinct rows of "counts", frequent ones more often, or those that all workers use."""
         if hot:
             return np.arange(min(self.schedule.num_rows, 3))
         number = self.random.randint(1, self.schedule.num_rows)
@@ -169,7 +169,7 @@ class Worker:
         self.seen[:, rows] = np.maximum(self.seen[:, rows], shown)
 
     def wait(self) -> None:
-        """Wait for one call under way."""
+        """Wait for one pending call."""
         calls = [calls for calls in (self.pulls, self.pushes, self.localizes) if calls]
         if not calls:
             return
@@ -192,7 +192,7 @@ class Worker:
         self.server.intent(self.ledger.layout[segment].keys(rows), start, start + self.random.randint(1, 4))
 
     def localize(self) -> None:
-        """Begin to bring some rows here; where nobody else moves rows, wait until they are here."""
+        """Begin to localize some rows; if nobody else moves rows, wait until they are local."""
         if self.schedule.alone and self.schedule.technique == "relocation":
             self.localize_two_segments()
             return
@@ -202,7 +202,7 @@ class Worker:
             self.localizes.append(ticket)
 
     def localize_two_segments(self) -> None:
-        """Bring rows of two segments here at the same time, and see each call end when its own rows are here."""
+        """Localize rows of two segments at the same time; each call ends when its own rows are local."""
         steps = np.arange(self.ledger.layout["steps"].num_rows)
         calls = [("counts", self.rows()), ("steps", self.random.choice((steps, steps[:0])))]
         self.random.shuffle(calls)
@@ -214,7 +214,7 @@ class Worker:
             assert here is not None and here[rows].all(), f"{name}: {rows.tolist()} were localized, not all are local"
 
     def push_gradients(self) -> None:
-        """Have steps taken."""
+        """Push gradients to the segment that has an update rule."""
         segment = self.ledger.layout["steps"]
         rows = np.array(sorted({self.random.randrange(segment.num_rows) for _ in range(3)}), np.int64)
         gradients = np.array([[self.random.randint(-3, 3) for _ in range(3)] for _ in rows], np.float32)
@@ -223,7 +223,7 @@ class Worker:
         self.server.push(segment.keys(rows), gradients)
 
     def set(self) -> None:
-        """Set this worker's rows to a larger number, and see it; another worker's rows never fall."""
+        """Set this worker's rows to a larger number and check it; other workers' rows never decrease."""
         segment = self.ledger.layout["owned"]
         mine = np.arange(2 * self.rank, 2 * self.rank + 2)
         if self.random.random() < 0.5 and not self.schedule.alone:
@@ -231,7 +231,7 @@ class Worker:
         self.last_set += 1
         keys, out = segment.keys(mine), np.empty((2, 1), np.float32)
         if self.random.random() < 0.5:
-            self.server.push(keys, np.ones((2, 1), np.float32))  # which the set overwrites
+            self.server.push(keys, np.ones((2, 1), np.float32))  # to be overwritten by the set
         self.server.set(keys, np.full((2, 1), self.last_set, np.float32))
         self.server.pull(keys, out)
         assert (out == self.last_set).all(), f"worker {self.rank} set {self.last_set} and sees {out.ravel().tolist()}"
@@ -250,7 +250,7 @@ class Worker:
             assert (self.ledger.begun[:, keys] >= out.T).all()
 
     def after_quiesce(self, phase: int) -> None:
-        """All pushes are seen by everybody, all copies are equal to the bit, and the owned rows are a partition."""
+        """Check that all pushes are visible, all copies are equal to the bit, and the owned rows are a partition."""
         if self.rank == 0:
             self.invariants.check_copies()
         keys = np.arange(self.schedule.num_rows)

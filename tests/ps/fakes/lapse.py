@@ -1,6 +1,7 @@
-"""A stand-in for the package lapse that starts and ends like it and keeps no rows. FAKE_LAPSE says what goes wrong.
+"""A stand-in for the package lapse that starts and ends like it but stores no rows.
 
-For tests of how a job starts and ends: its folder is put on the path of the processes that are to find it.
+``FAKE_LAPSE`` names the fault to simulate. It serves tests of how a job starts and ends, which put its folder on the
+path of their processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if FAULT == "of another torch":
 
 
 def scheduler(num_keys: int, num_threads: int) -> None:
-    """Until as many nodes as there are have said that they end."""
+    """Run until every node has said that it ends."""
     if FAULT == "no scheduler":
         os._exit(3)
     ended = 0
@@ -60,7 +61,7 @@ if FAULT != "another package":
 
 
 def say(word: bytes) -> None:
-    """To the scheduler."""
+    """Send ``words`` to the scheduler."""
     with socket.create_connection(_address(), 10) as connection:
         connection.sendall(word)
 
