@@ -73,7 +73,7 @@ class Laws:
         assert len({pool[0].tobytes() for pool in draws}) > 10
 
     def who_draws_alike(self) -> None:
-        """Either all ranks, or those of each node, or none draw the same rows, depending on ``sharing`` and the scheme."""
+        """All ranks, those of each node, or none draw the same rows, depending on ``sharing`` and the scheme."""
         for sharing in SHARING:
             for scheme in SCHEMES:
                 server = self._open(scheme, False, "static" if scheme == "local" else "adaptive", sharing)

@@ -178,7 +178,7 @@ def test_a_pool_serves_shuffled_and_then_is_replaced() -> None:
 
 
 def test_schemes_but_the_pool_draw_alike() -> None:
-    """Schemes differ in when rows are drawn and moved, not in which: a run that changes its scheme keeps its samples."""
+    """Schemes differ in when rows are drawn and moved, not in which: a run may change its scheme midway."""
     naive, preloc, local = (sampler(scheme).draw(4, 20) for scheme in ("naive", "preloc", "local"))
     np.testing.assert_array_equal(naive, preloc)
     np.testing.assert_array_equal(naive, local)

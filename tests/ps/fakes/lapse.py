@@ -61,7 +61,7 @@ if FAULT != "another package":
 
 
 def say(word: bytes) -> None:
-    """Send ``words`` to the scheduler."""
+    """Send ``word`` to the scheduler."""
     with socket.create_connection(_address(), 10) as connection:
         connection.sendall(word)
 
