@@ -24,7 +24,7 @@ class Progress:
 
     Attributes:
         numbers: (NUM_FIELDS,) int64, indexed by ``PID`` (the process), ``DONE`` (pieces of work done), ``WAITING``
-            (whether it waits for other ranks) and ``BEAT`` (signs of life of the watchdog's thread).
+            (whether it waits for other ranks) and ``BEAT`` (heartbeats of the watchdog's thread).
         phase: (1,) ``PHASE_TYPE``, the current phase in words.
     """
 
@@ -40,14 +40,14 @@ class Progress:
     def enter(self, phase: str) -> None:
         """Report that ``phase`` (ASCII) begins."""
         self.phase[0] = phase
-        self.made()
+        self.work_done()
 
-    def made(self) -> None:
+    def work_done(self) -> None:
         """Report that a piece of work is done; for the main thread."""
         self.numbers[DONE] += 1
         self.numbers[WAITING] = 0
 
-    def made_aside(self) -> None:
+    def work_done_in_thread(self) -> None:
         """Report that a thread other than the main one has done a piece of work."""
         self.numbers[DONE] += 1
 
@@ -55,8 +55,8 @@ class Progress:
         """Yield ``items``; each is reported as a piece of work when the next one is requested."""
         for item in items:
             yield item
-            self.made()
+            self.work_done()
 
-    def waits(self) -> None:
-        """Report that this rank waits for others until its next call of :meth:`made`."""
+    def waiting(self) -> None:
+        """Report that this rank waits for others until its next call of :meth:`work_done`."""
         self.numbers[WAITING] = 1

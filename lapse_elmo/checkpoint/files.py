@@ -1,4 +1,4 @@
-"""Copy a rank's share of the state, write it to a checkpoint in the background of training, and restore it."""
+"""Copy a rank's share of the state, write it to a checkpoint while training continues, and restore it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Snapshot:
             for start in range(0, rows.size, _CHUNK_ROWS):
                 end = start + _CHUNK_ROWS
                 table.server.pull_rows(segment.keys(rows[start:end]), values[start:end])
-                world.progress.made()
+                world.progress.work_done()
             self.tables[segment.name] = rows, values
         self.dense = _copy_dense(parameters) if world.rank == 0 else {}
         self.sentences = sentences
@@ -146,7 +146,7 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
             if number % world.size == world.rank:
                 rows, values = (group[name][first : first + _CHUNK_ROWS] for name in ("rows", "values"))
                 parameters.server.set(table.segment.keys(rows), table.restored(values))
-                world.progress.made()
+                world.progress.work_done()
 
     def guarded(read: Callable[[], None]) -> None:
         try:

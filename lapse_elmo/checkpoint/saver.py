@@ -158,6 +158,7 @@ class Saver:
             self._run(final, lambda: self._publish(final, {**self._manifest, "files": files}))
 
     def _publish(self, final: Path, manifest: Manifest) -> None:
+        # Old checkpoints are removed last, so that a crash on the way leaves the previous ones.
         partial = partial_of(final)
         try:
             with open(partial / MANIFEST, "wb") as file:
@@ -186,7 +187,7 @@ class Saver:
         self._written = True
 
     def _is_cancelled(self) -> bool:
-        self._world.progress.made_aside()  # this is called before each block
+        self._world.progress.work_done_in_thread()  # this is called before each block
         return self._cancelled
 
     def _run(self, final: Path, work: Callable[[], None]) -> None:

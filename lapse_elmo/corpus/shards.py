@@ -163,7 +163,7 @@ class ShardSet:
                 if number % world.size == world.rank:
                     tokens = file.tokens(start, min(start + _COUNT_TOKENS, file.header.num_tokens))
                     counts += np.bincount(tokens, minlength=len(counts))
-                    world.progress.made()
+                    world.progress.work_done()
                 number += 1
         world.sum_(counts)
         return counts

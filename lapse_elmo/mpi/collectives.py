@@ -49,15 +49,16 @@ class Collectives:
 
     def wait(self, request: MPI.Request) -> None:
         """Complete a nonblocking operation without keeping a core busy."""
+        # Test also drives MPI's progress, so messages of other operations move on while this rank polls.
         if not request.Test():
-            self.progress.waits()
+            self.progress.waiting()
             start = time.perf_counter()
             sleep_s = 1e-5
             while not request.Test():
                 if self.oversubscribed or time.perf_counter() - start > _SPIN_S:
                     time.sleep(sleep_s)
                     sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
-        self.progress.made()
+        self.progress.work_done()
 
     def barrier(self) -> None:
         """Return once every rank has called this."""

@@ -237,7 +237,7 @@ class EmbeddedServer(ParameterServer):
             while clock - self._synced[self._world.local_rank] > self._slack:
                 self._requests.receive()  # drives MPI's progress, on which other ranks may depend
             self._fence()  # read replicas only after the clocks of the round that refreshed them
-            self._world.progress.made()
+            self._world.progress.work_done()
             self.stats.clock_wait_s += time.perf_counter() - start
         return clock
 
@@ -329,7 +329,7 @@ class EmbeddedServer(ParameterServer):
     ) -> tuple[int, int]:
         """Pull into or push from ``values`` (n, width): access local rows, send requests for others.
 
-        It goes by chunks, so that owners work on one while the next is looked up.
+        Works in chunks, so that owners serve one while the next is looked up.
 
         Returns:
             The ticket, ``DONE`` if all rows are local, and the number of rows that are not.
@@ -372,8 +372,9 @@ class EmbeddedServer(ParameterServer):
     def _drain(self) -> None:
         """Block until no message is in transit or being handled; for frozen managers (collective).
 
-        Sums the numbers of messages sent and handled over all ranks. Nothing is in transit if as many had been handled
-        by one count as have been sent by the next, and no answer is pending.
+        Sums the numbers of messages sent and handled over all ranks. Nothing is in transit if no answer is pending and
+        the number sent equals the number that had been handled at the previous count: within a single count, a rank may
+        report its numbers before, another after the same message.
         """
         handled_before = -1
         backoff = Backoff(self._requests.mailbox.transport, spin=False)

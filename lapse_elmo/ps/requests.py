@@ -129,7 +129,7 @@ class Requests:
         """Handle one answer if any has arrived, else wait by the backoff."""
         message = self.mailbox.receive()
         if message is None:
-            self.world.progress.waits()
+            self.world.progress.waiting()
             self.backoff.wait()
             return
         assert isinstance(message, (Rows, Done))
@@ -141,7 +141,7 @@ class Requests:
         else:
             call.remaining -= message.count
         assert call.remaining >= 0, "a call was answered twice"
-        self.world.progress.made()
+        self.world.progress.work_done()
         self.backoff.reset()
         self.handled += 1
 
