@@ -36,5 +36,6 @@ class BatchGrowth:
         """Return the sentences per step and worker, after ``trained`` sentences of all workers."""
         if not self.first:
             return self.limit
+        # Nothing else may enter: every rank must compute the same size, also after a resume.
         grown = trained * self.tokens_per_sentence / self.per_tokens if self.per_tokens else 0.0
         return min(max(round(self.first * (1.0 + grown) / self.num_workers), 1), self.limit)

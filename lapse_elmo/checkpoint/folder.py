@@ -49,11 +49,11 @@ def find(path: Path) -> Path:
 
 def publish(partial: Path, final: Path) -> None:
     """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
-    sync_directory(partial)
+    sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
     if final.exists():
-        remove(final)
+        remove(final)  # rename() does not replace a directory that has files
     partial.rename(final)
-    sync_directory(final.parent)
+    sync_directory(final.parent)  # so that the rename itself survives a crash
 
 
 def mark_best(run_dir: Path, best: Path) -> None:
@@ -61,7 +61,7 @@ def mark_best(run_dir: Path, best: Path) -> None:
     temporary = run_dir / f".{BEST}.tmp"
     with contextlib.suppress(OSError):  # some file systems have no links; the manifests name the best one too
         temporary.unlink(missing_ok=True)
-        os.symlink(os.path.join(FOLDER, best.name), temporary)
+        os.symlink(os.path.join(FOLDER, best.name), temporary)  # relative, so that the run may be moved
         os.replace(temporary, run_dir / BEST)
 
 

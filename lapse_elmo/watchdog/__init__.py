@@ -90,6 +90,7 @@ class Watchdog:
         last = time.monotonic()
         while not self._ended.wait(self._tick_s):
             now = time.monotonic()
+            # A longer interval means that this process was suspended; it must not count as time of a hang.
             seconds, last = min(now - last, 2 * self._tick_s), now
             if self._group is not None:
                 self._group.check(seconds)
@@ -180,12 +181,13 @@ class _Group:
         if self._channel is not None and first:
             self._channel.send(self._ranks, view)
         idle_s = view.idle_s[self._ranks].min()
+        # Each rank stores its own stacks well before the limit, for the rank of the node that will report them.
         if idle_s > self._limit_s / 2:
             self._arrays["stacks"][self._world.local_rank] = own_stacks()[:_STACK_BYTES]
         if self._arrays["ending"][0]:
             self._ending_s += seconds
         if idle_s < self._limit_s or 0 < self._ending_s < _ABORT_TIMEOUT_S:
-            return
+            return  # in the second case another rank of the node is ending the job; take over if it does not succeed
         if self._channel is None:
             is_collector = first
         else:
@@ -197,7 +199,10 @@ class _Group:
             self._end_job(silent, np.isin(np.arange(self._world.size), self._ranks))
 
     def _beat(self) -> None:
-        """Count a heartbeat of this rank, and read the progress of the node's ranks."""
+        """Count a heartbeat of this rank, and read the progress of the node's ranks.
+
+        Heartbeats come from the watchdog's thread. They tell a rank that waits or computes from one that is stopped.
+        """
         self._arrays["progress"][self._world.local_rank, BEAT] += 1
         self._view.take(self._ranks, self._arrays["progress"].copy(), self._arrays["phases"].copy())
 
