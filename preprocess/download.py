@@ -146,7 +146,7 @@ def _fetch(url: str, part: Path) -> None:
             return
         if answer.status_code == 416:
             part.unlink()
-            raise _ConnectionLost("the server has another file than the one begun")
+            raise _ConnectionLost("the file on the server has changed since the download began")
         if answer.status_code in (408, 425, 429, 500, 502, 503, 504):
             raise _ConnectionLost(f"the server answers {answer.status_code} {answer.reason}")
         if not answer.ok:
@@ -157,7 +157,7 @@ def _fetch(url: str, part: Path) -> None:
         resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
         if answer.status_code == 206 and not resumed:
             part.unlink()
-            raise _ConnectionLost("the server sent another range than the one asked for")
+            raise _ConnectionLost("the server sent a different range from the one requested")
         if not resumed:
             offset = 0
             tag = answer.headers.get("ETag", "")  # a weak ETag must not be used with If-Range

@@ -1,6 +1,6 @@
 """Extract tokenised English sentences from documentation in reStructuredText, Markdown and similar mark-up.
 
-Whatever does not read as English is left out instead of repaired: code, tables, parameter lists, and any sentence with
+Text that does not read as English is left out instead of repaired: code, tables, parameter lists, and any sentence with
 symbols, paths or identifiers. This loses much text, but what remains is prose.
 """
 

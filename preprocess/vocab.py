@@ -91,7 +91,7 @@ def _save(counter: WordCounter, options: VocabOptions, path: Path) -> str:
             default=0,
         )
         raise CorpusError(
-            f"no word occurs {options.threshold} times, the most frequent one {most} times; lower --threshold"
+            f"no word occurs {options.threshold} times; the most frequent one occurs {most} times: lower --threshold"
         )
     vocabulary = Vocabulary(b"\n".join([*special, *words, b""]))
     vocabulary.save(path)

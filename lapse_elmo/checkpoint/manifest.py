@@ -56,7 +56,7 @@ def read_manifest(path: Path) -> Manifest:
     if wrong:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {wrong}; use another checkpoint")
     if own != _own_sha256(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is damaged (wrong checksum of itself); use another checkpoint")
+        raise CheckpointError(f"{path / MANIFEST} is damaged (its own checksum is wrong); use another checkpoint")
     for name, entry in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:

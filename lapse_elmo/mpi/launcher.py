@@ -1,4 +1,4 @@
-"""What the MPI launcher (mpirun or srun) puts into a process's environment, readable before MPI is initialised."""
+"""The environment variables that MPI launchers (mpirun, srun) set, readable before MPI is initialised."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import re
 from lapse_elmo.errors import LaunchError
 from lapse_elmo.mpi.host import usable_cores
 
-# How many ranks of the job a launcher started on this machine.
+# Variables with the number of ranks that the launcher started on this machine.
 LOCAL_SIZE_VARIABLES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
-# (rank, size) by launcher.
+# Variables with the rank and the number of ranks, one pair per launcher.
 _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),
     ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -40,8 +40,8 @@ def check_launcher() -> None:
         value = os.environ.get(name, "0")
         if not _is_number(value):
             raise LaunchError(
-                f"the environment variable {name} is {value[:40]!r}, where a launcher puts a number: unset it, or "
-                "start the program with mpirun or srun"
+                f"the environment variable {name} is {value[:40]!r}, expected a number, which launchers set: unset it, "
+                "or start the program with mpirun or srun"
             )
 
 

@@ -73,14 +73,14 @@ class AdapmServer(PackageServer):
     replicated rows, or from a concurrent ``set``, are added to the new value.
 
     AdaPM starts its threads before the data that they use is initialised. With several nodes, some versions crash at
-    the start or do not come up in time; the job then ends, and will often start when it is tried again.
+    the start or do not come up in time. The job then ends; a second attempt often succeeds.
     """
 
     node_type = AdapmNode
     _node: AdapmNode
     reads_buffers_later = False
     emulated = (
-        "localize is an intent for the present clock", "samples are drawn by us; the scheme local as naive",
+        "localize is an intent for the current clock", "lapse-elmo draws the samples, with the scheme local as naive",
         "update rules are computed by the workers, which pull and push whole rows",
     )
 

@@ -112,7 +112,7 @@ class Call:
 class ParameterServer(ABC):
     """Rows shared by all workers, through one object per worker; construction and ``close`` are collective.
 
-    ``emulated`` lists what the engine lacks and does in another way, for the run log.
+    ``emulated`` lists features that the engine lacks and replaces, for the run log.
     """
 
     emulated: ClassVar[tuple[str, ...]] = ()
@@ -253,7 +253,7 @@ class ParameterServer(ABC):
         """
         self.require_open()
         if handle not in self._samples:
-            raise ServerError(f"handle: sample {handle} was never prepared or is already pulled")
+            raise ServerError(f"handle: sample {handle} was never prepared or has already been pulled")
         count, rows = self._samples[handle]
         if keys_out.dtype != np.int64 or keys_out.shape != (count,):
             raise ServerError(f"keys_out should be int64 of shape ({count},), not {keys_out.dtype} {keys_out.shape}")

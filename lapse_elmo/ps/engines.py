@@ -20,8 +20,8 @@ def server_fallbacks(name: str) -> list[str]:
     if native.load(SOURCE) is not None:
         return []
     return [
-        "the server's rows are pulled and pushed in torch under locks of the kernel, on all ranks, which is slower "
-        f"than C: {native.problem(SOURCE)}"
+        "the server's rows are pulled and pushed in torch under kernel locks, on all ranks, which is slower than C: "
+        f"{native.problem(SOURCE)}"
     ]
 
 

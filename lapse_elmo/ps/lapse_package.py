@@ -44,14 +44,15 @@ class LapseServer(PackageServer):
     """Rows in Lapse.
 
     A row has one copy, so operations are sequentially consistent per key, and a barrier makes all of them visible.
-    ``intent`` localizes asynchronously at once, whatever its clocks; if several ranks announce a row, the last one gets
-    it.
+    ``intent`` localizes asynchronously at once, regardless of its clocks; if several ranks announce a row, the last one
+    gets it.
     """
 
     node_type = LapseNode
     reads_buffers_later = True
     emulated = (
-        "intent is an asynchronous localize", "clocks are ours", "samples are drawn by us; the scheme local as naive",
+        "intent is an asynchronous localize", "lapse-elmo counts the clocks",
+        "lapse-elmo draws the samples, with the scheme local as naive",
         "update rules are computed by the workers, which pull and push whole rows",
     )
 

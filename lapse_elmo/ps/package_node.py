@@ -90,7 +90,7 @@ class PackageNode(ABC):
         self.technique = technique
         self.module = world.together(self._load)
         if hasattr(self.module, _MARK):
-            raise ServerError(f"{self.package} was started in this process before, which it does only once")
+            raise ServerError(f"{self.package} was started in this process before; it can start only once")
         setattr(self.module, _MARK, True)
         self._hosts = world.allgather(world.host)
         self._scheduler: subprocess.Popen | None = None
@@ -197,15 +197,15 @@ class PackageNode(ABC):
                     raise LaunchError(f"the scheduler of {self.package} was not up after {start_s:.0f} s")
                 time.sleep(0.05)
         raise LaunchError(
-            f"the scheduler of {self.package} cannot start at {address}: name an address of this host by "
-            "DMLC_PS_ROOT_URI, if that is none; else see its error above"
+            f"the scheduler of {self.package} cannot start at {address}: if that is not an address of this host, set "
+            "DMLC_PS_ROOT_URI to one; otherwise see the scheduler's error above"
         )
 
     def _address(self) -> str:
         """Return an address of this host by which the other ranks can reach it."""
         address = own_address(self._hosts)
         if address is None:
-            raise LaunchError("this host has no address to reach its scheduler by: name one by DMLC_PS_ROOT_URI")
+            raise LaunchError("no address of this host is known for the scheduler: set DMLC_PS_ROOT_URI to one")
         return address
 
     def _notify_watch(self, letter: bytes) -> None:
@@ -279,7 +279,8 @@ def _free_port(address: str) -> int:
             return int(server.getsockname()[1])
     except OSError as error:
         raise LaunchError(
-            f"{address} is no address of this host for the scheduler ({error.strerror}): give one by DMLC_PS_ROOT_URI"
+            f"the scheduler cannot listen at {address} ({error.strerror}): set DMLC_PS_ROOT_URI to an address of this "
+            "host"
         ) from None
 
 
@@ -299,5 +300,5 @@ def _own_address(address: str, port: int) -> str:
     except OSError as error:
         raise LaunchError(
             f"the scheduler at {address}:{port} cannot be reached from {socket.gethostname()} "
-            f"({error.strerror or error}): name an address of rank 0's host by DMLC_PS_ROOT_URI"
+            f"({error.strerror or error}): set DMLC_PS_ROOT_URI to an address of rank 0's host"
         ) from None

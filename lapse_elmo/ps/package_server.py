@@ -72,7 +72,7 @@ class PackageServer(ParameterServer):
         super().__init__(layout, sampled, first_sample)
         if technique not in self.node_type.techniques:
             known = ", ".join(self.node_type.techniques)
-            raise ConfigError(f"--ps {self.node_type.package} knows no technique {technique}, only {known}")
+            raise ConfigError(f"--ps {self.node_type.package} has no technique {technique}, only {known}")
         self._world = world
         self._own_node = node is None
         self._node = node or self.node_type(world, layout, technique)
@@ -148,7 +148,7 @@ class PackageServer(ParameterServer):
         """Compute the steps of ``rule`` with ``gradients`` (n, width) here.
 
         Returns:
-            The distinct ones of ``keys`` (n,), and what to add to their rows (m, row_width).
+            The distinct keys (m,), and what to add to their rows (m, row_width).
         """
         rate = self.rate_of(segment)
         asked, inverse = distinct_with_inverse(keys)

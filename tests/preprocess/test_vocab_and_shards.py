@@ -46,7 +46,7 @@ def test_vocabulary_order_threshold_and_size(tmp_path: Path) -> None:
     train = write(tmp_path / "t", ["b b b a a a", "é é z z <UNK> <S> <S> <S>", "once"])
     assert list(Vocabulary.load(vocab([train], tmp_path / "v1", 2)).words) == ["a", "b", "z", "é"]
     assert list(Vocabulary.load(vocab([train], tmp_path / "v2", 1, max_size=3)).words) == ["a", "b", "z"]
-    with pytest.raises(CorpusError, match=r"no word occurs 9 times, the most frequent one 3 times"):
+    with pytest.raises(CorpusError, match=r"no word occurs 9 times; the most frequent one occurs 3 times"):
         vocab([train], tmp_path / "v3", 9)
     assert not (tmp_path / "v3").exists()
 

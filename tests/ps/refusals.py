@@ -126,7 +126,7 @@ REFUSALS: dict[str, Refusal] = {
     "no samples": (lambda server: server.prepare_sample(0, 0, 1), "^count: cannot sample 0"),
     "samples that end early": (lambda server: server.prepare_sample(3, 2, 2), r"^start, end: \[2, 2\)"),
     "unknown handle": (lambda server: server.pull_sample(999, np.empty(3, np.int64), None), "^handle: sample 999 "),
-    "used handle": (_pull_twice, "^handle: sample .* already pulled"),
+    "used handle": (_pull_twice, "^handle: sample .* already been pulled"),
     "sample into too few keys": (_pull_into(np.empty(2, np.int64), None), r"^keys_out should be int64 of shape \(3,\)"),
     "sample into int32 keys": (_pull_into(np.empty(3, np.int32), None), r"^keys_out should be int64"),
     "sample into rows of another width": (
