@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`. No root, no compiler.
 #
 #   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy and shellcheck
-#   make train   a first model on English that is on the machine  make bench   the benchmarks of benchmarks/
-#   make test    all tests                                        make soak    kill a run 20 times, compare the bits
+#   make train   a first model, on English found on this machine  make bench   the benchmarks of benchmarks/
+#   make test    all tests                                        make soak    kill a run 20 times, compare to the bit
 #   make quick   the tests without MPI jobs, about a minute: run them after each change
-#   make simulate MINUTES=10   the server under schedules drawn by seeds, and without each of its guards (make mutants)
+#   make simulate MINUTES=10   the server under random schedules
+#   make mutants   the same with each guard of the protocol removed in turn, which the simulator must notice
 #   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
 #   make native  compile the C code ahead, for compute nodes without a compiler that share the cache folder
 #   make clean   remove .venv (data/ and runs/ stay)
@@ -26,11 +27,11 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-w
 
 setup: .venv/.installed
 
-# The stamp is written last: a set-up that was interrupted is done again.
+# The stamp is written last, so that an interrupted set-up is repeated.
 .venv/.installed: requirements.txt requirements-nodeps.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"lapse-elmo needs Python 3.10 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: give another one by PYTHON=")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"lapse-elmo needs Python 3.10 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: name another one with PYTHON=")'
 	@echo "Installing into .venv: one to three minutes, 1.2 GB without CUDA"
-	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made: install your system's python3-venv, or give another Python by PYTHON="; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "no virtual environment could be made: install your system's python3-venv, or name another Python with PYTHON="; exit 1; }
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps -r requirements-nodeps.txt
 	@touch $@

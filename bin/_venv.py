@@ -1,13 +1,13 @@
-"""Imported first by every program here: find the repository, and the virtual environment that ``make setup`` made.
+"""Find the repository and the virtual environment of ``make setup``; every program in ``bin/`` imports this first.
 
-So that ``bin/train`` works without activating anything, also below ``mpirun``: where the running Python lacks torch and
-is not that of ``.venv``, the program is started again with the one that has it. A Python that is too old for lapse_elmo
-gets that far, too, so nothing of lapse_elmo is imported here.
+It lets ``bin/train`` work without activating the environment, under ``mpirun`` too: if the running Python lacks torch
+or mpi4py and is not that of ``.venv``, the program is restarted with that one. A Python that is too old for lapse_elmo
+also runs this file, so it imports nothing of lapse_elmo.
 """
 
 import signal
 
-# As lapse_elmo.program.prepare_process, which also runs in an installed lapse-elmo, but without waiting for imports.
+# The same as in lapse_elmo.program.prepare_process, which an installed lapse-elmo calls, but before the slow imports.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})

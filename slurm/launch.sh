@@ -13,7 +13,7 @@ if [[ -z ${launcher+set} ]]; then
   if [[ ${MPI4PY_MPIABI:-} == openmpi* ]]; then
     launcher=(mpirun --bind-to none)
   elif srun --mpi=list 2>&1 | grep --quiet --word-regexp pmi2; then
-    # kill-on-bad-exit: a killed rank must end the job; else the other ranks would wait for it for ever.
+    # kill-on-bad-exit: a killed rank must end the job; otherwise the other ranks would wait for it forever.
     # cpus-per-task: since Slurm 22.05, srun does not inherit it from the job.
     launcher=(srun --mpi=pmi2 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
   else
