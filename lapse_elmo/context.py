@@ -1,4 +1,4 @@
-"""Context vectors of a batch: what the biLM computes at the positions that predict a target."""
+"""Context vectors of a batch: the biLM's outputs at the positions that predict a target."""
 
 from __future__ import annotations
 

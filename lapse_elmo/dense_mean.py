@@ -62,7 +62,7 @@ def _gpu(device: torch.device) -> str | None:
 
 
 class MpiMean:
-    """By the host, which MPI sums over."""
+    """Averages on the host, over MPI."""
 
     def __init__(self, world: World, device: torch.device, numbers: int) -> None:
         self._world, self._device = world, device
@@ -106,7 +106,7 @@ def open_torch_mean(
     """
     mean = TorchMean(world, device, numbers)
     address, port = own_address(world.allgather(world.host)) or world.host, 0
-    # One step after another, each only once all ranks have done the one before: backends wait forever for a rank.
+    # Each step only starts once all ranks have done the one before: a backend waits forever for a missing rank.
     why = _attempt(world, lambda: mean.find(address, port, start_s) if world.rank == 0 else None)
     if not why:
         address, port = world.bcast((address, mean.port))

@@ -1,7 +1,7 @@
 """The softmax over all words on several nodes, for evaluation: vectors are sent to the rows, not rows to the vectors.
 
 Each rank sends its context vectors to one rank of every node. That rank computes the part of the softmax over the rows
-that its node owns, which are in its memory, and sends the result back. So each vector enters a node once, whatever the
+that its node owns, which are in its memory, and sends the result back. So each vector enters a node once, for any
 size of the vocabulary, and no rank reads rows of another node.
 """
 

@@ -1,4 +1,4 @@
-"""What a run is about to do, for the user to read before it starts: ranks, corpus, steps, warnings."""
+"""The plan of a run, printed before it starts: ranks, corpus, steps, warnings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan_lines(
     )
     lines += start.notes
     if start.path is not None:
-        how = "with the same batches" if cursor.exact else "what is left of the epoch is shared out anew"
+        how = "with the same batches" if cursor.exact else "the rest of the epoch is divided among the ranks anew"
         lines.append(f"resumes from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
     own = [*model_fallbacks(config.model, device.device), *server_fallbacks(config.server.ps)]
     lines += lines_of_all(world, [*own, *product_lines(config.model, device.device)])

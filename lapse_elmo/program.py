@@ -1,4 +1,4 @@
-"""What every program does first, and the name by which its user called it.
+"""Set-up shared by all programs, and the name by which the user started this one.
 
 The programs are scripts of the repository (``bin/train``) and, once the package is installed, commands of
 ``lapse-elmo`` (``lapse-elmo train``). Sources and messages use the names in ``bin/``; :func:`as_called` turns them into
@@ -18,16 +18,16 @@ _PROGRAM = re.compile(r"(?<![\w./-])bin/([a-z]+)\b")
 
 
 def prepare_process() -> None:
-    """Set what torch and MPI read when they are loaded, and let no signal end the process in an odd way until then.
+    """Set what torch and MPI read when they are loaded, and handle signals that arrive before that.
 
-    bin/_venv.py does the same with the signals, even earlier.
+    bin/_venv.py handles the signals in the same way, even earlier.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C ends the program without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Slurm's warning would end a rank that still imports torch. It stays pending until MPI has been started.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    # OpenMP's threads spin while they wait by default. On cores shared with other ranks or programs that made a step up
-    # to ten times slower (benchmarks/README.md).
+    # OpenMP's threads spin while they wait by default. On cores shared with other ranks or programs, this made a step
+    # up to ten times slower (benchmarks/README.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

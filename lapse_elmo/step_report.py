@@ -1,4 +1,4 @@
-"""What the ranks report to each other at every step: numbers to add up, and votes on what happens next.
+"""The reports that ranks exchange at every step: numbers to add up, and votes on what happens next.
 
 Each rank packs its :class:`RankReport` into one float64 vector; one all-gather per step makes it known to all ranks.
 """

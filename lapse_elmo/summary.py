@@ -1,4 +1,4 @@
-"""The last words of a run: a table of its evaluations and what to do with the model, or how to resume it."""
+"""The closing output of a run: a table of its evaluations and next commands, or how to resume it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
 
 
 def stop_message(signal: str, step: int, run_dir: Path) -> str:
-    """Return the line that a run prints which a signal has stopped; ``signal`` is "" if another rank got it."""
+    """Return the line to print when a signal has stopped the run; ``signal`` is "" if another rank got it."""
     return (
         f"{signal or 'a signal to another rank'} ended the run: a checkpoint of step {step:,} is saved; the same "
         f"command with --run-dir {run_dir} resumes from it"

@@ -1,4 +1,4 @@
-"""``bin/train``: the training loop, in the order of what happens."""
+"""``bin/train``: the training loop, in the order of execution."""
 
 from __future__ import annotations
 

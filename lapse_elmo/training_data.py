@@ -1,4 +1,4 @@
-"""What a run reads: the vocabulary, and the training and held-out shards."""
+"""The input of a run: the vocabulary, and the training and held-out shards."""
 
 from __future__ import annotations
 

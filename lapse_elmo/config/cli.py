@@ -43,7 +43,7 @@ def option(
 
     Args:
         default: The default value; without one the option is required.
-        help: What ``--help`` says about it. The default is appended.
+        help: Its text in ``--help``. The default is appended.
         choices: The values allowed; ``""`` among them stands for an option that is not given.
         metavar: The name of the value in ``--help``.
         positional: Whether it is a positional argument instead of ``--name``.
@@ -87,7 +87,7 @@ def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str) 
         schema: The dataclass of options.
         argv: The arguments, without the program's name.
         prog: The program's name in messages.
-        description: What ``--help`` says about the program.
+        description: The program's text in ``--help``.
 
     Raises:
         ConfigError: An option is unknown, a value has the wrong type or form, the config file cannot be read, or a
@@ -106,7 +106,7 @@ def parse_command(
         commands: For each command its dataclass of options and its description.
         argv: The arguments, the first of which is the command.
         prog: The program's name in messages.
-        description: What ``--help`` says about the program.
+        description: The program's text in ``--help``.
 
     Returns:
         The name of the command, and its options.

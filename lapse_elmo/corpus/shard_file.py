@@ -365,7 +365,7 @@ def _header(file: h5py.File, path: str) -> Header:
     for name in (*expected, "sources"):
         if not isinstance(file[name], h5py.Dataset):
             raise ValueError(f"{name} is not a dataset")
-        if file[name].nbytes > file[name].id.get_storage_size():  # what was never written, or compressed to nothing
+        if file[name].nbytes > file[name].id.get_storage_size():  # never written, or compressed to nothing
             raise ValueError(
                 f"{name} should have {file[name].nbytes} bytes, {file[name].id.get_storage_size()} are in the file"
             )

@@ -52,7 +52,7 @@ def _finalise(world: World, status: int) -> None:
     from mpi4py import MPI
 
     assert world.comm is not None
-    # In a thread, because a callback may wait for a thread that waits for a rank that has stopped already.
+    # In a thread, so that the join below can time out: a callback may depend on a rank that has stopped already.
     stopper = threading.Thread(target=lambda: [stop() for stop in reversed(world.exit_callbacks)], daemon=True)
     stopper.start()
     stopper.join(_ARRIVE_S)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Collection
 
 _LOOPBACK = "127.0.0.1"
-_UNROUTED = ("192.0.2.1", 9)  # of RFC 5737's documentation network: any address outside the own networks would do
+_UNROUTED = ("192.0.2.1", 9)  # reserved for documentation by RFC 5737; any address outside the local networks would do
 
 
 def usable_cores(cores: Collection[int] | None = None) -> int:

@@ -69,7 +69,7 @@ def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: l
         log_line(f"{prog}: [{world}] left the job: {why}")
         abort(world, stop.code if isinstance(stop.code, int) and stop.code else FAILED)
     except BrokenPipeError:
-        # The reader of our output is gone (`| head`): end as a program does that SIGPIPE kills.
+        # The reader of our output is gone (`| head`): end like a program that SIGPIPE has killed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         abort(world or solo(), 128 + signal.SIGPIPE)
     except BaseException as error:  # any exception: the other ranks must not wait for this one

@@ -63,8 +63,8 @@ def choose_mpich_network(version: str) -> None:
     """Have an MPICH that was built for both libfabric and UCX use libfabric, unless the user has chosen.
 
     MPICH would take UCX. UCX is not made for threads that wait for messages, as the server's managers do. Also, its
-    ranks publish their addresses in lines of varying length, up to 1,009 bytes as far as seen, while Slurm's pmi2 reads
-    1,024 bytes at a time and takes the rest of a longer line for a new request: probably the reason why ranks sometimes
+    ranks publish their addresses in lines of varying length, up to 1,009 bytes in our tests, while Slurm's pmi2 reads
+    1,024 bytes at a time and takes the rest of a longer line for a new request. That is probably why ranks sometimes
     failed to start. libfabric's lines stay below 300 bytes.
 
     Args:

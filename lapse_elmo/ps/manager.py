@@ -123,7 +123,7 @@ class Manager:
             self.mailbox.transport.finish()
 
     def halt(self) -> None:
-        """Make :meth:`serve` return without sending what is left: after an error nobody may be there to receive it."""
+        """Make :meth:`serve` return without sending what is left: after an error the receivers may be gone."""
         self._halted = self.stopping = True
 
     def step(self) -> bool:
@@ -139,6 +139,7 @@ class Manager:
         for message in self._router.take_queued():
             self._handle(message)
         now = self.mailbox.transport.now()
+        # Not at every step: messages that wait a little are merged into fewer transmissions.
         flush_due = now - self._flushed_s >= min(self._rounds.clock_s * _DELAY_SHARE, _MAX_DELAY_S)
         if not self._frozen:
             if self._intents.clocks_advanced():

@@ -168,7 +168,7 @@ class Moves:
         """Relocate the requested rows to ``node`` or send it replicas; a job of one or two messages per step.
 
         ``may_move`` (n,) is decided when the request arrives, but checked again for each chunk: other jobs or intents
-        may have come between.
+        may have been started meanwhile.
         """
         for chunk in chunks(request.rows.size, state.segment.row_width):
             here = state.rows.owned(request.rows[chunk])

@@ -65,6 +65,7 @@ class MpiTransport:
     def receive(self) -> np.ndarray | None:
         """Return the next complete block, or None; also starts receives and frees completed sends."""
         self._release_sent()
+        # A matched probe: no other thread of this rank can take the message between the probe and the receive.
         while self._incoming_bytes < _MOST_INCOMING_BYTES:
             found = self._comm.Improbe(self._mpi.ANY_SOURCE, self._tag, self._status)
             if found is None:

@@ -39,7 +39,7 @@ class Rounds:
     Args:
         states: The node's bookkeeping, by segment number.
         node: Number of this node.
-        transport: Allocates messages and tells the time.
+        transport: Allocates messages and provides the clock.
         send: Sends a message to the manager of a node.
         start: Starts a job: advances the generator, which sends messages to the node, as far as the node has room.
         clocks: (workers,) int64, the clocks of the node's workers in shared memory; only read here.

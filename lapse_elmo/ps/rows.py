@@ -21,7 +21,7 @@ from lapse_elmo.ps.memory import NodeMemory
 from lapse_elmo.ps.rules import Rule
 
 PRESENT, REPLICA, DIRTY = 2, 4, 8  # flags of a row's entry, as in rows.c
-MAIN, COPY = PRESENT, PRESENT | REPLICA  # what is here of a row: the main copy, or a replica
+MAIN, COPY = PRESENT, PRESENT | REPLICA  # a row's main copy is here, or a replica
 MAIN_ROWS, REPLICA_ROWS = " main", " replica"  # suffixes of array names; their memory is reserved as slots are used
 SOURCE = Path(__file__).parent / "rows.c"
 
@@ -63,7 +63,7 @@ class Rows(ABC):
         return self.flags[rows] & PRESENT != 0
 
     def owned(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Return of which rows the main copy is here, (n,) bool."""
+        """Return which rows have their main copy here, (n,) bool."""
         return self.flags[rows] & (PRESENT | REPLICA) == PRESENT
 
     def all_owned(self, rows: np.ndarray) -> bool:
@@ -102,7 +102,7 @@ class Rows(ABC):
 
     @abstractmethod
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
-        """Add ``deltas`` to the rows that are here, whatever the rule; otherwise as :meth:`push`."""
+        """Add ``deltas`` to the rows that are here, ignoring any rule; otherwise as :meth:`push`."""
 
     @abstractmethod
     def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:

@@ -158,7 +158,7 @@ class Sampler:
         return self.distribution.draw_distinct(rng, count)
 
     def _draw_local(self, rng: np.random.Generator, count: int, is_local: np.ndarray) -> np.ndarray:
-        """Draw from the local rows, as :meth:`_draw` on condition that all are local, as far as there are enough."""
+        """Draw from the local rows, as :meth:`_draw` conditional on all rows being local if there are enough."""
         here, probabilities = np.flatnonzero(is_local), self.distribution.probabilities
         if self.replacement:
             if not here.size:

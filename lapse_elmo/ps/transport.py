@@ -72,7 +72,7 @@ class Backoff:
     """Polling back-off: spin, then sleep for intervals that grow with the time waited.
 
     Args:
-        transport: Tells the time and sleeps.
+        transport: Provides the clock and sleeps.
         spin: Whether this thread has a core to spin on.
         low_latency: Whether to sleep for shorter intervals; only with ``spin``.
     """
