@@ -19,7 +19,7 @@ settings.load_profile("tests")
 
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> Iterator[None]:
-    """Tests run beside others, where OpenMP's waiting threads slow each other down."""
+    """Use one torch thread: tests run in parallel, and OpenMP's waiting threads would slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,5 +28,5 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def mpirun() -> Callable[..., mpi.Job]:
-    """``mpirun(num_ranks, arguments, timeout=60, env=None, cwd=ROOT)``, see :func:`tests.mpi.mpirun`."""
+    """Return ``mpirun(num_ranks, arguments, timeout=60, env=None, cwd=ROOT)``, see :func:`tests.mpi.mpirun`."""
     return mpi.mpirun

@@ -1,6 +1,6 @@
-"""Two hosts on one machine: network namespaces joined by a virtual cable, over which MPI goes by TCP.
+"""Two hosts on one machine: network namespaces joined by a virtual cable, over which MPI uses TCP.
 
-For root, with iproute2. Nothing touches the machine's own network, and nothing is left when the context ends.
+Needs root and iproute2. The machine's own network is not changed, and nothing is left when the context ends.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ENVIRONMENT = {"FI_PROVIDER": "tcp"}
 
 @dataclass(frozen=True)
 class Hosts:
-    """``launcher`` for :func:`tests.mpi.start`."""
+    """Return ``launcher`` for :func:`tests.mpi.start`."""
 
     launcher: list[str]
     namespaces: list[str]
 
     def sent_bytes(self) -> int:
-        """What has gone over the cable, both ways."""
+        """Return the bytes sent over the cable, in both directions."""
         command = ["ip", "netns", "exec", self.namespaces[0], "cat", "/proc/net/dev"]
         (line,) = [line for line in _output(command).splitlines() if _CABLE in line]
         fields = line.partition(":")[2].split()
@@ -43,7 +43,7 @@ class Hosts:
 
 
 def why_not() -> str:
-    """Why this machine cannot have such hosts; empty if it can."""
+    """Return why this machine cannot have such hosts; empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [program for program in ("ip", "unshare", "hostname") if shutil.which(program) is None]
@@ -59,7 +59,7 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def two_hosts(ranks_a_host: int) -> Iterator[Hosts]:
-    """Hosts that can reach each other and nobody else."""
+    """Make two hosts that can reach each other and nobody else."""
     name = f"lapse-{os.getpid()}"
     spaces = [f"{name}-{address}" for address in ADDRESSES]
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:

@@ -23,7 +23,7 @@ _EVERY_S = 0.01
 
 
 def private_bytes() -> int:
-    """What this process has in memory now, without what it shares with others; Linux tells in KiB."""
+    """Return this process's memory without what it shares with others; Linux reports KiB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssFile:")))
 

@@ -58,14 +58,14 @@ class RunningJob:
         self.pid = self._process.pid
 
     def rank_pids(self) -> list[int]:
-        """Processes of the job that run Python: the ranks."""
+        """Return the processes of the job that run Python: the ranks."""
         return [pid for pid in marked_processes(self._mark) if _executable(pid) == os.path.realpath(sys.executable)]
 
     def running(self) -> bool:
         return self._process.poll() is None
 
     def text(self) -> tuple[str, str]:
-        """What was written so far, (stdout, stderr)."""
+        """Return what has been written so far, (stdout, stderr)."""
         texts = []
         for file in (self._stdout, self._stderr):
             size = os.fstat(file.fileno()).st_size
@@ -73,7 +73,7 @@ class RunningJob:
         return texts[0], texts[1]
 
     def kill(self) -> None:
-        """SIGKILL to every process of the job."""
+        """Send SIGKILL to every process of the job."""
         for pid in marked_processes(self._mark):
             _kill(pid)
 
@@ -141,7 +141,7 @@ def _shown(stdout: str, stderr: str) -> str:
 
 
 def marked_processes(mark: str) -> list[int]:
-    """Living processes of the job. Launchers give each rank a session of its own, so the environment has to tell."""
+    """Return the job's living processes, found by their environment: launchers put each rank in its own session."""
     entry = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").iterdir():
@@ -153,7 +153,7 @@ def marked_processes(mark: str) -> list[int]:
 
 
 def end_marked(mark: str) -> tuple[int, ...]:
-    """Give what is left of a job a moment to end, then kill it; what had to be killed."""
+    """Give the remaining processes of a job a moment to end, then kill them; return those that had to be killed."""
     deadline = time.monotonic() + _GRACE_S
     while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.02)

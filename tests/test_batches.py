@@ -30,7 +30,7 @@ class FakeShards:
     def __init__(self, lengths: np.ndarray) -> None:
         self.num_sentences = lengths.size
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
-        # A sentence's tokens tell its number, so that mixed-up sentences are seen.
+        # A sentence's tokens encode its number, so that mixed-up sentences are noticed.
         self.tokens = np.repeat(3 + np.arange(lengths.size), lengths).astype(np.int32)
 
     def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ def growths(draw: st.DrawFn, num_workers: int) -> BatchGrowth:
 def test_epoch_holds_every_sentence_once(
     num_sentences: int, num_workers: int, epoch: int, data: st.DataObject
 ) -> None:
-    """Whatever the batches' growth; all workers take the same number of steps."""
+    """For any growth of the batches, all workers take the same number of steps and use each sentence once."""
     assume(num_workers <= num_sentences)
     growth = data.draw(growths(num_workers))
     lengths = np.random.default_rng(num_sentences).integers(1, 12, num_sentences)

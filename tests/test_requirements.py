@@ -1,4 +1,4 @@
-"""The lists of required packages say the same, and name whatever is imported."""
+"""The lists of required packages agree with each other, and name every imported package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables: what a push does to the rows is what torch.optim does to a parameter."""
+"""Tables: a push changes rows as torch.optim changes a parameter."""
 
 from __future__ import annotations
 

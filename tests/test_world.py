@@ -1,4 +1,4 @@
-"""The MPI world: collective calls in worlds of 1 to 4, and an end for every job, whatever happens on whichever rank."""
+"""The MPI world: collective calls in worlds of 1 to 4, and an end for every job, after any failure of any rank."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_failure_of_one_rank_ends_the_job(kind: str, size: int, rank: int) -> No
 
 @pytest.mark.parametrize("rank", range(2))
 def test_killed_rank_ends_the_job(rank: int) -> None:
-    """Nobody is left to name it: the launcher tells of the signal."""
+    """Nobody is left to name the rank: the launcher reports the signal."""
     job = mpirun(2, [PROGRAM, "fail", "kill", str(rank)], timeout=END_S)
     assert job.returncode not in (0, 2), job.output
     assert job.survivors == ()

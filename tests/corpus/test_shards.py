@@ -1,4 +1,4 @@
-"""Shards: what was written is read back, and damaged files are reported by name."""
+"""Shards are read back as they were written, and damaged files are reported by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One torch thread a process: tests run beside others, where OpenMP's waiting threads slow each other down."""
+"""Use one torch thread per process: tests run in parallel, and OpenMP's waiting threads would slow each other down."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ NODES = ("n1", "n2")
 _CPUS = 16  # a node claims to have: as many tasks fit
 _KILL_WAIT_S = 10  # between a job's SIGTERM and its SIGKILL
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-# Waits until these tests have ended, in whatever way, and then ends what they left.
+# Waits until these tests have ended in any way, and then ends the processes that they left.
 _WATCHDOG = "import sys; sys.stdin.read()\nfrom tests.mpi import end_marked\nwhile end_marked(sys.argv[1]): pass"
 
 # MPICH names its shared memory by the job's number, and what a killed job left may still be there: each Slurm counts
@@ -77,7 +77,7 @@ Name=gpu File=/dev/zero Flags=nvidia_gpu_env
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What Slurm says of a job: ``status`` is the batch script's exit status, ``restarts`` counts its requeues."""
+    """Slurm's record of a job: ``status`` is the batch script's exit status, ``restarts`` counts its requeues."""
 
     number: int
     state: str
@@ -97,7 +97,7 @@ class SlurmJob:
 
 
 def missing() -> str:
-    """Why there can be no Slurm here, or nothing."""
+    """Return why Slurm cannot run here; empty if it can."""
     absent = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
     return f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm)" if absent else ""
 
@@ -161,18 +161,18 @@ class Cluster:
             time.sleep(0.1)
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Run one of Slurm's commands; what it printed."""
+        """Run one of Slurm's commands; return its output."""
         done = subprocess.run(command, env=self._env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
     def submit(self, *command: str) -> int:
-        """``sbatch *command`` from the repository's root, the log in this folder; the job's number."""
+        """Run ``sbatch *command`` from the repository's root, with the log in this folder; return the job's number."""
         output = f"--output={self.folder}/%x-%j.log"
         return int(self.run("sbatch", "--parsable", output, *command).strip())
 
     def job(self, number: int) -> SlurmJob:
-        """The job as it is now."""
+        """Return the current state of the job."""
         text = self.run("scontrol", "show", "job", str(number))
         fields = dict(re.findall(r"^ *(JobState|StdOut)=(\S+)", text, re.MULTILINE))
         restarts, status = re.search(r"Restarts=(\d+)", text), re.search(r"ExitCode=(\d+):", text)
@@ -193,7 +193,7 @@ class Cluster:
         return job
 
     def ranks(self, number: int) -> dict[int, int]:
-        """The job's ranks that run at the moment, with their process ids."""
+        """Return the process ids of the job's running ranks, by rank."""
         found = {}
         for pid in marked_processes(self._mark):
             with contextlib.suppress(OSError):

@@ -52,7 +52,7 @@ def prepare(folder: Path, train_text: Sequence[str], heldout_text: Sequence[str]
 
 
 def random_sentences(seed: int, count: int, num_words: int, lengths: tuple[int, int]) -> list[str]:
-    """Sentences of words drawn by rank frequency; ``lengths`` are the shortest and the longest."""
+    """Return sentences of words drawn by rank frequency; ``lengths`` are the shortest and the longest."""
     rng = np.random.default_rng(seed)
     frequencies = 1 / np.arange(1, num_words + 1)
     frequencies /= frequencies.sum()
@@ -61,30 +61,30 @@ def random_sentences(seed: int, count: int, num_words: int, lengths: tuple[int, 
 
 
 def train_alone(corpus: Prepared, run_dir: Path, *options: str) -> Path:
-    """A run of one rank in this process."""
+    """Run bin/train on one rank in this process."""
     train.main([*corpus.options, *TINY, "--run-dir", str(run_dir), *options], solo)
     return run_dir
 
 
 def evaluate_alone(model: Path, output: Path, *options: str) -> dict[str, Any]:
-    """The result of ``bin/evaluate`` on one rank in this process."""
+    """Return the result of ``bin/evaluate`` on one rank in this process."""
     evaluate.main([str(model), "--output", str(output), "--threads", "1", "--device", "cpu", *options], solo)
     return json.loads(output.read_text())
 
 
 def records(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, or those of one kind."""
+    """Return the records of a run's metrics.jsonl, or those of one kind."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if kind in ("", line["kind"])]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's saved models, oldest first; whatever else lies there counts too."""
+    """Return the run's checkpoints, oldest first, with any other files in their folder."""
     return sorted((run_dir / "checkpoints").iterdir())
 
 
 def saved_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    """All arrays of a saved model by name; the ranks' shares of a table are put together again, each row once."""
+    """Return all arrays of a checkpoint by name; tables are assembled from the ranks' shares, each row once."""
     arrays: dict[str, np.ndarray] = {}
     shares: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     with h5py.File(checkpoint / "dense.h5", "r") as file:
@@ -106,18 +106,18 @@ def train_job(
     num_ranks: int, corpus: Prepared, run_dir: Path, *options: str, program: str | Path = "bin/train",
     env: Mapping[str, str] | None = None,
 ) -> mpi.RunningJob:
-    """A run of bin/train under way."""
+    """Start a run of bin/train."""
     return mpi.start(num_ranks, [program, *corpus.options, *TINY, "--run-dir", str(run_dir), *options], env=env)
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl without what the clock says."""
+    """Return the records of a metrics.jsonl without the values that depend on time."""
     timed = ("_s", "/slowest", "/slowest_host")
     return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Both runs ended with the same parameters, to the bit, and told the same."""
+    """Check that both runs ended with the same parameters, to the bit, and the same metrics."""
     ends = [checkpoints(run)[-1] for run in (first, second)]
     assert ends[0].name == ends[1].name
     mine, theirs = (saved_arrays(end) for end in ends)

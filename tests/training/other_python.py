@@ -29,7 +29,7 @@ PINS = (
     "transformers==5.24.0", "huggingface-hub==2.4.0", "tokenizers==0.23.3", "safetensors==0.8.0",
     "sentence-transformers==6.2.0", "gensim==4.4.0",
 )
-# What they import that is not here, or is too old here.
+# Packages that they import and that are missing or too old here.
 EXTRAS = (
     "anyio==4.16.0", "filelock==3.*", "h11==0.16.0", "hf-xet==1.*", "httpcore2==2.16.2", "httpx2==2.16.2", "idna==3.*",
     "joblib==1.*", "packaging", "pyyaml==6.*", "regex", "scikit-learn==1.*", "scipy==1.*", "smart-open>=6",

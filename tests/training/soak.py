@@ -58,7 +58,7 @@ def train_to_the_end(corpus: Prepared, run_dir: Path, start: float) -> None:
 
 
 def kill(corpus: Prepared, run_dir: Path, number: int, lots: random.Random, start: float) -> bool:
-    """Start or go on, kill a rank, look at what is left; whether a save was under way."""
+    """Start or resume, kill a rank, and check what is left; return whether a save was under way."""
     step = max(STEPS_PER_KILL * number + lots.randrange(STEPS_PER_KILL), last_step(run_dir)) + 1  # one that is new
     in_save = number % 2 == 1
     with train_job(RANKS, corpus, run_dir, *OPTIONS) as job:

@@ -31,7 +31,7 @@ class Ranks(World):
 
 
 def play(config_options: Sequence[str], sizes: Sequence[tuple[int, int]], shards: ShardSet) -> list[list[int]]:
-    """Sentences trained by each of several worlds, given as (size, steps), that go on from each other in an epoch."""
+    """Return the sentences trained by worlds, given as (size, steps), that resume from each other in an epoch."""
     config = parse_train(config_options)
     saved: SavedCursor | None = None
     trained: list[list[int]] = []

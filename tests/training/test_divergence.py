@@ -1,4 +1,4 @@
-"""A run that diverges ends with one line and no table; what was good is kept, and a resumed run may do better."""
+"""A run that diverges ends with one line and without a table; good checkpoints are kept, and it can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever happens to whichever rank: the job ends soon, says what it was, and the last checkpoint is whole."""
+"""A job ends soon after any failure of any rank and reports it, and the last checkpoint is complete."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_kinds_are_all_here() -> None:
 
 
 def test_no_shared_memory_stays_behind(small: Prepared, tmp_path: Path) -> None:
-    """Of a job whose ranks have no time to tidy up. Other jobs may run beside: look at this one's files alone."""
+    """Ranks that die without cleaning up leave no shared memory. Other jobs may run: look at this job's files only."""
     run_dir = tmp_path / "run"
     with train_job(2, small, run_dir, *OPTIONS) as job:
         while not checkpoint.candidates(run_dir):

@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on is the run that was not stopped; a run of other ranks trains each sentence once."""
+"""A stopped and resumed run equals an uninterrupted one; with other ranks it still trains each sentence once."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_other_accumulators_are_converted(
 
 
 def test_a_checkpoint_from_before_accumulators_per_row(small: Prepared, tmp_path: Path) -> None:
-    """Its config does not name the option: the accumulators are one per element, whatever the default is now."""
+    """A config without the option means accumulators per element, regardless of the current default."""
     run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1", "--row-accumulators", "element")
     (path,) = checkpoints(run_dir)
     manifest = checkpoint.read_manifest(path)

@@ -1,4 +1,4 @@
-"""What a saved model is good for: its exported files in other programs' hands, and vectors of text."""
+"""Uses of a saved model: its exported files in other programs, and vectors of text."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Reader:
         return torch.cat([torch.cat([tokens, tokens], 2), outputs]).numpy()
 
     def nll(self, classes: list[int]) -> tuple[float, float, int]:
-        """Summed nll of both directions, and targets a direction, by the full softmax in float64."""
+        """Return the summed nll of both directions and the targets per direction, by the full softmax in float64."""
         layers = self.layers(classes).astype(np.float64)
         top = layers[-1]
         if self.mix is not None:
