@@ -232,7 +232,7 @@ class Training:
         """End the run if it diverges.
 
         Args:
-            seen: What shows that it does; "" if nothing.
+            seen: The evidence for it; "" if there is none.
 
         Raises:
             TrainingError: On every rank, unless ``seen`` is empty.
@@ -243,7 +243,7 @@ class Training:
         best = self.saver.best  # not the newest one, which may contain the step that did the harm
         kept = "no evaluated checkpoint is saved yet"
         if best is not None:
-            kept = f"the best checkpoint is {best[1]} (resume it by --resume with --overwrite)"
+            kept = f"the best checkpoint is {best[1]} (resume from it with --resume and --overwrite)"
         raise TrainingError(
             f"training diverges at step {self.cursor.step:,}: {seen}; {kept}; {advice(self.rate())}"
         ).on_every_rank()

@@ -113,7 +113,7 @@ def start(
 
     :param arguments: a program of ours with its arguments (``["bin/train", "--epochs", "1"]``), a path alone, or what
         else Python takes (``["-c", "..."]``, ``["-m", "module"]``).
-    :param env: beside this process's environment, which loses what a launcher or pytest put there.
+    :param env: in addition to this process's environment, without the variables of launchers and pytest.
     :param launcher: false starts Python alone, without mpirun; a command is taken in mpirun's place.
     """
     words = [arguments] if isinstance(arguments, str | os.PathLike) else list(arguments)

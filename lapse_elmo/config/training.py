@@ -360,7 +360,7 @@ class Config:
         if self.training.sync and self.server.technique in ("adaptive", "replication"):
             raise ConfigError(
                 f"--sync needs rows with one copy, but --technique {self.server.technique} makes replicas, which "
-                "learn of a push at a time that varies from run to run: give relocation or static"
+                "receive pushes at times that vary from run to run: give relocation or static"
             )
         if self.training.sync and self.server.ps == "adapm":
             raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: drop one of them")

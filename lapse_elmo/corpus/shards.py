@@ -243,5 +243,5 @@ def _check_set(files: Sequence[ShardFile]) -> None:
     if missing:
         raise CorpusError(
             f"{len(missing)} of the {first.header.num_shards} {first.header.split} shards of {first.path} are missing, "
-            f"the first of them shard {missing[0]}; give all shards, or make the set again"
+            f"the first is shard {missing[0]}; give all shards, or make the set again"
         )

@@ -27,7 +27,7 @@ class _HeldRows:
         return self.rows, self.sent_version, self.rounded, self.expiring
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (indices into the arrays of those of ``rows`` that are held, their indices in ``rows``)."""
+        """Return which of ``rows`` are held: their indices in the arrays, and in ``rows``."""
         indices = np.searchsorted(self.rows, rows)
         indices[indices == self.rows.size] = 0
         found = self.rows[indices] == rows if self.rows.size else np.zeros(rows.size, bool)

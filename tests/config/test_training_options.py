@@ -122,7 +122,7 @@ def test_presets(name: str) -> None:
     assert {key: getattr(model, key) for key in PRESETS[name]} == PRESETS[name]
 
 
-def test_sizes_beside_a_preset_win() -> None:
+def test_sizes_override_a_preset() -> None:
     model = parse_train(["--preset", "original", "--cell-size", "1024"]).model
     assert (model.projection_size, model.cell_size, model.num_layers) == (512, 1024, 2)
 

@@ -111,7 +111,7 @@ def test_incomplete_and_mixed_sets(tmp_path: Path) -> None:
         ShardSet.open(tmp_path / "s")
     (tmp_path / "s" / "train-00001-of-copy.h5").unlink()
     (tmp_path / "s" / shard_name("train", 1, 3)).unlink()
-    with pytest.raises(CorpusError, match=r"1 of the 3 train shards .*are missing, the first of them shard 1;"):
+    with pytest.raises(CorpusError, match=r"1 of the 3 train shards .*are missing, the first is shard 1;"):
         ShardSet.open(tmp_path / "s")
     write_set(tmp_path / "t", [[4], [5], [6]], 3, name="other")
     shutil.copy(tmp_path / "t" / shard_name("train", 1, 3), tmp_path / "s")

@@ -58,8 +58,10 @@ def run_in_other_python(program: str, arguments: Any) -> Any:
 
 @functools.cache
 def shared_packages() -> Path:
-    """A folder of links to what is installed here, torch above all, but for what the other environment must not see:
-    torchvision, whose CUDA build cannot be imported beside a CPU build of torch."""
+    """Return a folder of links to the packages installed here, torch above all, except torchvision.
+
+    Its CUDA build cannot be imported together with a CPU build of torch.
+    """
     folder = Path(tempfile.mkdtemp(prefix="lapse-elmo-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():

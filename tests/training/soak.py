@@ -29,7 +29,7 @@ OPTIONS = (
 
 
 def main(seed: int) -> None:
-    """Print a line a kill, and raise where something is not as it should be."""
+    """Print one line per kill, and raise if a check fails."""
     start = time.monotonic()
     lots = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
