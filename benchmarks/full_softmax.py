@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.step import peak_bytes, run_halves
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.devices import speed_up_float32
-from lapse_elmo.model.full_softmax import CLASSES_AT_ONCE, TARGETS_AT_ONCE, full_softmax_nll
+from lapse_elmo.model.full_softmax import CLASS_BLOCK, TARGET_BLOCK, full_softmax_nll
 
 _CHUNK = 16_384  # rows
 
@@ -42,9 +42,9 @@ def products(context: Tensor, weight: Tensor, num_classes: int) -> None:
     """Compute only the matrix products of the full softmax."""
 
     def half(number: int) -> None:
-        logits = torch.empty(TARGETS_AT_ONCE, CLASSES_AT_ONCE)
-        for _ in range(num_classes // CLASSES_AT_ONCE):
-            for some in context.chunk(2)[number].split(TARGETS_AT_ONCE):
+        logits = torch.empty(TARGET_BLOCK, CLASS_BLOCK)
+        for _ in range(num_classes // CLASS_BLOCK):
+            for some in context.chunk(2)[number].split(TARGET_BLOCK):
                 torch.mm(some, weight.t(), out=logits[: len(some)])
 
     run_halves(half)
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
             full_softmax_nll(context, chunks(options.num_classes, buffer, size), target)
             ours = clock() - start
             start = clock()
-            products(context, buffer[:CLASSES_AT_ONCE, :size].contiguous(), options.num_classes)
+            products(context, buffer[:CLASS_BLOCK, :size].contiguous(), options.num_classes)
             products_only = clock() - start
             peak = peak_of(context, buffer, target)
             print(

@@ -1,5 +1,5 @@
-"""The language model in plain torch: LSTM, biLM, softmax and optimizers. It knows no server, no MPI and no files.
+"""The language model in plain torch: LSTM, biLM, softmax and optimizers, independent of the server, MPI and files.
 
-Shape letters, as everywhere: B sentences, T positions, D projection and embedding size, C cell size, L layers,
+Shape letters, used throughout: B sentences, T positions, D projection and embedding size, C cell size, L layers,
 V vocabulary size, N targets, U distinct words, S samples.
 """

@@ -1,4 +1,4 @@
-"""The bidirectional language model of ELMo between the word tables: embedded tokens in, predicting vectors out."""
+"""The bidirectional language model (biLM) of ELMo: maps word embeddings to the context vectors that predict words."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ from lapse_elmo.model.products import PRECISIONS
 
 @dataclass(frozen=True)
 class BiLMOptions:
-    """Sizes and switches of the biLM.
+    """Hyperparameters of the biLM.
 
-    ``dropout`` acts on the input of the LSTM and on the predicting vectors, ``recurrent_dropout`` on the recurrent
-    state, with one mask for each sentence. ``context`` chooses the predicting vector: the ``top`` layer (ELMo) or the
-    scalar ``mix`` of all layers (lapse-elmo). ``lstm`` chooses the implementation: ``fused`` or ``allennlp``, with
-    equal results; ``precision`` the products of the fused one in training. ``stateful`` lets state pass from one batch
-    to the next. A clip of 0 means none.
+    Attributes:
+        projection_size: D, the size of the embeddings and of the hidden states.
+        cell_size: C, the size of the LSTM's cells.
+        num_layers: L, per direction.
+        dropout: Dropout probability for the LSTM's input and for the context vectors.
+        recurrent_dropout: Dropout probability for the recurrent hidden state; each sentence has one mask for all steps.
+        cell_clip: Largest magnitude of a cell; 0 disables clipping.
+        projection_clip: Largest magnitude of a hidden state; 0 disables clipping.
+        context: What predicts a word: the ``top`` layer, as in ELMo, or a learned scalar ``mix`` of all layers.
+        lstm: The implementation, ``fused`` or ``allennlp``; both give the same results.
+        precision: Precision of the fused LSTM's matrix products in training, ``fp32`` or ``bf16``.
+        lstm_init: Initialization scheme (:mod:`lapse_elmo.model.initial_values`).
+        stateful: Whether the LSTM's state carries over from one batch to the next.
 
     Raises:
-        ConfigError: For a value out of range.
+        ConfigError: If a value is out of range.
     """
 
     projection_size: int = 128
@@ -53,17 +61,18 @@ class BiLMOptions:
         for name in ("cell_clip", "projection_clip"):
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be positive, or 0 for no clipping")
-        known = {"context": ("top", "mix"), "lstm": ("fused", "allennlp"), "lstm_init": LSTM_INITS,
-                 "precision": PRECISIONS}
-        for name, choices in known.items():
+        choices_of = {"context": ("top", "mix"), "lstm": ("fused", "allennlp"), "lstm_init": LSTM_INITS,
+                      "precision": PRECISIONS}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, it must be one of {', '.join(choices)}")
 
 
 class ScalarMix(nn.Module):
-    """gamma * sum_k s_k * tensor_k with s = softmax(scalars), as AllenNLP's ScalarMix without layer norm.
+    """Learned weighted sum of tensors: gamma * sum_k s_k * tensor_k with s = softmax(scalars).
 
-    ``scalars`` (number of tensors,) start at 0, ``gamma`` (1,) at 1.
+    Equivalent to AllenNLP's ScalarMix without layer norm. The parameters are ``scalars`` (mixture_size,), initially 0,
+    and ``gamma`` (1,), initially 1.
     """
 
     def __init__(self, mixture_size: int) -> None:
@@ -72,7 +81,7 @@ class ScalarMix(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1))
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """:param tensors: as many as the mix has scalars, of one shape, which is the result's."""
+        """Return the weighted sum of ``mixture_size`` tensors of the same shape."""
         weights = torch.softmax(self.scalars, 0) * self.gamma
         mixed = tensors[0] * weights[0]
         for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
@@ -81,12 +90,12 @@ class ScalarMix(nn.Module):
 
 
 class BiLM(nn.Module):
-    """Stacked forward and backward LSTMs over embedded sentences, and the vectors that predict their words.
+    """Stacked forward and backward LSTMs that compute the context vectors of embedded sentences.
 
     Args:
-        options: Sizes and switches.
-        generator: Source of the initial values; the same state gives the same model on every rank. None leaves the
-            LSTM's weights zero, for stored ones to be copied in.
+        options: Hyperparameters.
+        generator: Source of the initial values; generators in the same state give the same model on every rank. None
+            leaves the LSTM's weights zero, for a caller that copies stored weights into them.
     """
 
     def __init__(self, options: BiLMOptions, generator: torch.Generator | None) -> None:
@@ -98,33 +107,33 @@ class BiLM(nn.Module):
         self.mix = ScalarMix(options.num_layers + 1) if options.context == "mix" else None
 
     def train(self, mode: bool = True) -> BiLM:
-        """As nn.Module.train; carried state is dropped where the mode changes."""
+        """Set the mode as ``nn.Module.train`` does, and reset the carried state if the mode changes."""
         if mode != self.training:
             self.reset_states()
         super().train(mode)
         return self
 
     def reset_states(self) -> None:
-        """Let the next batch start from zero; needed only for a stateful model."""
+        """Start the next batch from zero state; only a stateful model needs this."""
         self.lstm.reset_states()  # type: ignore[operator]
 
     def forward(
         self, embedded: Tensor, mask: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Predicting vectors of the forward and the backward direction.
+        """Compute the context vectors of both directions.
 
-        The forward vector at position t has read the tokens up to and including t, and predicts token t + 1; the
-        backward vector at t has read the sentence from its end down to and including t, and predicts token t - 1.
+        The forward vector at position t has read tokens 0 to t and predicts token t + 1. The backward vector at t has
+        read the sentence from its end down to t and predicts token t - 1.
 
         Args:
             embedded: (B, T, D) word embeddings, float32 or float64.
-            mask: (B, T) bool, true at tokens (boundary tokens included), false at the padding after them; best in the
-                host's memory, also for a GPU.
-            generator: Source of all dropout in training mode; None means torch's own seeded state. Dropout is drawn
-                for tokens only, so that padding changes nothing.
+            mask: (B, T) bool, true at tokens (including boundary tokens), false at the padding after them. Pass a CPU
+                tensor even for a model on a GPU: a mask on the GPU costs a synchronization.
+            generator: Source of all dropout masks in training mode; None means torch's global generator. Dropout is
+                drawn for tokens only, so padding does not affect the result.
 
         Returns:
-            Two tensors (B, T, D), zero at padding.
+            The forward and the backward context vectors, each (B, T, D), zero at padding.
         """
         packing = Packing.of_mask(mask, embedded.device)
         tokens = self._dropout(packing.pack(embedded), packing, generator)
@@ -138,9 +147,10 @@ class BiLM(nn.Module):
         return directions[0], directions[1]
 
     def layers(self, embedded: Tensor, mask: Tensor) -> Tensor:
-        """All layers as contextual embeddings: (L + 1, B, T, 2D), forward then backward halves, zero at padding.
+        """Return all layers as contextual embeddings (L + 1, B, T, 2D), in evaluation mode only.
 
-        Layer 0 is the word embedding, twice side by side, as in ELMo. For use in evaluation mode, without dropout.
+        The last dimension holds the forward, then the backward hidden state; both are zero at padding. Layer 0 is the
+        word embedding concatenated with itself, as in ELMo.
         """
         assert not self.training, "layers() is for evaluation: call eval() first"
         packing = Packing.of_mask(mask, embedded.device)
@@ -149,7 +159,7 @@ class BiLM(nn.Module):
         return torch.stack([packing.unpack(torch.cat(both, 1), *mask.shape) for both in rows])
 
     def _dropout(self, tokens: Tensor, packing: Packing, generator: torch.Generator | None) -> Tensor:
-        """Dropout of packed rows (N, D)."""
+        """Apply dropout to packed rows (N, D)."""
         probability = self.options.dropout
         if not self.training or probability == 0.0:
             return tokens
@@ -160,7 +170,7 @@ class BiLM(nn.Module):
     def _run(
         self, tokens: Tensor, packing: Packing, mask: Tensor, generator: torch.Generator | None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's forward and backward outputs, (N, D) packed."""
+        """Return each layer's forward and backward outputs, each (N, D) and packed."""
         if isinstance(self.lstm, FusedElmoLstm):
             return self.lstm.run(tokens, packing, len(mask), generator)
         if not packing.num_tokens:
@@ -168,14 +178,14 @@ class BiLM(nn.Module):
         if not self.options.stateful:
             self.reset_states()
         padded = packing.unpack(tokens, *mask.shape)
-        # AllenNLP draws its masks from torch's global state: lend it a seed of our generator's for this one call.
+        # AllenNLP draws its masks from torch's global generator: seed that one from ours for the duration of the call.
         seeded = self.training and self.options.recurrent_dropout > 0.0 and generator is not None
         with torch.random.fork_rng(devices=[], enabled=seeded):
             if seeded:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             outputs = self.lstm(padded, mask.to(padded.device))
-        halves = [packing.pack(output).chunk(2, 1) for output in outputs]
-        return [(forward, backward) for forward, backward in halves]
+        directions = [packing.pack(output).chunk(2, 1) for output in outputs]
+        return [(forward, backward) for forward, backward in directions]
 
 
 def _build_lstm(options: BiLMOptions) -> nn.Module:
@@ -192,7 +202,7 @@ def _build_lstm(options: BiLMOptions) -> nn.Module:
             stateful=options.stateful,
             precision=options.precision,
         )
-    # Its constructor draws values that are replaced at once: leave torch's global state as it was.
+    # AllenNLP's constructor draws initial values, which are overwritten later: do not advance torch's global generator.
     with torch.random.fork_rng(devices=[]):
         return reference.elmo_lstm()(
             size,

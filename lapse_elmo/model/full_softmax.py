@@ -1,4 +1,8 @@
-"""The softmax over all words, for evaluation, with the rows of the words coming in chunks."""
+"""The softmax over the whole vocabulary, for evaluation, computed over chunks of the softmax table.
+
+Each chunk of classes updates a running maximum and a running sum of exponentials per target (online softmax), so the
+(N, V) logits never exist.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,21 @@ from torch import Tensor
 from lapse_elmo.model.pointwise import pointwise
 from lapse_elmo.model.two_threads import run_two_threads
 
-TARGETS_AT_ONCE = 512
-CLASSES_AT_ONCE = 2048  # with 512 targets 4 MiB of float32 logits, which stay in the cache between passes
+TARGET_BLOCK = 512
+CLASS_BLOCK = 2048  # 512 x 2048 float32 logits are 4 MiB, which stay in the cache between passes
 
 
 class SoftmaxParts(NamedTuple):
-    """What some classes add to the softmax of N predicting vectors, (N,) each.
+    """Partial softmax of N context vectors over a subset of the classes.
 
-    ``largest``: the largest logit. ``total``: the sum of exp(logit - largest), float64. ``target_logit``: the target's
-    logit, float64, -inf where the target is none of the classes.
+    Attributes:
+        running_max: (N,) largest logit, in the dtype of the context vectors; -inf for an empty subset.
+        running_sum: (N,) float64, sum of exp(logit - running_max).
+        target_logit: (N,) float64 logit of the target, -inf if the target is not in the subset.
     """
 
-    largest: Tensor
-    total: Tensor
+    running_max: Tensor
+    running_sum: Tensor
     target_logit: Tensor
 
 
@@ -32,11 +38,11 @@ class SoftmaxParts(NamedTuple):
 def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], target: Tensor) -> Tensor:
     """Return the nll of each target under the softmax over all V classes, in nats.
 
-    Products are in the dtype of ``context``, sums over classes in float64.
+    Logits are computed in the dtype of ``context``, sums over classes in float64.
 
     Args:
-        context: (N, D) predicting vectors; N may be 0.
-        chunks: (first class, rows (n, D + 1)) that cover all classes once; a row's last entry is the bias.
+        context: (N, D) context vectors; N may be 0.
+        chunks: Pairs (first class, rows (n, D + 1)) that cover each class once; the last column is the bias.
         target: (N,) int64 classes in [0, V).
 
     Returns:
@@ -47,56 +53,56 @@ def full_softmax_nll(context: Tensor, chunks: Iterable[tuple[int, Tensor]], targ
 
 
 def nll_of(parts: Sequence[SoftmaxParts]) -> Tensor:
-    """nll (N,) float64 of targets, from the parts of disjoint sets of classes that are all classes together."""
+    """Return the nll (N,) float64 of the targets from partial softmaxes whose subsets partition the classes."""
     (first, *others) = parts
     if not others:
-        return torch.log(first.total).add_(first.largest).sub_(first.target_logit)
-    largest = torch.stack([part.largest for part in parts]).amax(0)
-    # A part without classes has a total of 0 and a largest logit of -inf, which adds nothing.
-    total = sum(part.total * torch.exp((part.largest - largest).to(torch.float64)) for part in parts)
+        return torch.log(first.running_sum).add_(first.running_max).sub_(first.target_logit)
+    running_max = torch.stack([part.running_max for part in parts]).amax(0)
+    # A part without classes has running_sum 0 and running_max -inf, so it contributes nothing.
+    total = sum(part.running_sum * torch.exp((part.running_max - running_max).to(torch.float64)) for part in parts)
     target_logit = torch.stack([part.target_logit for part in parts]).amax(0)
     assert isinstance(total, Tensor)
-    return total.log_().add_(largest).sub_(target_logit)
+    return total.log_().add_(running_max).sub_(target_logit)
 
 
 @torch.no_grad()
 def softmax_parts(context: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], target: Tensor) -> SoftmaxParts:
-    """Return what the classes of ``chunks`` add to the softmax.
+    """Return the partial softmax over the classes of ``chunks``.
 
     Args:
-        context: (N, D) predicting vectors; N may be 0.
-        chunks: (classes (n,) int64 ascending, rows (n, D + 1)); a row's last entry is the bias.
+        context: (N, D) context vectors; N may be 0.
+        chunks: Pairs (classes (n,) int64 ascending, rows (n, D + 1)); the last column is the bias.
         target: (N,) int64 classes, which need not be among those of ``chunks``.
     """
-    largest = torch.full((len(context),), -math.inf, dtype=context.dtype, device=context.device)
-    total = torch.zeros(len(context), dtype=torch.float64, device=context.device)
-    target_logit = torch.full_like(total, -math.inf)
-    half = -(-len(context) // 2)
-    halves = slice(0, half), slice(half, len(context))
+    running_max = torch.full((len(context),), -math.inf, dtype=context.dtype, device=context.device)
+    running_sum = torch.zeros(len(context), dtype=torch.float64, device=context.device)
+    target_logit = torch.full_like(running_sum, -math.inf)
+    middle = -(-len(context) // 2)
+    slices = slice(0, middle), slice(middle, len(context))  # one per thread
     for classes, rows in chunks:
-        place = torch.searchsorted(classes, target).clamp_(max=len(classes) - 1)
-        here = torch.nonzero(classes[place] == target)[:, 0]
-        own = rows.index_select(0, place[here]).to(torch.float64)
-        target_logit[here] = (context[here].to(torch.float64) * own[:, :-1]).sum(1) + own[:, -1]
-        # (n, D) without the bias and whatever else the server's rows hold.
+        index = torch.searchsorted(classes, target).clamp_(max=len(classes) - 1)
+        present = torch.nonzero(classes[index] == target)[:, 0]
+        target_rows = rows.index_select(0, index[present]).to(torch.float64)
+        target_logit[present] = (context[present].to(torch.float64) * target_rows[:, :-1]).sum(1) + target_rows[:, -1]
+        # Matrix products and kernels want contiguous memory: copy the bias column off.
         weight, bias = rows[:, :-1].contiguous(), rows[:, -1].contiguous()
 
         def add(part: int, weight: Tensor = weight, bias: Tensor = bias) -> None:
-            _add_classes(context[halves[part]], weight, bias, largest[halves[part]], total[halves[part]])
+            _add_classes(context[slices[part]], weight, bias, running_max[slices[part]], running_sum[slices[part]])
 
         run_two_threads(add, context.device, "full softmax (excl. matmul)")
-    return SoftmaxParts(largest, total, target_logit)
+    return SoftmaxParts(running_max, running_sum, target_logit)
 
 
-def _add_classes(context: Tensor, weight: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
-    """Bring ``largest`` and ``total`` of all predicting vectors up to date with more classes."""
+def _add_classes(context: Tensor, weight: Tensor, bias: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
+    """Update ``running_max`` and ``running_sum`` of all context vectors in place with further classes."""
     kernels = pointwise(context)
-    buffer = context.new_empty(min(TARGETS_AT_ONCE, len(context)) * min(CLASSES_AT_ONCE, len(weight)))
-    for low in range(0, len(weight), CLASSES_AT_ONCE):
-        classes = slice(low, min(low + CLASSES_AT_ONCE, len(weight)))
-        some, transposed = bias[classes], weight[classes].t()
-        for start in range(0, len(context), TARGETS_AT_ONCE):
-            targets = slice(start, min(start + TARGETS_AT_ONCE, len(context)))
+    buffer = context.new_empty(min(TARGET_BLOCK, len(context)) * min(CLASS_BLOCK, len(weight)))
+    for low in range(0, len(weight), CLASS_BLOCK):
+        classes = slice(low, min(low + CLASS_BLOCK, len(weight)))
+        block_bias, transposed = bias[classes], weight[classes].t()
+        for start in range(0, len(context), TARGET_BLOCK):
+            targets = slice(start, min(start + TARGET_BLOCK, len(context)))
             shape = targets.stop - targets.start, classes.stop - classes.start
             logits = torch.mm(context[targets], transposed, out=buffer[: shape[0] * shape[1]].view(shape))
-            kernels.softmax_totals(logits, some, largest[targets], total[targets])
+            kernels.softmax_totals(logits, block_bias, running_max[targets], running_sum[targets])

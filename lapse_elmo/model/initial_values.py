@@ -1,7 +1,8 @@
 """Initial values of the LSTM, drawn from an explicit generator: the same on every rank and for any world size.
 
-Always drawn in float32 on the generator's device, layer by layer, forward before backward, so that neither the dtype
-nor the kind of the LSTM changes them. Biases are 0, the forget gate's 1 (Jozefowicz et al. 2015).
+Values are drawn in float32 on the generator's device, layer by layer, forward before backward. They therefore depend
+neither on the LSTM's dtype nor on its implementation. Biases are 0, except for the forget gate's, which are 1
+(Jozefowicz et al. 2015).
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ LSTM_INITS = ("glorot", "orthogonal")
 
 @torch.no_grad()
 def initialize_lstm(lstm: nn.Module, scheme: str, generator: torch.Generator) -> None:
-    """Fill an ElmoLstm (fused or AllenNLP's) with initial values.
+    """Initialize the parameters of an ElmoLstm in place.
 
     Args:
-        scheme: ``glorot`` as bilm-tf, whose input and recurrent weights are one kernel of uniform +-sqrt(6 / (input +
-            D + 4C)), the projection's limit being sqrt(6 / (C + D)); or ``orthogonal`` as AllenNLP: each gate's block
-            of the input and recurrent weights orthogonal, the projection uniform +-1 / sqrt(C).
-        generator: Where the values come from; it is advanced.
+        lstm: The fused LSTM or AllenNLP's.
+        scheme: ``glorot``, as in bilm-tf, treats the input and recurrent weights as one kernel, uniform in
+            +-sqrt(6 / (input size + D + 4C)), and draws the projection uniformly in +-sqrt(6 / (C + D)).
+            ``orthogonal``, as in AllenNLP, makes each gate's block of the input and recurrent weights orthogonal, and
+            draws the projection uniformly in +-1 / sqrt(C).
+        generator: Source of the values; it is advanced.
     """
     fill = {"glorot": _glorot, "orthogonal": _orthogonal}[scheme]
     for layer in range(lstm.num_layers):  # type: ignore[arg-type]
@@ -36,16 +39,16 @@ def initialize_lstm(lstm: nn.Module, scheme: str, generator: torch.Generator) ->
 
 
 def _glorot(cell: nn.Module, generator: torch.Generator) -> None:
-    into, state, projection = _weights(cell)
-    limit = math.sqrt(6.0 / (into.shape[1] + state.shape[1] + into.shape[0]))
-    _uniform(into, limit, generator)
-    _uniform(state, limit, generator)
+    input_weight, state_weight, projection = _weights(cell)
+    limit = math.sqrt(6.0 / (input_weight.shape[1] + state_weight.shape[1] + input_weight.shape[0]))
+    _uniform(input_weight, limit, generator)
+    _uniform(state_weight, limit, generator)
     _uniform(projection, math.sqrt(6.0 / sum(projection.shape)), generator)
 
 
 def _orthogonal(cell: nn.Module, generator: torch.Generator) -> None:
-    into, state, projection = _weights(cell)
-    for weight in (into, state):
+    input_weight, state_weight, projection = _weights(cell)
+    for weight in (input_weight, state_weight):
         for gate in weight.chunk(4):
             drawn = torch.empty(gate.shape, device=generator.device)
             gate.copy_(nn.init.orthogonal_(drawn, generator=generator))
@@ -53,10 +56,10 @@ def _orthogonal(cell: nn.Module, generator: torch.Generator) -> None:
 
 
 def _weights(cell: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Input (4C, input size), recurrent (4C, D) and projection (D, C) weights."""
+    """Return the input (4C, input size), recurrent (4C, D) and projection (D, C) weights."""
     names = ("input_linearity", "state_linearity", "state_projection")
-    into, state, projection = (cell.get_parameter(f"{name}.weight") for name in names)
-    return into, state, projection
+    input_weight, state_weight, projection = (cell.get_parameter(f"{name}.weight") for name in names)
+    return input_weight, state_weight, projection
 
 
 def _uniform(weight: Tensor, limit: float, generator: torch.Generator) -> None:

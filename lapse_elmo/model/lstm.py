@@ -1,10 +1,12 @@
-"""A fused ElmoLstm: AllenNLP's parameters and results, with one autograd node for the whole of it.
+"""A fused ElmoLstm: AllenNLP's parameters and results, with all layers in one autograd node.
 
-The LSTM with projection of ELMo (Peters et al. 2018; allennlp.modules.elmo_lstm, lstm_cell_with_projection): gates
-i, f, g, o; c = clip(i * g + f * c'); h = clip(P (o * tanh(c))), times a dropout mask that is fixed over the sentence;
-from the second layer on a layer's input is added to its output, while the recurrent state goes without it.
+It computes the LSTM with projection of ELMo (Peters et al. 2018; ``elmo_lstm`` and ``lstm_cell_with_projection`` in
+allennlp.modules). With gates i, f, g, o, the cell is c = clip(i * g + f * c'), the hidden state is
+h = clip(P (o * tanh(c))), multiplied by a dropout mask that stays the same throughout a sentence. From the second layer
+on, a skip connection adds a layer's input to its output, but not to its recurrent state.
 
-What makes it fast: the batch is packed by length (no work for padding), and the passes of lapse_elmo.model.lstm_pass.
+It is fast for two reasons: the batch is packed by length, so padding costs nothing, and :mod:`.lstm_pass` implements
+the forward and backward pass by hand.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lapse_elmo.model.lstm_pass import Layer, LstmPass, Plan
+from lapse_elmo.model.lstm_pass import LayerStart, LstmCall, LstmPass
 from lapse_elmo.model.packing import Packing
 from lapse_elmo.model.products import Matmul
 
@@ -22,11 +24,11 @@ _DIRECTIONS = ("forward", "backward")
 
 
 class LstmCell(nn.Module):
-    """The parameters of one layer in one direction, named as in allennlp's LstmCellWithProjection.
+    """The parameters of one layer in one direction, named as in AllenNLP's LstmCellWithProjection.
 
-    ``input_linearity.weight`` (4C, input size), ``state_linearity.weight`` (4C, D) and ``.bias`` (4C,), and
-    ``state_projection.weight`` (C to D: (D, C)); the gate order is i, f, g, o. They start at zero with forget bias 1;
-    see :mod:`lapse_elmo.model.initial_values`.
+    They are ``input_linearity.weight`` (4C, input size), ``state_linearity.weight`` (4C, D), ``state_linearity.bias``
+    (4C,) and ``state_projection.weight`` (D, C). The gates are in the order i, f, g, o. The constructor sets the forget
+    bias to 1 and everything else to 0; :mod:`lapse_elmo.model.initial_values` draws initial values.
     """
 
     def __init__(self, input_size: int, hidden_size: int, cell_size: int) -> None:
@@ -43,24 +45,27 @@ class LstmCell(nn.Module):
 
 
 class FusedElmoLstm(nn.Module):
-    """Drop-in for allennlp's ElmoLstm: its constructor arguments, parameter names, state_dict and results.
+    """Drop-in replacement for AllenNLP's ElmoLstm: same constructor arguments, parameter names, state_dict and results.
 
-    Different on purpose: state passes from one batch to the next only where ``stateful`` is true, never between
-    training and evaluation mode, and dropout can be drawn from a generator of the caller's. ``backward`` through one
-    call runs once only, for it reuses the buffers of the forward pass; torch refuses a second time with an error.
+    There are two deliberate differences. State carries over from one batch to the next only if ``stateful`` is true,
+    and never between training and evaluation mode. Dropout masks can be drawn from the caller's generator.
+
+    ``backward`` can run only once per call, because it reuses the buffers of the forward pass; a second one raises
+    RuntimeError.
 
     Args:
-        input_size: Width of the input; from the second layer on the input has ``hidden_size``.
-        hidden_size: D, the size of the projected state and of the output per direction.
-        cell_size: C, the size of the memory cell.
+        input_size: Size of the first layer's input; that of the other layers is ``hidden_size``.
+        hidden_size: D, the size of the hidden state and of the output per direction.
+        cell_size: C, the size of the cell.
         num_layers: L.
-        requires_grad: Kept for allennlp's signature, where it only decides whether loaded weights are trainable.
-        recurrent_dropout_probability: Of each unit of the projected state, one draw for each sentence.
-        memory_cell_clip_value: Largest magnitude of a cell; None or 0 means no clipping.
-        state_projection_clip_value: Largest magnitude of a projected state; None or 0 means no clipping.
-        stateful: Start each batch's sentences in the state in which the last batch's sentence of that row ended.
-        precision: Of the products in training mode, ``fp32`` or ``bf16`` (lapse_elmo.model.products); parameters,
-            inputs, outputs and gradients stay in the dtype that they have. In evaluation mode nothing is narrowed.
+        requires_grad: Unused; present for AllenNLP's signature, where it makes loaded weights trainable.
+        recurrent_dropout_probability: Dropout probability for each unit of the hidden state, drawn once per sentence.
+        memory_cell_clip_value: Largest magnitude of a cell; None or 0 disables clipping.
+        state_projection_clip_value: Largest magnitude of a hidden state; None or 0 disables clipping.
+        stateful: Start the sentence in row b of a batch in the final state of row b of the previous batch.
+        precision: Precision of the matrix products in training mode, ``fp32`` or ``bf16``
+            (:mod:`lapse_elmo.model.products`). Parameters, inputs, outputs and gradients keep their dtype. Evaluation
+            mode always computes in the dtype of the inputs.
     """
 
     def __init__(
@@ -94,26 +99,26 @@ class FusedElmoLstm(nn.Module):
         return self.get_submodule(f"{_DIRECTIONS[direction]}_layer_{layer}")  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> FusedElmoLstm:
-        """As nn.Module.train; state is dropped where the mode changes."""
+        """Set the mode as ``nn.Module.train`` does, and reset the carried state if the mode changes."""
         if mode != self.training:
             self.reset_states()
         super().train(mode)
         return self
 
     def reset_states(self) -> None:
-        """Let the next batch start from zero."""
+        """Start the next batch from zero state."""
         self._states = None
 
     def forward(self, inputs: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """All layers' outputs.
+        """Return the outputs of all layers.
 
         Args:
-            inputs: (B, T, input size) of float32 or float64.
-            mask: (B, T) bool, true at tokens, false at the padding that follows them.
-            generator: Where dropout masks come from; None means torch's own seeded state.
+            inputs: (B, T, input size), float32 or float64.
+            mask: (B, T) bool, true at tokens, false at the padding after them.
+            generator: Source of the dropout masks; None means torch's global generator.
 
         Returns:
-            (L, B, T, 2D), forward then backward halves, zero at padding.
+            (L, B, T, 2D): forward and backward outputs concatenated, zero at padding.
         """
         packing = Packing.of_mask(mask, inputs.device)
         layers = self.run(packing.pack(inputs), packing, len(mask), generator)
@@ -122,34 +127,36 @@ class FusedElmoLstm(nn.Module):
     def run(
         self, inputs: Tensor, packing: Packing, num_sentences: int, generator: torch.Generator | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """As :meth:`forward` on packed rows.
+        """Compute the same as :meth:`forward` on packed rows.
 
         Args:
             inputs: (N, input size), packed by ``packing``.
-            num_sentences: B, empty sentences counted.
+            packing: Layout of the rows of ``inputs`` and of the outputs.
+            num_sentences: B, including empty sentences.
+            generator: Source of the dropout masks; None means torch's global generator.
 
         Returns:
-            For each layer the forward and the backward output, each (N, D), both packed by ``packing``.
+            For each layer, the forward and the backward output, each (N, D) and packed.
         """
         masks = [[self._dropout_mask(num_sentences, inputs, generator) for _ in "fb"] for _ in range(self.num_layers)]
         layers, weights = [], []
         for layer in range(self.num_layers):
-            layers.append([self._starts(layer, direction, packing, masks[layer][direction]) for direction in (0, 1)])
+            layers.append([self._initial_state(layer, d, packing, masks[layer][d]) for d in (0, 1)])
             for direction in (0, 1):
                 cell = self.cell(layer, direction)
                 weights += [cell.input_linearity.weight, cell.state_linearity.weight, cell.state_linearity.bias]
                 weights.append(cell.state_projection.weight)
-        plan = Plan(
+        call = LstmCall(
             packing, Matmul.of(self.precision if self.training else "fp32", inputs), layers,
             self.memory_cell_clip_value or math.inf, self.state_projection_clip_value or math.inf,
         )
-        outputs = LstmPass.apply(inputs, plan, *weights)
+        outputs = LstmPass.apply(inputs, call, *weights)
         if self.stateful:
-            self._keep_states([final for both in plan.finals for final in both], packing, num_sentences)
+            self._store_states([final for both in call.final_states for final in both], packing, num_sentences)
         return list(zip(outputs[::2], outputs[1::2], strict=True))
 
     def _dropout_mask(self, num_sentences: int, like: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """(B, D), 0 where a unit is dropped and else 1 / keep; drawn in batch order, so that sorting plays no part."""
+        """Return a mask (B, D) of zeros and 1 / (1 - p), in batch order, so that it does not depend on the sorting."""
         probability = self.recurrent_dropout_probability
         if not (self.training and probability > 0.0):
             return None
@@ -157,27 +164,27 @@ class FusedElmoLstm(nn.Module):
         kept = torch.rand(num_sentences, self.hidden_size, generator=generator, device=device) > probability
         return kept.to(like.dtype).div_(1.0 - probability).to(like.device)
 
-    def _starts(self, layer: int, direction: int, packing: Packing, dropout_mask: Tensor | None) -> Layer:
-        """State and mask of the sorted sentences."""
+    def _initial_state(self, layer: int, direction: int, packing: Packing, dropout_mask: Tensor | None) -> LayerStart:
+        """Return the initial state and the dropout mask of the sorted sentences."""
         mask = None if dropout_mask is None else dropout_mask.index_select(0, packing.order)
         if self._states is None:
-            return Layer(None, None, mask)
+            return LayerStart(None, None, mask)
         states = self._states
         missing = int(packing.order.max()) + 1 - states[0].shape[1] if len(packing.order) else 0
         if missing > 0:
             states = tuple(torch.cat([s, s.new_zeros(len(s), missing, s.shape[2])], 1) for s in states)  # type: ignore
         row = 2 * layer + direction
         hidden, cells = (state[row].index_select(0, packing.order) for state in states)
-        return Layer(hidden, cells, mask)
+        return LayerStart(hidden, cells, mask)
 
-    def _keep_states(self, finals: list[tuple[Tensor, Tensor]], packing: Packing, num_sentences: int) -> None:
-        """Remember where the sentences ended, as (2L, B, D) and (2L, B, C); rows without a sentence keep theirs."""
-        kept = []
+    def _store_states(self, finals: list[tuple[Tensor, Tensor]], packing: Packing, num_sentences: int) -> None:
+        """Store the final states, (2L, B, D) and (2L, B, C); rows without a sentence keep their previous state."""
+        stored = []
         for index, width in enumerate((self.hidden_size, self.cell_size)):
             new = torch.stack([final[index] for final in finals])
             rows = num_sentences if self._states is None else max(num_sentences, self._states[index].shape[1])
             state = new.new_zeros(len(new), rows, width)
             if self._states is not None:
                 state[:, : self._states[index].shape[1]] = self._states[index]
-            kept.append(state.index_copy(1, packing.order, new))
-        self._states = (kept[0], kept[1])
+            stored.append(state.index_copy(1, packing.order, new))
+        self._states = (stored[0], stored[1])

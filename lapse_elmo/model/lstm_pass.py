@@ -1,8 +1,9 @@
-"""Forward and backward pass of the LSTM with projection over packed rows, written by hand: one autograd node in all.
+"""Hand-written forward and backward pass of the LSTM with projection over packed rows, as a single autograd node.
 
-All input products of a layer are one matrix product, the recurrent products go into preallocated buffers, and the
-backward pass turns the gates into their gradients in place, so that each weight gradient is one matrix product as well.
-The directions do not meet before the top: they run on a thread each (:mod:`lapse_elmo.model.two_threads`).
+A layer multiplies all its inputs by the input weights in one matrix product. The products of the recurrence go into
+preallocated buffers. The backward pass overwrites the gates of all steps with their gradients, so each weight gradient
+is a single matrix product as well. The two directions are independent, so each runs on a thread of its own
+(:mod:`lapse_elmo.model.two_threads`).
 """
 
 from __future__ import annotations
@@ -20,54 +21,69 @@ from lapse_elmo.model.pointwise_torch import wide_dtype
 from lapse_elmo.model.products import Matmul
 from lapse_elmo.model.two_threads import run_two_threads
 
-NUM_WEIGHTS = 4
+WEIGHTS_PER_LAYER = 4
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What one layer starts from, of sorted sentences: (B, D) projected states and (B, C) cells, None for zero, and
-    the (B, D) dropout mask of its projected states, None for none."""
+class LayerStart:
+    """Initial state and dropout mask of one layer in one direction, for the sorted sentences.
 
-    first_hidden: Tensor | None
-    first_cells: Tensor | None
+    Attributes:
+        initial_hidden: (B, D) hidden states; None for zero.
+        initial_cells: (B, C) cells; None for zero.
+        dropout_mask: (B, D) factors of the hidden states at every step; None for no dropout.
+    """
+
+    initial_hidden: Tensor | None
+    initial_cells: Tensor | None
     dropout_mask: Tensor | None
 
 
 @dataclass
-class Plan:
-    """How a pass goes.
+class LstmCall:
+    """Everything that a call of :class:`LstmPass` takes except for its differentiable tensors.
 
-    ``layers[layer][direction]``; the clips are infinite where there is none. ``finals`` is filled by the pass, in the
-    same order: each sentence's last projected state (B, D) and cells (B, C).
+    Attributes:
+        packing: Layout of the packed rows.
+        matmul: Storage dtype and matrix products.
+        layers: Start of each layer and direction, ``layers[layer][direction]``.
+        cell_clip: Largest magnitude of a cell; infinite for no clipping.
+        projection_clip: Largest magnitude of a hidden state; infinite for no clipping.
+        final_states: Output of the forward pass, ``final_states[layer][direction]``: each sorted sentence's last hidden
+            state (B, D) and cells (B, C).
     """
 
     packing: Packing
     matmul: Matmul
-    layers: list[list[Layer]]
+    layers: list[list[LayerStart]]
     cell_clip: float
     projection_clip: float
-    finals: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    final_states: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
 
 
 class LstmPass(torch.autograd.Function):
-    """``apply(inputs (N, input size), plan, weights...)``: outputs of layer 0 forward, 0 backward, 1 forward, ..., each
-    (N, D) and packed alike. Weights come in the same order, four a layer and direction: of the input (4C, input size),
-    of the state (4C, D), bias (4C,), projection (D, C)."""
+    """Autograd function of all layers and both directions: ``LstmPass.apply(inputs, call, *weights)``.
+
+    ``inputs`` is (N, input size), packed. ``weights`` holds four tensors per layer and direction, in the order layer 0
+    forward, layer 0 backward, layer 1 forward, ...: input weight (4C, input size), recurrent weight (4C, D), bias (4C,)
+    and projection (D, C). The outputs are in the same order, each (N, D) and packed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, plan: Plan, *weights: Tensor) -> tuple[Tensor, ...]:
-        stacks = [_Stack(plan, direction, weights) for direction in (0, 1)]
-        mirror = plan.packing.mirror
+    def forward(ctx: Any, inputs: Tensor, call: LstmCall, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Run both directions; see the class."""
+        stacks = [_Stack(call, direction, weights) for direction in (0, 1)]
+        mirror = call.packing.mirror
 
         def run(direction: int) -> list[Tensor]:
             if direction == 0:
                 return stacks[0].forward(inputs)
-            # It reads every sentence from its end: with mirrored rows it is a forward one.
+            # The backward direction is a forward LSTM over reversed sentences.
             outputs = stacks[1].forward(inputs.index_select(0, mirror))
             return [output.index_select(0, mirror) for output in outputs]
 
         forward, backward = run_two_threads(run, inputs.device, "LSTM forward (excl. matmul)")
-        plan.finals = [[stack.passes[layer].final for stack in stacks] for layer in range(len(plan.layers))]
+        call.final_states = [[stack.passes[layer].final_state for stack in stacks] for layer in range(len(call.layers))]
         ctx.stacks, ctx.mirror, ctx.device = stacks, mirror, inputs.device
         ctx.set_materialize_grads(False)
         return tuple(output for layer in zip(forward, backward, strict=True) for output in layer)
@@ -75,8 +91,11 @@ class LstmPass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``inputs`` and ``weights``; overwrites the buffers of the forward pass."""
         if ctx.stacks is None:
-            raise RuntimeError("backward runs once for a call of the fused LSTM: it has used up the forward buffers")
+            raise RuntimeError(
+                "backward can run only once per call of the fused LSTM: it overwrites the buffers of the forward pass"
+            )
         stacks, ctx.stacks = ctx.stacks, None
         mirror = ctx.mirror
 
@@ -97,18 +116,19 @@ class LstmPass(torch.autograd.Function):
 
 
 class _Stack:
-    """One direction: its layers on top of each other, each but the first with its input added to its output."""
+    """All layers of one direction, with a skip connection around each layer but the first."""
 
-    def __init__(self, plan: Plan, direction: int, weights: tuple[Tensor, ...]) -> None:
+    def __init__(self, call: LstmCall, direction: int, weights: tuple[Tensor, ...]) -> None:
         self.passes = []
-        for layer, starts in enumerate(plan.layers):
-            first = NUM_WEIGHTS * (2 * layer + direction)
-            self.passes.append(_LayerPass(plan, starts[direction], weights[first : first + NUM_WEIGHTS]))
+        for layer, start in enumerate(call.layers):
+            first = WEIGHTS_PER_LAYER * (2 * layer + direction)
+            self.passes.append(_LayerPass(call, start[direction], weights[first : first + WEIGHTS_PER_LAYER]))
 
     def forward(self, inputs: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
         for layer in self.passes:
-            # Not the tensor that the layer keeps: autograd makes the output point to its node, which has the layer.
+            # Detached: autograd links the output to this node, which holds the layer, so returning the layer's own
+            # tensor would create a reference cycle.
             output = layer.forward(outputs[-1] if outputs else inputs).to(inputs.dtype).detach()
             outputs.append(output + outputs[-1] if outputs else output)
         return outputs
@@ -116,7 +136,7 @@ class _Stack:
     def backward(
         self, d_outputs: list[Tensor | None], needs_inputs: bool
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
-        """Gradient of the inputs, and of each layer's weights; uses the layers up."""
+        """Return the gradients of the inputs and of each layer's weights, and release the layers one by one."""
         gradients: list[tuple[Tensor | None, ...]] = []
         d_stream: Tensor | None = None
         while self.passes:
@@ -124,7 +144,7 @@ class _Stack:
             d_own = d_outputs[number]
             d_output = d_own if d_stream is None else d_stream if d_own is None else d_stream + d_own
             if d_output is None:
-                gradients.append((None,) * NUM_WEIGHTS)
+                gradients.append((None,) * WEIGHTS_PER_LAYER)
                 continue
             d_stream, four = layer.backward(d_output, needs_inputs or number > 0)
             if number > 0 and d_stream is not None:
@@ -134,61 +154,62 @@ class _Stack:
 
 
 class _LayerPass:
-    """One layer in one direction: its forward pass, and what its backward pass needs of it."""
+    """Forward and backward pass of one layer in one direction, and the buffers that they share."""
 
-    def __init__(self, plan: Plan, starts: Layer, weights: tuple[Tensor, ...]) -> None:
-        self.packing, self.matmul = plan.packing, plan.matmul
-        self.clips = plan.cell_clip, plan.projection_clip
+    def __init__(self, call: LstmCall, start: LayerStart, weights: tuple[Tensor, ...]) -> None:
+        self.packing, self.matmul = call.packing, call.matmul
+        self.clips = call.cell_clip, call.projection_clip
         self.weights = tuple(weight.detach() for weight in weights)
         wide = wide_dtype(self.matmul.storage)
-        self.mask = None if starts.dropout_mask is None else starts.dropout_mask.to(wide)
-        self.first_hidden = None if starts.first_hidden is None else self.matmul.cast(starts.first_hidden)
-        self.first_cells = None if starts.first_cells is None else starts.first_cells.to(wide).contiguous()
+        self.mask = None if start.dropout_mask is None else start.dropout_mask.to(wide)
+        self.initial_hidden = None if start.initial_hidden is None else self.matmul.cast(start.initial_hidden)
+        self.initial_cells = None if start.initial_cells is None else start.initial_cells.to(wide).contiguous()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Projected states (N, D) in the storage dtype."""
+        """Return the hidden states (N, D) in the storage dtype."""
         matmul, sizes = self.matmul, self.packing.sizes
         input_weight, state_weight, bias, projection = self.weights
         hidden_size, cell_size = projection.shape
         num_tokens, num_sentences = len(inputs), len(self.packing.order)
         self.inputs = matmul.cast(inputs).detach()
-        # The input products of all steps; each step turns its rows into the activated gates.
+        # The input's contribution to the gates of all steps; each step completes and activates its rows in place.
         self.gates = matmul.mm(self.inputs, matmul.cast_weight(input_weight).t())
         self.cells = self.gates.new_empty(num_tokens, cell_size, dtype=wide_dtype(matmul.storage))
         self.hidden = self.gates.new_empty(num_tokens, hidden_size)
         cell_output_buffer = self.gates.new_empty(num_sentences, cell_size)
-        to_gates, to_hidden = (matmul.prepare(weight.t(), sizes) for weight in (state_weight, projection))
+        recurrent_weight, projection_weight = (matmul.prepare(w.t(), sizes) for w in (state_weight, projection))
         bias, (cell_clip, projection_clip) = bias.to(self.cells.dtype), self.clips
         kernels = pointwise(self.gates)
-        previous_hidden, previous_cells = self.first_hidden, self.first_cells
+        previous_hidden, previous_cells = self.initial_hidden, self.initial_cells
         steps = zip(sizes, self.gates.split(sizes), self.cells.split(sizes), self.hidden.split(sizes), strict=True)
         for size, gates, cells, hidden in steps:
             if previous_hidden is not None:
-                to_gates.addmm_into(gates, previous_hidden[:size])
+                recurrent_weight.addmm_into(gates, previous_hidden[:size])
             cell_output = cell_output_buffer[:size]
             kernels.cell_forward(gates, bias, previous_cells, cells, cell_output, cell_clip)
-            to_hidden.mm_into(hidden, cell_output)
+            projection_weight.mm_into(hidden, cell_output)
             kernels.clip_forward(hidden, self.mask, projection_clip)
             previous_hidden, previous_cells = hidden, cells
         last = self.packing.last
-        self.final = self.hidden.index_select(0, last), self.cells.index_select(0, last)
+        self.final_state = self.hidden.index_select(0, last), self.cells.index_select(0, last)
         return self.hidden
 
     def backward(self, d_output: Tensor, needs_inputs: bool) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """Gradients of the inputs and of the four weights, in the dtype of ``d_output``."""
+        """Return the gradients of the inputs and of the four weights, in the dtype of ``d_output``."""
         matmul = self.matmul
         d_hidden = d_output.to(matmul.storage, copy=True, memory_format=torch.contiguous_format)
-        # The cells are used up step by step: what the projection was given takes their place where it fits.
-        fits = self.cells.dtype == self.gates.dtype
-        cell_output = self.cells if fits else self.gates.new_empty(self.cells.shape)
-        self._through_steps(d_hidden, cell_output)
-        # From here on gates holds the gradients of the gates before activation.
+        # Each step's cells are read for the last time just before its cell output is recomputed, so the output may
+        # overwrite them if the dtypes are equal.
+        same_dtype = self.cells.dtype == self.gates.dtype
+        cell_output = self.cells if same_dtype else self.gates.new_empty(self.cells.shape)
+        self._backward_steps(d_hidden, cell_output)
+        # From here on, gates holds the gradients of the pre-activations.
         gates, num_sentences = self.gates, len(self.packing.order)
         d_input_weight = matmul.mm(gates.t(), self.inputs)
-        # A step has read what the one before it gave, the first one what the batch began with.
+        # The first step read the initial state, every other step the hidden states of the step before.
         d_state_weight = matmul.mm(gates[num_sentences:].t(), self.hidden.index_select(0, self.packing.previous))
-        if self.first_hidden is not None:
-            matmul.addmm_into(d_state_weight, gates[:num_sentences].t(), self.first_hidden)
+        if self.initial_hidden is not None:
+            matmul.addmm_into(d_state_weight, gates[:num_sentences].t(), self.initial_hidden)
         d_bias = pointwise(gates).column_sums(gates).to(d_output.dtype)
         d_projection = matmul.mm(d_hidden.t(), cell_output).to(d_output.dtype)
         d_inputs = None
@@ -196,18 +217,21 @@ class _LayerPass:
             d_inputs = matmul.mm(gates, matmul.cast_weight(self.weights[0])).to(d_output.dtype)
         return d_inputs, (d_input_weight.to(d_output.dtype), d_state_weight.to(d_output.dtype), d_bias, d_projection)
 
-    def _through_steps(self, d_hidden: Tensor, cell_output: Tensor) -> None:
-        """From the last step to the first: ``d_hidden`` and the gates become gradients before clip and activation.
+    def _backward_steps(self, d_hidden: Tensor, cell_output: Tensor) -> None:
+        """Backpropagate from the last step to the first.
+
+        The gates are overwritten with the gradients of their pre-activations.
 
         Args:
-            d_hidden: (N, D) gradient from above.
+            d_hidden: (N, D) gradient from the layer above; replaced by the gradient before clipping and dropout.
             cell_output: (N, C), written with o * tanh(cells).
         """
         matmul, sizes, num_sentences = self.matmul, self.packing.sizes, len(self.packing.order)
-        to_previous, to_cell_output = (matmul.prepare(self.weights[number], sizes) for number in (1, 3))
+        recurrent_weight, projection_weight = (matmul.prepare(self.weights[number], sizes) for number in (1, 3))
         cell_clip, projection_clip = self.clips
         kernels = pointwise(self.gates)
-        # What a step passes back to the one before it, which has as many sentences or more: zero for the further ones.
+        # Gradient that a step passes back to the step before. An earlier step has at least as many sentences; the rows
+        # of sentences that end there stay zero.
         d_recurrent = torch.zeros_like(d_hidden[:num_sentences])
         d_cells = self.cells.new_zeros(num_sentences, self.cells.shape[1])
         d_cell_output = self.gates.new_empty(d_cells.shape)
@@ -216,8 +240,8 @@ class _LayerPass:
         for number in reversed(range(len(steps))):
             size, gates, cells, hidden, d_step, step_output = steps[number]
             kernels.clip_backward(d_step, d_recurrent, hidden, self.mask, projection_clip)
-            d_step_output = to_cell_output.mm_into(d_cell_output[:size], d_step)
-            previous_cells = steps[number - 1][2] if number else self.first_cells
+            d_step_output = projection_weight.mm_into(d_cell_output[:size], d_step)
+            previous_cells = steps[number - 1][2] if number else self.initial_cells
             kernels.cell_backward(gates, previous_cells, cells, step_output, d_step_output, d_cells[:size], cell_clip)
             if number:
-                to_previous.mm_into(d_recurrent[:size], gates)
+                recurrent_weight.mm_into(d_recurrent[:size], gates)

@@ -1,10 +1,10 @@
-"""Products of few rows with a prepacked weight, by packed.c: its functions, and which products go to them.
+"""Matrix products of few rows with a prepacked weight: the bindings of packed.c, and when they are used.
 
-Which of packed.c and torch is faster depends on the processor, the precision and the number of rows. The choice is a
-fixed function of the processor's instructions, the precision, the weight's layout and the number of rows
-(:func:`rows_packed`), so that a resumed run computes the same bits as an uninterrupted one on the same kind of
-machine. benchmarks/products.py shows both sides. In packed.c a row's result has the same bits whatever other rows
-come with it.
+Whether packed.c or torch is faster depends on the processor, the precision and the number of rows. The choice is not
+timed at run time. It is a fixed function of the processor's instructions, the precision, the weight's layout and the
+number of rows (:func:`rows_packed`), so that a resumed run gives bitwise the same results as an uninterrupted one on
+the same kind of machine. benchmarks/products.py compares the two. In packed.c, each row's result is bitwise independent
+of the other rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ from torch import Tensor
 from lapse_elmo import native
 
 PACKED_SOURCE = Path(__file__).parent / "packed.c"
-PREPACKED_MATMUL = "prepacked matmul"  # its name in a profile
-ANY_NUMBER = 1 << 30
-_WIDEST_PANEL = 32  # columns that packed.c packs together
-# On processors with AMX (benchmarks/README.md; measured on Emerald Rapids). Elsewhere packed.c wins at any number.
-_TILES_WIN_UP_TO = 192  # rows, in bfloat16
-_FLOAT32_WINS_WITH = (8, 127)  # rows, with weights that are transposed views
+PREPACKED_MATMUL = "prepacked matmul"  # label in profiles
+UNLIMITED = 1 << 30  # rows
+_WIDEST_PANEL = 32  # columns of a panel of packed.c with AVX-512; 16 without
+# Numbers of rows for which packed.c is faster than torch on processors with AMX, measured on Emerald Rapids
+# (benchmarks/README.md). On processors without AMX, packed.c is always used.
+_MAX_ROWS_AMX_BF16 = 192
+_ROWS_AMX_FP32 = (8, 127)  # only for weights that are transposed views
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of packed.c for one storage dtype, which take ``num_rows`` rows of the weight at a time.
+    """The functions of packed.c for one storage dtype.
 
     Attributes:
-        tiles: Whether they multiply by AMX.
+        pack: Packs a weight.
+        multiply: Multiplies by a packed weight.
+        num_rows: The number of rows of a weight must be a multiple of this (2 for bfloat16, 1 for float32).
+        tiles: Whether ``multiply`` uses AMX tiles.
     """
 
     pack: Callable[..., None]
@@ -45,27 +49,28 @@ class Kernels:
 
 
 class PrepackedWeight:
-    """A (K, N) weight in the order in which packed.c reads it.
+    """A copy of a (K, N) weight in the layout that packed.c reads.
 
     Args:
-        second: (K, N), strided as it likes, in the storage dtype of ``kernels``; K a multiple of ``num_rows``.
+        kernels: The functions for the weight's dtype.
+        weight: (K, N) on the CPU, of any strides; K must be a multiple of ``kernels.num_rows``.
     """
 
-    def __init__(self, kernels: Kernels, second: Tensor) -> None:
-        num_rows, num_columns = second.shape
-        assert num_rows % kernels.num_rows == 0 and second.device.type == "cpu", second.shape
-        self._multiply, self._shape = kernels.multiply, second.shape
-        self._packed = second.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
-        kernels.pack(num_rows, num_columns, second.data_ptr(), *second.stride(), self._packed.data_ptr())
-        # torch.profiler.record_function, which does the same, takes 20 times as long where nothing is recorded.
+    def __init__(self, kernels: Kernels, weight: Tensor) -> None:
+        num_rows, num_columns = weight.shape
+        assert num_rows % kernels.num_rows == 0 and weight.device.type == "cpu", weight.shape
+        self._multiply, self._shape = kernels.multiply, weight.shape
+        self._packed = weight.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
+        kernels.pack(num_rows, num_columns, weight.data_ptr(), *weight.stride(), self._packed.data_ptr())
+        # The public torch.profiler.record_function is 20 times as slow when no profiler is active.
         self._recorded = torch._C._profiler._RecordFunctionFast(PREPACKED_MATMUL)
 
     def mm_into(self, out: Tensor, first: Tensor) -> Tensor:
-        """``out`` (n, N) = ``first`` (n, K) @ the weight, rounded to the storage."""
+        """Compute ``out`` (n, N) = ``first`` (n, K) @ weight, rounded to the storage dtype."""
         return self._run(out, first, False)
 
     def addmm_into(self, out: Tensor, first: Tensor) -> Tensor:
-        """``out`` += ``first`` @ the weight, rounded to the storage once."""
+        """Compute ``out`` += ``first`` @ weight, rounded to the storage dtype once."""
         return self._run(out, first, True)
 
     def _run(self, out: Tensor, first: Tensor, add: bool) -> Tensor:
@@ -81,7 +86,7 @@ class PrepackedWeight:
 
 
 def kernels(storage: torch.dtype) -> Kernels | None:
-    """Return the functions of packed.c for this processor, or None if there are none."""
+    """Return the functions of packed.c for a storage dtype, or None if this machine or dtype has none."""
     library = native.load(PACKED_SOURCE)
     return None if library is None else _kernels(library).get(storage)
 
@@ -91,9 +96,9 @@ def _kernels(library: ctypes.CDLL) -> dict[torch.dtype, Kernels]:
     size, pointer = ctypes.c_long, ctypes.c_void_p
     found = {}
     for storage, kind, num_rows in ((torch.float32, "f", 1), (torch.bfloat16, "b", 2)):
-        with contextlib.suppress(AttributeError):  # no bfloat16 on this processor
+        with contextlib.suppress(AttributeError):  # the processor has no bfloat16 instructions
             pack, multiply, tiles = getattr(library, f"pack_{kind}"), getattr(library, f"multiply_{kind}"), False
-            with contextlib.suppress(AttributeError):  # no tiles on it
+            with contextlib.suppress(AttributeError):  # the processor has no AMX
                 if kind == "b" and library.permit_t():
                     multiply, tiles = library.multiply_t, True
             pack.argtypes = [size, size, pointer, size, size, pointer]
@@ -105,12 +110,7 @@ def _kernels(library: ctypes.CDLL) -> dict[torch.dtype, Kernels]:
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers of rows of the products that go to packed.c; those of fewer or more rows go to torch.
-
-    Args:
-        first: The smallest.
-        last: The largest.
-    """
+    """Numbers of rows, from ``first`` to ``last`` inclusive, for which products use packed.c instead of torch."""
 
     first: int
     last: int
@@ -120,37 +120,38 @@ class Range:
 
 
 def rows_packed(storage: torch.dtype, strided: bool) -> Range:
-    """Which products go to packed.c on this processor.
+    """Return the numbers of rows for which products use packed.c on this processor.
 
     Args:
-        strided: Whether the weight is a transposed view, which torch takes longer to multiply by.
+        storage: The dtype of both factors.
+        strided: Whether the weight is a transposed view, by which torch multiplies more slowly.
     """
     if kernels(storage) is None:
         return Range(1, 0)
     if not has_tiles():
-        return Range(1, ANY_NUMBER)
+        return Range(1, UNLIMITED)
     if storage == torch.bfloat16:
-        return Range(1, _TILES_WIN_UP_TO)
-    return Range(*_FLOAT32_WINS_WITH) if strided else Range(1, 0)
+        return Range(1, _MAX_ROWS_AMX_BF16)
+    return Range(*_ROWS_AMX_FP32) if strided else Range(1, 0)
 
 
 def has_tiles() -> bool:
-    """Whether products of bfloat16 run on AMX."""
+    """Whether packed.c multiplies bfloat16 by AMX tiles."""
     found = kernels(torch.bfloat16)
     return found is not None and found.tiles
 
 
 def describe(precision: str) -> str:
-    """Return one line that names what multiplies in the LSTM's steps on this machine."""
+    """Return a log line on which kernels multiply by the recurrent weights on this machine."""
     storage = torch.bfloat16 if precision == "bf16" else torch.float32
-    by = "AMX tiles" if precision == "bf16" and has_tiles() else "packed.c"
+    native_kernel = "AMX tiles" if precision == "bf16" and has_tiles() else "packed.c"
     parts = []
-    for pass_, strided in (("forward", True), ("backward", False)):
+    for direction, strided in (("forward", True), ("backward", False)):
         rows = rows_packed(storage, strided)
         if rows.last < rows.first:
-            parts.append(f"{pass_} by torch")
-        elif rows.last == ANY_NUMBER:
-            parts.append(f"{pass_} by {by}")
+            parts.append(f"{direction} by torch")
+        elif rows.last == UNLIMITED:
+            parts.append(f"{direction} by {native_kernel}")
         else:
-            parts.append(f"{pass_} by {by} for {rows.first} to {rows.last} rows, else by torch")
+            parts.append(f"{direction} by {native_kernel} for {rows.first} to {rows.last} rows, else by torch")
     return f"products of the LSTM's steps, {precision}: {'; '.join(parts)}"

@@ -1,4 +1,4 @@
-"""Where the tokens of a batch lie when they are packed time-major, longest sentence first."""
+"""Packed sequences: the tokens of a batch without padding, time-major, longest sentence first."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """A batch packed by length: all first tokens, then all second ones, and so on, longest sentences first.
+    """Layout of a packed batch: the first tokens of all sentences, then all second tokens, and so on.
 
-    At each step the sentences that still run are a prefix of the sorted batch, so a step is one contiguous slice of
-    the packed rows and no work is done for padding. Sentences of equal length keep their order.
+    It is that of torch's PackedSequence: sentences are sorted by length, longest first, equal lengths in batch order.
+    At each step the unfinished sentences are a prefix of the sorted batch. So a step is a contiguous slice of the N
+    packed rows, and padding takes no computation.
 
-    ``order`` holds the batch rows of the sentences that are not empty, longest first; ``sizes`` the number of packed
-    rows of each step; ``tokens`` the (N,) index of each packed row in the flattened (B * T) batch; ``mirror`` the
-    packed row of the token that is as far from its sentence's end as this one from its start (its own inverse);
-    ``previous`` the packed rows one step earlier of the rows from the second step on; ``last`` the packed row of each
-    sorted sentence's last token; ``sentence`` the sorted sentence of each packed row.
+    Attributes:
+        order: Batch rows of the sentences, without empty ones, sorted by length.
+        sizes: Number of packed rows of each step (``batch_sizes`` of PackedSequence).
+        tokens: (N,) index of each packed row in the flattened (B * T) batch.
+        mirror: (N,) permutation that reverses every sentence; it is its own inverse.
+        previous: For the rows from the second step on, the packed row of the same sentence one step earlier.
+        last: Packed row of the last token of each sorted sentence.
+        sentence: (N,) index in the sorted batch of each packed row's sentence.
     """
 
     order: Tensor
@@ -32,18 +36,20 @@ class Packing:
 
     @property
     def num_tokens(self) -> int:
+        """N, the number of packed rows."""
         return len(self.tokens)
 
     @classmethod
     def of_mask(cls, mask: Tensor, device: torch.device | None = None) -> Packing:
-        """Return the packing of a (B, T) bool mask that is true at tokens and false at the padding after them.
+        """Return the packing of a batch.
 
         Args:
-            device: Where its tensors go; the mask's own device if None. A mask in the host's memory spares a GPU a
-                wait.
+            mask: (B, T) bool, true at tokens, false at the padding after them. A mask on the GPU costs a
+                synchronization, a mask on the CPU does not.
+            device: Device of the packing's tensors; None means that of ``mask``.
 
         Raises:
-            ValueError: Where padding comes before a token.
+            ValueError: If the mask has another shape or dtype, or padding precedes a token.
         """
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask must be a (B, T) bool tensor, got {mask.dtype} of shape {tuple(mask.shape)}")
@@ -73,10 +79,10 @@ class Packing:
         )
 
     def pack(self, padded: Tensor) -> Tensor:
-        """(B, T, width) to (N, width)."""
+        """Return the rows (N, width) of the tokens of ``padded`` (B, T, width)."""
         return padded.flatten(0, 1).index_select(0, self.tokens)
 
     def unpack(self, packed: Tensor, num_sentences: int, num_positions: int) -> Tensor:
-        """(N, width) to (B, T, width), zero at padding."""
+        """Return ``packed`` (N, width) as (B, T, width), zero at padding."""
         padded = packed.new_zeros(num_sentences * num_positions, packed.shape[1])
         return padded.index_copy(0, self.tokens, packed).view(num_sentences, num_positions, packed.shape[1])

@@ -1,16 +1,17 @@
-/* The row-wise parts of the LSTM and of the softmax, each as one pass over rows that lie in the cache.
+/* The pointwise kernels of the LSTM and the softmax. Each makes one pass over its rows while they are in the cache.
  *
- * The fallbacks in torch, with the same results, are in pointwise_torch.py. This file includes itself for each
- * kind of numbers: S is what is stored (float, double, or bfloat16 as its upper 16 bits), R what is computed with.
- * Comparisons are written so that a NaN passes through them. Names end in _f, _d or _b.
+ * pointwise_torch.py has fallbacks with the same results. This file includes itself once per storage type, and appends
+ * a suffix to all names: _f for float, _d for double, _b for bfloat16. S is the type of stored elements (uint16_t, the
+ * upper half of a float, for bfloat16), R the type of arithmetic. Comparisons are written such that NaN is preserved.
  */
 #ifndef S
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-/* e^x to 1 unit in the last place: 2^n * e^r with |r| <= ln(2)/2. 0 below the smallest normal number. No branches, so
- * that compilers use vectors. Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. */
+/* e^x = 2^n * e^r with |r| <= ln(2)/2 and a polynomial for e^r, accurate to 1 ulp. Results below the smallest normal
+ * number are 0. Free of branches, so that compilers can vectorize it. Adding `shift`, 1.5 * 2^23, rounds to an integer,
+ * which is then found in the low bits. */
 static inline float exp_f(float x) {
   const float shift = 12582912.0f;
   float bounded = x > 89.0f ? 89.0f : x, shifted = bounded * 1.44269504f + shift, n = shifted - shift;
@@ -29,6 +30,7 @@ static inline float exp_f(float x) {
   memcpy(&scale, &bits, 4);
   return x < -87.3f ? 0.0f : p * scale;
 }
+/* A polynomial for small |x|, where 2 / (1 + e^-2x) - 1 would lose digits by cancellation. */
 static inline float tanh_f(float x) {
   float z = x * x, p = -0.0060751666f;
   p = p * z + 0.020982297f;
@@ -38,13 +40,13 @@ static inline float tanh_f(float x) {
   float large = 2.0f / (1.0f + exp_f(-2.0f * x)) - 1.0f;
   return z < 0.390625f ? x + x * z * p : large;
 }
-static inline float widen(uint16_t x) {
+static inline float widen(uint16_t x) { /* bfloat16 to float */
   uint32_t bits = (uint32_t)x << 16;
   float y;
   memcpy(&y, &bits, 4);
   return y;
 }
-static inline uint16_t narrow(float x) { /* to the nearest, ties to even; NaN stays NaN */
+static inline uint16_t narrow(float x) { /* float to bfloat16, rounding to nearest, ties to even; NaN stays NaN */
   uint32_t bits;
   memcpy(&bits, &x, 4);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -94,7 +96,7 @@ static inline uint16_t narrow(float x) { /* to the nearest, ties to even; NaN st
 #else
 
 /* The LSTM with projection of ELMo (Peters et al. 2018; the cell of Sak et al. 2014 without peepholes). For one step,
- * with a = W x + U h' the gates' pre-activations, which matrix products have computed already:
+ * with a = W x + U h' the gates' pre-activations without bias, the result of matrix products:
  *
  *   i, f, o = sigmoid(a + bias),  g = tanh(a + bias)
  *   c = clip(i * g + f * c')         c': the cells of the previous step
@@ -109,8 +111,8 @@ static inline uint16_t narrow(float x) { /* to the nearest, ties to even; NaN st
  *   d_c' = d_c * f
  */
 
-/* Forward of one step for n sentences. gates (n, 4C): pre-activations without bias, replaced by i, f, g, o.
- * previous_cells (n, C): c', NULL for zero. cells, cell_output (n, C): c and m, written. clip: INFINITY for none. */
+/* Forward pass of one step for n sentences. gates (n, 4C): pre-activations without bias, replaced by i, f, g, o.
+ * previous_cells (n, C): c', NULL for zero. cells, cell_output (n, C): outputs c and m. clip: INFINITY for no clip. */
 void NAME(lstm_cell_forward)(long n, long C, S *restrict gates, const R *restrict bias,
                              const R *restrict previous_cells, R *restrict cells, S *restrict cell_output,
                              double clip_) {
@@ -137,9 +139,9 @@ void NAME(lstm_cell_forward)(long n, long C, S *restrict gates, const R *restric
   }
 }
 
-/* Backward of lstm_cell_forward. gates: i, f, g, o, replaced by the gradients of the pre-activations. cell_output: m is
- * recomputed into it, so that the forward pass need not keep it; may be cells itself. d_cells: d_c from the next step,
- * replaced by d_c' for the previous one. */
+/* Backward pass of lstm_cell_forward. gates: i, f, g, o, replaced by the gradients of the pre-activations. cell_output:
+ * output m, recomputed so that the forward pass need not store it; may be the same memory as cells. d_cells: d_c from
+ * the next step, replaced by d_c' for the previous step. */
 void NAME(lstm_cell_backward)(long n, long C, S *restrict gates, const R *restrict previous_cells, const R *cells,
                               S *cell_output, const S *restrict d_cell_output, R *restrict d_cells, double clip_) {
   R clip = (R)clip_;
@@ -164,7 +166,7 @@ void NAME(lstm_cell_backward)(long n, long C, S *restrict gates, const R *restri
   }
 }
 
-/* hidden (n, D): clipped, then multiplied by the dropout mask (n, D) unless that is NULL, in place. */
+/* Clip hidden (n, D) in place, then multiply it by the dropout mask (n, D) unless that is NULL. */
 void NAME(lstm_clip_forward)(long n, long D, S *restrict hidden, const R *restrict mask, double clip_) {
   R clip = (R)clip_;
 #pragma omp simd
@@ -176,9 +178,9 @@ void NAME(lstm_clip_forward)(long n, long D, S *restrict hidden, const R *restri
   }
 }
 
-/* Backward of lstm_clip_forward. d_hidden (n, D): gradient from the layer above; d_recurrent (n, D): from the next
- * step. d_hidden becomes the gradient of P m. hidden: the output of lstm_clip_forward, from which the clip is recognised: its
- * bound is clip * mask, rounded to S as hidden was. */
+/* Backward pass of lstm_clip_forward. d_hidden (n, D): gradient from the layer above, replaced by the gradient of P m.
+ * d_recurrent (n, D): gradient from the next step. hidden: the output of lstm_clip_forward; elements that reached the
+ * bound, which is clip * mask rounded to S like hidden, were clipped and get gradient 0. */
 void NAME(lstm_clip_backward)(long n, long D, S *restrict d_hidden, const S *restrict d_recurrent,
                               const S *restrict hidden, const R *restrict mask, double clip_) {
   R clip = (R)clip_;
@@ -190,47 +192,47 @@ void NAME(lstm_clip_backward)(long n, long D, S *restrict d_hidden, const S *res
   }
 }
 
-/* Sampled softmax of n targets against m samples. logits (n, m): before bias_minus_log_q (m,) is added, replaced by
- * exp_logits = exp(logit - largest of the row). target (n,): the targets' own logits. nll, inv_sum (n,): written;
- * inv_sum * exp_logits are the probabilities. d_target (n,): written with the gradient of the target's logit.
- * d_bias (m,): the gradient of bias_minus_log_q is added. */
+/* Sampled softmax of n targets, each over itself and m samples. logits (n, m): logits of the samples without
+ * bias_minus_log_q (m,), replaced by exp_logits = exp(logit - row_max). target (n,): logits of the targets.
+ * Outputs: nll (n,); inv_sum (n,), such that inv_sum * exp_logits are the samples' probabilities; d_target (n,), the
+ * gradient of target. The gradient of bias_minus_log_q is added to d_bias (m,). */
 void NAME(softmax_rows)(long n, long m, S *restrict logits, const R *restrict bias_minus_log_q,
                         const R *restrict target,
                         R *restrict nll, R *restrict inv_sum, R *restrict d_target, R *restrict d_bias) {
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < n; row++) {
     S *x = logits + row * m;
-    R largest = target[row], total = 0;
-#pragma omp simd reduction(max : largest)
+    R row_max = target[row], row_sum = 0;
+#pragma omp simd reduction(max : row_max)
     for (long k = 0; k < m; k++) {
       R v = GET(x[k]) + bias_minus_log_q[k];
-      largest = v > largest ? v : largest;
+      row_max = v > row_max ? v : row_max;
     }
-#pragma omp simd reduction(+ : total)
+#pragma omp simd reduction(+ : row_sum)
     for (long k = 0; k < m; k++) {
-      R v = EXP(GET(x[k]) + bias_minus_log_q[k] - largest);
-      total += v;
+      R v = EXP(GET(x[k]) + bias_minus_log_q[k] - row_max);
+      row_sum += v;
       x[k] = PUT(v);
     }
-    R own = EXP(target[row] - largest);
-    total += own;
-    nll[row] = LOG(total) + largest - target[row];
-    inv_sum[row] = 1 / total;
-    d_target[row] = own / total - 1;
+    R exp_target = EXP(target[row] - row_max);
+    row_sum += exp_target;
+    nll[row] = LOG(row_sum) + row_max - target[row];
+    inv_sum[row] = 1 / row_sum;
+    d_target[row] = exp_target / row_sum - 1;
   }
 #pragma omp parallel for schedule(static)
   for (long first = 0; first < m; first += 1024) {
     long end = first + 1024 < m ? first + 1024 : m;
     for (long row = 0; row < n; row++) {
       const S *x = logits + row * m;
-      R part = inv_sum[row];
+      R scale = inv_sum[row];
 #pragma omp simd
-      for (long k = first; k < end; k++) d_bias[k] += part * GET(x[k]);
+      for (long k = first; k < end; k++) d_bias[k] += scale * GET(x[k]);
     }
   }
 }
 
-/* sums (m,): of the columns of rows (n, m). */
+/* Output: sums (m,), the column sums of rows (n, m). */
 void NAME(column_sums)(long n, long m, const S *restrict rows, R *restrict sums) {
 #pragma omp parallel for schedule(static) if (n * m > 65536)
   for (long first = 0; first < m; first += 256) {
@@ -245,23 +247,23 @@ void NAME(column_sums)(long n, long m, const S *restrict rows, R *restrict sums)
   }
 }
 
-/* Full softmax, some classes at a time. logits (n, m): before bias (m,). largest, total (n,): the largest logit so far
- * and the sum of exp(logit - largest) so far (-INFINITY and 0 at first), brought up to date. */
-void NAME(softmax_totals)(long n, long m, const S *restrict logits, const R *restrict bias, R *restrict largest,
-                          double *restrict total) {
+/* Full softmax, a block of m classes at a time. logits (n, m): without bias (m,). running_max, running_sum (n,): the
+ * largest logit and the sum of exp(logit - running_max) over all blocks so far, updated; initially -INFINITY and 0. */
+void NAME(softmax_totals)(long n, long m, const S *restrict logits, const R *restrict bias, R *restrict running_max,
+                          double *restrict running_sum) {
 #pragma omp parallel for schedule(static)
   for (long row = 0; row < n; row++) {
     const S *x = logits + row * m;
-    R top = largest[row], sum = 0;
-#pragma omp simd reduction(max : top)
+    R new_max = running_max[row], sum = 0;
+#pragma omp simd reduction(max : new_max)
     for (long k = 0; k < m; k++) {
       R v = GET(x[k]) + bias[k];
-      top = v > top ? v : top;
+      new_max = v > new_max ? v : new_max;
     }
 #pragma omp simd reduction(+ : sum)
-    for (long k = 0; k < m; k++) sum += EXP(GET(x[k]) + bias[k] - top);
-    total[row] = total[row] * exp((double)(largest[row] - top)) + sum;
-    largest[row] = top;
+    for (long k = 0; k < m; k++) sum += EXP(GET(x[k]) + bias[k] - new_max);
+    running_sum[row] = running_sum[row] * exp((double)(running_max[row] - new_max)) + sum;
+    running_max[row] = new_max;
   }
 }
 

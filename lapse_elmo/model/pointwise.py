@@ -1,7 +1,8 @@
-"""The row-wise parts of the LSTM and of the softmax: in C where there is a compiler, in Triton on a GPU, and in torch.
+"""The pointwise kernels of the LSTM and the softmax: everything but matrix products.
 
-All kinds do the same on rows of one storage dtype (float32, float64 or bfloat16) with state, bias and sums in the
-``wide`` dtype (float32 for bfloat16, else the same). An object serves one thread.
+There are three backends with the same results: C (pointwise.c) on a CPU with a compiler, Triton on a GPU, and torch
+anywhere. Rows are stored in float32, float64 or bfloat16. Cells, biases and sums have the *wide* dtype, which is
+float32 for bfloat16 rows and otherwise that of the rows. An instance must be used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lapse_elmo.errors import in_one_line
 from lapse_elmo.model.pointwise_torch import TorchPointwise, wide_dtype
 
 SOURCE = Path(__file__).parent / "pointwise.c"
-_KINDS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b"}
-# Of each function, after two sizes: the number of pointers, and whether a clip follows them.
+_SUFFIXES = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b"}
+# Arguments of each C function after the two sizes: the number of pointers, and whether a clip value follows.
 _FUNCTIONS = {
     "lstm_cell_forward": (5, True), "lstm_cell_backward": (6, True), "lstm_clip_forward": (2, True),
     "lstm_clip_backward": (4, True),
@@ -30,76 +31,96 @@ _FUNCTIONS = {
 
 
 class Pointwise(Protocol):
-    """Interface of all backends. All tensors are contiguous, with n rows; buffers may have more."""
+    """Interface of all backends; pointwise.c has the formulas.
+
+    All tensors are contiguous and have n rows, one per unfinished sentence. Those that are described as "at least n"
+    may have further rows, which are not read.
+    """
 
     def cell_forward(
         self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
         clip: float,
     ) -> None:
-        """Compute one LSTM step except for its matrix products; pointwise.c has the formulas.
+        """Compute one LSTM step except for its matrix products.
 
         Args:
-            gates: (n, 4C) before activation and bias; activated in place, in the order i, f, g, o.
+            gates: (n, 4C) pre-activations without bias, in the order i, f, g, o; activated in place.
             bias: (4C,) wide.
-            previous_cells: (at least n, C) wide, cells of the step before; None for zero.
-            cells: (n, C) wide, written.
-            cell_output: (n, C), written with o * tanh(cells).
-            clip: Bound on cells; infinite for none.
+            previous_cells: (at least n, C) wide, cells of the previous step; None for zero.
+            cells: (n, C) wide; output.
+            cell_output: (n, C), output: o * tanh(cells).
+            clip: Largest magnitude of a cell; infinite for no clipping.
         """
 
     def cell_backward(
         self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        """Backpropagate through :meth:`cell_forward`; pointwise.c has the formulas.
+        """Backpropagate through :meth:`cell_forward`.
 
         Args:
-            gates: (n, 4C) activated; replaced by the gradients before activation.
-            cell_output: (n, C), written with o * tanh(cells); may be ``cells`` itself.
-            d_cell_output: (n, C) gradient of ``cell_output``; may be used up.
-            d_cells: (n, C) wide, from the step after this one; replaced by that for the step before.
+            gates: (n, 4C) activated gates; replaced by the gradients of the pre-activations.
+            previous_cells: (at least n, C) wide, cells of the previous step; None for zero.
+            cells: (n, C) wide, cells of this step.
+            cell_output: (n, C), output: o * tanh(cells), recomputed; may be ``cells`` itself.
+            d_cell_output: (n, C) gradient of ``cell_output``; may be overwritten.
+            d_cells: (n, C) wide gradient of ``cells`` from the next step; replaced by that of ``previous_cells``.
+            clip: As in the forward pass.
         """
 
     def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
-        """Clip ``hidden`` (n, D) in place, then multiply by ``mask`` (at least n, D, wide) where there is one."""
+        """Clip ``hidden`` (n, D) in place, then multiply it by the dropout ``mask`` (at least n, D, wide) if any."""
 
     def clip_backward(
         self, d_hidden: Tensor, d_recurrent: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
-        """Add ``d_recurrent`` (at least n, D) to ``d_hidden`` (n, D); backpropagate through :meth:`clip_forward`."""
+        """Backpropagate through :meth:`clip_forward`.
+
+        Args:
+            d_hidden: (n, D) gradient from the layer above; replaced by the gradient of the projection's output.
+            d_recurrent: (at least n, D) gradient from the next step, which is added.
+            hidden: (n, D) output of :meth:`clip_forward`.
+            mask: As in the forward pass.
+            clip: As in the forward pass.
+        """
 
     def column_sums(self, rows: Tensor) -> Tensor:
-        """Return the sums (m,) wide of the columns of ``rows`` (n, m)."""
+        """Return the column sums (m,), wide, of ``rows`` (n, m)."""
 
     def softmax_rows(
         self, logits: Tensor, bias_minus_log_q: Tensor, target: Tensor, nll: Tensor, inv_sum: Tensor, d_target: Tensor,
         d_bias: Tensor,
     ) -> None:
-        """Compute the sampled softmax of n targets against S samples.
+        """Compute the sampled softmax of n targets, each over itself and S samples.
 
         Args:
-            logits: (n, S) before ``bias_minus_log_q`` (S,) wide is added; replaced by exp_logits = exp(logit -
-                largest); ``inv_sum * exp_logits`` are the probabilities.
-            target: (n,) wide, the targets' logits.
-            nll: (n,) wide, written; so are ``inv_sum`` and ``d_target``, the gradient of ``target``.
-            d_bias: (S,) wide; the gradient of ``bias_minus_log_q`` is added.
+            logits: (n, S) logits of the samples without ``bias_minus_log_q``; replaced by exp_logits = exp(logit - row
+                maximum). The probabilities of the samples are ``inv_sum * exp_logits``.
+            bias_minus_log_q: (S,) wide, added to each row of ``logits``.
+            target: (n,) wide logits of the targets.
+            nll: (n,) wide; output.
+            inv_sum: (n,) wide, output: 1 / the sum of exp(logit - row maximum), including the target's.
+            d_target: (n,) wide, output: the gradient of ``target``.
+            d_bias: (S,) wide; the gradient of ``bias_minus_log_q`` is added to it.
         """
 
-    def softmax_totals(self, logits: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
-        """Bring a full softmax's ``largest`` logit (n,) wide and ``total`` = sum of exp(logit - largest), (n,) float64,
-        up to date with further classes.
+    def softmax_totals(self, logits: Tensor, bias: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
+        """Update the running maximum and sum of a full softmax in place with further classes.
 
         Args:
-            logits: (n, V') before ``bias`` (V',) wide; may be used up.
+            logits: (n, m) logits of m classes without ``bias``; may be overwritten.
+            bias: (m,) wide.
+            running_max: (n,) wide, the largest logit so far; initially -inf.
+            running_sum: (n,) float64, the sum of exp(logit - running_max) so far; initially 0.
         """
 
 
 def pointwise(like: Tensor) -> Pointwise:
-    """Return a new instance of the fastest backend for tensors like ``like``, for use by one thread."""
-    if like.device.type == "cpu" and like.dtype in _KINDS:
+    """Return a new instance of the fastest backend for the device and dtype of ``like``."""
+    if like.device.type == "cpu" and like.dtype in _SUFFIXES:
         library = native.load(SOURCE)
         if library is not None:
-            return NativePointwise(_functions(library)[_KINDS[like.dtype]])
+            return NativePointwise(_functions(library)[_SUFFIXES[like.dtype]])
     if like.device.type == "cuda" and not triton_problem(like.device):
         from lapse_elmo.model.pointwise_triton import TritonPointwise
 
@@ -108,7 +129,7 @@ def pointwise(like: Tensor) -> Pointwise:
 
 
 def triton_problem(device: torch.device) -> str:
-    """Why Triton's kernels are not used on ``device``, as one line; empty where they are."""
+    """Return in one line why the Triton kernels are not used on ``device``; empty if they are."""
     return _triton_problem(device) if native.enabled() else f"switched off by {native.SWITCH}"
 
 
@@ -118,27 +139,30 @@ def _triton_problem(device: torch.device) -> str:
         from lapse_elmo.model import pointwise_triton
 
         pointwise_triton.check(device)
-    except Exception as error:  # a compiler's or a driver's, of whatever kind
+    except Exception as error:  # compilers and drivers raise exceptions of any type
         return in_one_line(error)
     return ""
 
 
 @functools.lru_cache(maxsize=4)
 def _functions(library: ctypes.CDLL) -> dict[str, dict[str, Callable[..., None]]]:
-    """Return the library's functions, by kind and name."""
-    found: dict[str, dict[str, Callable[..., None]]] = {kind: {} for kind in _KINDS.values()}
-    for kind, functions in found.items():
-        for name, (num_pointers, clips) in _FUNCTIONS.items():
-            function = getattr(library, f"{name}_{kind}")
+    """Return the library's functions by dtype suffix and name."""
+    by_suffix: dict[str, dict[str, Callable[..., None]]] = {suffix: {} for suffix in _SUFFIXES.values()}
+    for suffix, functions in by_suffix.items():
+        for name, (num_pointers, has_clip) in _FUNCTIONS.items():
+            function = getattr(library, f"{name}_{suffix}")
             function.restype = None
             types = [ctypes.c_long] * 2 + [ctypes.c_void_p] * num_pointers
-            function.argtypes = [*types, ctypes.c_double] if clips else types
+            function.argtypes = [*types, ctypes.c_double] if has_clip else types
             functions[name] = function
-    return found
+    return by_suffix
 
 
 class NativePointwise:
-    """By pointwise.c. Sizes are taken from the first argument; the caller answers for the others."""
+    """The backend in C (pointwise.c).
+
+    Sizes are those of ``cells``, ``hidden``, ``rows`` or ``logits``. The shapes of the other tensors are not checked.
+    """
 
     def __init__(self, functions: dict[str, Callable[..., None]]) -> None:
         self._cell_forward, self._cell_backward = functions["lstm_cell_forward"], functions["lstm_cell_backward"]

@@ -1,6 +1,6 @@
-"""The row-wise parts of the LSTM and of the softmax in torch, for any device: what the others are compared with.
+"""The pointwise kernels in torch: the fallback for any device, and the reference that the other backends must match.
 
-What they do is said in pointwise.py.
+:class:`lapse_elmo.model.pointwise.Pointwise` documents the methods.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from torch import Tensor
 
 
 def wide_dtype(storage: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums and state for rows stored in ``storage``."""
+    """Return the dtype of cells, biases and sums for rows stored in ``storage``."""
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
 class TorchPointwise:
-    """In torch, on any device; buffers are kept from call to call."""
+    """The backend in torch, for any device; reuses its scratch buffers from call to call."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def cell_forward(
         self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
         clip: float,
     ) -> None:
         size, width = cells.shape
-        active = gates if gates.dtype == cells.dtype else gates.to(cells.dtype)
-        active.add_(bias)
-        active[:, : 2 * width].sigmoid_()
-        active[:, 2 * width : 3 * width].tanh_()
-        active[:, 3 * width :].sigmoid_()
-        i, f, g, o = active.chunk(4, 1)
+        activated = gates if gates.dtype == cells.dtype else gates.to(cells.dtype)
+        activated.add_(bias)
+        activated[:, : 2 * width].sigmoid_()
+        activated[:, 2 * width : 3 * width].tanh_()
+        activated[:, 3 * width :].sigmoid_()
+        i, f, g, o = activated.chunk(4, 1)
         torch.mul(i, g, out=cells)
         if previous_cells is not None:
             cells.addcmul_(f, previous_cells[:size])
         if clip < math.inf:
             cells.clamp_(-clip, clip)
-        if active is gates:
+        if activated is gates:
             torch.tanh(cells, out=cell_output).mul_(o)
         else:
             cell_output.copy_(torch.tanh(cells).mul_(o))
-            gates.copy_(active)
+            gates.copy_(activated)
 
     def cell_backward(
         self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
@@ -52,16 +52,16 @@ class TorchPointwise:
         sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
         tanh_backward = torch.ops.aten.tanh_backward.grad_input
         size = len(cells)
-        active = gates if gates.dtype == cells.dtype else gates.to(cells.dtype)
+        activated = gates if gates.dtype == cells.dtype else gates.to(cells.dtype)
         d_m = d_cell_output if gates.dtype == cells.dtype else d_cell_output.to(cells.dtype)
-        i, f, g, o = active.chunk(4, 1)
+        i, f, g, o = activated.chunk(4, 1)
         tanh_cells = torch.tanh(cells, out=self._buffer("tanh", cells)[:size])
         product = torch.mul(d_m, tanh_cells, out=self._buffer("product", cells)[:size])
         tanh_backward(d_m.mul_(o), tanh_cells, grad_input=d_m)
         d_cells.add_(d_m)
         if clip < math.inf:
             d_cells.masked_fill_(cells.abs() >= clip, 0.0)
-        if active is gates:
+        if activated is gates:
             torch.mul(o, tanh_cells, out=cell_output)
         else:
             cell_output.copy_(o * tanh_cells)
@@ -76,8 +76,8 @@ class TorchPointwise:
             torch.mul(d_cells, previous_cells[:size], out=product)
             d_cells.mul_(f)
             sigmoid_backward(product, f, grad_input=f)
-        if active is not gates:
-            gates.copy_(active)
+        if activated is not gates:
+            gates.copy_(activated)
 
     def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
         if clip < math.inf:
@@ -105,28 +105,32 @@ class TorchPointwise:
     ) -> None:
         exp_logits = logits if logits.dtype == bias_minus_log_q.dtype else logits.to(bias_minus_log_q.dtype)
         exp_logits.add_(bias_minus_log_q)
-        largest = torch.maximum(exp_logits.amax(1), target) if exp_logits.shape[1] else target
-        exp_logits.sub_(largest[:, None]).exp_()
-        own = (target - largest).exp_()
-        total = exp_logits.sum(1).add_(own)
-        torch.sub(total.log().add_(largest), target, out=nll)
-        torch.reciprocal(total, out=inv_sum)
-        torch.mul(own, inv_sum, out=d_target).sub_(1.0)
+        row_max = torch.maximum(exp_logits.amax(1), target) if exp_logits.shape[1] else target
+        exp_logits.sub_(row_max[:, None]).exp_()
+        exp_target = (target - row_max).exp_()
+        row_sum = exp_logits.sum(1).add_(exp_target)
+        torch.sub(row_sum.log().add_(row_max), target, out=nll)
+        torch.reciprocal(row_sum, out=inv_sum)
+        torch.mul(exp_target, inv_sum, out=d_target).sub_(1.0)
         if exp_logits is not logits:
-            exp_logits = logits.copy_(exp_logits).to(bias_minus_log_q.dtype)  # rounded, as the other gradients see them
+            # Round to the storage dtype, so that d_bias sees the same values as the other gradients.
+            exp_logits = logits.copy_(exp_logits).to(bias_minus_log_q.dtype)
         d_bias.addmv_(exp_logits.t(), inv_sum)
 
-    def softmax_totals(self, logits: Tensor, bias: Tensor, largest: Tensor, total: Tensor) -> None:
+    def softmax_totals(self, logits: Tensor, bias: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
         exp_logits = logits if logits.dtype == bias.dtype else logits.to(bias.dtype)
         exp_logits.add_(bias)
-        top = torch.maximum(exp_logits.amax(1), largest)
-        some = exp_logits.sub_(top[:, None]).exp_().sum(1)
-        total.mul_((largest - top).to(total.dtype).exp_()).add_(some)
-        largest.copy_(top)
+        new_max = torch.maximum(exp_logits.amax(1), running_max)
+        block_sum = exp_logits.sub_(new_max[:, None]).exp_().sum(1)
+        running_sum.mul_((running_max - new_max).to(running_sum.dtype).exp_()).add_(block_sum)
+        running_max.copy_(new_max)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """Return a scratch tensor of at least ``like``'s rows, which the first and largest step of a pass makes."""
-        kept: Any = self._kept.get(name)
-        if kept is None or len(kept) < len(like) or kept.shape[1:] != like.shape[1:] or kept.dtype != like.dtype:
-            kept = self._kept[name] = torch.empty_like(like)
-        return kept
+        """Return a scratch tensor with at least the rows of ``like``; a pass allocates it at its largest step."""
+        buffer: Any = self._buffers.get(name)
+        if (
+            buffer is None or len(buffer) < len(like) or buffer.shape[1:] != like.shape[1:]
+            or buffer.dtype != like.dtype
+        ):
+            buffer = self._buffers[name] = torch.empty_like(like)
+        return buffer

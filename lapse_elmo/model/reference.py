@@ -1,18 +1,19 @@
-"""AllenNLP's own modules, imported leanly: the one place of lapse-elmo that imports allennlp.
+"""Import single modules of AllenNLP without the rest of it; nothing else in lapse-elmo imports allennlp.
 
-``import allennlp.modules`` runs all of AllenNLP, spaCy, transformers and torchvision, and fails beside a CPU build of
-torch where torchvision is the CUDA build of PyPI (``operator torchvision::nms does not exist``). A training rank that
-wants ElmoLstm needs none of them. So :func:`modules` imports the few real files of the installed package that define
-the modules asked for, while light package objects stand in for ``allennlp``, ``allennlp.modules``, ``allennlp.nn`` and
-``allennlp.common``, and puts ``sys.modules`` back afterwards: a real ``import allennlp.modules`` later on finds
-nothing of it (call :func:`declare_torchvision_operators` first beside a CPU torch).
+``import allennlp.modules`` imports all of AllenNLP, spaCy, transformers and torchvision. It fails if torch is a CPU
+build and torchvision is PyPI's CUDA build (``operator torchvision::nms does not exist``). A training rank that uses
+ElmoLstm needs none of these packages. :func:`modules` therefore imports only the files of the installed package that
+define the requested module. During the import, empty placeholder packages replace ``allennlp``, ``allennlp.modules``,
+``allennlp.nn`` and ``allennlp.common`` in ``sys.modules``. Afterwards ``sys.modules`` is restored, so a later
+``import allennlp.modules`` works as usual (with a CPU build of torch, call :func:`declare_torchvision_operators`
+first).
 
-Two submodules with heavy dependencies of their own, ``allennlp.common.util`` (spaCy) and ``allennlp.common.file_utils``
-(cached_path, lmdb), are stood in for as well: their functions are imported for real when one is first called, which in
-the modules served here happens only in ``ElmoLstm.load_weights``.
+Two submodules with heavy dependencies, ``allennlp.common.util`` (spaCy) and ``allennlp.common.file_utils``
+(cached_path, lmdb), get placeholders that import the real module when one of its functions is first called. Of the
+modules imported here, only ``ElmoLstm.load_weights`` does so.
 
-Measured on two cores of a 2022 server (torch 2.13.0, allennlp 2.10.1, torch imported before): the lean import takes
-0.06 to 0.08 s, 42 modules and 11 MB; ``import allennlp.modules`` 6 to 7 s, 2,971 modules and 205 MB.
+Measured on two cores of a 2022 server (torch 2.13.0, allennlp 2.10.1, torch already imported): this import takes
+0.06 to 0.08 s, 42 modules and 11 MB; ``import allennlp.modules`` takes 6 to 7 s, 2,971 modules and 205 MB.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 from lapse_elmo.errors import ConfigError
 
 _PACKAGE = "allennlp"
-# Names that AllenNLP's files take from a package rather than from the file that defines them.
+# Names that AllenNLP's files import from a package rather than from the module that defines them.
 _PACKAGE_NAMES = {
     "FromParams": "allennlp.common.from_params",
     "Registrable": "allennlp.common.registrable",
@@ -42,34 +43,34 @@ _DEFERRED = ("allennlp.common.util", "allennlp.common.file_utils")
 
 
 def elmo_lstm() -> Any:
-    """AllenNLP's ElmoLstm class. Its state passes from batch to batch until ``reset_states()``."""
+    """Return AllenNLP's ElmoLstm class, whose state carries over between batches until ``reset_states()``."""
     return modules("elmo_lstm").ElmoLstm
 
 
 def scalar_mix() -> Any:
-    """AllenNLP's ScalarMix class."""
+    """Return AllenNLP's ScalarMix class."""
     return modules("scalar_mix").ScalarMix
 
 
 def sampled_softmax_loss() -> Any:
-    """AllenNLP's SampledSoftmaxLoss class; it draws from the global NumPy generator unless given another choice."""
+    """Return AllenNLP's SampledSoftmaxLoss class, which by default samples from NumPy's global generator."""
     return modules("sampled_softmax_loss").SampledSoftmaxLoss
 
 
 @functools.cache
 def modules(name: str) -> ModuleType:
-    """Return the installed file ``allennlp/modules/<name>.py`` as a module, imported leanly and once.
+    """Return the module ``allennlp.modules.<name>``, imported without the rest of AllenNLP.
 
-    Where ``allennlp.modules`` has been imported for real already, that one's submodule.
+    If ``allennlp.modules`` has already been imported in full, returns its own submodule.
 
     Raises:
-        ConfigError: Where allennlp is not installed, or one of its imports is missing.
+        ConfigError: If allennlp is not installed, or one of its imports is missing.
     """
     full_name = f"{_PACKAGE}.modules.{name}"
     try:
         if f"{_PACKAGE}.modules" in sys.modules:
             return importlib.import_module(full_name)
-        with _stand_ins(), _quiet():
+        with _placeholders(), _quiet():
             return importlib.import_module(full_name)
     except ImportError as error:
         raise ConfigError(
@@ -80,11 +81,11 @@ def modules(name: str) -> ModuleType:
 
 @functools.cache
 def declare_torchvision_operators() -> torch.library.Library | None:
-    """Declare the operators that a CUDA build of torchvision misses beside a CPU torch, so that it can be imported.
+    """Declare the operators that a CUDA build of torchvision expects, so that it can be imported with a CPU torch.
 
     Returns:
-        The library that holds the declarations (they live as long as it does, hence the cache), or None where the
-        operators are there.
+        The library that holds the declarations, or None if the operators exist. The declarations live as long as the
+        library, which is why the result is cached.
     """
     if importlib.util.find_spec("torchvision") is None:
         return None
@@ -102,8 +103,8 @@ def declare_torchvision_operators() -> torch.library.Library | None:
 
 
 @contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Stand-in packages in ``sys.modules``; on the way out they and everything imported through them leave again."""
+def _placeholders() -> Iterator[None]:
+    """Put placeholder packages into ``sys.modules``; on exit, remove them and everything imported through them."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("allennlp is not installed")
@@ -130,7 +131,7 @@ def _is_allennlp(name: str) -> bool:
 
 
 class _Package(ModuleType):
-    """A package whose ``__init__`` is not run; the names it would offer come from the files that define them."""
+    """A package without its ``__init__``; gets the names that it should have from the modules that define them."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _PACKAGE_NAMES:
@@ -139,7 +140,7 @@ class _Package(ModuleType):
 
 
 class _Deferred(ModuleType):
-    """A module whose functions import the real one when they are called."""
+    """A placeholder for a module; its functions import the real module when called."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -157,7 +158,7 @@ class _Deferred(ModuleType):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what these libraries warn of on import: deprecated interfaces that only their authors can change."""
+    """Silence deprecation warnings that these libraries cause on import; only their authors can fix them."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)

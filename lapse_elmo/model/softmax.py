@@ -1,6 +1,6 @@
-"""The sampled softmax over words, for training, and the log-uniform sampler's expected counts.
+"""The sampled softmax, for training, and the expected counts of the log-uniform sampler.
 
-Losses are negative log-likelihoods (nll), summed over targets, in nats.
+Losses are negative log-likelihoods (nll) in nats, summed over the targets.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NEWTON_STEPS = 100
 
 @functools.lru_cache(maxsize=64)
 def expected_num_tries(num_classes: int, num_samples: int) -> float:
-    """Return the number t of draws after which S distinct classes are expected: sum_k 1 - (1 - P(k))^t = S.
+    """Return the number t of draws after which the expected number of distinct classes is S; infinite if S >= V.
 
-    Infinite where S >= V. Solved by Newton's method from below (the left side grows and is concave in t, so the steps
-    never overshoot); about 0.2 s for V = 793,471, and remembered.
+    Solves sum_k 1 - (1 - P(k))^t = S by Newton's method, starting below the solution. The left side increases and is
+    concave in t, so the steps never overshoot. Takes about 0.2 s for V = 793,471; the result is cached.
     """
     if num_samples >= num_classes:
         return math.inf
@@ -45,19 +45,21 @@ def expected_num_tries(num_classes: int, num_samples: int) -> float:
 def log_expected_count(
     classes: Tensor, num_classes: int, num_samples: int, num_tries: float | None = None, *, replacement: bool = False
 ) -> Tensor:
-    """Log of how often each class is expected among the S samples of a draw.
+    """Return the log of each class's expected count among the S samples.
 
-    Without replacement a class occurs at most once, and is expected 1 - (1 - P)^tries times; with replacement S * P.
+    Without replacement a class occurs at most once; its expected count is 1 - (1 - P)^tries. With replacement, it is
+    S * P.
 
     Args:
         classes: Integer classes in [0, V), any shape.
         num_classes: V.
         num_samples: S.
-        num_tries: Draws that were needed to find S distinct classes (as TensorFlow's and AllenNLP's samplers count
-            them); None takes :func:`expected_num_tries`. Not used with replacement.
+        num_tries: Number of draws that the sampler needed for S distinct classes, as TensorFlow's and AllenNLP's
+            samplers report it; None takes :func:`expected_num_tries`. Unused with replacement.
+        replacement: Whether the samples are drawn with replacement.
 
     Returns:
-        Float64, of the same shape.
+        Float64, of the shape of ``classes``.
     """
     probability = log_uniform_probability(classes, num_classes)
     if replacement:
@@ -76,35 +78,34 @@ def sampled_softmax_nll(
     chunk: int = 256,
     precision: str = "fp32",
 ) -> Tensor:
-    """Return the summed nll of the targets, each against itself and the shared samples, in nats.
+    """Return the nll of the targets in nats, summed; each target is normalized over itself and the shared samples.
 
-    A logit is ``weight . context + bias - log_expected``, for targets and samples alike. A sample that equals the
-    target is left out for that target, however often it was drawn. Where the samples are all rows, each once, and
-    ``log_expected`` is None, this is exactly the full softmax over these rows.
+    The logits of targets and samples are ``weight . context + bias - log_expected``. Samples that equal the target
+    (accidental hits) are excluded for that target. If the samples are all U rows, each once, and ``log_expected`` is
+    None, the result is exactly the full softmax over these rows.
 
-    The gradients of ``context``, ``weight`` and ``bias`` are computed here, in the forward pass, ``chunk`` targets at
-    a time, so that the (N, S) logits never exist; ``backward`` only scales them. It therefore runs once per call.
-    The two halves of the targets may run on a thread each, which changes no bits.
-    Sums are float64 for a float64 ``context`` and float32 for any other.
+    The forward pass also computes the gradients of ``context``, ``weight`` and ``bias``, ``chunk`` targets at a time,
+    so that the (N, S) logits never exist. ``backward`` only scales these gradients. Two halves of the targets run on
+    two threads, with bitwise the same result as on one. Sums are float64 if ``context`` is float64, otherwise float32.
 
     Args:
-        context: (N, D) predicting vectors; N may be 0.
+        context: (N, D) context vectors; N may be 0.
         weight: (U, D) softmax rows of the distinct words.
         bias: (U,) their biases.
         target_index: (N,) int64 row of each target, in [0, U).
-        sample_index: (S,) int64 rows of the samples, in [0, U), repeats allowed; S may be 0.
-        log_expected: (U,) :func:`log_expected_count` of each row; no gradient.
-        chunk: Targets at a time, at most; extra memory is about two times chunk * S floats, and four times S * D.
-        precision: Of the matrix products, ``fp32`` or ``bf16`` (lapse_elmo.model.products).
+        sample_index: (S,) int64 row of each sample, in [0, U); repeats allowed, S may be 0.
+        log_expected: (U,) :func:`log_expected_count` of each row; receives no gradient. None means 0.
+        chunk: Largest number of targets per chunk. Extra memory is about 2 * chunk * S + 4 * S * D elements.
+        precision: Precision of the matrix products, ``fp32`` or ``bf16`` (:mod:`lapse_elmo.model.products`).
 
     Returns:
-        A scalar, float64 for a float64 ``context`` and else float32.
+        A scalar; float64 if ``context`` is float64, otherwise float32.
     """
     return _SampledSoftmax.apply(context, weight, bias, target_index, sample_index, log_expected, chunk, precision)
 
 
 class _SampledSoftmax(torch.autograd.Function):
-    """Loss and gradients in one pass over chunks of targets."""
+    """Computes the loss and its gradients in one pass over chunks of targets."""
 
     @staticmethod
     def forward(
@@ -133,7 +134,7 @@ class _SampledSoftmax(torch.autograd.Function):
 
 
 class _Problem:
-    """One call: the summed nll, and its gradients with respect to ``context``, ``weight`` and the bias."""
+    """One evaluation of the summed nll and of its gradients with respect to ``context``, ``weight`` and the bias."""
 
     def __init__(
         self, context: Tensor, weight: Tensor, bias_minus_log_q: Tensor, target_index: Tensor, sample_index: Tensor,
@@ -142,7 +143,7 @@ class _Problem:
         self.context, self.weight, self.bias_minus_log_q = context, weight, bias_minus_log_q
         self.target_index, self.sample_index = target_index, sample_index
         self.matmul = matmul
-        # Two halves of as many chunks, all about equally large.
+        # An even number of chunks of nearly equal size, so that two threads get the same work.
         num_chunks = 2 * -(-len(context) // (2 * chunk))
         self.chunk = chunk = -(-len(context) // num_chunks) if num_chunks else chunk
         samples = weight.index_select(0, sample_index)
@@ -155,22 +156,27 @@ class _Problem:
         self.d_context = torch.empty_like(context)
 
     def solve(self) -> tuple[Tensor, ...]:
-        """(nll, gradient of context, of weight, of bias)."""
+        """Return the nll and the gradients of ``context``, ``weight`` and the bias."""
         starts = range(0, len(self.context), self.chunk)
-        halves = starts[: -(-len(starts) // 2)], starts[-(-len(starts) // 2) :]
-        (d_weight, d_bias), (more_weight, more_bias) = run_two_threads(
-            lambda half: self._half(halves[half]), self.context.device, "softmax (excl. matmul)"
+        middle = -(-len(starts) // 2)
+        parts = starts[:middle], starts[middle:]
+        (d_samples, d_samples_bias), (d_samples_1, d_samples_bias_1) = run_two_threads(
+            lambda part: self._run_chunks(parts[part]), self.context.device, "softmax (excl. matmul)"
         )
         self.d_context.addcmul_(self.d_target[:, None], self.target_weight)
-        to_weight, to_bias = torch.zeros_like(self.weight), torch.zeros_like(self.bias_minus_log_q)
-        to_weight.index_add_(0, self.sample_index, d_weight.add_(more_weight))
-        to_bias.index_add_(0, self.sample_index, d_bias.add_(more_bias))
-        to_weight.index_add_(0, self.target_index, self.target_weight.copy_(self.context).mul_(self.d_target[:, None]))
-        to_bias.index_add_(0, self.target_index, self.d_target)
-        return self.nll.sum(), self.d_context, to_weight, to_bias
+        d_weight, d_bias = torch.zeros_like(self.weight), torch.zeros_like(self.bias_minus_log_q)
+        d_weight.index_add_(0, self.sample_index, d_samples.add_(d_samples_1))
+        d_bias.index_add_(0, self.sample_index, d_samples_bias.add_(d_samples_bias_1))
+        d_weight.index_add_(0, self.target_index, self.target_weight.copy_(self.context).mul_(self.d_target[:, None]))
+        d_bias.index_add_(0, self.target_index, self.d_target)
+        return self.nll.sum(), self.d_context, d_weight, d_bias
 
-    def _half(self, starts: range) -> tuple[Tensor, Tensor]:
-        """Process the chunks that begin at ``starts``; return the gradients of the samples' weights and biases."""
+    def _run_chunks(self, starts: range) -> tuple[Tensor, Tensor]:
+        """Process the chunks that begin at ``starts``.
+
+        Returns:
+            The gradients of the samples' weights (S, D) and biases (S,) from these chunks.
+        """
         matmul, (hit_rows, hit_columns, hit_ends) = self.matmul, self.accidental_hits
         d_weight = self.context.new_zeros(self.sample_weight.shape)
         d_bias = torch.zeros_like(self.sample_bias_minus_log_q)
@@ -178,10 +184,10 @@ class _Problem:
         kernels, transposed = pointwise(buffer), self.sample_weight.t()
         for start in starts:
             rows = slice(start, min(start + self.chunk, len(self.context)))
-            some = self.context[rows]
-            logits = matmul.mm_into(buffer[: len(some)], matmul.cast(some), transposed)
-            number = start // self.chunk
-            hits = slice(hit_ends[number], hit_ends[number + 1])
+            chunk_context = self.context[rows]
+            logits = matmul.mm_into(buffer[: len(chunk_context)], matmul.cast(chunk_context), transposed)
+            chunk_index = start // self.chunk
+            hits = slice(hit_ends[chunk_index], hit_ends[chunk_index + 1])
             if hits.stop > hits.start:
                 logits[hit_rows[hits] - start, hit_columns[hits]] = -math.inf
             inv_sum = torch.empty_like(self.nll[rows])
@@ -195,12 +201,17 @@ class _Problem:
             # (chunk, D) factors by inv_sum instead of the (chunk, S) matrix saves a pass over the larger one.
             self.d_context[rows] = matmul.mm(exp_logits, self.sample_weight)
             self.d_context[rows].mul_(inv_sum[:, None])
-            matmul.addmm_into(d_weight, exp_logits.t(), matmul.cast(some * inv_sum[:, None]))
+            matmul.addmm_into(d_weight, exp_logits.t(), matmul.cast(chunk_context * inv_sum[:, None]))
         return d_weight, d_bias
 
 
 def _accidental_hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Each (target, sample) pair of equal rows, by target, and where each chunk's pairs end (starting with 0)."""
+    """Find the (target, sample) pairs with equal rows.
+
+    Returns:
+        The targets' and the samples' indices of the pairs, ordered by target, and the bounds of each chunk of targets
+        in them: chunk i has the pairs from bounds[i] to bounds[i + 1].
+    """
     ordered, columns = torch.sort(sample_index, stable=True)
     first = torch.searchsorted(ordered, target_index)
     counts = torch.searchsorted(ordered, target_index, right=True) - first

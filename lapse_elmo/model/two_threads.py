@@ -1,4 +1,4 @@
-"""Two halves of a computation side by side: the directions of the LSTM, the halves of the softmax's targets."""
+"""Run two independent parts of a computation in parallel: the LSTM's directions, or two halves of the targets."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ T = TypeVar("T")
 
 
 def run_two_threads(function: Callable[[int], T], device: torch.device, label: str) -> tuple[T, T]:
-    """``function(0)`` and ``function(1)``, without gradient recording; the halves must not write to the same memory.
+    """Return ``function(0)`` and ``function(1)``, computed in parallel on the CPU and without recording gradients.
 
-    With two or more of torch's threads on the CPU each half runs on a thread of its own with half of torch's. Matrix
-    products that are small, one after another, and pointwise parts in between gain more from this than from
-    threads within each of them. The results have the same bits either way. ``label`` names it in a profile. Calls
-    do not nest.
+    If torch has at least two threads, each part runs on its own thread and gets half of torch's threads. A sequence of
+    small matrix products and pointwise kernels gains more from this than from threads within each operation. The
+    results are bitwise the same either way.
+
+    Args:
+        function: Computes part 0 or 1; the parts must not write to the same memory. Must not call this function.
+        device: Where ``function`` computes. On a GPU, the parts run one after the other.
+        label: Name of each part in a profile.
     """
     num_threads = torch.get_num_threads()
 
-    def run(half: int, threads: int) -> T:
-        with torch.no_grad(), torch.profiler.record_function(label):  # a new thread inherits no mode
+    def run(part: int, threads: int) -> T:
+        with torch.no_grad(), torch.profiler.record_function(label):  # a new thread does not inherit no_grad
             if threads:
                 torch.set_num_threads(threads)
-            return function(half)
+            return function(part)
 
     if device.type != "cpu" or num_threads == 1:
         return run(0, 0), run(1, 0)
@@ -35,12 +39,12 @@ def run_two_threads(function: Callable[[int], T], device: torch.device, label: s
         try:
             return run(0, num_threads - num_threads // 2), other.result()
         finally:
-            wait([other])  # also after an error: it may still write to what the caller gave it
+            wait([other])  # also after an error, since it may still write to the caller's tensors
     finally:
         torch.set_num_threads(num_threads)
 
 
 @functools.cache
 def _second_thread() -> ThreadPoolExecutor:
-    """One thread for the life of the process: torch's threads below it are not made anew each time."""
-    return ThreadPoolExecutor(1, "second half")
+    """Return a pool with one thread that lives as long as the process, so that its OpenMP threads are reused."""
+    return ThreadPoolExecutor(1, "second part")

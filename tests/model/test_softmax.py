@@ -148,8 +148,8 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize(("chunk", "class_chunk"), [(512, 32_768), (7, 10), (30, 57), (1, 1)])
 def test_full_softmax_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, class_chunk: int) -> None:
-    monkeypatch.setattr(full_softmax, "TARGETS_AT_ONCE", chunk)
-    monkeypatch.setattr(full_softmax, "CLASSES_AT_ONCE", class_chunk)
+    monkeypatch.setattr(full_softmax, "TARGET_BLOCK", chunk)
+    monkeypatch.setattr(full_softmax, "CLASS_BLOCK", class_chunk)
     context, weight, bias = (value.detach() for value in leaves(30, 57))
     target = indices(57, 30)
     rows = torch.cat([weight, bias[:, None]], 1)
