@@ -126,7 +126,7 @@ class Training:
             world.allgather(world.host),
         )
         self.server_meter = ServerMeter(parameters.server, world)
-        self.server_meter.go_on(self.state.served)
+        self.server_meter.resume(self.state.served)
         self.milestones = Milestones(config.run.save_at_tokens, start.manifest.get("milestones"))
         self.saver = open_saver(self.run_dir, world, start, config.run.keep_checkpoints)
         self.saved_s = time.monotonic()
@@ -259,7 +259,7 @@ class Training:
         self.world.progress.enter(f"save at step {self.cursor.step}")
         self.state.served = self.server_meter.pending()
         self.saver.pinned = {checkpoint.path_of(self.run_dir, step) for step in self.milestones.steps}
-        with self.server_meter.aside():
+        with self.server_meter.excluded():
             self.saver.start(self.parameters, self.cursor, self._manifest(), perplexity)
         self.state.meter.seconds["save"] = self.state.meter.seconds.get("save", 0.0) + time.perf_counter() - start
         self.saved_s = time.monotonic()
@@ -285,7 +285,7 @@ class Training:
         self.world.progress.enter(f"evaluation at step {cursor.step}")
         self.parameters.sync_parameters()
         start = time.perf_counter()
-        with self.server_meter.aside():
+        with self.server_meter.excluded():
             heldout = measure_perplexity(
                 self.parameters, self.data.heldout, self.config.data, self.config.training.batch_size, self.world,
                 self.device.device,

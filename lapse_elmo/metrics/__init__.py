@@ -1,1 +1,1 @@
-"""What a run tells: progress on the terminal, metrics as JSON lines and TensorBoard events, versions."""
+"""The output of a run: progress on the terminal, metrics as JSON lines and TensorBoard events, profiles, versions."""

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a table, and a trace for a browser (chrome://tracing, ui.perfetto.dev)."""
+"""Profile training steps: a table of where the time goes, and a trace for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lapse_elmo.metrics.run_log import table
 from lapse_elmo.model.packed import PREPACKED_MATMUL
 
 FOLDER = "profile"
-WARM_UP = 3  # steps at the start of a run that are not profiled: they make buffers and fill caches
+WARM_UP = 3  # steps before profiling starts: they allocate buffers and fill caches
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::bmm", PREPACKED_MATMUL)
 
 
 class StepProfile:
-    """Profiles ``num_steps`` steps of this rank, after the first ``WARM_UP`` that it sees, into ``run_dir/profile``.
+    """Profiles ``num_steps`` steps of this rank, after ``WARM_UP`` others, and writes the result to ``run_dir/profile``.
 
-    ``rank-00000.json`` is the trace, ``rank-00000.txt`` the table: a line for each kind of work, the time within it and
-    not within another, in seconds a step and in shares of the steps' wall time. With two threads at work the shares
-    add up to more than 1.
+    ``rank-00000.json`` is the trace, ``rank-00000.txt`` the table. The table has the self time of each kind of work, in
+    seconds per step and as a share of the steps' wall time. Since two threads work in parallel, the shares add up to
+    more than 1.
     """
 
     def __init__(self, run_dir: Path, num_steps: int, rank: int) -> None:
@@ -34,7 +34,7 @@ class StepProfile:
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
-        """Around a step."""
+        """Return a context manager for one training step, which is profiled if it is its turn."""
         if self.num_steps and self._seen == WARM_UP:
             self._profiler = _profiler()
             self._profiler.start()
@@ -45,7 +45,11 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, if anything."""
+        """Write the profile, if a step was recorded.
+
+        Raises:
+            OutputError: If the files cannot be written.
+        """
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
@@ -59,13 +63,13 @@ class StepProfile:
 
 
 def summary(events: Any) -> str:
-    """Return the table of a profile's averaged events."""
+    """Return the table of a profile's events (the result of torch's ``key_averages()``) as text."""
     by_name = {event.key: event for event in events}
     steps = by_name["step"]
     rows = []
-    products = sum(by_name[name].self_cpu_time_total for name in _PRODUCTS if name in by_name)
-    if products:
-        rows.append(("matrix products", products, sum(by_name[n].count for n in _PRODUCTS if n in by_name)))
+    matmul_us = sum(by_name[name].self_cpu_time_total for name in _PRODUCTS if name in by_name)
+    if matmul_us:
+        rows.append(("matrix products", matmul_us, sum(by_name[n].count for n in _PRODUCTS if n in by_name)))
     rows += [(event.key, event.self_cpu_time_total, event.count) for event in events if event.key not in _PRODUCTS]
     rows.sort(key=lambda row: -row[1])
     lines = [
@@ -73,12 +77,12 @@ def summary(events: Any) -> str:
         for name, time, count in rows[:30]
     ]
     step_s = steps.cpu_time_total / steps.count / 1e6
-    head = f"{steps.count} steps of {step_s:.3f} s; time within each kind of work alone"
-    return f"{head}\n\n{table([('work', 's a step', 'share', 'calls a step'), *lines])}"
+    head = f"{steps.count} steps of {step_s:.3f} s; self time of each kind of work"
+    return f"{head}\n\n{table([('work', 's/step', 'share', 'calls/step'), *lines])}"
 
 
 def _profiler() -> Any:
-    """Of all threads, and of the GPU where there is one."""
+    """Return a profiler of all threads, and of the GPU if there is one."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, *([kinds.CUDA] if torch.cuda.is_available() else [])]
     every = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)

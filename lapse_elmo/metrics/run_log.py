@@ -1,4 +1,4 @@
-"""The record of a run: progress on stderr, ``metrics.jsonl`` and TensorBoard events. Rank 0 alone writes."""
+"""The log of a run, written by rank 0: progress on stderr, ``metrics.jsonl`` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lapse_elmo.step_report import StepResult
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
-_STRAGGLER = 1.5  # times the median rank's compute seconds from which the progress lines name the slowest
+_STRAGGLER = 1.5  # progress lines name the slowest rank if its compute time is this many times the median
 _SUMS = (
     "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "signal",
     "noise",
@@ -35,7 +35,10 @@ class Meter:
     """Sums over the steps since the last report.
 
     Attributes:
-        compute_s: Seconds of computing by rank (ranks,), of the steps in this process alone.
+        seconds: Seconds per phase, on rank 0.
+        start: ``time.perf_counter()`` at the last report.
+        compute_s: (ranks,) seconds of computing of each rank. Unlike the other sums, it starts anew when a run resumes.
+        num_timed: Number of steps in ``compute_s``.
     """
 
     nll: float = 0.0
@@ -54,6 +57,7 @@ class Meter:
     num_timed: int = 0
 
     def add(self, result: StepResult) -> None:
+        """Add one step."""
         self.nll += result.nll
         self.num_targets += result.num_targets
         self.num_tokens += result.num_tokens
@@ -70,28 +74,29 @@ class Meter:
         self.num_timed += 1
 
     def state(self) -> dict[str, Any]:
-        """Plain values to go on from, in a later process too."""
+        """Return the sums as plain values for a checkpoint; :meth:`of` is the inverse."""
         plain = {name: getattr(self, name) for name in _SUMS}
         return {**plain, "seconds": dict(self.seconds), "elapsed_s": time.perf_counter() - self.start}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Meter:
-        """Return the meter whose :meth:`state` this is."""
+        """Return the meter with a given :meth:`state`."""
         meter = cls(**{name: state.get(name, 0) for name in _SUMS}, seconds=dict(state["seconds"]))
         meter.start -= state["elapsed_s"]
         return meter
 
     @property
     def loss(self) -> float:
-        """Mean nll a target, in nats."""
+        """Mean nll per target, in nats."""
         return self.nll / self.num_targets if self.num_targets else math.nan
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens of all ranks per second of wall time since the last report."""
         return self.num_tokens / max(time.perf_counter() - self.start, 1e-9)
 
     def slowest(self) -> tuple[int, float, float] | None:
-        """Return the slowest rank, its seconds of computing per step and the median rank's; None before a step."""
+        """Return the slowest rank, its compute seconds per step and the median rank's; None before the first step."""
         if self.compute_s is None:
             return None
         rank = int(self.compute_s.argmax())
@@ -99,11 +104,14 @@ class Meter:
 
     @property
     def noise_scale_tokens(self) -> float:
-        """The batch, in tokens, at which half of the mean gradient's squared norm is noise; NaN where it is unknown."""
+        """The gradient noise scale: the batch size, in tokens, at which noise makes up half of the squared norm.
+
+        NaN if it is unknown.
+        """
         return self.noise / self.signal if self.signal > 0 and self.noise > 0 else math.nan
 
     def metrics(self) -> dict[str, float]:
-        """By name, with units; times are rank 0's, per step."""
+        """Return the metrics by name, with units; phase times are those of rank 0, per step."""
         steps = max(self.num_steps, 1)
         return {
             "train/loss_nats": self.loss,
@@ -118,16 +126,19 @@ class Meter:
 
 
 class RunLog:
-    """Writes a run's record; on other ranks than 0 it does nothing.
+    """Writes the log of a run; does nothing on ranks other than 0.
 
     Args:
-        active: True on the one rank that writes.
-        max_s: Seconds after which training ends however many steps are left.
-        first_step: The step at which the run resumes; the record of later steps is dropped.
-        hosts: The host of each rank.
+        run_dir: The run's folder, which must exist.
+        config: The options for reports and progress.
+        num_steps: The run's last step.
+        active: Whether this rank writes.
+        max_s: Time limit in seconds, for the ETA.
+        first_step: The step from which the run resumes; logged metrics of later steps are removed.
+        hosts: The host name of each rank.
 
     Attributes:
-        epoch: The number to show, from 1 on.
+        epoch: The epoch to show, counted from 1.
     """
 
     def __init__(
@@ -149,7 +160,7 @@ class RunLog:
         self._first_step = first_step
         self._hosts = hosts
         self._max_s = max_s
-        self._whole = Meter()
+        self._since_start = Meter()
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -170,7 +181,7 @@ class RunLog:
             )
 
     def step(self, step: int, meter: Meter) -> None:
-        """After every step; ``meter`` holds the steps since the last report."""
+        """Update the progress bar; to be called after every step, with the steps since the last report."""
         if not self.active:
             return
         if self._bar is not None:
@@ -182,10 +193,14 @@ class RunLog:
         self, step: int, meter: Meter, server: dict[str, float], placement: dict[str, Any],
         slowest_s: dict[str, float] | None = None,
     ) -> None:
-        """Metrics of the last ``report_every`` steps, the server's among them, and where its rows are.
+        """Write the metrics of the steps since the last report, and a progress line if there is no bar.
 
         Args:
-            slowest_s: Seconds by phase of the slowest rank, of all these steps.
+            step: The last step.
+            meter: Sums over the steps.
+            server: Metrics of the parameter server.
+            placement: Where the server's rows are; empty if unknown.
+            slowest_s: The slowest rank's seconds per phase, summed over the steps.
         """
         if not self.active:
             return
@@ -194,7 +209,7 @@ class RunLog:
         if placement:
             self.write("placement", step, placement)
         if self._lines:
-            elapsed = time.perf_counter() - self._whole.start
+            elapsed = time.perf_counter() - self._since_start.start
             done = max(step - self._first_step, 1)
             left = min(elapsed / done * (self._num_steps - step), max(self._max_s - elapsed, 0.0))
             self.log_line(
@@ -204,7 +219,7 @@ class RunLog:
             )
 
     def _slowest(self, meter: Meter, phases: dict[str, float]) -> dict[str, Any]:
-        """Which of several ranks computed longest, where it is, how much the median rank computed, and its phases."""
+        """Return the metrics of the rank that computed longest, if there are several ranks."""
         slowest = meter.slowest()
         if slowest is None or len(self._hosts) < 2:
             return {}
@@ -216,7 +231,7 @@ class RunLog:
         }
 
     def _straggler(self, meter: Meter, phases: dict[str, float]) -> str:
-        """Words on a rank that all others wait for."""
+        """Return the end of a progress line that names a straggler, or an empty string."""
         slowest = meter.slowest()
         if slowest is None or len(self._hosts) < 2 or slowest[1] < _STRAGGLER * slowest[2]:
             return ""
@@ -228,12 +243,16 @@ class RunLog:
         )
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and a TensorBoard point for each number."""
+        """Append one line to metrics.jsonl, and write a TensorBoard point for each number.
+
+        Raises:
+            OutputError: If the file cannot be written.
+        """
         if not self.active:
             return
-        # JSON knows no NaN and no infinity: null stands for them.
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        record = {"kind": kind, "step": step, "time_s": time.time(), **known}
+        # JSON has no NaN and no infinity: write null.
+        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "step": step, "time_s": time.time(), **valid}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -244,7 +263,7 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
 
     def log_line(self, line: str) -> None:
-        """Print a line on stderr that a progress bar does not break."""
+        """Print a line on stderr without breaking the progress bar."""
         if not self.active:
             return
         if self._bar is not None:
@@ -253,6 +272,7 @@ class RunLog:
             log_line(line)
 
     def close(self) -> None:
+        """Close the progress bar and the files."""
         if not self.active:
             return
         if self._bar is not None:
@@ -262,7 +282,7 @@ class RunLog:
 
 
 def truncate_after(path: Path, last_step: int) -> None:
-    """Remove what metrics.jsonl says of steps after ``last_step``, and a line that was cut off."""
+    """Remove the lines of metrics.jsonl for steps after ``last_step``, and a partial last line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -276,7 +296,7 @@ def truncate_after(path: Path, last_step: int) -> None:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Columns of text, the first row as head; numbers are aligned to the right."""
+    """Format rows as aligned columns of text with the first row as header; numbers are right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What the parameter server did between two reports, over all ranks: how local the rows were and where they lived."""
+"""Metrics of the parameter server between two reports, over all ranks: locality of accesses, traffic, placement."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _NODE = ("relocated_in_rows", "replicated_rows", "synchronised_rows", "sent_byte
 
 
 class ServerMeter:
-    """Differences of the server's statistics from report to report."""
+    """Turns the server's counters into metrics of the steps since the last report."""
 
     def __init__(self, server: ParameterServer, world: World) -> None:
         self._server, self._world = server, world
-        self._before = self._counts()
-        self._ends = {segment.name: band_ends(segment.num_rows) for segment in server.layout.segments}
+        self._previous = self._counts()
+        self._band_ends = {segment.name: band_ends(segment.num_rows) for segment in server.layout.segments}
 
     def metrics(self, num_steps: int) -> dict[str, float]:
-        """Return metrics since the last call, by name (collective).
+        """Return the metrics since the last call by name (collective).
 
-        Rows and bytes are per step, summed over ranks; waits are seconds per step and rank.
+        Rows and bytes are per step, summed over ranks; waits are in seconds per step and rank.
         """
-        now = self._counts()
-        sums = self._world.sum_(now - self._before)
-        self._before = now
+        current = self._counts()
+        sums = self._world.sum_(current - self._previous)
+        self._previous = current
         steps = max(num_steps, 1)
         metrics: dict[str, float] = {"server/clock_wait_s": float(sums[-1]) / steps / self._world.size}
         width = len(_WORKER) + len(_NODE)
-        for number, name in enumerate(self._ends):
+        for number, name in enumerate(self._band_ends):
             part = sums[number * width : (number + 1) * width].tolist()
             worker, node = dict(zip(_WORKER, part, strict=False)), dict(zip(_NODE, part[len(_WORKER) :], strict=True))
             touched = worker["pulled_rows"] + worker["pushed_rows"]
@@ -54,28 +54,30 @@ class ServerMeter:
         return metrics
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Exclude what happens inside, such as a save or an evaluation, from the statistics."""
+    def excluded(self) -> Iterator[None]:
+        """Return a context manager that excludes its body, such as a save or an evaluation, from the metrics."""
         start = self._counts()
         yield
-        self._before = self._before + self._counts() - start
+        self._previous = self._previous + self._counts() - start
 
     def pending(self) -> list[float]:
-        """Return (collective) all ranks' counts since the last report, for a run that goes on in another process."""
-        return self._world.sum_(self._counts() - self._before).tolist()
+        """Return all ranks' counts since the last report (collective), for a checkpoint."""
+        return self._world.sum_(self._counts() - self._previous).tolist()
 
-    def go_on(self, pending: list[float]) -> None:
-        """Count from where :meth:`pending` was; other engines may count other things, and start anew."""
-        if self._world.rank == 0 and len(pending) == self._before.size:
-            self._before = self._before - np.array(pending)
+    def resume(self, pending: list[float]) -> None:
+        """Continue from the result of :meth:`pending`; ignored if an engine with other counters saved it."""
+        if self._world.rank == 0 and len(pending) == self._previous.size:
+            self._previous = self._previous - np.array(pending)
 
     def placement(self) -> dict[str, Any]:
-        """Return (collective) where rows live now, for metrics.jsonl; nothing where the server does not tell.
+        """Return the current placement of rows for metrics.jsonl (collective); empty if the server does not report it.
 
-        ``{segment: {"ends": [...], "main": [[...] of each node], "replicas": [[...]]}}``, rows by band of row numbers.
+        Returns:
+            ``{segment: {"ends": [...], "main": [[...], ...], "replicas": [[...], ...]}}``: the ends of the bands of row
+            numbers, and for each node the number of main copies and of replicas in each band.
         """
         placement = {}
-        for name, ends in self._ends.items():
+        for name, ends in self._band_ends.items():
             found = self._world.allgather(self._server.placement(name, ends))
             nodes = [rows for rows in found if rows is not None]
             if nodes:
@@ -94,8 +96,8 @@ class ServerMeter:
 
 
 def band_ends(num_rows: int) -> np.ndarray:
-    """Return the ends of at most ``NUM_BANDS`` bands of row numbers, equally wide in the logarithm of the number.
+    """Return the ends of at most ``NUM_BANDS`` bands of row numbers, equally wide on a logarithmic scale.
 
-    Rows are ordered by frequency, which falls about as a power of the row number.
+    Rows are ordered by word frequency, which falls roughly as a power of the row number.
     """
     return np.unique(np.geomspace(1, num_rows, NUM_BANDS).round().astype(np.int64))

@@ -1,4 +1,4 @@
-"""Is somebody looking? Progress bars are for terminals, plain lines for files."""
+"""Find out whether stderr ends at a terminal, which gets a progress bar, or in a file, which gets plain lines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STDERR = 2
 
 
 def stderr_is_terminal() -> bool:
-    """Return whether what is written to stderr appears on a terminal, possibly by way of the MPI launcher.
+    """Return whether stderr ends at a terminal, directly or through an MPI launcher.
 
-    A launcher gives its ranks pipes and copies them to its own stderr, so the launchers above this process on the same
-    host are looked at too.
+    A launcher connects its ranks through pipes and copies their output to its own stderr. So this also checks the
+    stderr of the launchers among the parent processes on this host.
     """
     if sys.stderr.isatty():
         return True

@@ -1,4 +1,4 @@
-"""What software made a result."""
+"""Versions of the software that produced a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "allennlp", "numpy", "h5py", "mpi4py", "mpich")
 
 
 def versions() -> dict[str, str]:
-    """Versions of this program (with its git commit, where it is a checkout), of Python and of the packages."""
+    """Return the versions of this program (with the git commit of a checkout), of Python and of the main packages."""
     found = {"lapse_elmo": __version__, "git_commit": git_commit(), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -24,8 +24,8 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the checkout's commit, marked ``-dirty`` where files differ from it; "unknown" outside a checkout."""
-    if not (ROOT / ".git").exists():  # git would look further up: .venv may lie in the repository of something else
+    """Return the commit of the checkout, with ``-dirty`` if it has local changes; "unknown" outside a checkout."""
+    if not (ROOT / ".git").exists():  # otherwise git would find any repository further up, such as one that contains .venv
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
