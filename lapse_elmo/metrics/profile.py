@@ -19,7 +19,7 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::b
 
 
 class StepProfile:
-    """Profiles ``num_steps`` steps of this rank, after ``WARM_UP`` others, and writes the result to ``run_dir/profile``.
+    """Profiles ``num_steps`` steps of this rank after ``WARM_UP`` others, and writes files to ``run_dir/profile``.
 
     ``rank-00000.json`` is the trace, ``rank-00000.txt`` the table. The table has the self time of each kind of work, in
     seconds per step and as a share of the steps' wall time. Since two threads work in parallel, the shares add up to

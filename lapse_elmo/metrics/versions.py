@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Return the commit of the checkout, with ``-dirty`` if it has local changes; "unknown" outside a checkout."""
-    if not (ROOT / ".git").exists():  # otherwise git would find any repository further up, such as one that contains .venv
+    if not (ROOT / ".git").exists():  # else git could find an unrelated repository further up
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""A trained model in its users' hands: ``lapse_elmo.load(PATH)``, and what the programs that use models are made of."""
+"""Use trained models: ``lapse_elmo.load(PATH)``, and the classes behind it that bin/embed and bin/score share."""
 
 from lapse_elmo.trained.model import LAYERS, TrainedModel, load
 from lapse_elmo.trained.scores import Candidate, SentenceScore, Totals

@@ -1,10 +1,10 @@
-"""Models in bilm-tf's files: what ``bin/export`` writes, and token models of bilm-tf itself.
+"""Read models in bilm-tf's format: those that ``bin/export`` writes, and bilm-tf's own models of word vectors.
 
-A folder holds ``options.json``, ``weights.hdf5`` and ``vocab.txt``, or the only ``*options*.json``, ``*weights*.hdf5``
-and ``*vocab*.txt``. The layout of the weights is that of :mod:`lapse_elmo.export.elmo`. What bilm-tf writes differs in
-three ways, which are read too: its ``dump_weights`` leaves the softmax out (such a model embeds but does not score),
-its ``dump_token_embeddings`` puts ``embedding`` into a file of its own (the only ``*embedding*.hdf5``), and where D is
-not smaller than C it has no projection.
+A folder holds ``options.json``, ``weights.hdf5`` and ``vocab.txt``, or exactly one file of each of ``*options*.json``,
+``*weights*.hdf5`` and ``*vocab*.txt``. :mod:`lapse_elmo.export.elmo` describes the layout of the weights. Files of
+bilm-tf differ in three ways, which are supported: ``dump_weights`` omits the softmax, so the model can embed but not
+score; ``dump_token_embeddings`` writes ``embedding`` to a separate file (the only ``*embedding*.hdf5``); and there is
+no projection unless D is smaller than C.
 """
 
 from __future__ import annotations
@@ -25,23 +25,28 @@ from lapse_elmo.inputs import MOST_JSON_BYTES, read_small, require_regular
 from lapse_elmo.model.bilm import BiLMOptions
 from lapse_elmo.trained.stored import ArrayTable, StoredModel
 
-#: The table of ``options.json`` that only lapse-elmo writes: what bilm-tf's options cannot say.
+#: The table of ``options.json`` with lapse-elmo's own entries, for which bilm-tf has no options; and its version.
 OWN, OWN_VERSION = "lapse_elmo", 1
 
 
 def holds_elmo_files(folder: Path) -> bool:
-    """Whether ``folder`` looks like a model in bilm-tf's files."""
+    """Return whether ``folder`` looks like a model in bilm-tf's format."""
     return any(folder.glob("*options*.json")) or any(folder.glob("*weights*.hdf5"))
 
 
 def open_elmo_files(
     folder: Path, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = ""
 ) -> StoredModel:
-    """Return the model in ``folder``; ``vocab`` and ``embedding`` name files that lie elsewhere.
+    """Open the model in a folder.
+
+    Args:
+        folder: The folder.
+        vocab: The vocabulary file, if it is not in the folder.
+        embedding: The file of ``dump_token_embeddings``, if it is not in the folder.
 
     Raises:
-        CheckpointError: If a file is missing or ambiguous, a shape is not that of the options, the vocabulary is
-            another's, or the model is one of characters.
+        CheckpointError: If a file is missing or ambiguous, a shape contradicts the options, the vocabulary belongs to
+            another model, or the model has a character CNN.
     """
     options = _read_options(_the_only(folder, "options.json", "*options*.json"))
     weights = _the_only(folder, "weights.hdf5", "*weights*.hdf5")
@@ -50,14 +55,14 @@ def open_elmo_files(
     vocabulary = Vocabulary.load(vocabulary_file)
     if own.get("vocabulary_sha256", vocabulary.sha256) != vocabulary.sha256:
         raise CheckpointError(
-            f"{vocabulary_file} is not the vocabulary that {folder} was written with (other words, or another order)"
+            f"{vocabulary_file} is not the vocabulary that {folder} was written with (different words or order)"
         )
     order = line_order(vocabulary, vocabulary_file)
     stored = options.get("n_tokens_vocab", vocabulary.size)
     if stored != vocabulary.size:
         raise CheckpointError(
-            f"{vocabulary_file} has {vocabulary.size:,} words with <S>, </S> and <UNK>, the model in {folder} has "
-            f"{stored:,}: give its own vocabulary"
+            f"{vocabulary_file} has {vocabulary.size:,} words including <S>, </S> and <UNK>, but the model in {folder} "
+            f"has {stored:,}: give its own vocabulary"
         )
     try:
         require_regular(weights)
@@ -88,7 +93,7 @@ def _the_only(folder: Path, name: str, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         what = f"{len(found)} files {pattern}" if found else f"no {name}"
-        raise CheckpointError(f"{folder} has {what}: expected one, of a model of word vectors in bilm-tf's files")
+        raise CheckpointError(f"{folder} has {what}: a model in bilm-tf's format has exactly one")
     return found[0]
 
 
@@ -104,15 +109,16 @@ def _read_options(path: Path) -> dict[str, Any]:
     version = options.get(OWN, {}).get("version", OWN_VERSION)
     if version > OWN_VERSION:
         raise CheckpointError(
-            f"{path} was written by a later lapse-elmo: its additions have version {version}, expected {OWN_VERSION}"
+            f"{path} was written by a newer lapse-elmo: its format has version {version}, the newest supported version "
+            f"is {OWN_VERSION}"
         )
     return options
 
 
 def _characters(folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"{folder} is a character-CNN model (ELMo's own kind): lapse-elmo reads models of word vectors only; use "
-        "AllenNLP's Elmo for it"
+        f"{folder} is a character-CNN model (the original ELMo): lapse-elmo reads only models with word vectors; use "
+        "AllenNLP's Elmo instead"
     )
 
 
@@ -121,30 +127,33 @@ def _sizes(options: dict[str, Any], folder: Path, context: str) -> BiLMOptions:
     try:
         layers = int(lstm["n_layers"])
         if not options.get("bidirectional", False):
-            raise CheckpointError(f"{folder} is a model of one direction: lapse-elmo reads bidirectional ones")
+            raise CheckpointError(f"{folder} is a unidirectional model: lapse-elmo reads only bidirectional ones")
         if layers > 1 and not lstm.get("use_skip_connections", False):
-            raise CheckpointError(f"{folder} has no skip connections between its layers: lapse-elmo reads models with")
+            raise CheckpointError(f"{folder} has no skip connections between layers, which lapse-elmo requires")
         return BiLMOptions(
             projection_size=int(lstm["projection_dim"]), cell_size=int(lstm["dim"]), num_layers=layers,
             cell_clip=float(lstm.get("cell_clip") or 0), projection_clip=float(lstm.get("proj_clip") or 0),
             context=context, dropout=0.0,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the options of {folder} have no usable {error} below 'lstm'") from None
+        raise CheckpointError(f"the options of {folder} have no usable {error} in 'lstm'") from None
     except ConfigError as error:
-        raise CheckpointError(f"the options of {folder} are wrong: {error}") from None
+        raise CheckpointError(f"the options of {folder} are invalid: {error}") from None
 
 
 def line_order(vocabulary: Vocabulary, path: Path) -> np.ndarray | None:
-    """Return the line (from 0) of each class of ``vocabulary`` in its file; None where they are the same.
+    """Return the line of each class in the vocabulary file.
+
+    Returns:
+        (V,) int64 line numbers, counted from 0; None if class i is in line i.
 
     Raises:
-        CheckpointError: If one of the special tokens, which have rows in bilm-tf's files, is missing.
+        CheckpointError: If a special token is missing; bilm-tf's tables have a row for each of them.
     """
     lines = vocabulary.special_lines()
     if None in lines:
         missing = SPECIAL[lines.index(None)]
-        raise CheckpointError(f"{path} has no {missing}, which the vocabulary of a bilm-tf model has: give its own")
+        raise CheckpointError(f"{path} has no {missing}, unlike any bilm-tf vocabulary: give the model's own")
     if lines == [0, 1, 2]:
         return None
     others = np.setdiff1d(np.arange(vocabulary.size), np.array(lines, np.int64), assume_unique=True)
@@ -152,7 +161,7 @@ def line_order(vocabulary: Vocabulary, path: Path) -> np.ndarray | None:
 
 
 def _mapped(file: h5py.File, name: str, path: Path) -> np.ndarray:
-    """Return a dataset (V, D), memory-mapped where it is plain float32; else (compressed, other numbers) read whole."""
+    """Return a dataset (V, D), memory-mapped if it is uncompressed float32, otherwise read into memory."""
     dataset = file[name]
     if dataset.ndim != 2:
         raise CheckpointError(f"{path}: {name} has shape {dataset.shape}, expected (words, size)")
@@ -172,25 +181,25 @@ def _softmax(file: h5py.File, path: Path, order: np.ndarray | None) -> ArrayTabl
 
 
 def _groups(sizes: BiLMOptions) -> Iterator[tuple[str, str]]:
-    """Our prefix and bilm-tf's group of each layer and direction."""
+    """Yield our parameter prefix and bilm-tf's HDF5 group for each direction and layer."""
     for direction, name in enumerate(("forward", "backward")):
         for layer in range(sizes.num_layers):
             yield f"lstm.{name}_layer_{layer}", f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
 
 
 def _check_dense(file: h5py.File, sizes: BiLMOptions, path: Path) -> None:
-    """Compare the shapes of the LSTM's weights with the options, without reading them."""
+    """Check the shapes of the LSTM's weights against the options, without reading the weights."""
     size, cell = sizes.projection_size, sizes.cell_size
     shapes = {"W_0": (2 * size, 4 * cell), "B": (4 * cell,), "W_P_0": (cell, size)}
     for _, group in _groups(sizes):
         if f"{group}/W_0" not in file:
-            raise CheckpointError(f"{path} has no {group}/W_0: not bilm-tf's weights of {sizes.num_layers} layers")
+            raise CheckpointError(f"{path} has no {group}/W_0: not bilm-tf weights of {sizes.num_layers} layers")
         if f"{group}/W_P_0" not in file and size != cell:
-            raise CheckpointError(f"{path} has no {group}/W_P_0, which a projection from {cell} to {size} needs")
+            raise CheckpointError(f"{path} has no {group}/W_P_0, the projection from {cell} to {size}")
         for name, shape in shapes.items():
             if f"{group}/{name}" in file and file[f"{group}/{name}"].shape != shape:
                 raise CheckpointError(
-                    f"{path}: {group}/{name} has shape {file[f'{group}/{name}'].shape}, the options say {shape}"
+                    f"{path}: {group}/{name} has shape {file[f'{group}/{name}'].shape}, expected {shape} by the options"
                 )
 
 
@@ -204,7 +213,7 @@ def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
                 gates = reordered(np.asarray(file[f"{group}/W_0"][:], np.float32).T)
                 bias = reordered(np.array(file[f"{group}/B"][:], np.float32))
                 bias[cell : 2 * cell] += 1
-                projection = np.eye(size, dtype=np.float32)  # bilm-tf projects only to something smaller
+                projection = np.eye(size, dtype=np.float32)  # bilm-tf omits the projection unless D < C
                 if f"{group}/W_P_0" in file:
                     projection = np.asarray(file[f"{group}/W_P_0"][:], np.float32).T
                 found[f"{prefix}.input_linearity.weight"] = gates[:, :size]
@@ -219,6 +228,6 @@ def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
 
 
 def reordered(gates: np.ndarray) -> np.ndarray:
-    """Blocks along the first axis of the gates i, g, f, o (bilm-tf) as i, f, g, o (ours), or the other way round."""
+    """Convert blocks of gates along the first axis from bilm-tf's order i, g, f, o to ours, i, f, g, o, or back."""
     first, second, third, fourth = np.split(gates, 4)
     return np.concatenate([first, third, second, fourth])

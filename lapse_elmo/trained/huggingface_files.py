@@ -1,4 +1,4 @@
-"""Models in a Hugging Face folder that ``bin/export --format huggingface`` wrote."""
+"""Read models from the Hugging Face folders that ``bin/export --format huggingface`` writes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 
 def holds_huggingface_files(folder: Path) -> bool:
-    """Whether ``folder`` looks like a Hugging Face model, of whatever type."""
+    """Return whether ``folder`` looks like a Hugging Face model of any type."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def open_huggingface_files(folder: Path) -> StoredModel:
-    """Return the model in ``folder``, its tables memory-mapped.
+    """Open the model in ``folder``, with memory-mapped tables.
 
     Raises:
-        CheckpointError: If it is another type of model, or a file is missing or damaged.
+        CheckpointError: If the model is of another type, or a file is missing or damaged.
     """
     config = _read_json(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
@@ -40,7 +40,7 @@ def open_huggingface_files(folder: Path) -> StoredModel:
     names = ("projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip", "context")
     try:
         options = BiLMOptions(**{name: config[name] for name in names}, dropout=0.0)
-        embedding = ArrayTable(tensors.pop("embedding.weight")[1:])  # row 0 is padding's
+        embedding = ArrayTable(tensors.pop("embedding.weight")[1:])  # row 0 is padding
         softmax = ArrayTable(tensors.pop("softmax.weight")[1:], tensors.pop("softmax.bias")[1:])
     except (KeyError, TypeError, ConfigError, ValueError, IndexError) as error:
         raise CheckpointError(f"{folder} is damaged: {CONFIG} or {WEIGHTS} has no usable {error}") from None
@@ -61,7 +61,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors by name, mapped; the library refuses a header whose shapes are not those of the data."""
+    """Return all tensors by name, memory-mapped; safetensors rejects a file whose header contradicts its size."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -75,7 +75,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _words(path: Path) -> list[str]:
-    """Return the words by id, without padding and the special tokens."""
+    """Return the words in the order of their ids, without padding and the special tokens."""
     try:
         ids: dict[str, int] = _read_json(path)["model"]["vocab"]
         words = sorted(ids, key=ids.__getitem__)

@@ -1,4 +1,4 @@
-"""A trained model in Python: vectors, scores, neighbours and substitutes of words."""
+"""The Python interface to a trained model: contextual vectors, scores, nearest words and predicted words."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LAYERS = ("all", "average", "top")
-_NUM_SPECIAL = 3  # classes 0 to 2
+_NUM_SPECIAL = 3  # classes 0 to 2 are <S>, </S> and <UNK>
 
 
 class TrainedModel:
-    """A trained biLM, opened by :func:`load`. It computes in evaluation mode: equal calls give equal numbers.
+    """A trained biLM, opened by :func:`load`. It computes in evaluation mode, so equal calls give equal results.
 
-    Letters in shapes: T words of a sentence, L layers, D projection size, V words of the vocabulary.
+    Shapes: T words of a sentence, L layers, D projection size, V words of the vocabulary.
 
     Attributes:
-        vocabulary: :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`; ``word in model.vocabulary`` asks whether a word
-            is known, ``model.vocabulary.words`` has all of them, most frequent first.
-        stored: What was opened, with ``stored.path``, ``stored.kind``, ``stored.about``.
+        vocabulary: The :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`. ``word in model.vocabulary`` tests whether a
+            word is known; ``model.vocabulary.words`` lists all words, most frequent first.
+        stored: The files behind the model, with ``stored.path``, ``stored.kind`` and ``stored.about``.
+        device: Where the LSTM and the softmax compute.
         dimension: 2D, the size of a contextual vector.
         num_layers: L.
 
@@ -60,7 +61,7 @@ class TrainedModel:
 
     @functools.cached_property
     def bilm(self) -> BiLM:
-        """The LSTMs, read from the disk when they are first needed."""
+        """The biLM, read from disk at first use."""
         return self.stored.bilm().to(self.device).requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -73,16 +74,16 @@ class TrainedModel:
     def embed(
         self, sentences: Iterable[str | Sequence[str]], layers: str = "all", batch_size: int = 64
     ) -> list[np.ndarray]:
-        """Contextual vectors of the words of each sentence.
+        """Return the contextual vectors of the words of each sentence.
 
-        Each sentence starts at zero state, so its vectors depend neither on the others nor on earlier calls. A word
-        that the vocabulary lacks gets the vectors of ``<UNK>`` in its context.
+        Each sentence starts from zero state, so its vectors depend neither on other sentences nor on earlier calls. A
+        word that is not in the vocabulary gets the vectors of ``<UNK>`` in its context.
 
         Args:
-            sentences: Strings, which are split at white space, or lists of words; tokenised as the training text.
-            layers: ``all`` for (L + 1, T, 2D), the word's own vector (twice side by side) first; ``average`` or
-                ``top`` for (T, 2D).
-            batch_size: Sentences computed at once.
+            sentences: Strings, which are split at white space, or lists of words, tokenised like the training text.
+            layers: ``all`` for (L + 1, T, 2D), of which layer 0 is the word's embedding concatenated with itself;
+                ``average`` or ``top`` for (T, 2D).
+            batch_size: Number of sentences per batch.
 
         Returns:
             One float32 array per sentence, in their order; an empty sentence has T = 0.
@@ -98,7 +99,7 @@ class TrainedModel:
     def iter_embed(
         self, sentences: Iterable[str | Sequence[str]], layers: str = "all", batch_size: int = 64
     ) -> Iterator[np.ndarray]:
-        """As :meth:`embed`, one array after another: memory does not grow with the number of sentences.
+        """Yield the results of :meth:`embed` one by one; memory does not grow with the number of sentences.
 
         >>> sum(len(array) for array in load(MODEL).iter_embed(["w01 w02", "w00"] * 100, "top"))
         300
@@ -109,7 +110,7 @@ class TrainedModel:
             yield from self.embed_window(window, layers, batch_size)
 
     def embed_window(self, window: Sequence[list[str]], layers: str, batch_size: int) -> list[np.ndarray]:
-        """Return the vectors of lists of words, all computed before the first is returned."""
+        """Return the vectors of a window of sentences (lists of words) as :meth:`embed` does."""
         found: list[np.ndarray] = [np.empty(0)] * len(window)
         first = 1 if self.stored.boundaries else 0
         for numbers, batch in batches_of(window, batch_size, self.vocabulary, self.stored.boundaries):
@@ -120,8 +121,9 @@ class TrainedModel:
                 vectors = vectors.mean(0, keepdim=True)
             arrays = vectors.cpu().numpy()
             for row, number in enumerate(numbers):
-                own = arrays[:, row, first : first + len(window[number])]
-                found[number] = (own if layers == "all" else own[0]).copy()  # without the padding of the batch
+                sentence = arrays[:, row, first : first + len(window[number])]
+                # A copy, so that the result does not keep the whole padded batch alive.
+                found[number] = (sentence if layers == "all" else sentence[0]).copy()
         return found
 
     def sentence_vectors(
@@ -130,7 +132,9 @@ class TrainedModel:
         """Return the mean of each sentence's word vectors.
 
         Args:
+            sentences: As in :meth:`embed`.
             layers: ``average`` or ``top`` for (N, 2D), ``all`` for (N, L + 1, 2D).
+            batch_size: Number of sentences per batch.
 
         Returns:
             Float32, one row per sentence; zeros for a sentence without words.
@@ -143,14 +147,14 @@ class TrainedModel:
         return np.stack(means) if means else np.zeros((0, *shape), np.float32)
 
     def score(self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64) -> list[SentenceScore]:
-        """Log probability of every word in both directions, by the full softmax.
+        """Return the log probability of every word in both directions, by the full softmax.
 
         Returns:
-            One :class:`~lapse_elmo.trained.scores.SentenceScore` per sentence;
-            :class:`~lapse_elmo.trained.scores.Totals` makes perplexity and bits per character of them.
+            One :class:`~lapse_elmo.trained.scores.SentenceScore` per sentence.
+            :class:`~lapse_elmo.trained.scores.Totals` computes perplexity and bits per character from them.
 
         Raises:
-            CheckpointError: If the model came without a softmax (bilm-tf's ``dump_weights``).
+            CheckpointError: If the model has no softmax (bilm-tf's ``dump_weights`` omits it).
 
         >>> score = load(MODEL).score(["w01 unheard-of"])[0]
         >>> score.words, score.unknown.tolist(), score.forward.shape, bool((score.forward < 0).all())
@@ -161,15 +165,15 @@ class TrainedModel:
     def iter_score(
         self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64
     ) -> Iterator[SentenceScore]:
-        """As :meth:`score`, one after another: memory does not grow with the number of sentences."""
+        """Yield the results of :meth:`score` one by one; memory does not grow with the number of sentences."""
         for window in windows(words_of(sentences), batch_size):
             yield from self.score_window(window, batch_size)
 
     def score_window(self, window: Sequence[list[str]], batch_size: int) -> list[SentenceScore]:
-        """Return the scores of lists of words; the softmax table is read once for all of them."""
+        """Return the scores of a window of sentences (lists of words); reads the softmax table once."""
         softmax = self._softmax()
         batches = list(batches_of(window, batch_size, self.vocabulary, self.stored.boundaries))
-        contexts = [torch.cat(self._predicting(batch)) for _, batch in batches]
+        contexts = [torch.cat(self._context_vectors(batch)) for _, batch in batches]
         targets = np.concatenate([batch.target_rows for _, batch in batches]) if batches else np.empty(0, np.int64)
         if not targets.size:
             nll = np.empty(0)
@@ -179,7 +183,7 @@ class TrainedModel:
         found: list[SentenceScore | None] = [None] * len(window)
         start = 0
         for numbers, batch in batches:
-            tables = _by_place(batch, nll[start : start + batch.num_targets])
+            tables = _by_position(batch, nll[start : start + batch.num_targets])
             start += batch.num_targets
             for row, number in enumerate(numbers):
                 found[number] = self._sentence_score(window[number], batch.ids[row], *(t[row] for t in tables))
@@ -188,18 +192,19 @@ class TrainedModel:
     def nearest(
         self, word: str | np.ndarray, count: int = 10, table: str = "embedding"
     ) -> list[tuple[str, float]]:
-        """Return the words whose vectors in a table are nearest by cosine, most similar first.
+        """Return the words whose vectors in a table have the largest cosine similarity, most similar first.
 
         Args:
-            word: A word of the vocabulary, which is not among its own neighbours, or a vector (D,).
-            table: ``embedding`` (input words) or ``softmax`` (predicted words, without the bias).
+            word: A word of the vocabulary, which is excluded from the result, or a vector (D,).
+            count: Number of words to return.
+            table: ``embedding`` (input vectors) or ``softmax`` (output vectors, without the bias).
 
         Returns:
-            (word, cosine).
+            Pairs (word, cosine).
 
         Raises:
-            CorpusError: If the vocabulary lacks the word.
-            ValueError: For another table or shape.
+            CorpusError: If the word is not in the vocabulary.
+            ValueError: If ``table`` is unknown or the vector has another shape.
 
         >>> [word for word, _ in load(MODEL).nearest("w01", count=2)]  # doctest: +ELLIPSIS
         ['w...', 'w...']
@@ -208,12 +213,12 @@ class TrainedModel:
             raise ValueError(f"table should be embedding or softmax, not {table!r}")
         rows = self._softmax() if table == "softmax" else self.stored.embedding
         size = self.stored.options.projection_size
-        own = -1
+        excluded = -1
         if isinstance(word, str):
             if word not in self.vocabulary:
                 raise CorpusError(f"the word {word!r} is not in the vocabulary: there is no vector to compare")
-            own = self.vocabulary.encode([word])[0] - 1
-            vector = rows.weights(np.array([own]))[0, :size]
+            excluded = self.vocabulary.encode([word])[0] - 1
+            vector = rows.weights(np.array([excluded]))[0, :size]
         else:
             vector = np.asarray(word, np.float32)
             if vector.shape != (size,):
@@ -222,27 +227,29 @@ class TrainedModel:
         norms = self._norms_of(table, rows, size)
         with np.errstate(divide="ignore", invalid="ignore"):
             cosines = np.nan_to_num(products / norms / np.linalg.norm(vector), nan=-2.0)
-        if own >= 0:
-            cosines[own] = -2.0
-        best = _largest(cosines[_NUM_SPECIAL:], min(count, len(cosines) - _NUM_SPECIAL - (own >= 0)))
-        return [(self.vocabulary.words[place], float(cosines[_NUM_SPECIAL + place])) for place in best]
+        if excluded >= 0:
+            cosines[excluded] = -2.0
+        best = _top_indices(cosines[_NUM_SPECIAL:], min(count, len(cosines) - _NUM_SPECIAL - (excluded >= 0)))
+        return [(self.vocabulary.words[i], float(cosines[_NUM_SPECIAL + i])) for i in best]
 
     def fill(self, sentence: str | Sequence[str], position: int, count: int = 10) -> list[Candidate]:
-        """Return the words that fit best at a position; the word that is there is ignored.
+        """Return the most probable words at a position of a sentence, whatever word is there.
 
-        The probability of a word is the product of what both directions give it, normalised over the vocabulary:
-        p(w) ~ p(w | words before) p(w | words after). Of a model without boundaries the first position is predicted
-        backward alone and the last one forward alone.
+        The probability of a word is proportional to the product of its probabilities by both directions,
+        p(w | words before) p(w | words after), normalised over the vocabulary. For a model without boundaries, only
+        the backward direction predicts the first position, and only the forward direction the last.
 
         Args:
-            position: From 0 on; negative ones count from the end.
+            sentence: A string, which is split at white space, or a list of words.
+            position: Index of the word, from 0; negative indices count from the end.
+            count: Number of words to return.
 
         Returns:
-            Best first, ``<S>``, ``</S>`` and ``<UNK>`` left out.
+            Candidates, most probable first, without ``<S>``, ``</S>`` and ``<UNK>``.
 
         Raises:
             IndexError: If the sentence has no such position.
-            CheckpointError: Without a softmax.
+            CheckpointError: If the model has no softmax.
 
         >>> best = load(MODEL).fill("w01 ___ w00", 1, count=3)
         >>> len(best), best[0].probability >= best[1].probability > 0
@@ -251,19 +258,18 @@ class TrainedModel:
         words = next(words_of([sentence]))
         if not -len(words) <= position < len(words):
             raise IndexError(f"position {position} of a sentence of {len(words)} words")
-        place = position % len(words)
-        forward, backward = self._log_probabilities(words, place)
+        forward, backward = self._log_probabilities(words, position % len(words))
         both = np.zeros(self.vocabulary.size)
         for direction in (forward, backward):
             both += 0.0 if direction is None else direction
         both -= both.max()
         both -= np.log(np.exp(both).sum())
-        best = _largest(both[_NUM_SPECIAL:], min(count, len(both) - _NUM_SPECIAL))
-        shares = [np.exp(table) if table is not None else None for table in (both, forward, backward)]
+        best = _top_indices(both[_NUM_SPECIAL:], min(count, len(both) - _NUM_SPECIAL))
+        probabilities = [np.exp(logs) if logs is not None else None for logs in (both, forward, backward)]
         return [
             Candidate(
                 self.vocabulary.words[word],
-                *(float(share[_NUM_SPECIAL + word]) if share is not None else float("nan") for share in shares),
+                *(float(p[_NUM_SPECIAL + word]) if p is not None else float("nan") for p in probabilities),
             )
             for word in best
         ]
@@ -276,19 +282,19 @@ class TrainedModel:
 
     @torch.no_grad()
     def layer_vectors(self, batch: Batch) -> Tensor:
-        """(L + 1, B, T, 2D) of a batch, boundaries included."""
+        """Return all layers (L + 1, B, T, 2D) of a batch, including boundaries."""
         return self.bilm.layers(self._embedded(batch), torch.from_numpy(batch.mask))
 
     def _embedded(self, batch: Batch) -> Tensor:
-        """(B, T, D); only the batch's distinct rows leave the mapped table."""
+        """Return the embeddings (B, T, D) of a batch; reads only its distinct rows from the memory-mapped table."""
         rows = torch.from_numpy(self.stored.embedding.weights(batch.input_rows)).to(self.device)
         if not batch.ids.size:
             return rows.new_zeros(*batch.ids.shape, self.stored.options.projection_size)
         return nn.functional.embedding(torch.from_numpy(batch.input_index).to(self.device), rows)
 
     @torch.no_grad()
-    def _predicting(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the predicting vectors of both directions, each (number of its targets, D)."""
+    def _context_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the context vectors of the targets of both directions, each (number of targets, D)."""
         outputs = self.bilm(self._embedded(batch), torch.from_numpy(batch.mask))
         places = (batch.forward_places, batch.backward_places)
         size = self.stored.options.projection_size
@@ -301,8 +307,8 @@ class TrainedModel:
     def _softmax(self) -> Table:
         if self.stored.softmax is None:
             raise CheckpointError(
-                f"{self.stored.path} came without a softmax, so it embeds but predicts nothing (bilm-tf's dump_weights "
-                "leaves it out); use the run, or an export of bin/export"
+                f"{self.stored.path} came without a softmax (bilm-tf's dump_weights omits it), so it can embed but not "
+                "predict words; use the run, or an export of bin/export"
             )
         return self.stored.softmax
 
@@ -317,7 +323,7 @@ class TrainedModel:
     def _sentence_score(
         self, words: list[str], ids: np.ndarray, forward: np.ndarray, backward: np.ndarray
     ) -> SentenceScore:
-        """Score a sentence from its row of ids (T',) and log probabilities (T',), nan where nothing is predicted."""
+        """Return the score of a sentence from its row of the batch: ids (T',) and log probabilities (T',) or nan."""
         first, size = (1 if self.stored.boundaries else 0), len(words)
         inside = slice(first, first + size)
         end, begin = (float(forward[size + 1]), float(backward[0])) if first else (np.nan, np.nan)
@@ -325,41 +331,41 @@ class TrainedModel:
             tuple(words), ids[inside] == UNKNOWN, forward[inside].copy(), backward[inside].copy(), end, begin
         )
 
-    def _log_probabilities(self, words: list[str], place: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Return log p over all classes (V,) at a place, forward and backward; None where nothing is predicted."""
+    def _log_probabilities(self, words: list[str], position: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return log p of all classes (V,) at a position, forward and backward; None if it is not predicted."""
         softmax = self._softmax()
         (_, batch), = batches_of([words], 1, self.vocabulary, self.stored.boundaries)
-        column = place + (1 if self.stored.boundaries else 0)
+        column = position + (1 if self.stored.boundaries else 0)
         found: list[np.ndarray | None] = []
         for context, places, step in zip(
-            self._predicting(batch), (batch.forward_places, batch.backward_places), (-1, 1), strict=True
+            self._context_vectors(batch), (batch.forward_places, batch.backward_places), (-1, 1), strict=True
         ):
-            here = np.flatnonzero(places == column + step)
-            if not here.size:
+            target = np.flatnonzero(places == column + step)
+            if not target.size:
                 found.append(None)
                 continue
-            vector = context[int(here[0])]
+            vector = context[int(target[0])]
             logits = torch.cat([rows[:, :-1] @ vector + rows[:, -1] for _, rows in self._on_device(softmax)])
             found.append(torch.log_softmax(logits.double(), 0).cpu().numpy())
         return found[0], found[1]
 
 
 def mean_of_words(vectors: np.ndarray) -> np.ndarray:
-    """(..., T, 2D) to (..., 2D); zeros for T = 0."""
+    """Return the mean (..., 2D) of vectors (..., T, 2D); zeros for T = 0."""
     return vectors.mean(-2) if vectors.shape[-2] else np.zeros((*vectors.shape[:-2], vectors.shape[-1]), np.float32)
 
 
-def _by_place(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log probability of each position (B, T) forward and backward, nan where it is not predicted."""
-    half = len(batch.forward_places)
+def _by_position(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log probability of each position (B, T), forward and backward; nan where it is not predicted."""
+    num_forward = len(batch.forward_places)
     forward, backward = np.full(batch.ids.size, np.nan), np.full(batch.ids.size, np.nan)
-    forward[batch.forward_places + 1] = -nll[:half]
-    backward[batch.backward_places - 1] = -nll[half:]
+    forward[batch.forward_places + 1] = -nll[:num_forward]
+    backward[batch.backward_places - 1] = -nll[num_forward:]
     return forward.reshape(batch.ids.shape), backward.reshape(batch.ids.shape)
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the places of the largest ``count`` values, largest first, equal ones in their order."""
+def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of the ``count`` largest values, largest first, ties in ascending order of the index."""
     count = max(count, 0)
     if count < len(values):
         candidates = np.argpartition(-values, count)[: count + 1]
@@ -373,19 +379,19 @@ def load(
     path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
     device: str | torch.device = "cpu", verify: bool = False,
 ) -> TrainedModel:
-    """Open a trained model. Needs no MPI, no server and no compiler; its tables are memory-mapped, not read.
+    """Open a trained model, without MPI, server or compiler; its tables are memory-mapped.
 
     Args:
-        path: The folder of a run (its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder of
-            ``bin/export`` (``elmo`` or ``huggingface``), or a token model of bilm-tf in its files.
-        vocab: The vocabulary file, where it does not lie with the model.
-        embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, where it does not lie with the model.
-        device: Where the LSTM and the softmax compute, as torch names it.
-        verify: Compare the checksums of a checkpoint first, which reads all of it.
+        path: A run (opens its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder that
+            ``bin/export`` wrote in the format ``elmo`` or ``huggingface``, or a model of word vectors by bilm-tf.
+        vocab: The vocabulary file, if it is not in the model's folder.
+        embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, if it is not in the model's folder.
+        device: The torch device on which the LSTM and the softmax compute.
+        verify: Whether to verify a checkpoint's checksums first, which reads all of it.
 
     Raises:
-        CheckpointError: In one line, if there is no model, a file is missing or damaged, shapes or vocabulary do not
-            belong together, or it is a character-CNN model.
+        CheckpointError: If there is no model, a file is missing or damaged, shapes or vocabulary do not match, or it
+            is a character-CNN model.
         CorpusError: If the vocabulary file is malformed.
 
     >>> model = load(MODEL)

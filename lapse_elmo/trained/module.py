@@ -1,4 +1,4 @@
-"""A trained model as a torch.nn.Module: word ids or sentences in, contextual vectors out."""
+"""A trained model as a torch.nn.Module that maps word ids to contextual vectors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from lapse_elmo.trained.stored import StoredModel
 
 
 class ElmoModule(nn.Module):
-    """The biLM of a stored model as a layer of a network.
+    """The biLM of a stored model as a layer of a larger network.
 
-    The LSTM's parameters are this module's; the word table is not: it stays memory-mapped, is never trained and is no
-    part of ``state_dict()``. The biLM computes in evaluation mode always (no dropout of its own), also while the
-    network around it trains.
+    The LSTM's parameters are parameters of this module. The word table is not: it stays memory-mapped, is never trained
+    and is not part of ``state_dict()``. The biLM stays in evaluation mode (without dropout) even while the network
+    trains.
 
     Args:
         stored: An opened model (``lapse_elmo.load(PATH).stored``).
-        layers: ``all`` gives (L + 1, B, T, 2D), ``average`` and ``top`` (B, T, 2D).
-        requires_grad: Whether the LSTM is trained further.
+        layers: Output layers: ``all`` returns (L + 1, B, T, 2D), ``average`` and ``top`` return (B, T, 2D).
+        requires_grad: Whether to fine-tune the LSTM.
 
     Attributes:
-        num_layers: L + 1, as AllenNLP's ``Elmo(None, None, n, module=...)`` expects it.
+        num_layers: L + 1, the number that AllenNLP's ``Elmo(None, None, n, module=...)`` expects.
+        output_dim: 2D.
 
     >>> module = load(MODEL).module(layers="top")
     >>> ids = module.ids(["w01 w02 w00", "w05"])
@@ -44,13 +45,13 @@ class ElmoModule(nn.Module):
         self.output_dim = 2 * stored.options.projection_size
 
     def train(self, mode: bool = True) -> ElmoModule:
-        """As nn.Module.train, but the biLM stays in evaluation mode."""
+        """Set the mode of this module; the biLM stays in evaluation mode."""
         super().train(mode)
         self.bilm.eval()
         return self
 
     def ids(self, sentences: Sequence[str | Sequence[str]]) -> Tensor:
-        """Ids (B, T) int64 of sentences, padded with 0; words as in :meth:`TrainedModel.embed`."""
+        """Return the ids (B, T) int64 of sentences as in :meth:`TrainedModel.embed`, padded with 0."""
         encoded = [self.stored.vocabulary.encode(words) for words in words_of(sentences)]
         out = torch.full((len(encoded), max(map(len, encoded), default=0)), PADDING)
         for row, ids in enumerate(encoded):
@@ -58,14 +59,14 @@ class ElmoModule(nn.Module):
         return out
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Contextual vectors, zero at padding.
+        """Return the contextual vectors, zero at padding; the constructor's ``layers`` determines the shape.
 
         Args:
-            ids: (B, T) int64: 0 padding, which follows the words of a sentence, 3 unknown, then words in the order of
-                the vocabulary; without ``<S>`` and ``</S>``, which are added.
+            ids: (B, T) int64 without ``<S>`` and ``</S>``, which are added here. 0 is padding (after the words of a
+                sentence), 3 is ``<UNK>``, and words in the order of the vocabulary follow.
 
         Raises:
-            ValueError: For ids out of range, or padding before a word.
+            ValueError: If an id is out of range, or padding precedes a word.
         """
         vectors = self._layers(ids)[0]
         if self.stored.boundaries:
@@ -76,25 +77,28 @@ class ElmoModule(nn.Module):
         return vectors[-1] if self.layers == "top" else vectors.mean(0)
 
     def activations(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """All layers with the boundaries: (L + 1, B, T + 2, 2D), and the mask (B, T + 2) bool."""
+        """Return all layers including boundary tokens (L + 1, B, T + 2, 2D), and the mask (B, T + 2) bool.
+
+        For AllenNLP's ``Elmo``, which removes the boundaries itself.
+        """
         return self._layers(ids)
 
     def _layers(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids should be integers (B, T), not {ids.dtype} of shape {tuple(ids.shape)}")
         device = next(self.bilm.parameters()).device
-        with_ends = self._bounded(ids.cpu().numpy()) if self.stored.boundaries else ids.cpu().numpy()
-        mask = with_ends != PADDING
-        if with_ends.size and not 0 <= with_ends.min() <= with_ends.max() <= self.stored.vocabulary.size:
+        bounded = self._add_boundaries(ids.cpu().numpy()) if self.stored.boundaries else ids.cpu().numpy()
+        mask = bounded != PADDING
+        if bounded.size and not 0 <= bounded.min() <= bounded.max() <= self.stored.vocabulary.size:
             raise ValueError(f"ids should be from 0 to {self.stored.vocabulary.size}")
-        rows, index = np.unique(np.maximum(with_ends, 1) - 1, return_inverse=True)
+        rows, index = np.unique(np.maximum(bounded, 1) - 1, return_inverse=True)
         table = torch.from_numpy(self.stored.embedding.weights(rows)).to(device)
-        embedded = nn.functional.embedding(torch.from_numpy(index.reshape(with_ends.shape)).to(device), table)
+        embedded = nn.functional.embedding(torch.from_numpy(index.reshape(bounded.shape)).to(device), table)
         return self.bilm.layers(embedded, torch.from_numpy(mask)), torch.from_numpy(mask).to(ids.device)
 
     @staticmethod
-    def _bounded(ids: np.ndarray) -> np.ndarray:
-        """(B, T) as (B, T + 2), with ``<S>`` in front and ``</S>`` behind each sentence."""
+    def _add_boundaries(ids: np.ndarray) -> np.ndarray:
+        """Return ids (B, T) as (B, T + 2), with ``<S>`` before and ``</S>`` after each sentence."""
         mask = ids != PADDING
         if (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("padding (id 0) must come after the words of a sentence")

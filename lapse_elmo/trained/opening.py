@@ -1,4 +1,4 @@
-"""Opening a saved model of any kind: a run, a checkpoint, bilm-tf's files, a Hugging Face folder."""
+"""Open a saved model of any kind: a run, a checkpoint, a model in bilm-tf's format or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def open_stored(
     path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
     verify: bool = False,
 ) -> StoredModel:
-    """Return the model at ``path``, whatever its kind; see :func:`lapse_elmo.load`, whose parameters these are.
+    """Open the model at ``path``; :func:`lapse_elmo.load` documents the arguments.
 
     Raises:
-        CheckpointError: If there is no model, or it is damaged, incomplete or of a kind that cannot serve.
+        CheckpointError: If there is no model, or it is damaged, incomplete or of an unsupported kind.
     """
     folder = Path(path)
     if not folder.exists():
@@ -58,7 +58,16 @@ def open_stored(
 
 
 def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False) -> StoredModel:
-    """Return the newest checkpoint of a run, or the checkpoint that ``folder`` is; ``verify`` reads all of it first."""
+    """Open the newest checkpoint of a run, or a single checkpoint.
+
+    Args:
+        folder: The folder of the run or of the checkpoint.
+        vocab: The vocabulary file, if it has been moved.
+        verify: Whether to check the checksums first, which reads the whole checkpoint.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, it is damaged, or the vocabulary is another one.
+    """
     path = find(folder)
     manifest = read_manifest(path)
     if verify:
@@ -66,8 +75,9 @@ def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bo
     config = config_of(manifest, path)
     vocabulary = Vocabulary.load(vocab or vocabulary_path(path, config))
     require_vocabulary(manifest, vocabulary, path)
-    wanted = {field.name for field in dataclasses.fields(BiLMOptions)} - {"lstm", "precision", "stateful"}
-    options = BiLMOptions(**{name: value for name, value in vars(config.model).items() if name in wanted})
+    # Options that affect only training keep their defaults.
+    names = {field.name for field in dataclasses.fields(BiLMOptions)} - {"lstm", "precision", "stateful"}
+    options = BiLMOptions(**{name: value for name, value in vars(config.model).items() if name in names})
     size = options.projection_size
     about = {name: manifest.get(name) for name in ("step", "num_train_tokens", "results", "versions", "config")}
     return StoredModel(
@@ -92,14 +102,14 @@ def _read_dense(path: Path) -> dict[str, np.ndarray]:
 def open_together(
     path: str, vocab: str, world: World, *, embedding: str = ""
 ) -> StoredModel:
-    """Open a model on every rank (collective), after the ranks have shared the check of a checkpoint's files.
+    """Open a model on every rank (collective); the ranks divide the verification of a checkpoint among themselves.
 
-    The ranks of a machine map the same files, so the tables are in its memory once.
+    The ranks of a node map the same files, so the tables are in its memory only once.
     """
     folder = Path(path)
     if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
         checkpoint = world.agree(lambda: find(folder))
         manifest = world.agree(lambda: read_manifest(checkpoint))
         world.together(lambda: check_files(checkpoint, manifest, world.rank, world.size))
-        folder = checkpoint  # not a newer one that a run has saved meanwhile
+        folder = checkpoint  # the verified one, even if the run has saved a newer one since
     return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))

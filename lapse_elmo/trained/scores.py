@@ -1,4 +1,4 @@
-"""Log probabilities of words in their sentences, and what they sum up to."""
+"""Log probabilities of words in sentences, and corpus totals such as perplexity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ LN_2 = 0.6931471805599453  # nats per bit
 
 @dataclass(frozen=True)
 class Candidate:
-    """A word that could stand at a place: its probability from both directions together, and from each alone."""
+    """A word that fits at a position.
+
+    Attributes:
+        word: The word.
+        probability: Its probability by both directions combined.
+        forward: Its probability by the forward direction alone; nan if that does not predict the position.
+        backward: The same for the backward direction.
+    """
 
     word: str
     probability: float
@@ -22,18 +29,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SentenceScore:
-    """What a model makes of a sentence of T words; log probabilities are natural (nats).
+    """Log probabilities (natural logarithm) of a sentence of T words.
+
+    If the model was trained without boundaries, nothing predicts the first word forward, the last word backward and
+    the boundaries: these values are nan.
 
     Attributes:
-        words: The T words as they were given.
-        unknown: (T,) bool: words that the vocabulary lacks; what is scored there is ``<UNK>``.
-        forward: (T,) float64: log p(word | words before it).
-        backward: (T,) float64: log p(word | words after it).
-        end: Log p(``</S>`` | all words), forward.
-        begin: Log p(``<S>`` | all words), backward.
-
-    For a model that was trained without boundaries the first ``forward``, the last ``backward``, ``end`` and ``begin``
-    are nan: nothing predicts them.
+        words: The T words.
+        unknown: (T,) bool, true for words that are not in the vocabulary; their scores are those of ``<UNK>``.
+        forward: (T,) float64, log p(word | words before it).
+        backward: (T,) float64, log p(word | words after it).
+        end: log p(``</S>`` | all words), by the forward direction.
+        begin: log p(``<S>`` | all words), by the backward direction.
     """
 
     words: tuple[str, ...]
@@ -45,23 +52,23 @@ class SentenceScore:
 
     @property
     def forward_bits(self) -> np.ndarray:
-        """(T,) surprisal in bits, forward."""
+        """Surprisal (T,) in bits by the forward direction."""
         return -self.forward / LN_2
 
     @property
     def backward_bits(self) -> np.ndarray:
-        """(T,) surprisal in bits, backward."""
+        """Surprisal (T,) in bits by the backward direction."""
         return -self.backward / LN_2
 
 
 @dataclass
 class Totals:
-    """Sums over sentences, as perplexity and bits per character need them.
+    """Sums over sentences, from which perplexity and bits per character follow.
 
-    Targets are the words and, of a model with boundaries, one end (forward) or begin (backward) a sentence.
-    Characters are those of the words and one blank or line break after each word, so that the number does not depend on
-    the vocabulary; a word that is unknown to the model counts with all its characters, though only ``<UNK>`` was
-    predicted, so compare bits per character together with the share of unknown words.
+    Targets are the words and, for a model with boundaries, one ``</S>`` (forward) or ``<S>`` (backward) per sentence.
+    Characters are those of the words plus one space or line break after each word, so their number does not depend on
+    the vocabulary. An unknown word counts with all its characters although only ``<UNK>`` was predicted, so compare
+    bits per character only together with the share of unknown words.
     """
 
     num_sentences: int = 0
@@ -85,25 +92,27 @@ class Totals:
 
     @property
     def forward_perplexity(self) -> float:
+        """Perplexity of the forward direction; nan without targets."""
         return self._perplexity(self.forward_nll, 1)
 
     @property
     def backward_perplexity(self) -> float:
+        """Perplexity of the backward direction; nan without targets."""
         return self._perplexity(self.backward_nll, 1)
 
     @property
     def perplexity(self) -> float:
-        """Of both directions: exp of the mean nll a target."""
+        """Perplexity of both directions: exp of the mean nll per target; nan without targets."""
         return self._perplexity(self.forward_nll + self.backward_nll, 2)
 
     @property
     def unknown_share(self) -> float:
-        """Unknown words / words, from 0 to 1; nan without words."""
+        """Share of unknown words, from 0 to 1; nan without words."""
         return self.num_unknown / self.num_words if self.num_words else math.nan
 
     @property
     def bits_per_character(self) -> float:
-        """Mean of both directions' bits, by character; nan without text."""
+        """Bits per character, averaged over both directions; nan without text."""
         bits = (self.forward_nll + self.backward_nll) / 2 / LN_2
         return bits / self.num_characters if self.num_characters else math.nan
 

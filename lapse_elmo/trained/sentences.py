@@ -1,4 +1,4 @@
-"""Sentences as users give them, and as batches that the model computes."""
+"""Turn the sentences that users pass into batches for the model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from lapse_elmo.batches import Batch, make_batch
 from lapse_elmo.corpus.vocabulary import Vocabulary
 
-#: What :func:`windows` holds at a time: so many batches, but no more words than that (or one sentence).
+#: Largest size of a window in :func:`windows`: batches, and words (a longer sentence is a window by itself).
 WINDOW_BATCHES, WINDOW_WORDS = 16, 16_384
-BATCH_WORDS = 8_192
+BATCH_WORDS = 8_192  # largest number of words in a batch of several sentences
 
 
 def words_of(sentences: Iterable[str | Sequence[str]]) -> Iterator[list[str]]:
-    """Return the words of each sentence: a string is split at white space, a sequence of words is taken as it is.
+    """Yield the words of each sentence; strings are split at white space, sequences of words are passed through.
 
     Raises:
-        TypeError: If ``sentences`` is itself a string, or a sentence is neither.
+        TypeError: If ``sentences`` is a single string, or a sentence is neither a string nor a sequence of strings.
     """
     if isinstance(sentences, str | bytes):
         raise TypeError("sentences should be a list of sentences, not one string: give [sentence]")
@@ -33,7 +33,7 @@ def words_of(sentences: Iterable[str | Sequence[str]]) -> Iterator[list[str]]:
 
 
 def windows(sentences: Iterable[list[str]], batch_size: int) -> Iterator[list[list[str]]]:
-    """Consecutive sentences in lists of bounded size, so that memory does not grow with the text."""
+    """Yield consecutive sentences in lists of bounded size, so that memory does not grow with the text."""
     window: list[list[str]] = []
     num_words = 0
     for words in sentences:
@@ -49,10 +49,13 @@ def windows(sentences: Iterable[list[str]], batch_size: int) -> Iterator[list[li
 def batches_of(
     window: Sequence[list[str]], batch_size: int, vocabulary: Vocabulary, boundaries: bool
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Return the sentences of a window in batches of like length: (their numbers (B,) in the window, the batch).
+    """Yield the sentences of a window in batches of similar length.
 
-    A batch has ``batch_size`` sentences, or fewer if they are long. Sentences without any position (empty ones, of a
-    model without boundaries) come too, with T = 0.
+    A batch has ``batch_size`` sentences, or fewer if they are long. Sentences without positions (empty sentences, if
+    the model has no boundaries) are included, with T = 0.
+
+    Yields:
+        The indices (B,) of the sentences in the window, and the batch.
     """
     sizes = np.array([len(words) for words in window])
     order = np.argsort(sizes, kind="stable")

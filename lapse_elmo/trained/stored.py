@@ -1,4 +1,4 @@
-"""What every kind of saved model is once it is open: sizes, words, tables of weights and the LSTM's parameters."""
+"""The common representation of opened models of all kinds: options, vocabulary, tables and LSTM parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK_ROWS = 16384
 
 
 class Table(Protocol):
-    """``num_rows`` rows of ``size`` float32 weights; row i is that of the vocabulary's class i (its id less 1)."""
+    """A table of ``num_rows`` rows of ``size`` float32 weights; row i belongs to class i, the word with id i + 1."""
 
     num_rows: int
     size: int
@@ -28,16 +28,16 @@ class Table(Protocol):
         """Return the rows ``numbers`` (n,) int64 as a new array (n, size)."""
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All rows in ascending chunks, (first row, (n, size))."""
+        """Yield all rows in ascending chunks: (index of the first row, rows (n, size))."""
 
 
 class ArrayTable:
-    """A table over an array, which may be memory-mapped, and, as a last column, a bias.
+    """A table backed by an array, which may be memory-mapped.
 
     Args:
         array: (V, D).
-        bias: (V,).
-        order: The array's row of each class, where they differ.
+        bias: (V,), appended as the last column if given.
+        order: (V,) row of the array for each class; None if they are the same.
     """
 
     def __init__(self, array: np.ndarray, bias: np.ndarray | None = None, order: np.ndarray | None = None) -> None:
@@ -46,11 +46,11 @@ class ArrayTable:
         self.size = size + (bias is not None)
 
     def weights(self, numbers: np.ndarray) -> np.ndarray:
-        places = numbers if self._order is None else self._order[numbers]
-        rows = np.asarray(self._array[places], np.float32)
+        indices = numbers if self._order is None else self._order[numbers]
+        rows = np.asarray(self._array[indices], np.float32)
         if self._bias is None:
             return np.ascontiguousarray(rows)
-        return np.concatenate([rows, np.asarray(self._bias[places], np.float32)[:, None]], 1)
+        return np.concatenate([rows, np.asarray(self._bias[indices], np.float32)[:, None]], 1)
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(0, self.num_rows, _CHUNK_ROWS):
@@ -59,14 +59,18 @@ class ArrayTable:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """An opened model; tables stay where they are stored until rows are asked for.
+    """An opened model; rows of its tables are read from disk only when they are needed.
 
     Attributes:
+        path: The model's folder.
         kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face folder``.
+        options: The model's hyperparameters.
         boundaries: Whether it was trained with ``<S>`` and ``</S>`` around each sentence.
-        softmax: (V, D + 1), the bias last; None where the files do not have it.
-        read_dense: Reads :attr:`dense`, once it is asked for: opening a large model should not read its LSTM.
-        about: What else is known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
+        vocabulary: The model's vocabulary of V classes.
+        embedding: (V, D).
+        softmax: (V, D + 1), the bias in the last column; None if the files have no softmax.
+        read_dense: Function that reads :attr:`dense` at first use, so that opening a large model is fast.
+        about: Metadata, if known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
     """
 
     path: Path
@@ -90,7 +94,7 @@ class StoredModel:
 
     @functools.cached_property
     def dense(self) -> dict[str, np.ndarray]:
-        """Every parameter of the biLM by its name in :class:`~lapse_elmo.model.bilm.BiLM`."""
+        """The parameters of the biLM by their names in :class:`~lapse_elmo.model.bilm.BiLM`."""
         return self.read_dense()
 
     def bilm(self) -> BiLM:
@@ -104,7 +108,7 @@ class StoredModel:
             for name, parameter in model.named_parameters():
                 stored = self.dense.get(name)
                 if stored is None:
-                    raise CheckpointError(f"{self.path} has no parameter {name}: it is damaged or of another model")
+                    raise CheckpointError(f"{self.path} has no parameter {name}: it is damaged or another model's")
                 if stored.shape != tuple(parameter.shape):
                     raise CheckpointError(
                         f"{self.path}: parameter {name} has shape {stored.shape}, expected {tuple(parameter.shape)} "

@@ -1,4 +1,4 @@
-"""Vectors of given words wherever they occur, as studies of lexical change collect them: a NumPy archive by word."""
+"""Collect the vectors of all occurrences of given words, for studies of lexical change, in a NumPy archive."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PENDING_BYTES = 32 << 20
 
 
 def read_targets(path: Path) -> list[str]:
-    """Return the words of a UTF-8 file, one a line, each once; empty lines are skipped.
+    """Return the distinct words of a UTF-8 file with one word per line; empty lines are skipped.
 
     Raises:
-        CorpusError: If it cannot be read, has no words, or a line has more than one.
+        CorpusError: If the file cannot be read or has no words, or a line has more than one.
     """
     try:
         lines = read_small(path, MOST_VOCABULARY_BYTES).decode("utf-8-sig").splitlines()
@@ -33,29 +33,39 @@ def read_targets(path: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         found = line.split()
         if len(found) > 1:
-            raise CorpusError(f"{path}, line {number}: {len(found)} words, expected one a line")
+            raise CorpusError(f"{path}, line {number}: {len(found)} words, expected one per line")
         words |= dict.fromkeys(found)
     if not words:
-        raise CorpusError(f"{path} has no words: expected one a line")
+        raise CorpusError(f"{path} has no words: expected one per line")
     return list(words)
 
 
 class TargetVectors:
-    """A context that collects (n, *shape) float32 for each word and writes them to ``path`` at its end.
+    """Context manager that collects the vectors of each word and writes them to an ``.npz`` file on exit.
 
-    What is collected waits in files in the folder of ``path``, so memory does not grow with the text.
+    The vectors are buffered in temporary files in the folder of ``path``, so memory does not grow with the text.
+
+    Args:
+        path: The archive to write. Its array of a word is (n, *shape) float32 for n occurrences.
+        words: The words.
+        shape: Shape of a vector.
     """
 
     def __init__(self, path: Path, words: list[str], shape: tuple[int, ...]) -> None:
         self._path, self._shape = path, shape
         self._counts = dict.fromkeys(words, 0)
-        self._places = {word: number for number, word in enumerate(words)}
+        self._file_numbers = {word: number for number, word in enumerate(words)}
         self._pending: dict[str, list[np.ndarray]] = {}
         self._pending_bytes = 0
         self._folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}."))
 
     def add(self, words: list[str], vectors: np.ndarray) -> None:
-        """Add a line's words, and the vectors of those that are targets, (n, 2D) or (L + 1, n, 2D)."""
+        """Add one line of text.
+
+        Args:
+            words: All words of the line.
+            vectors: (n, 2D) or (L + 1, n, 2D), the vectors of the n words that are to be collected.
+        """
         if vectors.ndim == 3:
             vectors = vectors.swapaxes(0, 1)
         targets = (word for word in words if word in self._counts)
@@ -78,7 +88,7 @@ class TargetVectors:
 
     def _flush(self) -> None:
         for word, rows in self._pending.items():
-            with open(self._folder / str(self._places[word]), "ab") as file:
+            with open(self._folder / str(self._file_numbers[word]), "ab") as file:
                 file.write(np.stack(rows).tobytes())
         self._pending, self._pending_bytes = {}, 0
 
@@ -88,7 +98,7 @@ class TargetVectors:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (count, *self._shape)}
                 with archive.open(zipfile.ZipInfo(f"{word}.npy"), "w", force_zip64=True) as entry:
                     np.lib.format.write_array_header_1_0(entry, header)
-                    stored = self._folder / str(self._places[word])
+                    stored = self._folder / str(self._file_numbers[word])
                     if stored.exists():
                         with open(stored, "rb") as file:
                             shutil.copyfileobj(file, entry, 1 << 20)

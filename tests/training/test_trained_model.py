@@ -266,7 +266,7 @@ def test_bad_exports(exported: dict[tuple[str, str], Path], tmp_path: Path) -> N
     (characters / "options.json").write_text(json.dumps({**options, "char_cnn": {"n_characters": 262}}))
     refused(characters, "character-CNN model")
     (characters / "options.json").write_text(json.dumps({**options, "lapse_elmo": {"version": 9}}))
-    refused(characters, "later lapse-elmo")
+    refused(characters, "newer lapse-elmo")
     (characters / "options.json").write_text("{}")
     refused(characters, "not the options of a bilm-tf model")
     words = (source / "vocab.txt").read_text().split()
