@@ -1,4 +1,4 @@
-"""``bin/export``: a saved model in the files of other programs (``elmo``, ``word2vec`` or ``huggingface``)."""
+"""``bin/export``: write a saved model in a format of other programs (``elmo``, ``word2vec`` or ``huggingface``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lapse_elmo.trained.stored import StoredModel
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Parse, open the model, write the files. One rank is enough; others help with checking a checkpoint."""
+    """Run ``bin/export``. One rank is enough; further ranks help to verify the checkpoint."""
     options = parse_export(argv)
     world = enter()
     output = Path(options.output)
@@ -26,10 +26,13 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def write_export(stored: StoredModel, output: Path, options: ExportConfig) -> list[str]:
-    """Write the files and return lines about them for the user.
+    """Write the files.
+
+    Returns:
+        Lines about the export to print for the user.
 
     Raises:
-        OutputError: If they cannot be written.
+        OutputError: If the files cannot be written.
     """
     write = {"elmo": elmo.write, "word2vec": word2vec.write, "huggingface": huggingface.write}[options.format]
     return write(stored, output, options.overwrite)

@@ -1,22 +1,23 @@
-"""A saved model as the files that bilm-tf writes, which AllenNLP reads too.
+"""Export a model in bilm-tf's format, which AllenNLP reads too.
 
 ``options.json``
-    sizes and switches, under bilm-tf's names. Without ``char_cnn`` it is a model of word vectors. The table
-    ``lapse_elmo`` holds what bilm-tf cannot say: whether sentences have boundaries, and the SHA-256 of ``vocab.txt``.
+    Hyperparameters under bilm-tf's names. The absence of ``char_cnn`` marks a model of word vectors. The table
+    ``lapse_elmo`` has entries without a counterpart in bilm-tf: whether sentences have boundaries, and the SHA-256 of
+    ``vocab.txt``.
 ``weights.hdf5``
-    float32, for products x @ W. ``embedding`` (V, D), row i for line i of the vocabulary. For each direction d (0
-    forward, 1 backward) and layer l, below ``RNN_{d}/RNN/MultiRNNCell/Cell{l}/LSTMCell``: ``W_0`` (2D, 4C), rows of the
-    input, then of the recurrent state, columns of the gates i, g, f, o; ``B`` (4C,), the forget gate's part 1 lower,
-    since readers add 1; ``W_P_0`` (C, D). ``softmax/W`` (V, D) and ``softmax/b`` (V,): what predicts words; of a model
-    with ``--context mix`` also ``mix/scalars`` (L + 1,) and ``mix/gamma`` (1,), for perplexity.
+    Float32, for products x @ W. ``embedding`` is (V, D); row i belongs to line i of the vocabulary. For each direction
+    d (0 forward, 1 backward) and layer l, the group ``RNN_{d}/RNN/MultiRNNCell/Cell{l}/LSTMCell`` holds ``W_0``
+    (2D, 4C), with the rows of the input before those of the recurrent state and the columns of the gates in the order
+    i, g, f, o; ``B`` (4C,), in which the forget gate's bias is 1 lower, since readers add 1; and ``W_P_0`` (C, D).
+    ``softmax/W`` (V, D) and ``softmax/b`` (V,) are the softmax. A model trained with ``--context mix`` also has
+    ``mix/scalars`` (L + 1,) and ``mix/gamma`` (1,), which computing perplexity needs.
 ``vocab.txt``
-    V lines, ``<S>``, ``</S>`` and ``<UNK>`` first.
+    V lines; ``<S>``, ``</S>`` and ``<UNK>`` come first.
 ``meta.json``
-    what the NLPL repository of word vectors asks for.
+    The metadata that the NLPL word embeddings repository requires.
 
-bilm-tf leaves the projection out where D is not smaller than C, so it computes other vectors from such files; AllenNLP
-and lapse-elmo do not. bilm-tf also carries its LSTM's state from one batch to the next, so its vectors change from call
-to call.
+If D is not smaller than C, bilm-tf ignores the projection and so computes different vectors; AllenNLP and lapse-elmo do
+not. bilm-tf also carries its LSTM's state from one batch to the next, so its vectors change from call to call.
 """
 
 from __future__ import annotations
@@ -40,35 +41,42 @@ OPTIONS, WEIGHTS, VOCABULARY, META = "options.json", "weights.hdf5", "vocab.txt"
 
 
 def refuse(folder: Path, overwrite: bool) -> None:
-    """Raise OutputError if ``folder`` may not be replaced."""
+    """Refuse an output folder that must not be replaced.
+
+    Raises:
+        OutputError: If it exists without ``overwrite``, or holds files that are not of an export.
+    """
     refuse_foreign(folder, overwrite, {OPTIONS, WEIGHTS, VOCABULARY, META})
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
-    """Write the folder of a model, whole or not at all, and return lines to print.
+    """Write the folder atomically.
+
+    Returns:
+        Lines to print for the user.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If the folder cannot be written.
     """
     vocabulary = Vocabulary.from_words(stored.vocabulary.words)
-    with atomic_output(folder, overwrite) as hidden:
-        hidden.mkdir()
-        with Hdf5Output(hidden / WEIGHTS) as file:
+    with atomic_output(folder, overwrite) as temporary:
+        temporary.mkdir()
+        with Hdf5Output(temporary / WEIGHTS) as file:
             for name, array in dense_arrays(stored):
                 file.write(name, array)
             _write_tables(file, stored)
-        atomic_write(hidden / OPTIONS, _json(bilm_options(stored, vocabulary)))
-        atomic_write(hidden / META, _json(nlpl_meta(stored)))
-        vocabulary.save(hidden / VOCABULARY)
-        sync_directory(hidden)
+        atomic_write(temporary / OPTIONS, _json(bilm_options(stored, vocabulary)))
+        atomic_write(temporary / META, _json(nlpl_meta(stored)))
+        vocabulary.save(temporary / VOCABULARY)
+        sync_directory(temporary)
     sizes = stored.options
     lines = [f"{folder}: {OPTIONS}, {WEIGHTS}, {VOCABULARY} ({vocabulary.size:,} words) of {stored.path}"]
     if not stored.boundaries:
-        lines.append("trained without <S> and </S>: readers put them around each sentence, so switch that off there")
+        lines.append("trained without <S> and </S>: other programs add them to each sentence, so switch that off there")
     if sizes.projection_size >= sizes.cell_size:
         lines.append(
-            f"not for bilm-tf itself, which leaves out a projection that is not smaller than the cell (D "
-            f"{sizes.projection_size}, C {sizes.cell_size}) and computes other vectors: use AllenNLP or lapse_elmo.load"
+            f"not for bilm-tf itself, which ignores a projection that is not smaller than the cell (D "
+            f"{sizes.projection_size}, C {sizes.cell_size}), so its vectors differ: use AllenNLP or lapse_elmo.load"
         )
     return lines
 
@@ -90,7 +98,7 @@ def _write_tables(file: Hdf5Output, stored: StoredModel) -> None:
 
 
 def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the content of options.json; entries that an exported model does not know are left out."""
+    """Return the content of options.json, without training options if they are unknown."""
     sizes, config = stored.options, stored.about.get("config") or {}
     options: dict[str, Any] = {
         "bidirectional": True,
@@ -115,7 +123,7 @@ def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def nlpl_meta(stored: StoredModel) -> dict[str, Any]:
-    """Return the description that models of the NLPL word embeddings repository carry."""
+    """Return the metadata (meta.json) that the NLPL word embeddings repository requires of its models."""
     config = stored.about.get("config") or {}
     return {
         "algorithm": {
@@ -134,7 +142,7 @@ def nlpl_meta(stored: StoredModel) -> dict[str, Any]:
 
 
 def dense_arrays(stored: StoredModel) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of everything but the tables."""
+    """Yield the names and arrays of all parameters except for the tables."""
     for direction, name in enumerate(("forward", "backward")):
         for layer in range(stored.options.num_layers):
             weights = {

@@ -1,4 +1,4 @@
-"""What exports have in common: folders that hold nothing but an export, and a softmax to write."""
+"""Checks that several export formats share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from lapse_elmo.trained.stored import StoredModel, Table
 
 
 def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
-    """Raise OutputError if ``folder`` is there and may not be replaced, or holds what is not of an export."""
+    """Refuse an output folder that must not be replaced.
+
+    Args:
+        folder: The output folder.
+        overwrite: Whether an earlier export may be replaced.
+        names: The names of an export's files.
+
+    Raises:
+        OutputError: If the folder exists without ``overwrite``, is a file, or holds files that are not of an export.
+    """
     refuse_existing(folder, overwrite)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: give the name of a folder as --output")
@@ -21,7 +30,11 @@ def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
 
 
 def softmax_of(stored: StoredModel) -> Table:
-    """Raise CheckpointError if the model came without a softmax."""
+    """Return the model's softmax table.
+
+    Raises:
+        CheckpointError: If the model came without a softmax.
+    """
     if stored.softmax is None:
-        raise CheckpointError(f"{stored.path} came without a softmax, which this format holds: export from the run")
+        raise CheckpointError(f"{stored.path} came without a softmax, which this format requires: export from the run")
     return stored.softmax

@@ -1,9 +1,9 @@
-"""A Hugging Face folder, which a current transformers and sentence-transformers load with ``trust_remote_code=True``.
+"""Export a model as a Hugging Face folder for transformers and sentence-transformers.
 
-``config.json``, ``modeling_lapse_elmo.py`` (plain torch, nothing of lapse-elmo), ``model.safetensors``,
-``tokenizer.json`` (a word-level fast tokenizer that splits at white space) with ``tokenizer_config.json``, and
-``README.md``, the model card.
-``AutoModel`` gives contextual vectors, ``AutoModelForCausalLM`` the forward language model.
+Both load it with ``trust_remote_code=True``. The folder holds ``config.json``, ``modeling_lapse_elmo.py`` (plain torch,
+independent of lapse-elmo), ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json`` (a word-level fast
+tokenizer that splits at white space), the model card ``README.md``, and two files of sentence-transformers.
+``AutoModel`` returns contextual vectors; ``AutoModelForCausalLM`` is the forward language model.
 """
 
 from __future__ import annotations
@@ -26,46 +26,55 @@ from lapse_elmo.trained.stored import StoredModel, Table
 
 MODELING = "modeling_lapse_elmo.py"
 CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
-MODULES, POOLING = "modules.json", "1_Pooling"  # of sentence-transformers: the mean of the words' vectors
+MODULES, POOLING = "modules.json", "1_Pooling"  # for sentence-transformers: the mean of the words' vectors
 _SENTENCE_TRANSFORMERS = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": POOLING, "type": "sentence_transformers.models.Pooling"},
 ]
-_NEVER = -1e4  # the bias of the padding's class: its probability is 0 in float32
+_PADDING_BIAS = -1e4  # softmax bias of the padding class, whose probability is then 0 in float32
 
-Tensor = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
+#: A tensor to write: its name, its shape, and its content in consecutive blocks of rows.
+TensorBlocks = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
 
 
 def refuse(folder: Path, overwrite: bool) -> None:
-    """Raise OutputError if ``folder`` may not be replaced."""
+    """Refuse an output folder that must not be replaced.
+
+    Raises:
+        OutputError: If it exists without ``overwrite``, or holds files that are not of an export.
+    """
     refuse_foreign(folder, overwrite, {CONFIG, MODELING, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD, MODULES, POOLING})
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
-    """Write the folder, whole or not at all, and return lines to print.
+    """Write the folder atomically.
+
+    Returns:
+        Lines to print for the user.
 
     Raises:
-        OutputError: If it cannot be written.
+        OutputError: If the folder cannot be written.
+        CheckpointError: If the model has no softmax.
     """
     softmax = softmax_of(stored)
     padding = _free_name(PADDING_TOKEN, stored)
-    with atomic_output(folder, overwrite) as hidden:
-        hidden.mkdir()
-        write_safetensors(hidden / WEIGHTS, list(_tensors(stored, softmax)))
-        atomic_write(hidden / CONFIG, _json(config_of(stored)))
-        atomic_write(hidden / TOKENIZER, _json(tokenizer_of(stored, padding)))
-        atomic_write(hidden / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
-        atomic_write(hidden / MODELING, (Path(__file__).parent / MODELING).read_bytes())
-        atomic_write(hidden / CARD, card_of(stored).encode())
-        atomic_write(hidden / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
+    with atomic_output(folder, overwrite) as temporary:
+        temporary.mkdir()
+        write_safetensors(temporary / WEIGHTS, list(_tensors(stored, softmax)))
+        atomic_write(temporary / CONFIG, _json(config_of(stored)))
+        atomic_write(temporary / TOKENIZER, _json(tokenizer_of(stored, padding)))
+        atomic_write(temporary / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
+        atomic_write(temporary / MODELING, (Path(__file__).parent / MODELING).read_bytes())
+        atomic_write(temporary / CARD, card_of(stored).encode())
+        atomic_write(temporary / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
         pooling = {"word_embedding_dimension": 2 * stored.options.projection_size, "pooling_mode_mean_tokens": True}
-        atomic_write(hidden / POOLING / "config.json", _json(pooling))
-        sync_directory(hidden)
+        atomic_write(temporary / POOLING / "config.json", _json(pooling))
+        sync_directory(temporary)
     return [f"{folder}: a Hugging Face folder ({stored.vocabulary.size:,} words) of {stored.path}"]
 
 
 def config_of(stored: StoredModel) -> dict[str, Any]:
-    """``config.json``."""
+    """Return the content of ``config.json``."""
     sizes = stored.options
     return {
         "model_type": MODEL_TYPE, "architectures": ["LapseElmoForCausalLM"],
@@ -83,7 +92,7 @@ def config_of(stored: StoredModel) -> dict[str, Any]:
 
 
 def tokenizer_of(stored: StoredModel, padding: str) -> dict[str, Any]:
-    """``tokenizer.json``: white space separates words, an unknown word is ``<UNK>``; ids are the model's."""
+    """Return the content of ``tokenizer.json``, a tokenizer that splits at white space and has the model's ids."""
     special = [padding, *SPECIAL]
     words = [*special, *stored.vocabulary.words]
     added = [
@@ -108,13 +117,14 @@ def _tokenizer_config(padding: str) -> dict[str, Any]:
 
 
 def _free_name(name: str, stored: StoredModel) -> str:
+    """Return a name for a special token that is not a word of the vocabulary."""
     while name in stored.vocabulary:
         name = f"<{name}>"
     return name
 
 
-def _tensors(stored: StoredModel, softmax: Table) -> Iterator[Tensor]:
-    """(name, shape, blocks of rows) of every tensor; row 0 of the tables is padding's."""
+def _tensors(stored: StoredModel, softmax: Table) -> Iterator[TensorBlocks]:
+    """Yield all tensors; row 0 of the tables belongs to padding."""
     size, rows = stored.options.projection_size, stored.vocabulary.size + 1
 
     def embedding() -> Iterator[np.ndarray]:
@@ -126,7 +136,7 @@ def _tensors(stored: StoredModel, softmax: Table) -> Iterator[Tensor]:
         yield from (chunk[:, :size] for _, chunk in softmax.chunks())
 
     def bias() -> Iterator[np.ndarray]:
-        yield np.full(1, _NEVER, np.float32)
+        yield np.full(1, _PADDING_BIAS, np.float32)
         yield from (chunk[:, size] for _, chunk in softmax.chunks())
 
     yield "embedding.weight", (rows, size), embedding()
@@ -136,10 +146,11 @@ def _tensors(stored: StoredModel, softmax: Table) -> Iterator[Tensor]:
         yield name, array.shape, iter([array])
 
 
-def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
-    """Write a safetensors file, block by block: the library would hold all tensors in memory.
+def write_safetensors(path: Path, tensors: list[TensorBlocks]) -> None:
+    """Write a safetensors file block by block; the safetensors library would need all tensors in memory.
 
-    The format: the header's length in 8 bytes, the header (JSON, padded to 8 bytes with blanks), the data.
+    The format is the length of the header (8 bytes, little-endian), the header (JSON, padded with spaces to a multiple
+    of 8 bytes) and the data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -159,14 +170,14 @@ def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
 
 
 def card_of(stored: StoredModel) -> str:
-    """``README.md``: what the model is, from what, and how to use it."""
+    """Return the model card (``README.md``): a description of the model, its training data and its use."""
     sizes, about = stored.options, stored.about
     config, versions = about.get("config") or {}, about.get("versions") or {}
     perplexity = (about.get("results") or {}).get("heldout_perplexity")
     tokens, unknown = about.get("num_train_tokens"), "not recorded"
     facts = {
         "Sizes": f"D {sizes.projection_size}, C {sizes.cell_size}, L {sizes.num_layers} in each direction",
-        "Vocabulary": f"{stored.vocabulary.size:,} words, `<S>`, `</S>` and `<UNK>` among them",
+        "Vocabulary": f"{stored.vocabulary.size:,} words, including `<S>`, `</S>` and `<UNK>`",
         "Training data": f"shards `{config['data']['shards']}`" if config else unknown,
         "Training tokens": f"{tokens:,} per epoch" if tokens else unknown,
         "Step": f"{about['step']:,}" if about.get("step") else unknown,
@@ -182,8 +193,8 @@ pipeline_tag: feature-extraction
 
 # A sparse ELMo, trained by lapse-elmo
 
-A bidirectional LSTM language model over words. Its text must be tokenised as its training text was; the tokenizer
-splits at white space only, and a word that the vocabulary lacks is `<UNK>`.
+A bidirectional LSTM language model over words. Tokenise text in the same way as the training text; the tokenizer
+only splits at white space, and words that are not in the vocabulary become `<UNK>`.
 
 | | |
 |---|---|
@@ -201,9 +212,9 @@ with torch.no_grad():
     layers = model(**batch, output_hidden_states=True).hidden_states    # {sizes.num_layers + 1}, word vectors first
 ```
 
-`AutoModelForCausalLM` is its forward direction. The models put `<S>` and `</S>` around a sentence by themselves. Each
-sentence starts at zero state, so its vectors do not depend on what was embedded before. For sentence-transformers:
-`SentenceTransformer(PATH, trust_remote_code=True)`, the mean of the top layer's word vectors.
+`AutoModelForCausalLM` is its forward direction. The models add `<S>` and `</S>` around each sentence. Each sentence
+starts from zero state, so its vectors do not depend on earlier sentences. With sentence-transformers,
+`SentenceTransformer(PATH, trust_remote_code=True)` returns the mean of the top layer's word vectors.
 """
 
 

@@ -1,13 +1,15 @@
-"""The model of a lapse-elmo Hugging Face folder, in plain torch: this file needs torch and transformers alone.
+"""The model code of a lapse-elmo Hugging Face folder; it needs only torch and transformers.
 
-An ELMo over words (Peters et al. 2018, with a table of word vectors in place of the character CNN): two stacks of LSTMs
-with projection, one reading forward and one backward. A layer computes, with gates i, f, g, o,
+An ELMo over words (Peters et al. 2018, with a table of word vectors instead of the character CNN): two stacks of LSTMs
+with projection, one forward and one backward. With gates i, f, g, o, a layer computes
 
     c = clip(i * g + f * c'),    h = clip(P (o * tanh(c))),
 
-and from the second layer on adds its input to its output. Ids are 0 padding, 1 ``<S>``, 2 ``</S>``, 3 ``<UNK>``, then
-words. The models put ``<S>`` before and ``</S>`` behind a sentence where the ids do not have them already, and leave
-what they compute there out of their results.
+and from the second layer on adds its input to its output. The ids are 0 for padding, 1 for ``<S>``, 2 for ``</S>``, 3
+for ``<UNK>``, followed by the words. The models add ``<S>`` before and ``</S>`` after a sentence if they are missing,
+and remove these positions from their outputs.
+
+Shapes: B sentences, T positions, D projection size, C cell size, L layers.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ BEGIN, END = 1, 2
 
 
 class LapseElmoConfig(PretrainedConfig):
-    """Sizes: D ``projection_size``, C ``cell_size``, L ``num_layers``; ``vocab_size`` counts padding too."""
+    """Configuration: D ``projection_size``, C ``cell_size``, L ``num_layers``; ``vocab_size`` includes padding."""
 
     model_type = "lapse_elmo"
 
@@ -54,7 +56,7 @@ class LapseElmoConfig(PretrainedConfig):
 
 
 class LapseElmoCell(nn.Module):
-    """One layer of one direction."""
+    """One LSTM layer in one direction."""
 
     def __init__(self, config: LapseElmoConfig) -> None:
         super().__init__()
@@ -69,7 +71,8 @@ class LapseElmoCell(nn.Module):
 
         Args:
             inputs: (B, T, D).
-            mask: (B, T) bool; where it is false the state passes unchanged.
+            mask: (B, T) bool; at false positions the state does not change and the output is zero.
+            backward: Whether to read from the last position to the first.
         """
         products = self.input_linearity(inputs)
         hidden = inputs.new_zeros(len(inputs), inputs.shape[2])
@@ -91,7 +94,7 @@ class LapseElmoCell(nn.Module):
 
 
 class LapseElmoLstm(nn.Module):
-    """Both stacks."""
+    """The forward and the backward stack of layers."""
 
     def __init__(self, config: LapseElmoConfig) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class LapseElmoLstm(nn.Module):
 
 
 class LapseElmoMix(nn.Module):
-    """The learnt mean of all layers that predicts words, of a model that was trained with it."""
+    """Learned weighted sum of all layers, which predicts words in models trained with ``--context mix``."""
 
     def __init__(self, config: LapseElmoConfig) -> None:
         super().__init__()
@@ -118,11 +121,12 @@ class LapseElmoMix(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1))
 
     def forward(self, layers: list[Tensor]) -> Tensor:
+        """Return the weighted sum of tensors of the same shape (B, T, D)."""
         return (torch.softmax(self.scalars, 0) * self.gamma).view(-1, 1, 1, 1).mul(torch.stack(layers)).sum(0)
 
 
 class LapseElmoPreTrainedModel(PreTrainedModel):
-    """What both models share."""
+    """Base class of the models: parameters, initialization and sentence boundaries."""
 
     config_class = LapseElmoConfig
     base_model_prefix = ""
@@ -138,9 +142,11 @@ class LapseElmoPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the word embeddings."""
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the word embeddings."""
         self.embedding = value
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -151,12 +157,12 @@ class LapseElmoPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
 
-    def _bounded(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the ids and the mask with a column in front and behind, used where a sentence lacks its boundary."""
+    def _add_boundaries(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ids and mask with a column before and after; its mask is false where a sentence has the boundary."""
         mask = (input_ids != self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
-        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         begins = ((input_ids == BEGIN) & mask & (mask.cumsum(1) == 1)).any(1)
-        last = (mask * places).amax(1, keepdim=True) == places
+        last = (mask * positions).amax(1, keepdim=True) == positions
         ends = ((input_ids == END) & mask & last).any(1)
         column = torch.ones_like(input_ids[:, :1])
         ids = torch.cat([column * BEGIN, input_ids, column * END], 1)
@@ -165,7 +171,7 @@ class LapseElmoPreTrainedModel(PreTrainedModel):
 
 
 class LapseElmoModel(LapseElmoPreTrainedModel):
-    """Contextual vectors of words."""
+    """The model that returns the contextual vectors of words."""
 
     def forward(
         self,
@@ -175,9 +181,12 @@ class LapseElmoModel(LapseElmoPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput | tuple[Tensor, ...]:
-        """``last_hidden_state`` (B, T, 2D): the top layer, forward halves first; ``hidden_states``: all L + 1 layers,
-        the word vectors (twice side by side) first."""
-        ids, mask = self._bounded(input_ids, attention_mask)
+        """Return the contextual vectors.
+
+        ``last_hidden_state`` (B, T, 2D) is the top layer, forward before backward. ``hidden_states`` are all L + 1
+        layers, of which the first is the word embedding concatenated with itself.
+        """
+        ids, mask = self._add_boundaries(input_ids, attention_mask)
         tokens = self.embedding(ids)
         directions = (self.lstm(tokens, mask, direction) for direction in ("forward", "backward"))
         layers = tuple(torch.cat(both, 2)[:, 1:-1] for both in zip(*directions, strict=True))
@@ -188,13 +197,14 @@ class LapseElmoModel(LapseElmoPreTrainedModel):
 
 
 class LapseElmoForCausalLM(LapseElmoPreTrainedModel, GenerationMixin):
-    """The forward direction as a language model: logits at a word predict the next one."""
+    """The forward direction as a language model; the logits at a word predict the next word."""
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """All ids at every step: there is no cache."""
+        """Pass all ids at every step, since there is no cache."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def get_output_embeddings(self) -> nn.Module:
+        """Return the softmax layer."""
         return self.softmax
 
     def forward(
@@ -206,8 +216,11 @@ class LapseElmoForCausalLM(LapseElmoPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple[Tensor, ...]:
-        """``logits`` (B, T, vocab_size); ``loss`` (nats a target) where ``labels`` (B, T) are given, -100 left out."""
-        ids, mask = self._bounded(input_ids, attention_mask)
+        """Return ``logits`` (B, T, vocab_size) and, if ``labels`` (B, T) are given, ``loss`` in nats per target.
+
+        Labels of -100 are ignored.
+        """
+        ids, mask = self._add_boundaries(input_ids, attention_mask)
         layers = self.lstm(self.embedding(ids), mask, "forward")
         context = (layers[-1] if self.mix is None else self.mix(layers))[:, 1:-1]
         logits = self.softmax(context)

@@ -34,8 +34,6 @@ _NUM_SPECIAL = 3  # classes 0 to 2 are <S>, </S> and <UNK>
 class TrainedModel:
     """A trained biLM, opened by :func:`load`. It computes in evaluation mode, so equal calls give equal results.
 
-    Shapes: T words of a sentence, L layers, D projection size, V words of the vocabulary.
-
     Attributes:
         vocabulary: The :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`. ``word in model.vocabulary`` tests whether a
             word is known; ``model.vocabulary.words`` lists all words, most frequent first.
