@@ -1,4 +1,4 @@
-"""``bin/report``: one self-contained HTML page of one or several runs: what was trained, how it went, how fast."""
+"""``bin/report``: write a self-contained HTML page on one or several runs, with options, curves and speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = "report.html"
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    """Parse, read the runs, write the page. A program of one process, without MPI."""
+    """Run ``bin/report``, which is a single process without MPI."""
     options = parse_report(argv)
     folders = [Path(run) for run in options.runs]
     path = Path(options.output or folders[0] / PAGE)
@@ -29,13 +29,13 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' last names, or their whole paths where those are not distinct."""
+    """Return the base names of the folders, or their full paths if two base names are equal."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def page_of(runs: Sequence[Run]) -> str:
-    """Return the HTML of a report; it needs no network and no other file."""
+    """Return a report as HTML that refers to no other file and no network address."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -48,10 +48,10 @@ def page_of(runs: Sequence[Run]) -> str:
 
 
 def summaries_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the table of runs, without what is unknown of all of them."""
+    """Return the rows of the table of runs, without columns that are empty for all of them."""
     rows = [run.summary() for run in runs]
-    known = [name for name in rows[0] if any(row[name] != "" for row in rows)]
-    return [{name: row[name] for name in known} for row in rows]
+    columns = [name for name in rows[0] if any(row[name] != "" for row in rows)]
+    return [{name: row[name] for name in columns} for row in rows]
 
 
 def shown(value: Any) -> str:
@@ -60,7 +60,7 @@ def shown(value: Any) -> str:
 
 
 def options_of(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(name, a value per run) of every option and version."""
+    """Return the name of every option and version, with its value in each run."""
     columns = [
         {f"{group}.{name}": str(value) for group, table in run.options.items() for name, value in table.items()}
         | {f"version of {name}": version for name, version in run.versions.items()}
@@ -71,7 +71,7 @@ def options_of(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def table_of(runs: Sequence[Run]) -> str:
-    """Return the numbers of all reports and evaluations as CSV, with the run's name in front."""
+    """Return the metrics of all reports and evaluations as CSV, with the run's name in the first column."""
     rows = [
         {"run": run.name, **{name: value for name, value in record.items() if not isinstance(value, dict | list)}}
         for run in runs for record in (*run.train, *run.epochs)

@@ -1,4 +1,4 @@
-"""The charts of a report, as SVG that a browser scales: curves of all runs together; phases and rows of each run."""
+"""The charts of a report as SVG: metrics of all runs together, then phases and row placement of each run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLOURS = {"embedding": "tab:blue", "softmax": "tab:orange", "dense": "tab:gree
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: its title, a sentence on what it shows, and an SVG element."""
+    """A drawn chart: its title, its caption and the SVG element."""
 
     title: str
     text: str
@@ -31,7 +31,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """All charts that the runs have values for."""
+    """Return all charts for which the runs have values."""
     tokens = all(run.by_tokens for run in runs)
     x_label = "tokens trained" if tokens else "step"
 
@@ -51,10 +51,10 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         _chart("Speed", "Tokens per second of all ranks.", curves("train/tokens_per_s", "tokens/s", zero=True)),
     ]
     optional = (
-        ("train/learning_rate", "Learning rate", "Of each step.", "learning rate", False),
-        ("train/global_batch_tokens", "Batch", "Tokens of a step, of all ranks together.", "tokens", True),
-        ("train/noise_scale_tokens", "Noise scale", "The batch that the gradient's noise would bear.", "tokens", True),
-        ("train/gradient_norm", "Gradient norm", "Before clipping, mean of the steps of a report.", "norm", True),
+        ("train/learning_rate", "Learning rate", "At each step.", "learning rate", False),
+        ("train/global_batch_tokens", "Batch", "Tokens per step, over all ranks.", "tokens", True),
+        ("train/noise_scale_tokens", "Noise scale", "Batch at which half of the gradient is noise.", "tokens", True),
+        ("train/gradient_norm", "Gradient norm", "Mean per report, before clipping.", "norm", True),
     )
     for name, title, text, y_label, log in optional:
         if any(run.has(name) for run in runs):
@@ -71,13 +71,13 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 def _server_charts(run: Run, of_run: str) -> list[Chart]:
     return [
-        _chart(f"Local share{of_run}", "Rows pulled and pushed that were on the worker's node.",
+        _chart(f"Local share{of_run}", "Share of pulled and pushed rows that were on the worker's node.",
                lambda axis: _draw_local_share(axis, run)),
-        _chart(f"Traffic{of_run}", "Rows per step that moved, were copied, and were synchronised, on all nodes.",
+        _chart(f"Traffic{of_run}", "Rows per step that were relocated, replicated and synchronised, over all nodes.",
                lambda axis: _draw_traffic(axis, run)),
         _chart(f"Rows on each node{of_run}", "Main copies (lines) and replicas (dotted).",
                lambda axis: _draw_owners(axis, run)),
-        _chart(f"Replicas by frequency{of_run}", "Replicas per softmax row, by the word's place in the vocabulary.",
+        _chart(f"Replicas by frequency{of_run}", "Replicas per softmax row, by the word's rank in the vocabulary.",
                lambda axis: _draw_bands(axis, run)),
     ]
 
@@ -87,19 +87,19 @@ def _chart(title: str, text: str, draw: Callable[[Axes], None]) -> Chart:
     output = io.BytesIO()
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text stays text; equal bytes
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text as <text>; reproducible ids
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     svg = output.getvalue().decode()
     svg = svg[svg.index("<svg") :]
-    # Width and height go, so that the page's style decides; a viewBox is there.
+    # Remove width and height, so that the page's style sets the size; the viewBox keeps the aspect ratio.
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
     prefix = re.sub(r"\W+", "-", title.lower())
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)  # ids are the page's: no two charts share one
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)  # ids must be unique in the page
     return Chart(title, text, svg.replace("<svg ", f'<svg role="img" aria-label="{_escaped(title)}" ', 1))
 
 
 def figure_of(draw: Callable[[Axes], None]) -> Figure:
-    """Return a figure of one chart."""
+    """Return a figure with one chart."""
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4), layout="constrained")
@@ -131,8 +131,8 @@ def _finish(axis: Axes, x_label: str, y_label: str, *, log: bool = False, zero: 
 def _draw_loss(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
     for number, run in enumerate(runs):
         axis.plot(*run.series("train/loss_nats", tokens=tokens), color=f"C{number % 10}", label=run.name)
-        places, perplexities = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
-        axis.plot(places, np.log(perplexities), "o", color=f"C{number % 10}")
+        positions, perplexities = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
+        axis.plot(positions, np.log(perplexities), "o", color=f"C{number % 10}")
     _finish(axis, x_label, "loss (nats)")
 
 
@@ -181,7 +181,7 @@ def _draw_owners(axis: Axes, run: Run) -> None:
 
 
 def _draw_bands(axis: Axes, run: Run) -> None:
-    """Replicas of a softmax row, on average, by how frequent its word is."""
+    """Draw the mean number of replicas of a softmax row, by the frequency rank of its word."""
     ends = np.array(run.placed[0]["softmax"]["ends"])
     sizes = np.diff(ends, prepend=0)
     copies = np.array([np.sum(record["softmax"]["replicas"], 0) for record in run.placed]) / sizes

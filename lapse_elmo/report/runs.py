@@ -1,4 +1,4 @@
-"""What a report knows of a run: its metrics, options and versions, and neighbours of words in its newest model."""
+"""Read the data of a run for a report: metrics, options, versions, and nearest words in its newest model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ TOKENS = "train/trained_tokens"
 PHASES = ("pull", "compute", "agree", "push", "save")
 _NUM_WORDS, _NUM_NEIGHBOURS = 8, 6
 _MOST_METRICS_BYTES = 1 << 33
-_LEAST_LETTERS = 4  # of the words whose neighbours are shown: shorter ones are mostly function words
+_MIN_LETTERS = 4  # show neighbours only of words with so many letters: shorter ones are mostly function words
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """The data of one run.
 
     Attributes:
-        train, epochs, placed: The records of metrics.jsonl by kind.
+        name: Its name in the report.
+        train: Records of metrics.jsonl of the kind ``train``.
+        epochs: Records of the kind ``epoch``.
+        placed: Records of the kind ``placement``.
         options: The resolved options, a table per group.
-        neighbours: (word, its neighbours).
+        versions: Versions of the software, by package.
+        neighbours: Pairs (word, its nearest words with their cosines).
     """
 
     name: str
@@ -48,27 +52,33 @@ class Run:
 
     @property
     def by_tokens(self) -> bool:
-        """Whether every report says how many tokens were trained; the metrics of old runs do not."""
+        """Whether all reports have the number of trained tokens; those of old runs do not."""
         return all(TOKENS in record for record in self.train)
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that rows lived on; 1 where the server does not report it."""
+        """Number of nodes that hold rows; 1 if the server does not report it."""
         return max((len(record["softmax"]["main"]) for record in self.placed), default=1)
 
     def series(self, name: str, *, of: Records | None = None, tokens: bool = False) -> tuple[list[float], list[float]]:
-        """Return (steps or tokens, values) of a metric; values that are not finite are left out."""
+        """Return the steps and the values of a metric, without values that are not finite.
+
+        Args:
+            name: Name of the metric.
+            of: Records to search; None means those of training.
+            tokens: Whether to return numbers of trained tokens instead of steps.
+        """
         axis = TOKENS if tokens else "step"
         records = self.train if of is None else of
         found = [(r[axis], r[name]) for r in records if r.get(name) is not None and r.get(axis) is not None]
         return [x for x, _ in found], [y for _, y in found]
 
     def has(self, name: str) -> bool:
-        """Whether the run has values of a metric."""
+        """Return whether the run has values of a metric."""
         return bool(self.series(name)[1])
 
     def summary(self) -> dict[str, Any]:
-        """One row of the table of runs: plain values by what they are."""
+        """Return the run's row in the table of runs, by column."""
         data, model, training = (self.options.get(group, {}) for group in ("data", "model", "training"))
         perplexities = self.series("heldout/mean_perplexity", of=self.epochs)[1]
         speeds = sorted(self.series("train/tokens_per_s")[1])
@@ -91,12 +101,12 @@ class Run:
         if not named:
             return ""
         (rank, count), *_ = Counter(record["ranks/slowest"] for record in named).most_common(1)
-        own = [record for record in named if record["ranks/slowest"] == rank]
+        of_rank = [record for record in named if record["ranks/slowest"] == rank]
         means = []
         for phase in PHASES:
-            values = [record[name] for record in own if record.get(name := f"ranks/slowest_{phase}_s") is not None]
+            values = [record[name] for record in of_rank if record.get(name := f"ranks/slowest_{phase}_s") is not None]
             means += [f"{phase} {sum(values) / len(values):.3f}"] if values else []
-        host = own[-1]["ranks/slowest_host"]
+        host = of_rank[-1]["ranks/slowest_host"]
         return f"{rank} on {host} ({count} of {len(named)} reports; s/step: {', '.join(means)})"
 
 
@@ -104,7 +114,7 @@ def read_run(folder: Path, name: str) -> Run:
     """Read the run in ``folder``.
 
     Raises:
-        ConfigError: If its metrics are missing, empty or not those of a run.
+        ConfigError: If its metrics are missing, empty or not in the expected format.
     """
     records = read_metrics(folder)
     kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "epoch", "placement")}
@@ -115,10 +125,10 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_metrics(run_dir: Path) -> Records:
-    """Return the lines of a run's metrics.jsonl.
+    """Return the records of a run's metrics.jsonl.
 
     Raises:
-        ConfigError: If there are none, or the file is not such a one.
+        ConfigError: If the file is missing, is not JSON lines, or has no report yet.
     """
     path = run_dir / METRICS
     try:
@@ -126,26 +136,26 @@ def read_metrics(run_dir: Path) -> Records:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the folder of a run of bin/train") from None
     except (ValueError, RecursionError):
-        raise ConfigError(f"{path} is not the metrics of a run: a line is not JSON") from None
+        raise ConfigError(f"{path} does not hold the metrics of a run: a line is not JSON") from None
     if not any(isinstance(record, dict) and record.get("kind") == "train" for record in records):
-        raise ConfigError(f"{path} holds no reports yet: the run has not come to --report-every steps")
+        raise ConfigError(f"{path} holds no reports yet: the run has not reached --report-every steps")
     return records
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_small(path, MOST_TOML_BYTES).decode())
-    except (OSError, ValueError, RecursionError):  # a run folder that was copied in part still has its metrics
+    except (OSError, ValueError, RecursionError):  # the report only needs the metrics: accept partial copies
         return {}
 
 
 def _neighbours(folder: Path) -> list[tuple[str, str]]:
-    """Of a few frequent words, in the newest saved model; empty where none can be opened."""
+    """Return the nearest words of a few frequent words in the newest saved model; empty if none can be opened."""
     try:
         model = load(folder)
     except UserError:
         return []
-    words = [word for word in model.vocabulary.words if word.isalpha() and len(word) >= _LEAST_LETTERS]
+    words = [word for word in model.vocabulary.words if word.isalpha() and len(word) >= _MIN_LETTERS]
     return [
         (word, ", ".join(f"{other} {cosine:.2f}" for other, cosine in model.nearest(word, _NUM_NEIGHBOURS)))
         for word in words[:_NUM_WORDS]
