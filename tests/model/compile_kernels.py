@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from lapse_elmo.model import pointwise_triton
 
 # Of each kernel: its pointers, to what is stored (s) or wide (w), and the constant that says whether there is one more.
-KERNELS = {"_cell_forward": ("swwws", "CONTINUES"), "_cell_backward": ("swwssw", "CONTINUES")}
-KERNELS |= {"_clip_forward": ("sw", "DROPS"), "_clip_backward": ("sssw", "DROPS")}
+KERNELS = {"_cell_forward": ("swwws", "HAS_PREVIOUS"), "_cell_backward": ("swwssw", "HAS_PREVIOUS")}
+KERNELS |= {"_clip_forward": ("sw", "HAS_MASK"), "_clip_backward": ("sssw", "HAS_MASK")}
 STORAGES = {"fp32": ("fp32", tl.float32), "bf16": ("fp32", tl.float32), "fp64": ("fp64", tl.float64)}
 
 
@@ -23,7 +23,7 @@ def sources(name: str) -> Iterator[ASTSource]:
     kernel, (pointers, option) = getattr(pointwise_triton, name), KERNELS[name]
     for storage, (wide, dtype) in STORAGES.items():
         for there in (False, True):
-            constants = {"CLIP": 3.0, "CLIPS": there, option: there, "WIDE": dtype, "BLOCK": pointwise_triton._BLOCK}
+            constants = {"CLIP": 3.0, "HAS_CLIP": there, option: there, "WIDE": dtype, "BLOCK": pointwise_triton._BLOCK}
             types = iter([f"*{storage if kind == 's' else wide}" for kind in pointers] + ["i32"])
             signature = {n: "constexpr" if n in constants else next(types) for n in kernel.arg_names}
             yield ASTSource(fn=kernel, signature=signature, constexprs=constants)
