@@ -113,7 +113,7 @@ def parse_command(
     """
     prog = as_called(prog)
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"usage: {prog} COMMAND [OPTION ...]", "", description, "", "commands:"]
+        lines = [f"usage: {prog} COMMAND [OPTION ...]", "", as_called(description), "", "commands:"]
         lines += [f"  {name:<12}{as_called(text)}" for name, (_, text) in commands.items()]
         lines += ["", f"{prog} COMMAND --help shows the options of a command."]
         print("\n".join(lines))
