@@ -7,8 +7,9 @@
 #   make simulate MINUTES=10   the server under random schedules
 #   make mutants   the same with each guard of the protocol removed in turn, which the simulator must notice
 #   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
+#   make docs    the documentation as a site, in site/
 #   make native  compile the C code ahead, for compute nodes without a compiler that share the cache folder
-#   make clean   remove .venv (data/ and runs/ stay)
+#   make clean   remove .venv, .venv-docs and site/ (data/ and runs/ stay)
 
 PYTHON ?= python3
 RANKS ?= $(shell nproc)
@@ -21,7 +22,7 @@ TRANSPORTS_OPTIONS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup native train test quick soak simulate mutants transports lint bench clean dev
+.PHONY: setup native train test quick soak simulate mutants transports lint bench docs clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -87,5 +88,15 @@ lint: .venv/.installed-dev
 bench: .venv/.installed-dev
 	.venv/bin/python -m benchmarks
 
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict
+	@echo "open site/index.html"
+
+# An environment of its own: mkdocs shares no package with training.
+.venv-docs/.installed: requirements-docs.txt
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-docs site

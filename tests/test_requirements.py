@@ -39,6 +39,7 @@ def test_extras_are_in_the_lists_for_tests() -> None:
     assert set(extras) >= {"allennlp", "test", "docs"}
     tested = names((ROOT / "requirements-dev.txt").read_text().splitlines())
     assert names([*extras["allennlp"], *extras["test"]]) <= tested
+    assert names(extras["docs"]) == names((ROOT / "requirements-docs.txt").read_text().splitlines())
 
 
 def test_everything_imported_is_required_and_the_other_way_round() -> None:

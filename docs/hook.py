@@ -1,0 +1,48 @@
+"""MkDocs hook: add the documents that lie outside docs/ to the site.
+
+A relative link in a document is one between files of the repository, so that it works on a code host. Here each is
+turned into a link between pages of the site. A file that is no page, for instance a source file, loses its link.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+# README.md is the first page; everything else keeps its path in the repository, and docs/ is the site's root.
+OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"benchmarks/{name}" for name in os.listdir(ROOT / "benchmarks"))]
+PAGES = {path: "index.md" if path == "README.md" else path for path in OUTSIDE if path.endswith(".md")}
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages from outside docs/."""
+    for path, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Turn links between files into links between pages."""
+    here = page.file.src_uri
+    source = next((path for path, name in PAGES.items() if name == here), f"docs/{here}")
+
+    def replace(match: re.Match[str]) -> str:
+        image, text, target, anchor = match.groups()
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if (ROOT / path).is_dir():
+            path = posixpath.join(path, "README.md")
+        name = PAGES.get(path) or path.removeprefix("docs/")
+        if files.get_file_from_path(name) is None:
+            if (ROOT / path).exists() and not image:
+                return text
+            return match.group()  # leads nowhere: mkdocs will say so
+        return f"{image}[{text}]({posixpath.relpath(name, posixpath.dirname(here) or '.')}{anchor or ''})"
+
+    return _LINK.sub(replace, markdown)
