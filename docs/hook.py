@@ -6,7 +6,6 @@ turned into a link between pages of the site. A file that is no page, for instan
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from pathlib import Path
@@ -16,8 +15,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 # README.md is the first page; everything else keeps its path in the repository, and docs/ is the site's root.
-OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"benchmarks/{name}" for name in os.listdir(ROOT / "benchmarks"))]
-PAGES = {path: "index.md" if path == "README.md" else path for path in OUTSIDE if path.endswith(".md")}
+BENCHMARKS = [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.md"))]
+OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *BENCHMARKS]
+PAGES = {path: "index.md" if path == "README.md" else path for path in OUTSIDE}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
