@@ -48,7 +48,7 @@ def called(text: str) -> Iterator[tuple[str, list[str]]]:
     """(program, options given) of each command in the shell blocks of ``text``."""
     for block in fenced(text, "sh", "console", "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = _words(line)
             for i, word in enumerate(words):
                 program = _program(word, words[i + 1 :])
                 if program:
@@ -57,6 +57,13 @@ def called(text: str) -> Iterator[tuple[str, list[str]]]:
                     given = rest[: ends[0]] if ends else rest
                     yield program, [other.split("=")[0] for other in given if re.match(r"--?[A-Za-z]", other)]
                     break
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # a quotation over several lines, for instance a program for awk
+        return line.split()
 
 
 def _program(word: str, rest: list[str]) -> str:
