@@ -31,8 +31,8 @@ from lapse_elmo.devices import choose_device
 from lapse_elmo.mpi.world import World
 from lapse_elmo.rounds import run_rounds
 from lapse_elmo.trained import TrainedModel
-from lapse_elmo.trained.model import mean_of_words
 from lapse_elmo.trained.opening import open_together
+from lapse_elmo.trained.sentences import mean_of_words
 from lapse_elmo.trained.targets import TargetVectors, read_targets
 
 INDEX, MEANS = "sentence_to_index", "means"
@@ -48,7 +48,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     texts = world.agree(lambda: find_texts(options.texts))
     targets = world.agree(lambda: read_targets(Path(options.words))) if options.words else []
     stored = open_together(options.model, options.vocab, world)
-    model = TrainedModel(stored, choose_device(options.devices, world).device)
+    model = TrainedModel(stored, choose_device(options.devices, world).device, options.precision)
     start = time.perf_counter()
     wanted = frozenset(targets)
 

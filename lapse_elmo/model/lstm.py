@@ -65,7 +65,10 @@ class FusedElmoLstm(nn.Module):
         stateful: Start the sentence in row b of a batch in the final state of row b of the previous batch.
         precision: Precision of the matrix products in training mode, ``fp32`` or ``bf16``
             (:mod:`lapse_elmo.model.products`). Parameters, inputs, outputs and gradients keep their dtype. Evaluation
-            mode always computes in the dtype of the inputs.
+            mode computes in the dtype of the inputs unless ``eval_precision`` is set.
+
+    Attributes:
+        eval_precision: Precision of the matrix products in evaluation mode, ``fp32`` unless a caller changes it.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class FusedElmoLstm(nn.Module):
     ) -> None:
         super().__init__()
         self.precision = precision
+        self.eval_precision = "fp32"
         self.input_size, self.hidden_size, self.cell_size = input_size, hidden_size, cell_size
         self.num_layers, self.requires_grad, self.stateful = num_layers, requires_grad, stateful
         self.recurrent_dropout_probability = recurrent_dropout_probability
@@ -147,7 +151,7 @@ class FusedElmoLstm(nn.Module):
                 weights += [cell.input_linearity.weight, cell.state_linearity.weight, cell.state_linearity.bias]
                 weights.append(cell.state_projection.weight)
         call = LstmCall(
-            packing, Matmul.of(self.precision if self.training else "fp32", inputs), layers,
+            packing, Matmul.of(self.precision if self.training else self.eval_precision, inputs), layers,
             self.memory_cell_clip_value or math.inf, self.state_projection_clip_value or math.inf,
         )
         outputs = LstmPass.apply(inputs, call, *weights)

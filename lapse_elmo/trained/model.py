@@ -17,9 +17,10 @@ from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
 from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.model.products import PRECISIONS
 from lapse_elmo.trained.opening import open_stored
 from lapse_elmo.trained.scores import Candidate, SentenceScore
-from lapse_elmo.trained.sentences import batches_of, windows, words_of
+from lapse_elmo.trained.sentences import batches_of, by_position, mean_of_words, windows, words_of
 from lapse_elmo.trained.stored import StoredModel, Table
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class TrainedModel:
             word is known; ``model.vocabulary.words`` lists all words, most frequent first.
         stored: The files behind the model, with ``stored.path``, ``stored.kind`` and ``stored.about``.
         device: Where the LSTM and the softmax compute.
+        precision: Precision of the LSTM's matrix products, ``fp32`` or ``bf16``.
         dimension: 2D, the size of a contextual vector.
         num_layers: L.
 
@@ -49,8 +51,10 @@ class TrainedModel:
     (True, False)
     """
 
-    def __init__(self, stored: StoredModel, device: str | torch.device = "cpu") -> None:
-        self.stored = stored
+    def __init__(self, stored: StoredModel, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision should be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.stored, self.precision = stored, precision
         self.vocabulary: Vocabulary = stored.vocabulary
         self.device = torch.device(device)
         self.dimension = 2 * stored.options.projection_size
@@ -60,7 +64,9 @@ class TrainedModel:
     @functools.cached_property
     def bilm(self) -> BiLM:
         """The biLM, read from disk at first use."""
-        return self.stored.bilm().to(self.device).requires_grad_(False)
+        model = self.stored.bilm().to(self.device).requires_grad_(False)
+        model.lstm.eval_precision = self.precision  # type: ignore[assignment]
+        return model
 
     def __repr__(self) -> str:
         sizes = self.stored.options
@@ -181,7 +187,7 @@ class TrainedModel:
         found: list[SentenceScore | None] = [None] * len(window)
         start = 0
         for numbers, batch in batches:
-            tables = _by_position(batch, nll[start : start + batch.num_targets])
+            tables = by_position(batch, nll[start : start + batch.num_targets])
             start += batch.num_targets
             for row, number in enumerate(numbers):
                 found[number] = self._sentence_score(window[number], batch.ids[row], *(t[row] for t in tables))
@@ -348,20 +354,6 @@ class TrainedModel:
         return found[0], found[1]
 
 
-def mean_of_words(vectors: np.ndarray) -> np.ndarray:
-    """Return the mean (..., 2D) of vectors (..., T, 2D); zeros for T = 0."""
-    return vectors.mean(-2) if vectors.shape[-2] else np.zeros((*vectors.shape[:-2], vectors.shape[-1]), np.float32)
-
-
-def _by_position(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log probability of each position (B, T), forward and backward; nan where it is not predicted."""
-    num_forward = len(batch.forward_places)
-    forward, backward = np.full(batch.ids.size, np.nan), np.full(batch.ids.size, np.nan)
-    forward[batch.forward_places + 1] = -nll[:num_forward]
-    backward[batch.backward_places - 1] = -nll[num_forward:]
-    return forward.reshape(batch.ids.shape), backward.reshape(batch.ids.shape)
-
-
 def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the ``count`` largest values, largest first, ties in ascending order of the index."""
     count = max(count, 0)
@@ -375,7 +367,7 @@ def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
 
 def load(
     path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
-    device: str | torch.device = "cpu", verify: bool = False,
+    device: str | torch.device = "cpu", precision: str = "fp32", verify: bool = False,
 ) -> TrainedModel:
     """Open a trained model, without MPI, server or compiler; its tables are memory-mapped.
 
@@ -385,6 +377,8 @@ def load(
         vocab: The vocabulary file, if it is not in the model's folder.
         embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, if it is not in the model's folder.
         device: The torch device on which the LSTM and the softmax compute.
+        precision: ``bf16`` multiplies in bfloat16 within the LSTM, which is faster on processors and GPUs that can, and
+            changes vectors by 0.1 to 1 %; states and sums stay float32.
         verify: Whether to verify a checkpoint's checksums first, which reads all of it.
 
     Raises:
@@ -396,4 +390,4 @@ def load(
     >>> model.embed(["w01 w02 w00"], layers="average")[0].shape
     (3, 32)
     """
-    return TrainedModel(open_stored(Path(path), vocab=vocab, embedding=embedding, verify=verify), device)
+    return TrainedModel(open_stored(Path(path), vocab=vocab, embedding=embedding, verify=verify), device, precision)

@@ -69,3 +69,17 @@ def batches_of(
         tokens = np.array(vocabulary.encode(word for n in numbers for word in window[n]), np.int64)
         yield numbers, make_batch(tokens, offsets, numbers, int(sizes[numbers].max()), boundaries)
         start = end
+
+
+def mean_of_words(vectors: np.ndarray) -> np.ndarray:
+    """Return the mean (..., 2D) of vectors (..., T, 2D); zeros for T = 0."""
+    return vectors.mean(-2) if vectors.shape[-2] else np.zeros((*vectors.shape[:-2], vectors.shape[-1]), np.float32)
+
+
+def by_position(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log probability of each position (B, T), forward and backward; nan where it is not predicted."""
+    num_forward = len(batch.forward_places)
+    forward, backward = np.full(batch.ids.size, np.nan), np.full(batch.ids.size, np.nan)
+    forward[batch.forward_places + 1] = -nll[:num_forward]
+    backward[batch.backward_places - 1] = -nll[num_forward:]
+    return forward.reshape(batch.ids.shape), backward.reshape(batch.ids.shape)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lapse_elmo
-from lapse_elmo import export
+from lapse_elmo import embed, export
 from lapse_elmo.errors import CheckpointError, CorpusError, UserError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained import Totals, model, module
@@ -118,6 +118,19 @@ def test_vectors_depend_neither_on_neighbours_nor_on_earlier_calls(runs: dict[st
     assert trained.sentence_vectors([]).shape == (0, 32)
 
 
+def test_bfloat16_products_change_vectors_little(runs: dict[str, Path], tmp_path: Path) -> None:
+    exact, near = (lapse_elmo.load(runs["top"], precision=precision).embed(LINES) for precision in ("fp32", "bf16"))
+    assert any((one != other).any() for one, other in zip(exact, near, strict=True))
+    for one, other in zip(exact, near, strict=True):
+        assert np.linalg.norm(other - one) <= 2e-2 * np.linalg.norm(one)
+    (tmp_path / "text").write_text("".join(f"{line}\n" for line in LINES))
+    output = tmp_path / "vectors.hdf5"
+    embed.main([str(runs["top"]), str(tmp_path / "text"), "--output", str(output), "--precision", "bf16"], solo)
+    with h5py.File(output) as file:
+        for number, vectors in enumerate(near):
+            np.testing.assert_array_equal(file[str(number)], vectors)
+
+
 def test_an_unknown_word_is_marked_and_embedded_as_unknown(runs: dict[str, Path]) -> None:
     trained = lapse_elmo.load(runs["top"])
     score = trained.score(["w01 unheard <S> w00"])[0]
@@ -193,6 +206,8 @@ def test_module(runs: dict[str, Path]) -> None:
 
 
 def test_bad_calls(runs: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="precision should be one of fp32, bf16, not 'bf17'"):
+        lapse_elmo.load(runs["top"], precision="bf17")
     trained = lapse_elmo.load(runs["top"])
     for bad in ("one string", [3], [["w00", 3]], [b"w00"]):
         with pytest.raises(TypeError):
