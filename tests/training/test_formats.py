@@ -72,7 +72,7 @@ def test_words_that_word2vec_cannot_hold(runs: dict[str, Path], tmp_path: Path) 
     for name in ("some.txt", "some.bin"):
         lines = word2vec.write(stored, tmp_path / name, False)
         found = read_word2vec(tmp_path / name)
-        assert list(found) == ["<UNK>", "plain", "last"] and "3 words with a white space" in lines[1]
+        assert list(found) == ["<UNK>", "plain", "last"] and "3 words that contain white space" in lines[1]
         np.testing.assert_array_equal(found["last"], table[-1])
 
 

@@ -135,11 +135,11 @@ SHARDS: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "num_tokens an array": (set_attribute("num_tokens", np.arange(9)), "num_tokens"),
     "num_tokens negative": (set_attribute("num_tokens", -1), "num_tokens is -1"),
     "empty sentences": (empty_sentences, "1000000000 sentences of"),
-    "a long sentence": (a_long_sentence, "bytes, 0 in the file"),
-    "compressed": (compressed, "tokens has 400000000 bytes"),
-    "tokens a group": (a_group, "tokens is no dataset"),
-    "sources numbers": (replace("sources", data=np.arange(3.0)), "sources are no names"),
-    "sources of no shape": (replace("sources", data=np.bytes_(b"x")), "sources are no names"),
+    "a long sentence": (a_long_sentence, "bytes, 0 are in the file"),
+    "compressed": (compressed, "tokens should have 400000000 bytes"),
+    "tokens a group": (a_group, "tokens is not a dataset"),
+    "sources numbers": (replace("sources", data=np.arange(3.0)), "sources are not a list of names"),
+    "sources of no shape": (replace("sources", data=np.bytes_(b"x")), "sources are not a list of names"),
     "tokens of another type": (replace("tokens", data=np.zeros(1, np.float64)), "tokens"),
 }
 
@@ -164,7 +164,7 @@ def test_a_sentence_that_no_line_could_hold(small: Prepared, tmp_path: Path) -> 
         file.attrs["num_sentences"], file.attrs["num_tokens"], file.attrs["num_unknown"] = 1, tokens.size, 0
     with ShardSet.open(shards) as found, pytest.raises(CorpusError) as caught:
         found.read(np.arange(found.num_sentences))
-    one_line(caught.value, "a sentence of 9,000,000 tokens")
+    one_line(caught.value, "a sentence has 9,000,000 tokens")
 
 
 def endless(kind: str, path: Path) -> Path:

@@ -128,7 +128,7 @@ def test_refusals(small: Prepared, model: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[str], type[UserError], str]] = [
         *((["--init-embedding", str(tmp_path / name)], CorpusError, name) for name in (*bad, "gone")),
         (["--init-from", str(tmp_path / "gone")], CheckpointError, "there is no model"),
-        (["--init-accumulators", "kept"], ConfigError, "--init-from too"),
+        (["--init-accumulators", "kept"], ConfigError, "give --init-from"),
         (["--init-from", str(model), "--cell-size", "33"], CheckpointError, "--cell-size 32"),
         (["--init-from", str(model), "--context", "mix"], CheckpointError, "--context top"),
         (["--init-from", str(tmp_path / "elmo"), "--init-accumulators", "kept"], ConfigError, "only runs"),
