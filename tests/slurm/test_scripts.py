@@ -22,7 +22,7 @@ STAND_IN = """\
 #!/usr/bin/env python3
 import json, os, signal, sys, time
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda *_: sys.exit(75))
+    signal.signal(number, lambda *_: (time.sleep(0.5), sys.exit(75)))  # as ranks do that wait for all to have saved
 seen = {"argv": sys.argv[1:], "env": dict(os.environ)}
 name = f"{os.environ.get('SLURM_RESTART_COUNT', 0)}-{os.environ['PMI_RANK']}"
 with open(f"{name}.tmp", "w") as file:
