@@ -81,15 +81,15 @@ class Manager:
     ) -> None:
         self.mailbox, self.states, self.node = mailbox, states, node
         self.handled = 0  # messages; compared with those sent to determine whether any is in transit
-        self.stopping = self._halted = False
-        self._frozen = False
+        self.stopping = self._halted = self._frozen = False
         self._flushed_s = mailbox.transport.now()  # when wants and small messages were last sent
         self._backoff = backoff
         self._leaders = list(leaders)
         self._jobs: dict[Address, deque[Iterator[None]]] = {}
         self._intents = Intents(states, clocks)
-        transport = mailbox.transport
-        self._rounds = Rounds(states, node, transport, self._send, self._start, clocks, synced)
+        transport, lends = mailbox.transport, technique in ("adaptive", "replication")
+        lenders = range(len(leaders) if lends else 0)
+        self._rounds = Rounds(states, node, transport, self._send, self._start, clocks, synced, lenders)
         self._router = Router(states, node, self._send)
         self._moves = Moves(
             states, node, len(leaders), technique, transport, self._send, self._start, self._router, self._rounds,

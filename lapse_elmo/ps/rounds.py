@@ -45,14 +45,16 @@ class Rounds:
         clocks: (workers,) int64, the clocks of the node's workers in shared memory; only read here.
         synced: (workers,) int64 in shared memory: the clocks at the start of the newest round that has ended. Workers
             read it to bound the staleness of replicas.
+        lenders: The nodes that may send replicas; none for techniques without them.
     """
 
     def __init__(
         self, states: Sequence[SegmentState], node: int, transport: Transport, send: SendToNode,
-        start: Callable[[int, Iterator[None]], None], clocks: np.ndarray, synced: np.ndarray,
+        start: Callable[[int, Iterator[None]], None], clocks: np.ndarray, synced: np.ndarray, lenders: Sequence[int],
     ) -> None:
         self._states, self._node, self._transport, self._send, self._start = states, node, transport, send, start
         self._clocks, self._synced = clocks, synced
+        self._lenders = [other for other in lenders if other != node]
         self._fence = fence()
         self._awaited: set[int] = set()
         self._running = False
@@ -93,6 +95,10 @@ class Rounds:
         self._actions, self._next_actions = self._next_actions, []
         self.send_drops()
         replicas = self._replicas_by_owner()
+        if any(state.wanted.any() for state in self._states):
+            # A `Replicate` may be on its way from any node, with values from before this round. Its sender's `SyncDone`
+            # comes after it, and after a `Refresh` of these rows; without them the round could not count.
+            replicas = {node: [] for node in self._lenders} | replicas
         self._awaited = set(replicas)
         for owner, rows in replicas.items():
             self._start(owner, self._messages(owner, rows, exact=bool(self._actions)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
@@ -22,20 +21,8 @@ pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulat
 # Seeds whose schedules once exposed a fault of the engine.
 REGRESSIONS = {
     356: "a freeze was answered while a round still had a Sync to send",
+    1002925: "a replica that was on its way when a round began was older than the round said",
 }
-
-
-# Schedules that fail today. Whoever mends the engine moves the seed to REGRESSIONS.
-KNOWN_FAULTS = {
-    1002925: "a pull from a replica that is announced again and again lags further behind than the staleness",
-}
-
-
-@pytest.mark.parametrize("seed", KNOWN_FAULTS)
-@pytest.mark.xfail(strict=True, raises=AssertionError)
-def test_known_faults(seed: int) -> None:
-    error = failure(dataclasses.replace(Schedule.of(seed), hot=True))
-    assert error is None
 
 
 def test_schedules(simulation: subprocess.Popen[str]) -> None:

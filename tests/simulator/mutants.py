@@ -182,6 +182,11 @@ MUTANTS = (
         "self._synced[:] = self._clocks",
     ),
     Mutant(
+        "a round asks only the owners of replicas that are here", "rounds.py",
+        "if any(state.wanted.any() for state in self._states):",
+        "if False:",
+    ),
+    Mutant(
         "a round ends with its first answer", "rounds.py",
         "if not self._awaited:\n            self._finish",
         "if True:\n            self._finish",

@@ -18,11 +18,6 @@ from tests.simulator.network import Pace, Simulation, Task
 from tests.simulator.platform import Job
 from tests.simulator.workload import Ledger, Worker
 
-# Hot rows show a replica that lags further behind than --staleness promises (tests/ps/test_simulated.py, KNOWN_FAULTS).
-# Until that is mended, the schedules of CI, whose seeds begin here, leave them out. Those of `make simulate` and of the
-# mutants have them.
-FIRST_WITHOUT_HOT = 1_000_000
-
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
 
 
@@ -76,7 +71,7 @@ class Schedule:
             alone=random.random() < 0.2,
             poll_s=random.choice((4e-4, 2e-3, 2e-3)),
             outgoing_scale=random.choice((1, 1, 1 << 20)),
-            hot=random.random() < 0.2 and seed < FIRST_WITHOUT_HOT,
+            hot=random.random() < 0.2,
         )
 
     def smaller(self) -> Iterator[Schedule]:
