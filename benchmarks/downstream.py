@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +59,6 @@ class Sentences:
 
     words: list[list[str]]
     tags: list[list[str]]
-
-    def part(self, choose: Callable[[int], bool]) -> Sentences:
-        """Return the sentences whose number ``choose`` accepts."""
-        numbers = [n for n in range(len(self.words)) if choose(n)]
-        return Sentences([self.words[n] for n in numbers], [self.tags[n] for n in numbers])
 
     def flat(self) -> Iterator[tuple[str, str]]:
         """Yield all (word, tag)."""
@@ -203,20 +198,18 @@ def measure(task: Downstream) -> dict[str, list[list[float]]]:
         right = (found == truth).float()
         return [float(right[group].mean()) for group in groups]
 
-    def both(make: Callable[[Sequence[list[str]]], Tensor]) -> tuple[Tensor, Tensor]:
-        return make(train.words), make(test.words)
-
+    texts = (train.words, test.words)
     table: dict[str, list[list[float]]] = defaultdict(list)
-    layers = both(lambda words: vectors(model, words))
+    layers = [vectors(model, words) for words in texts]
     size = model.stored.options.projection_size
     for seed in task.seeds:
-        random_layers = both(lambda words: vectors(random_bilm(model, seed), words))  # noqa: B023 (called at once)
+        untrained = random_bilm(model, seed)
         kinds = {
             "biLM, all layers mixed": layers,
-            "biLM, top layer": tuple(part[-1:] for part in layers),
-            "word table": tuple(part[:1, :, :size] for part in layers),
-            "random biLM over the word table, mixed": random_layers,
-            "random table": both(lambda words: random_vectors(model, words, seed)),  # noqa: B023
+            "biLM, top layer": [part[-1:] for part in layers],
+            "word table": [part[:1, :, :size] for part in layers],
+            "random biLM over the word table, mixed": [vectors(untrained, words) for words in texts],
+            "random table": [random_vectors(model, words, seed) for words in texts],
         }
         for kind, (fit, judged) in kinds.items():
             table[kind].append(shares(right_words(fit, tags, is_choosing, judged, task, seed)))

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step import lstm_flops, softmax_flops
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import PRESETS
 from lapse_elmo.errors import ConfigError, UserError
@@ -135,7 +136,7 @@ def synchronize(device: torch.device) -> None:
 def training_flops(size: str) -> float:
     """Return the operations of one token in training: products of LSTM and sampled softmax, both directions."""
     width, cells, layers = (PRESETS[size][name] for name in ("projection_size", "cell_size", "num_layers"))
-    return 54.0 * 2 * layers * cells * width + 2 * 6.0 * SAMPLES * width
+    return lstm_flops(width, cells, layers) + 2 * softmax_flops(width, SAMPLES)
 
 
 @contextmanager
@@ -199,8 +200,9 @@ def train(
         found = subprocess.run(command, cwd=ROOT, env={**environment, **more}, capture_output=True, text=True)
     if found.returncode:
         return {"error": (found.stderr.strip().splitlines() or ["no message"])[-1], "status": found.returncode}
+    # As in ranks_learning.records, whose imports need packages that may be in the folder of wheels alone.
     lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    reports = [entry for entry in lines if entry["kind"] == "train"][1:]  # without the first, which warms up
+    reports = [entry for entry in lines if entry["kind"] == "train"][1:]  # the first includes the warm-up
     if not reports:
         return {"error": f"less than 10 steps in {options.seconds} s"}
     result: dict[str, Any] = {

@@ -101,7 +101,17 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
     words = int(counts.sum())
     products_only = lstm_products(packing.sizes, width, cells, layers, storage_of(precision))
     name = f"LSTM, {size}, B {len(counts)}, {precision}"
-    return Row(name, words, 54.0 * 2 * layers * cells * width * words, ours, products_only, peer)
+    return Row(name, words, lstm_flops(width, cells, layers) * words, ours, products_only, peer)
+
+
+def lstm_flops(width: int, cells: int, layers: int) -> float:
+    """Return the floating-point operations of the LSTM's matrix products per word in training, both directions."""
+    return 54.0 * 2 * layers * cells * width
+
+
+def softmax_flops(width: int, num_samples: int) -> float:
+    """Return the operations of the sampled softmax per target in training."""
+    return 6.0 * num_samples * width
 
 
 def storage_of(precision: str) -> torch.dtype:
@@ -179,7 +189,8 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
 
     samples, vectors = (values.detach().to(storage_of(precision)) for values in (weight[:num_samples], context))
     return Row(
-        f"softmax, {size}, S {num_samples}, {precision}", num_targets // 2, 6.0 * num_samples * width * num_targets,
+        f"softmax, {size}, S {num_samples}, {precision}", num_targets // 2,
+        softmax_flops(width, num_samples) * num_targets,
         lambda: run(ours), lambda: run_halves(products),
         (lambda: run(plain)) if options.peers else None,
     )

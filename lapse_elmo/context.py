@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +20,16 @@ def context_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: torch
         batch: The batch.
         dropout: The random generator of dropout; None for no dropout.
     """
-    device = embedding.device
-    embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(device), embedding)
-    forward, backward = model(embedded, torch.from_numpy(batch.mask), dropout)
-    size = forward.shape[-1]
+    embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(embedding.device), embedding)
+    return outputs_at_targets(model(embedded, torch.from_numpy(batch.mask), dropout), batch)
+
+
+def outputs_at_targets(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Return the forward and backward outputs, each (B, T, D), at the positions that predict a target: (N, D)."""
+    places = (batch.forward_places, batch.backward_places)
     return torch.cat(
         [
-            forward.reshape(-1, size)[torch.from_numpy(batch.forward_places).to(device)],
-            backward.reshape(-1, size)[torch.from_numpy(batch.backward_places).to(device)],
+            output.reshape(-1, output.shape[-1])[torch.from_numpy(place).to(output.device)]
+            for output, place in zip(outputs, places, strict=True)
         ]
     )

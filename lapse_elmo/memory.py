@@ -18,6 +18,7 @@ from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.mpi.world import World
+from lapse_elmo.ps.manager import REPLICATING
 from lapse_elmo.ps.memory import free_bytes as free_shared_bytes
 from lapse_elmo.tables import DENSE_ROW, rule_of
 
@@ -109,7 +110,7 @@ def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Worl
     All rows that its workers have announced are counted. The intents of ``lookahead`` + 1 steps overlap; words are
     assumed to follow the log-uniform law.
     """
-    if config.server.technique_for(config.training.sync) not in ("adaptive", "replication"):
+    if config.server.technique_for(config.training.sync) not in REPLICATING:
         return 0, 0
     steps, workers = config.training.lookahead + 1, world.local_size
     drawers = workers if config.softmax.share_samples == "none" else 1

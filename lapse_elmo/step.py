@@ -153,7 +153,8 @@ class TrainingStep:
         if self.measures_noise and len(parts) == 1:
             square = _square(0.0, *gradients)  # while the ranks' gradients are being summed
         num_parts = self.world.size * len(parts)
-        # Of the mean over all parts: rows that parts share have gradients that hardly correlate, so squares add up.
+        # The rows' share in the squared norm of the mean over all parts. The gradients that several parts have for the
+        # same row hardly correlate, so the parts' squared norms are added up as if no row was shared.
         sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts) / num_parts
         dense = dense_mean()
         dense_square = _square(0.0, *dense)

@@ -47,19 +47,15 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class RankReport:
-    """What one rank has computed in a step.
+class StepCounts:
+    """What a step has trained on, and the loss.
 
     Attributes:
-        nll: Summed over its targets, in nats.
+        nll: Summed over all targets, in nats.
         num_targets: Targets of both directions.
         num_tokens: Words, without boundaries.
         num_cut: Sentences that were cut at --max-length.
         num_sentences: Sentences.
-        gradient_square: Estimated squared norm of the mean gradient over all parts of all ranks, of rows and dense
-            parameters; for the rows it takes this rank's parts as typical. The ranks' mean is what counts.
-        dense_square: Squared norm of its own dense gradient (the mean over its parts), before the mean over the ranks.
-        compute_s: Seconds of computing.
     """
 
     nll: float
@@ -67,6 +63,19 @@ class RankReport:
     num_tokens: int
     num_cut: int
     num_sentences: int
+
+
+@dataclass(frozen=True)
+class RankReport(StepCounts):
+    """What one rank has computed in a step; the counts are those of this rank.
+
+    Attributes:
+        gradient_square: Estimated squared norm of the mean gradient over all parts of all ranks, of rows and dense
+            parameters; for the rows it takes this rank's parts as typical. The ranks' mean is what counts.
+        dense_square: Squared norm of its own dense gradient (the mean over its parts), before the mean over the ranks.
+        compute_s: Seconds of computing.
+    """
+
     gradient_square: float
     dense_square: float
     compute_s: float
@@ -102,15 +111,10 @@ def exchange_reports(world: World, report: RankReport, vote: Vote) -> StepReport
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """The result of a step, the same on all ranks except for ``seconds``.
+class StepResult(StepCounts):
+    """The result of a step over all ranks, the same on each of them except for ``seconds``.
 
     Attributes:
-        nll: Summed over all targets, in nats.
-        num_targets: Targets of both directions.
-        num_tokens: Words, without boundaries.
-        num_cut: Sentences that were cut at --max-length.
-        num_sentences: Sentences.
         gradient_norm: Norm of the gradient before clipping.
         learning_rate: The rate of this step.
         signal: With ``noise``, the parts of the gradient noise scale (:mod:`lapse_elmo.gradient_noise`), or 0 if the
@@ -121,11 +125,6 @@ class StepResult:
         compute_s: (ranks,) the compute seconds of every rank.
     """
 
-    nll: float
-    num_targets: int
-    num_tokens: int
-    num_cut: int
-    num_sentences: int
     gradient_norm: float
     learning_rate: float
     signal: float

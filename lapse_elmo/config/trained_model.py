@@ -89,14 +89,20 @@ def parse_export(argv: Sequence[str]) -> ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(ComputeOptions):
-    """The options of ``bin/embed``."""
+class TextOptions(ComputeOptions):
+    """The options of the programs that send text through a model."""
 
     texts: tuple[str, ...] = option(
         positional=True, metavar="TEXT",
         help="text files of one tokenised sentence per line, plain or compressed by gzip, zstd, xz or bzip2; or glob "
         "patterns, or directories",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(TextOptions):
+    """The options of ``bin/embed``."""
+
     output: str = option(
         metavar="FILE", help="HDF5 file to write; dataset i has the vectors of line i of the text, from 0"
     )
@@ -144,14 +150,9 @@ def parse_embed(argv: Sequence[str]) -> EmbedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(ComputeOptions):
+class ScoreConfig(TextOptions):
     """The options of ``bin/score``."""
 
-    texts: tuple[str, ...] = option(
-        positional=True, metavar="TEXT",
-        help="text files of one tokenised sentence per line, plain or compressed by gzip, zstd, xz or bzip2; or glob "
-        "patterns, or directories",
-    )
     output: str = option(
         "", metavar="FILE", help="tab-separated table to write, one line per word (default: print only totals)"
     )

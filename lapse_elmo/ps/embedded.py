@@ -35,7 +35,7 @@ from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.directory import MAX_NODES
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.mailbox import Mailbox
-from lapse_elmo.ps.manager import TECHNIQUES, Manager
+from lapse_elmo.ps.manager import REPLICATING, TECHNIQUES, Manager
 from lapse_elmo.ps.memory import require_room
 from lapse_elmo.ps.messages import Flush, Freeze, Intent, Localize, Pull, Push, Set, Stop
 from lapse_elmo.ps.node_state import SegmentState, cached_name, stamps_name
@@ -74,7 +74,7 @@ class EmbeddedServer(ParameterServer):
         self._world = world
         self._technique = technique
         self._slack = staleness // 2 - 1
-        self._replicates = technique in ("adaptive", "replication") and world.num_nodes > 1
+        self._replicates = technique in REPLICATING and world.num_nodes > 1
         self._manager: Manager | None = None
         if platform is None:
             require_room(world, layout.num_bytes)

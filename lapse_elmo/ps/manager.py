@@ -54,6 +54,7 @@ from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address, Backoff
 from lapse_elmo.ps.wire import chunks, new
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
+REPLICATING = ("adaptive", "replication")  # the techniques with replicas
 # Wants and small messages to other managers are delayed by this share of a step, at most by this many seconds, and then
 # sent together: fewer transmissions for a delay that a step does not notice.
 _DELAY_SHARE, _MAX_DELAY_S = 1 / 128, 0.02
@@ -87,8 +88,7 @@ class Manager:
         self._leaders = list(leaders)
         self._jobs: dict[Address, deque[Iterator[None]]] = {}
         self._intents = Intents(states, clocks)
-        transport, lends = mailbox.transport, technique in ("adaptive", "replication")
-        lenders = range(len(leaders) if lends else 0)
+        transport, lenders = mailbox.transport, range(len(leaders) if technique in REPLICATING else 0)
         self._rounds = Rounds(states, node, transport, self._send, self._start, clocks, synced, lenders)
         self._router = Router(states, node, self._send)
         self._moves = Moves(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
+from lapse_elmo.context import outputs_at_targets
 from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
 from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.model.bilm import BiLM
@@ -177,7 +178,7 @@ class TrainedModel:
         """Return the scores of a window of sentences (lists of words); reads the softmax table once."""
         softmax = self._softmax()
         batches = list(batches_of(window, batch_size, self.vocabulary, self.stored.boundaries))
-        contexts = [torch.cat(self._context_vectors(batch)) for _, batch in batches]
+        contexts = [self._context_vectors(batch) for _, batch in batches]
         targets = np.concatenate([batch.target_rows for _, batch in batches]) if batches else np.empty(0, np.int64)
         if not targets.size:
             nll = np.empty(0)
@@ -297,16 +298,9 @@ class TrainedModel:
         return nn.functional.embedding(torch.from_numpy(batch.input_index).to(self.device), rows)
 
     @torch.no_grad()
-    def _context_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the context vectors of the targets of both directions, each (number of targets, D)."""
-        outputs = self.bilm(self._embedded(batch), torch.from_numpy(batch.mask))
-        places = (batch.forward_places, batch.backward_places)
-        size = self.stored.options.projection_size
-        forward, backward = (
-            output.reshape(-1, size)[torch.from_numpy(place).to(self.device)]
-            for output, place in zip(outputs, places, strict=True)
-        )
-        return forward, backward
+    def _context_vectors(self, batch: Batch) -> Tensor:
+        """Return the context vectors (N, D) of a batch, forward ones first, in the order of ``batch.target_rows``."""
+        return outputs_at_targets(self.bilm(self._embedded(batch), torch.from_numpy(batch.mask)), batch)
 
     def _softmax(self) -> Table:
         if self.stored.softmax is None:
@@ -341,10 +335,10 @@ class TrainedModel:
         (_, batch), = batches_of([words], 1, self.vocabulary, self.stored.boundaries)
         column = position + (1 if self.stored.boundaries else 0)
         found: list[np.ndarray | None] = []
-        for context, places, step in zip(
-            self._context_vectors(batch), (batch.forward_places, batch.backward_places), (-1, 1), strict=True
-        ):
-            target = np.flatnonzero(places == column + step)
+        places = (batch.forward_places, batch.backward_places)
+        contexts = self._context_vectors(batch).split([len(place) for place in places])
+        for context, place, step in zip(contexts, places, (-1, 1), strict=True):
+            target = np.flatnonzero(place == column + step)
             if not target.size:
                 found.append(None)
                 continue

@@ -55,7 +55,7 @@ def test_few_ranks_compute_what_many_do(
 
 
 def test_parts_are_clipped_as_one_batch_is(tmp_path: Path) -> None:
-    """The norm that decides about clipping is that of the mean over all parts, not that of a part, which is noisier."""
+    """Gradients are clipped by the norm of their mean over all parts; the gradient of a single part is noisier."""
     text = random_sentences(7, 300, 1000, (4, 12))
     corpus = prepare(tmp_path / "text", text, text[:10])
     options = ("--max-steps", "12")
