@@ -77,9 +77,10 @@ def _from_model(
 ) -> list[str]:
     kept = init_accumulators == "kept"
     source = source_rows(stored.vocabulary, vocabulary)
-    with torch.no_grad():
-        for name, parameter in parameters.model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(stored.dense[name], np.float32)))
+    if parameters.writes_dense:
+        with torch.no_grad():
+            for name, parameter in parameters.model.named_parameters():
+                parameter.copy_(torch.from_numpy(np.array(stored.dense[name], np.float32)))
     parameters.initialise()
     tables = [(parameters.embedding, stored.embedding), (parameters.softmax, stored.softmax)]
     for table, theirs in tables:
@@ -87,7 +88,7 @@ def _from_model(
             for rows, start in _shared(table, theirs, source, parameters.world, kept):
                 table.server.set(table.segment.keys(rows), start)
     if kept:
-        _keep_dense_accumulators(stored.path / DENSE, parameters)
+        parameters.world.together(lambda: _keep_dense_accumulators(stored.path / DENSE, parameters))
     parameters.sync_parameters()
     shared = int((source[UNKNOWN:] >= 0).sum())
     new, left_out = (len(words.words) - shared for words in (vocabulary, stored.vocabulary))
@@ -130,6 +131,8 @@ def _keep_dense_accumulators(path: Path, parameters: Parameters) -> None:
     accumulators = parameters.dense_optimizer.accumulators
     if parameters.dense_table is not None:
         raise ConfigError("--init-accumulators kept needs --dense allreduce: with ps the server has them")
+    if not parameters.writes_dense:
+        return
     try:
         with h5py.File(path, "r") as file:
             for (name, _), accumulator in zip(parameters.model.named_parameters(), accumulators, strict=False):

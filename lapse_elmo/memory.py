@@ -36,8 +36,9 @@ class Estimate:
 
     Attributes:
         rows: All rows of the job, with their accumulators.
-        shared: The machine's share of the rows, replicas of other nodes' rows, and the bookkeeping of its nodes.
-        dense: Dense parameters, their accumulators and gradients.
+        shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and the
+            dense parameters with their accumulators, if a node's ranks share them.
+        dense: Dense gradients of this rank, and the parameters with their accumulators if it has copies of its own.
         activations: Activations of a long batch, with the rows it pulls.
         copy: The copy that a checkpoint is written from.
         libraries: What the process had allocated before.
@@ -62,6 +63,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
     rule = rule_of(config.optimizer)
     row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
     copies = 2 if config.optimizer.optimizer == "adagrad" else 1  # of dense parameters: with their accumulators
+    in_node = world.size > 1 and config.training.dense != "ps"  # where they are on the CPU
     num_dense = dense_size(size, model.cell_size, model.num_layers)
     in_server = config.training.dense == "ps"
     rows = num_classes * row_bytes + in_server * 4 * copies * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
@@ -70,11 +72,13 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
     room = _room_bytes(config, num_classes, positions, world)
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
+    # The gradients' copies in shared memory are counted as the rank's own.
+    shared += nodes_here * in_node * 4 * copies * num_dense
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + 2 * positions) + min(num_classes, positions)
     softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * (size + 1)
     return Estimate(
-        rows, shared, 4 * num_dense * (2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
+        rows, shared, 4 * num_dense * (2 if in_node else 2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 

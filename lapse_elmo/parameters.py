@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from lapse_elmo.config.training import Config, ModelConfig
+from lapse_elmo.dense_node import NodeDense, NodeUpdate
+from lapse_elmo.dense_update import DenseUpdate, RankUpdate, ServerUpdate
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.optimizers import DenseOptimizer
@@ -21,11 +23,11 @@ from lapse_elmo.rng import torch_stream
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 
 
-def build_model(config: ModelConfig, seed: int) -> BiLM:
-    """Return the biLM with its initial values, which are equal on every rank."""
+def build_model(config: ModelConfig, seed: int, initialised: bool = True) -> BiLM:
+    """Return the biLM with its initial values, which are equal on every rank; or else with an LSTM of zeros."""
     wanted = {field.name for field in dataclasses.fields(BiLMOptions)}
     options = {name: value for name, value in dataclasses.asdict(config).items() if name in wanted}
-    return BiLM(BiLMOptions(**options), torch_stream(seed, "initial lstm"))
+    return BiLM(BiLMOptions(**options), torch_stream(seed, "initial lstm") if initialised else None)
 
 
 class Parameters:
@@ -45,7 +47,9 @@ class Parameters:
         self.config = config
         self.world = world
         self.num_classes = num_classes
-        self.model = build_model(config.model, config.training.seed)
+        in_server = config.training.dense == "ps"
+        in_node = not in_server and world.size > 1 and set(world.allgather(device.type)) == {"cpu"}
+        self.model = build_model(config.model, config.training.seed, not in_node or world.local_rank == 0)
         self.model.to(device)
         dense = list(self.model.parameters())
         optimizer, rule = config.optimizer, rule_of(config.optimizer)
@@ -54,7 +58,6 @@ class Parameters:
             ("embedding", num_classes, size, rule),
             ("softmax", num_classes, size + 1, rule),  # the last weight of a row is the bias
         ]
-        in_server = config.training.dense == "ps"
         if in_server:
             shapes.append(("dense", DenseTable.num_rows(dense), DENSE_ROW, rule_of(optimizer, per_row=False)))
         layout = Layout.of(*shapes)
@@ -69,9 +72,13 @@ class Parameters:
         self.dense_table: DenseTable | None = None
         if in_server:
             self.dense_table = DenseTable(RowTable(self.server, layout["dense"], initial), dense)
-        self.dense_optimizer = DenseOptimizer(
-            dense, optimizer.learning_rate, initial if optimizer.optimizer == "adagrad" else None, optimizer.epsilon
-        )
+        accumulator = initial if optimizer.optimizer == "adagrad" else None
+        self.node_dense = NodeDense(world, dense, accumulator) if in_node else None
+        if self.node_dense is None:
+            self.dense_optimizer = DenseOptimizer(dense, optimizer.learning_rate, accumulator, optimizer.epsilon)
+        else:
+            self.dense_optimizer = self.node_dense.optimizer(optimizer.learning_rate, optimizer.epsilon)
+        self._dense_update: DenseUpdate | None = None
         self.set_learning_rate(optimizer.learning_rate)
 
     @property
@@ -116,9 +123,30 @@ class Parameters:
     def sync_parameters(self) -> None:
         """Make every push visible, and update the model's dense parameters (collective)."""
         self.server.quiesce()
-        if self.dense_table is not None:
-            self.dense_table.pull()
+        self.refresh_dense()
         self.server.barrier()
+
+    def open_dense_update(self, device: torch.device) -> DenseUpdate:
+        """Open what averages the dense gradients and updates the dense parameters (collective)."""
+        if self.node_dense is not None:
+            self._dense_update = NodeUpdate(self.world, self.node_dense, self.dense_optimizer)
+        elif self.dense_table is not None:
+            self._dense_update = ServerUpdate(self.world, self.dense_table)
+        else:
+            self._dense_update = RankUpdate(self.world, device, self.dense_optimizer)
+        return self._dense_update
+
+    @property
+    def writes_dense(self) -> bool:
+        """Whether this rank sets the dense parameters when they are restored; the node's other ranks see the result."""
+        return self.node_dense is None or self.world.local_rank == 0
+
+    def refresh_dense(self) -> None:
+        """Make the model's dense parameters contain every update (collective); before they are read."""
+        if self._dense_update is not None:
+            self._dense_update.refresh()
+        elif self.dense_table is not None:
+            self.dense_table.pull()
 
     def _sampler(self) -> Sampler:
         softmax, world = self.config.softmax, self.world

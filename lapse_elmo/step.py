@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import Config
 from lapse_elmo.context import context_vectors
-from lapse_elmo.dense_mean import DenseMean, open_dense_mean
+from lapse_elmo.dense_update import squares_of
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.gradient_noise import noise_of
 from lapse_elmo.model.bilm import BiLM
-from lapse_elmo.model.optimizers import sum_of_squares
 from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
@@ -115,16 +114,13 @@ class TrainingStep:
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
-        self._mean: DenseMean | None = None
-        self.dense_fallback = ""
         self.measures_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
-        if parameters.dense_table is None:
-            self._mean, self.dense_fallback = open_dense_mean(world, device, sum(p.numel() for p in self._dense))
+        self._update = parameters.open_dense_update(device)
+        self.dense_fallback = self._update.fallback
 
     def close(self) -> None:
         """Release resources after the last step (collective)."""
-        if self._mean is not None:
-            self._mean.close()
+        self._update.close()
 
     def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
         """Announce a batch that will be trained at ``clock`` to the server, and have its samples drawn."""
@@ -149,40 +145,37 @@ class TrainingStep:
         timer = _Timer("pull", lambda phase: self.world.progress.enter(f"step {step}, {phase}"))
         parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
-        dense_mean = self._start_mean(gradients)
-        if self.measures_noise and len(parts) == 1:
-            square = _square(0.0, *gradients)  # while the ranks' gradients are being summed
+        self._update.start(gradients, squares=self.measures_noise and len(parts) == 1)
         num_parts = self.world.size * len(parts)
-        # The rows' share in the squared norm of the mean over all parts. The gradients that several parts have for the
-        # same row hardly correlate, so the parts' squared norms are added up as if no row was shared.
-        sparse = sum(_square(0.0, part.embedding, part.softmax) for part in parts) / len(parts) / num_parts
-        dense = dense_mean()
-        dense_square = _square(0.0, *dense)
+        # The gradients that several parts have for the same row hardly correlate, so the squared norm of their mean is
+        # taken as if no row was shared.
+        row_square = sum(squares_of([part.embedding, part.softmax]) for part in parts) / num_parts**2
+        norms = self._update.finish()
         report = RankReport(
             nll=sum(part.nll for part in parts),
             num_targets=sum(part.batch.num_targets for part in parts),
             num_tokens=sum(part.batch.num_tokens for part in parts),
             num_cut=sum(part.batch.num_cut for part in parts),
             num_sentences=sum(part.batch.sentences.size for part in parts),
-            gradient_square=sparse + dense_square,
-            dense_square=square,
+            row_square=row_square,
+            dense_square=norms.mean_square,
+            own_dense_squares=square if len(parts) > 1 else norms.own_squares,
             compute_s=timer.seconds["compute"],
         )
         reports = exchange_reports(self.world, report, self.vote())
-        # The mean over the ranks: all of them must clip by the same factor, and agree on whether it is finite.
-        norm = math.sqrt(float(reports.ranks["gradient_square"].mean()))
+        total = reports.total
+        # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite.
+        norm = math.sqrt(total["row_square"] + total["dense_square"])
         if not (math.isfinite(norm) and reports.finite):
             self._refuse(parts, step, gradients)
         timer.next("push")
-        self._push(parts, dense, self._clip_factor(norm), rate)
+        self._push(parts, self._clip_factor(norm), rate)
         self.parameters.server.advance_clock()
         timer.end()
-        total = reports.total
         signal, noise = 0.0, 0.0
         if self.measures_noise:
-            signal, noise = noise_of(
-                total["dense_square"] / self.world.size, dense_square, num_parts, total["num_tokens"]
-            )
+            mean_square = total["own_dense_squares"] / self.world.size
+            signal, noise = noise_of(mean_square, total["dense_square"], num_parts, total["num_tokens"])
         return StepResult(
             nll=total["nll"], num_targets=int(total["num_targets"]), num_tokens=int(total["num_tokens"]),
             num_cut=int(total["num_cut"]), num_sentences=int(total["num_sentences"]), gradient_norm=norm,
@@ -205,22 +198,22 @@ class TrainingStep:
             if number:
                 timer.next("pull")
             pulled = self._pull(of_part)
+            if number == 0:
+                self.parameters.refresh_dense()
             timer.next("compute")
             worker = self.world.rank * len(announced) + number
             parts.append(_Part(of_part.batch, pulled, *self._compute(of_part.batch, pulled, worker, step)))
             gradients = [_gradient(p) for p in self._dense]
             if len(announced) == 1:
                 return parts, gradients, 0.0
-            square += _square(0.0, *gradients)
+            square += squares_of(gradients)
             # The next part's backward pass allocates new gradients, so these can be reused for the sums.
             sums = [total.add_(one) for total, one in zip(sums, gradients, strict=True)] if number else gradients
         return parts, [total.div_(len(announced)) for total in sums], square / len(announced)
 
     def _pull(self, announced: AnnouncedBatch) -> _Pulled:
-        """Pull the rows of a batch, and the dense parameters if they are in the server."""
+        """Pull the rows of a batch."""
         batch, softmax = announced.batch, self.parameters.softmax
-        if self.parameters.dense_table is not None:
-            self.parameters.dense_table.pull()
         embedding = self.parameters.embedding.pull(batch.input_rows)
         if announced.sample is None:
             samples = np.arange(self.num_classes)
@@ -272,21 +265,15 @@ class TrainingStep:
             softmax.num_tries or None, replacement=softmax.replacement,
         )
 
-    def _start_mean(self, gradients: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begin to average the dense gradients over the ranks; return a function that waits for the means.
-
-        If the dense parameters are in the server, it returns this rank's own gradients, which the server adds up.
-        """
-        return self._mean.start(gradients) if self._mean is not None else lambda: gradients
-
     def _clip_factor(self, norm: float) -> float:
         bound = self.config.optimizer.clip_norm
         return bound / norm if bound and norm > bound else 1.0
 
-    def _push(self, parts: Sequence[_Part], dense: list[Tensor], scale: float, rate: float) -> None:
+    def _push(self, parts: Sequence[_Part], scale: float, rate: float) -> None:
         """Update rows and dense parameters with ``scale`` times their gradients."""
         parameters = self.parameters
         parameters.set_learning_rate(rate)
+        self._update.apply(scale)  # first, since the other ranks of the node wait for this rank's slice
 
         def push_rows() -> None:
             for part in parts:
@@ -302,12 +289,6 @@ class TrainingStep:
                 self.world.barrier()
         else:
             push_rows()
-        if parameters.dense_table is not None:
-            # The server adds up the ranks' steps: with gradients divided by the number of ranks their sum is a mean.
-            parameters.dense_table.push(dense, scale / self.world.size)
-        else:
-            parameters.dense_optimizer.step(dense, scale)
-
     def _row_factor(self, batch: Batch) -> float:
         """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
         optimizer = self.config.optimizer
@@ -331,9 +312,9 @@ class TrainingStep:
         """
 
         def check() -> None:
-            dense = _square(0.0, *gradients)
             for part in parts:
-                if not (math.isfinite(part.nll) and math.isfinite(_square(dense, part.embedding, part.softmax))):
+                square = squares_of([*gradients, part.embedding, part.softmax])
+                if not (math.isfinite(part.nll) and math.isfinite(square)):
                     what = "gradient norm" if math.isfinite(part.nll) else "loss"
                     shown = ", ".join(map(str, np.sort(part.batch.sentences)[:8]))
                     shown += ", ..." if part.batch.sentences.size > 8 else ""
@@ -349,11 +330,6 @@ class TrainingStep:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
-
-
-def _square(before: float, *tensors: Tensor) -> float:
-    """Return ``before`` plus the sum of all squares."""
-    return sum(map(sum_of_squares, tensors), before)
 
 
 def _gradient(tensor: Tensor) -> Tensor:

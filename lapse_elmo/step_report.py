@@ -70,14 +70,16 @@ class RankReport(StepCounts):
     """What one rank has computed in a step; the counts are those of this rank.
 
     Attributes:
-        gradient_square: Estimated squared norm of the mean gradient over all parts of all ranks, of rows and dense
-            parameters; for the rows it takes this rank's parts as typical. The ranks' mean is what counts.
-        dense_square: Squared norm of its own dense gradient (the mean over its parts), before the mean over the ranks.
+        row_square: Share in the squared norm of the rows' mean gradient over all parts of all ranks.
+        dense_square: Share in the squared norm of the mean dense gradient.
+        own_dense_squares: Share in the sum over the ranks of the squared norm of a rank's own dense gradient (the mean
+            over its parts).
         compute_s: Seconds of computing.
     """
 
-    gradient_square: float
+    row_square: float
     dense_square: float
+    own_dense_squares: float
     compute_s: float
 
 

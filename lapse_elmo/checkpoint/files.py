@@ -155,7 +155,7 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
             raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
 
     world.together(lambda: guarded(read_rows))
-    world.together(lambda: guarded(lambda: _read_dense(path / DENSE, parameters)))
+    world.together(lambda: guarded(lambda: _read_dense(path / DENSE, parameters) if parameters.writes_dense else None))
     parameters.sync_parameters()
 
 

@@ -51,6 +51,13 @@ class DenseOptimizer:
         if initial_accumulator is not None:
             self.accumulators = [torch.full_like(p, initial_accumulator, requires_grad=False) for p in self.parameters]
 
+    @classmethod
+    def over(cls, parameters: Sequence[Tensor], accumulators: Sequence[Tensor] | None) -> DenseOptimizer:
+        """Return an optimizer that updates the given accumulators, which it holds by reference; None selects SGD."""
+        optimizer = cls(parameters, 0.0, None)
+        optimizer.accumulators = list(accumulators or [])
+        return optimizer
+
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
         """Update the parameters with ``scale * gradients``; the gradients themselves are not modified.

@@ -67,8 +67,14 @@ class Collectives:
 
     def node_barrier(self) -> None:
         """Return once every rank of this node has called this."""
-        if self.node_comm is not None:
-            self.wait(self.node_comm.Ibarrier())
+        self.start_node_barrier()()
+
+    def start_node_barrier(self) -> Callable[[], None]:
+        """Enter a barrier of this node's ranks; return a function that waits until all of them have entered it."""
+        if self.node_comm is None:
+            return lambda: None
+        request = self.node_comm.Ibarrier()
+        return lambda: self.wait(request)
 
     def bcast(self, obj: T, root: int = 0) -> T:
         """Return rank ``root``'s ``obj`` on every rank."""

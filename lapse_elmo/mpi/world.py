@@ -73,6 +73,28 @@ class World(Collectives):
         self.node_comm = cast("MPI.Intracomm", part)
         self._find_nodes()
 
+    def across_nodes(self, per_node: int) -> Collectives | None:
+        """Return the ranks of all nodes that have this rank's position in their node (collective).
+
+        Args:
+            per_node: Only the first so many ranks of each node take part.
+
+        Returns:
+            Their collective calls; None if this rank does not take part, or there is only one node.
+        """
+        if self.num_nodes == 1:
+            return None
+        assert self.comm is not None
+        from mpi4py import MPI
+
+        takes_part = self.local_rank < per_node
+        comm = self.comm.Split(self.local_rank if takes_part else MPI.UNDEFINED, self.rank)
+        if not takes_part:
+            return None
+        across = Collectives(comm)
+        across.oversubscribed, across.progress = self.oversubscribed, self.progress
+        return across
+
     def _find_nodes(self) -> None:
         assert self.node_comm is not None
         self.local_rank, self.local_size = self.node_comm.rank, self.node_comm.size

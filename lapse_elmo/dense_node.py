@@ -1,0 +1,176 @@
+"""Dense parameters that the ranks of a node share: one copy in shared memory, of which each rank updates a slice.
+
+At each step, every rank copies its gradient to a buffer that the node's ranks can read. Each rank then adds up one
+slice of all buffers and exchanges that slice's sum with the ranks of the other nodes that have the same slice. So a
+node holds weights and accumulators once, a gradient crosses the network once per node, and each number is updated by
+one rank of the node.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lapse_elmo.dense_update import DenseNorms
+from lapse_elmo.model.optimizers import DenseOptimizer, iter_blocks, sum_of_squares
+from lapse_elmo.mpi.world import World
+from lapse_elmo.ps.memory import NodeMemory
+
+_WEIGHTS, _ACCUMULATORS, _GRADIENTS = "dense weights", "dense accumulators", "dense gradients"
+_ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own
+_EXCHANGED = 1 << 20  # numbers; while one block of a slice is under way to the other nodes, the next one is added up
+
+
+class NodeDense:
+    """Dense parameters and Adagrad's accumulators in the node's shared memory (construction is collective).
+
+    The parameters keep the values of the node's first rank, and become views of the shared memory.
+
+    Args:
+        world: The world.
+        parameters: float32 parameters on the CPU, of the same shapes on every rank.
+        initial_accumulator: Initial value of the accumulators; None for none.
+
+    Attributes:
+        size: Numbers in the shared arrays: all parameters, with gaps that align them.
+        own: The slice of the shared arrays that this rank updates; empty on ranks beyond the smallest node's size.
+        num_slices: Number of slices, the same on every node: the number of ranks of the smallest node.
+        weights: (size,) the shared weights.
+        accumulators: (size,) the shared accumulators; None without.
+
+    Raises:
+        ConfigError: On every rank, if there is not enough shared memory.
+    """
+
+    def __init__(self, world: World, parameters: Sequence[nn.Parameter], initial_accumulator: float | None) -> None:
+        self._shapes = [parameter.shape for parameter in parameters]
+        aligned = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
+        self._starts = [0, *itertools.accumulate(aligned)]
+        self.size = self._starts[-1]
+        self.num_slices = int(world.gather_numbers(np.array([world.local_size])).min())
+        self.own = self._slice_of(world.local_rank)
+        names = [_WEIGHTS] if initial_accumulator is None else [_WEIGHTS, _ACCUMULATORS]
+        memory = NodeMemory(world, {name: ((self.size,), np.float32) for name in names})
+
+        def reserve() -> None:
+            # Each rank reserves its own slice, which places the pages in the memory of its own socket.
+            for name in names:
+                memory.reserve(name, self.own.start, self.own.stop)
+
+        world.together(reserve)
+        self.weights = torch.from_numpy(memory.arrays[_WEIGHTS])
+        self.accumulators: Tensor | None = None
+        if initial_accumulator is not None:
+            self.accumulators = torch.from_numpy(memory.arrays[_ACCUMULATORS])
+            self.accumulators[self.own] = initial_accumulator
+        views = self.views(self.weights)
+        if world.local_rank == 0:
+            for view, parameter in zip(views, parameters, strict=True):
+                view.copy_(parameter.detach())
+        world.node_barrier()
+        for view, parameter in zip(views, parameters, strict=True):
+            parameter.data = view
+
+    def optimizer(self, learning_rate: float, epsilon: float) -> DenseOptimizer:
+        """Return an optimizer of all parameters, with the shared accumulators."""
+        accumulators = None if self.accumulators is None else self.views(self.accumulators)
+        optimizer = DenseOptimizer.over(self.views(self.weights), accumulators)
+        optimizer.learning_rate, optimizer.epsilon = learning_rate, epsilon
+        return optimizer
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Return views of an array (size,), with the shapes of the parameters."""
+        return [
+            flat[start : start + shape.numel()].view(shape)
+            for start, shape in zip(self._starts, self._shapes, strict=False)
+        ]
+
+    def _slice_of(self, number: int) -> slice:
+        lines, parts = self.size // _ALIGNMENT, self.num_slices
+        first, end = (lines * min(edge, parts) // parts * _ALIGNMENT for edge in (number, number + 1))
+        return slice(first, end)
+
+
+class NodeUpdate:
+    """Averages gradients and updates the parameters of a :class:`NodeDense`; see :class:`DenseUpdate` (collective).
+
+    Ranks add up in the order of their numbers within a node, so equal gradients give equal bits.
+
+    Args:
+        world: The world.
+        dense: The shared parameters.
+        optimizer: Holds the learning rate and epsilon.
+
+    Raises:
+        ConfigError: On every rank, if there is not enough shared memory.
+    """
+
+    fallback = ""
+
+    def __init__(self, world: World, dense: NodeDense, optimizer: DenseOptimizer) -> None:
+        self._world, self._dense, self._optimizer = world, dense, optimizer
+        own, rank = dense.own, world.local_rank
+        memory = NodeMemory(world, {_GRADIENTS: ((world.local_size, dense.size), np.float32)})
+        world.together(lambda: memory.reserve(_GRADIENTS, rank, rank + 1))
+        buffers = torch.from_numpy(memory.arrays[_GRADIENTS])
+        self._views = dense.views(buffers[rank])
+        self._slices = [buffer[own] for buffer in buffers]  # of every rank of the node
+        self._mean = self._slices[0]  # the sum replaces the first rank's gradient, which is not needed any more
+        accumulators = None if dense.accumulators is None else [dense.accumulators[own]]
+        self._stepper = DenseOptimizer.over([dense.weights[own]], accumulators)
+        self._across = world.across_nodes(dense.num_slices)
+        self._copied: Callable[[], None] = _nothing
+        self._updated: Callable[[], None] = _nothing
+        self._squares = False
+
+    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+        """Begin to average the gradients; see :meth:`DenseUpdate.start`."""
+        self._squares = squares
+        for view, gradient in zip(self._views, gradients, strict=True):
+            view.copy_(gradient)
+        self._copied = self._world.start_node_barrier()
+
+    def finish(self) -> DenseNorms:
+        """Wait for the means; see :meth:`DenseUpdate.finish`."""
+        self._copied()
+        own_square, sums = 0.0, []
+        for first in range(0, self._mean.numel(), _EXCHANGED):
+            block = slice(first, first + _EXCHANGED)
+            own_square += self._add_up([buffer[block] for buffer in self._slices])
+            if self._across is not None:
+                sums.append(self._across.start_sum(self._mean[block].numpy()))
+        for wait in sums:
+            wait()
+        self._mean.div_(self._world.size)
+        return DenseNorms(own_square, sum_of_squares(self._mean) / self._world.num_nodes)
+
+    def _add_up(self, buffers: Sequence[Tensor]) -> float:
+        """Add the other buffers to the first; return the sum of all their squares, or 0 if it is not wanted."""
+        square = sum(map(sum_of_squares, buffers)) if self._squares else 0.0
+        for total, *others in iter_blocks(*buffers):
+            for other in others:
+                total.add_(other)
+        return square
+
+    def apply(self, scale: float) -> None:
+        """Update this rank's slice; see :meth:`DenseUpdate.apply`."""
+        self._stepper.learning_rate, self._stepper.epsilon = self._optimizer.learning_rate, self._optimizer.epsilon
+        self._stepper.step([self._mean], scale)
+        self._updated = self._world.start_node_barrier()
+
+    def refresh(self) -> None:
+        """Wait until all ranks of the node have updated their slices."""
+        self._updated()
+        self._updated = _nothing
+
+    def close(self) -> None:
+        """Wait for the last update."""
+        self.refresh()
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -1,0 +1,145 @@
+"""One step on the dense parameters: average the gradients of all ranks, then update.
+
+Who averages and updates depends on where the parameters are: in memory that a node's ranks share
+(:mod:`lapse_elmo.dense_node`), on each rank's device (:class:`RankUpdate`), or in the parameter server
+(:class:`ServerUpdate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lapse_elmo.dense_mean import open_dense_mean
+from lapse_elmo.model.optimizers import DenseOptimizer, sum_of_squares
+from lapse_elmo.mpi.world import World
+from lapse_elmo.tables import DenseTable
+
+
+@dataclass(frozen=True)
+class DenseNorms:
+    """One rank's shares in two squared norms; the sums of all ranks' shares are the norms.
+
+    Attributes:
+        own_squares: Share in the sum over the ranks of the squared norm of a rank's own gradient; 0 if not asked for.
+        mean_square: Share in the squared norm of the mean gradient.
+    """
+
+    own_squares: float
+    mean_square: float
+
+
+class DenseUpdate(Protocol):
+    """Averages gradients over the ranks and updates the dense parameters.
+
+    All methods are collective: every rank makes the same calls in the same order: ``start``, ``finish``, and
+    ``apply`` unless the step is refused. ``refresh`` comes before the parameters are read again.
+    """
+
+    fallback: str  # a warning about a slow way of averaging, or ""
+
+    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+        """Begin to average ``gradients``, one per parameter, which are not changed.
+
+        Args:
+            gradients: This rank's gradients.
+            squares: Whether ``DenseNorms.own_squares`` is wanted.
+        """
+
+    def finish(self) -> DenseNorms:
+        """Wait until the means are known, and return this rank's shares in the norms."""
+
+    def apply(self, scale: float) -> None:
+        """Update the parameters with ``scale`` times the mean gradients, at the learning rate of the optimizer."""
+
+    def refresh(self) -> None:
+        """Return once this rank's parameters contain the updates of the last ``apply``."""
+
+    def close(self) -> None:
+        """Release resources."""
+
+
+class RankUpdate:
+    """Updates parameters of which every rank has a copy of its own, on any device; see :class:`DenseUpdate`.
+
+    Args:
+        world: The world.
+        device: Where the parameters are.
+        optimizer: Updates them.
+    """
+
+    def __init__(self, world: World, device: torch.device, optimizer: DenseOptimizer) -> None:
+        self._world, self._optimizer = world, optimizer
+        self._averager, self.fallback = open_dense_mean(world, device, sum(p.numel() for p in optimizer.parameters))
+        self._own_squares = 0.0
+        self._means: list[Tensor] = []
+        self._wait: Callable[[], list[Tensor]] = list
+
+    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+        """Begin to average; see :meth:`DenseUpdate.start`."""
+        self._wait = self._averager.start(gradients)
+        self._own_squares = squares_of(gradients) if squares else 0.0  # while the gradients are being summed
+
+    def finish(self) -> DenseNorms:
+        """Wait for the means; see :meth:`DenseUpdate.finish`."""
+        self._means = self._wait()
+        return DenseNorms(self._own_squares, squares_of(self._means) / self._world.size)
+
+    def apply(self, scale: float) -> None:
+        """Update this rank's copy; see :meth:`DenseUpdate.apply`."""
+        self._optimizer.step(self._means, scale)
+
+    def refresh(self) -> None:
+        """Do nothing: :meth:`apply` has updated this rank's copy."""
+
+    def close(self) -> None:
+        """Release the averager's resources."""
+        self._averager.close()
+
+
+class ServerUpdate:
+    """Pushes gradients to parameters that are rows of the server; see :class:`DenseUpdate`.
+
+    The server adds up the ranks' steps, so the mean gradient is not known; its squared norm is taken as that of a
+    rank's own gradient, on average.
+
+    Args:
+        world: The world.
+        table: The rows.
+    """
+
+    fallback = ""
+
+    def __init__(self, world: World, table: DenseTable) -> None:
+        self._world, self._table = world, table
+        self._gradients: Sequence[Tensor] = ()
+
+    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+        """Keep the gradients; see :meth:`DenseUpdate.start`."""
+        assert not squares, "the squared norm of the mean, with which to compare, is not known"
+        self._gradients = gradients
+
+    def finish(self) -> DenseNorms:
+        """Return the norms; see :meth:`DenseUpdate.finish`."""
+        return DenseNorms(0.0, squares_of(self._gradients) / self._world.size)
+
+    def apply(self, scale: float) -> None:
+        """Push the gradients; see :meth:`DenseUpdate.apply`."""
+        # With gradients divided by the number of ranks the sum of their steps is a mean.
+        self._table.push(self._gradients, scale / self._world.size)
+
+    def refresh(self) -> None:
+        """Pull the parameters."""
+        self._table.pull()
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
+def squares_of(tensors: Sequence[Tensor]) -> float:
+    """Return the sum of the squares of all numbers."""
+    return sum(map(sum_of_squares, tensors), 0.0)

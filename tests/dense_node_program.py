@@ -1,0 +1,133 @@
+"""The ranks of tests/test_dense_node.py: ``NODES FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lapse_elmo.dense_node import NodeDense, NodeUpdate
+from lapse_elmo.dense_update import DenseUpdate, RankUpdate
+from lapse_elmo.model.optimizers import DenseOptimizer
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.mpi.world import World
+from tests import collective
+
+SHAPES = ((3, 5), (7,), (), (400, 300))
+RATE, EPSILON, INITIAL = 0.2, 1e-7, 1.0
+
+
+class Checks:
+    """On every rank."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def tensors(self, *seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(sum(1000**place * number for place, number in enumerate(seed)))
+        return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+    def train(self, update: DenseUpdate, steps: int = 3) -> list[tuple[float, float]]:
+        """Return the sums over the ranks of both norms at each step."""
+        norms = []
+        for step in range(steps):
+            update.refresh()
+            gradients = self.tensors(self.world.rank, step + 1)
+            given = [gradient.clone() for gradient in gradients]
+            update.start(gradients, squares=step != 1)
+            share = update.finish()
+            assert all(map(torch.equal, gradients, given))
+            every = self.world.allgather((share.own_squares, share.mean_square))
+            norms.append((sum(own for own, _ in every), sum(mean for _, mean in every)))
+            update.apply(0.5)
+        update.refresh()
+        update.close()
+        return norms
+
+    def node(self, initial: float | None) -> tuple[list[nn.Parameter], DenseOptimizer, list[tuple[float, float]]]:
+        # Only the values of a node's first rank count.
+        values = self.tensors(0) if self.world.local_rank == 0 else self.tensors(9)
+        parameters = [nn.Parameter(value) for value in values]
+        dense = NodeDense(self.world, parameters, initial)
+        optimizer = dense.optimizer(RATE, EPSILON)
+        return parameters, optimizer, self.train(NodeUpdate(self.world, dense, optimizer))
+
+    def expected(self, initial: float | None) -> tuple[list[Tensor], list[tuple[float, float]]]:
+        values, norms = [value.double().requires_grad_() for value in self.tensors(0)], []
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(values, RATE)
+        if initial is not None:
+            optimizer = torch.optim.Adagrad(values, RATE, initial_accumulator_value=initial, eps=EPSILON)
+        for step in range(3):
+            every = [[g.double() for g in self.tensors(rank, step + 1)] for rank in range(self.world.size)]
+            means = [torch.stack(some).mean(0) for some in zip(*every, strict=True)]
+            squares = [float(sum(g.square().sum() for g in some)) for some in every]
+            norms.append((sum(squares) if step != 1 else 0.0, float(sum(g.square().sum() for g in means))))
+            for value, mean in zip(values, means, strict=True):
+                value.grad = 0.5 * mean
+            optimizer.step()
+        return [value.detach() for value in values], norms
+
+    def updates(self, initial: float | None) -> None:
+        """Three steps: the expected parameters and norms, with the same bits on every rank."""
+        parameters, optimizer, norms = self.node(initial)
+        expected, squares = self.expected(initial)
+        for found, wanted in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+        assert [number for pair in norms for number in pair] == pytest.approx([n for pair in squares for n in pair])
+        flat = torch.cat([p.detach().reshape(-1) for p in (*parameters, *optimizer.accumulators)])
+        assert all(torch.equal(flat, other) for other in self.world.allgather(flat))
+
+    def adagrad(self) -> None:
+        self.updates(INITIAL)
+
+    def descent(self) -> None:
+        self.updates(None)
+
+    def as_on_each_rank(self) -> None:
+        """A copy on each rank gets the same bits, where both add up two gradients, or few enough."""
+        parameters, optimizer, _ = self.node(INITIAL)
+        own = self.tensors(0)
+        alone = DenseOptimizer(own, RATE, INITIAL, EPSILON)
+        self.train(RankUpdate(self.world, torch.device("cpu"), alone))
+        for found, wanted in zip([*parameters, *optimizer.accumulators], [*own, *alone.accumulators], strict=True):
+            if self.world.size <= 2:
+                assert torch.equal(found, wanted)
+            torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)
+
+    def memory_is_shared(self) -> None:
+        """What one rank writes, the others of its node read, and no others."""
+        parameters = [nn.Parameter(value) for value in self.tensors(0)]
+        dense = NodeDense(self.world, parameters, INITIAL)
+        optimizer = dense.optimizer(RATE, EPSILON)
+        self.world.barrier()
+        if self.world.rank == 0:
+            with torch.no_grad():
+                parameters[3][-1, -1], optimizer.accumulators[3][0, 0] = 5.0, 6.0
+        self.world.barrier()
+        seen = float(parameters[3][-1, -1]) == 5.0, float(optimizer.accumulators[3][0, 0]) == 6.0
+        assert seen == (self.world.node == 0,) * 2
+        ends = self.world.allgather((self.world.node, dense.own.start, dense.own.stop))
+        mine = [(first, end) for node, first, end in ends if node == self.world.node and end > first]
+        assert [first for first, _ in mine] == [0, *(end for _, end in mine[:-1])] and mine[-1][1] == dense.size
+        assert len(mine) == dense.num_slices
+
+
+def names() -> list[str]:
+    return ["adagrad", "descent", "as_on_each_rank", "memory_is_shared"]
+
+
+def main(argv: list[str], enter: Callable[[], World]) -> None:
+    world = enter()
+    torch.set_num_threads(1)
+    if int(argv[0]) > 1:
+        world.split(int(argv[0]))
+    checks = Checks(world)
+    collective.run({name: getattr(checks, name) for name in names()}, world, Path(argv[1]))
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:], prog="dense_node_program")
