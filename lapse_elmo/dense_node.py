@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lapse_elmo.dense_update import DenseNorms
 from lapse_elmo.model.optimizers import DenseOptimizer, iter_blocks, sum_of_squares
 from lapse_elmo.mpi.world import World
-from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.mpi.node_memory import NodeMemory
 
 _WEIGHTS, _ACCUMULATORS, _GRADIENTS = "dense weights", "dense accumulators", "dense gradients"
 _ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own

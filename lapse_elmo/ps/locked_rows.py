@@ -13,7 +13,7 @@ import torch
 
 from lapse_elmo import native
 from lapse_elmo.ps.layout import Segment, by_occurrence
-from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.ps.rows import DIRTY, PRESENT, REPLICA, SOURCE, NativeRows, Rows
 from lapse_elmo.ps.rules import Rule
 

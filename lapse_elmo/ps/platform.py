@@ -14,7 +14,7 @@ from lapse_elmo import native
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.locked_rows import open_rows
-from lapse_elmo.ps.memory import NodeMemory
+from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.ps.mpi_transport import MpiTransport
 from lapse_elmo.ps.node_state import Memory
 from lapse_elmo.ps.rows import SOURCE, Rows

@@ -71,7 +71,7 @@ class NodeMemory:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
-            raise _no_room(f"the rows of {name}", (end - first) * item) from None
+            raise _no_room(f"the values of {name}", (end - first) * item) from None
         self._prefault(self._starts[name] + first * item, (end - first) * item)
 
     def _prefault(self, start: int, size: int) -> None:
