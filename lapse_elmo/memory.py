@@ -154,8 +154,8 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
         private = sum(rank.rank - rank.libraries for rank in ranks)
         needed = ranks[0].shared + private
         lines.append(
-            f"memory on {host}: {_gb(needed)} GB needed of {_gb(room)} GB free: tables {_gb(ranks[0].shared)} "
-            f"(shared, of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} ranks with {_gb(ranks[0].dense)} dense, "
+            f"memory on {host}: {_gb(needed)} GB needed of {_gb(room)} GB free: {_gb(ranks[0].shared)} "
+            f"shared (of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} ranks with {_gb(ranks[0].dense)} dense, "
             f"{_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for checkpoints per rank"
         )
         if needed > room or ranks[0].shared > shared_room:
