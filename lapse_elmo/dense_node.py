@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lapse_elmo.dense_update import DenseNorms
 from lapse_elmo.model.optimizers import DenseOptimizer, iter_blocks, sum_of_squares
-from lapse_elmo.mpi.world import World
 from lapse_elmo.mpi.node_memory import NodeMemory
+from lapse_elmo.mpi.world import World
 
 _WEIGHTS, _ACCUMULATORS, _GRADIENTS = "dense weights", "dense accumulators", "dense gradients"
 _ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own
@@ -54,7 +54,7 @@ class NodeDense:
         self.num_slices = int(world.gather_numbers(np.array([world.local_size])).min())
         self.own = self._slice_of(world.local_rank)
         names = [_WEIGHTS] if initial_accumulator is None else [_WEIGHTS, _ACCUMULATORS]
-        memory = NodeMemory(world, {name: ((self.size,), np.float32) for name in names})
+        memory = NodeMemory(world, dict.fromkeys(names, ((self.size,), np.float32)))
 
         def reserve() -> None:
             # Each rank reserves its own slice, which places the pages in the memory of its own socket.

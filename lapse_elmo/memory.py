@@ -17,9 +17,9 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.log_uniform import log_uniform_probability
+from lapse_elmo.mpi.node_memory import free_bytes as free_shared_bytes
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.manager import REPLICATING
-from lapse_elmo.mpi.node_memory import free_bytes as free_shared_bytes
 from lapse_elmo.tables import DENSE_ROW, rule_of
 
 _LONG_BATCH = 3  # tokens of the longest batches, in multiples of the mean: sentences are sorted by length

@@ -16,8 +16,8 @@ from typing import Any
 
 from lapse_elmo import memory, train
 from lapse_elmo.mpi.launch import launch
-from lapse_elmo.mpi.world import World
 from lapse_elmo.mpi.node_memory import NodeMemory
+from lapse_elmo.mpi.world import World
 
 _EVERY_S = 0.01
 

@@ -30,13 +30,13 @@ from functools import partial
 import numpy as np
 
 from lapse_elmo.errors import ServerError
+from lapse_elmo.mpi.node_memory import require_room
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
 from lapse_elmo.ps.directory import MAX_NODES
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.manager import REPLICATING, TECHNIQUES, Manager
-from lapse_elmo.mpi.node_memory import require_room
 from lapse_elmo.ps.messages import Flush, Freeze, Intent, Localize, Pull, Push, Set, Stop
 from lapse_elmo.ps.node_state import SegmentState, cached_name, stamps_name
 from lapse_elmo.ps.ordering import fence

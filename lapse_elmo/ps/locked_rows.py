@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lapse_elmo import native
-from lapse_elmo.ps.layout import Segment, by_occurrence
 from lapse_elmo.mpi.node_memory import NodeMemory
+from lapse_elmo.ps.layout import Segment, by_occurrence
 from lapse_elmo.ps.rows import DIRTY, PRESENT, REPLICA, SOURCE, NativeRows, Rows
 from lapse_elmo.ps.rules import Rule
 

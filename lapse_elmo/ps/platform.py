@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lapse_elmo import native
+from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.locked_rows import open_rows
-from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.ps.mpi_transport import MpiTransport
 from lapse_elmo.ps.node_state import Memory
 from lapse_elmo.ps.rows import SOURCE, Rows

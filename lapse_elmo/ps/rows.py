@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lapse_elmo.ps.layout import Segment
 from lapse_elmo.mpi.node_memory import NodeMemory
+from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.rules import Rule
 
 PRESENT, REPLICA, DIRTY = 2, 4, 8  # flags of a row's entry, as in rows.c

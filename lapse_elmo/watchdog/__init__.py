@@ -23,10 +23,10 @@ import numpy as np
 from lapse_elmo.errors import log_line
 from lapse_elmo.mpi.exit import abort
 from lapse_elmo.mpi.launcher import launcher_rank_and_size
+from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.signals import STALLED
 from lapse_elmo.mpi.world import World
 from lapse_elmo.progress import BEAT, NUM_FIELDS, PHASE_TYPE, Progress
-from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.watchdog.report import describe, own_stacks, stack_lines
 from lapse_elmo.watchdog.view import ProgressChannel, View
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lapse_elmo import native
+from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.layout import Layout, Segment, by_occurrence
 from lapse_elmo.ps.locked_rows import LockedRows
-from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, array_shapes
 from lapse_elmo.ps.rules import Rule
 

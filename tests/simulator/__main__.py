@@ -44,18 +44,16 @@ def main() -> int:
     parser.add_argument("--no-shrink", action="store_true", help="do not look for a simpler schedule that fails too")
     options = parser.parse_args()
     if options.seed is not None:
-        return repeat(options.seed, options.set)
+        try:
+            schedule = changed(Schedule.of(options.seed), options.set)
+        except ValueError as error:
+            parser.error(f"--set: {error}")
+        return repeat(schedule)
     return many(options)
 
 
-def repeat(seed: int, changes: list[str]) -> int:
-    """Run one schedule, changed by ``NAME=VALUE`` words."""
-    schedule = Schedule.of(seed)
-    for change in changes:
-        name, value = change.split("=")
-        kind = type(getattr(schedule, name))
-        changed: Any = value == "True" if kind is bool else kind(value)
-        schedule = dataclasses.replace(schedule, **{name: changed})
+def repeat(schedule: Schedule) -> int:
+    """Run one schedule, with a traceback if it fails."""
     print(schedule)
     error = failure(schedule)
     if error is not None:
@@ -63,6 +61,19 @@ def repeat(seed: int, changes: list[str]) -> int:
         return 1
     print("ends well")
     return 0
+
+
+def changed(schedule: Schedule, changes: list[str]) -> Schedule:
+    """Return ``schedule`` with ``NAME=VALUE`` words applied; raise ValueError for a name or value it cannot have."""
+    names = [field.name for field in dataclasses.fields(schedule)]
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if name not in names or not equals:
+            raise ValueError(f"got {change}, expected NAME=VALUE with a name of {', '.join(names)}")
+        kind = type(getattr(schedule, name))
+        value: Any = text == "True" if kind is bool else kind(text)
+        schedule = dataclasses.replace(schedule, **{name: value})
+    return schedule
 
 
 def many(options: argparse.Namespace) -> int:
