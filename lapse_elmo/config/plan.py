@@ -19,8 +19,8 @@ class PlanConfig:
 
     plan_nodes: int = option(
         0, metavar="N",
-        help="train a few trial steps here, print memory, traffic, speed and duration of a run on N nodes, and exit (0: no "
-        "plan)",
+        help="train a few trial steps here, print memory, traffic, speed and duration of a run on N nodes, and exit "
+        "(0: no plan)",
     )
     plan_ranks: int = option(0, metavar="N", help="ranks per planned node (0: as many as are started here)")
     network_gbit: float = option(100.0, metavar="X", help="bandwidth of a planned node's network, in Gbit/s each way")
