@@ -50,7 +50,8 @@ def root(tmp_path: Path) -> Path:
 def run(root: Path, scheduler: str, do: str, **variables: str) -> tuple[int, list[str]]:
     """Return the status of the batch script, and the lines with which it submitted itself."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
-    env |= {"PATH": f"{root}/bin:{env['PATH']}", "DO": do, "LIMIT": "2s", "PBS_O_WORKDIR": str(root)}
+    limit = "8s" if do == "wait" else "5m"  # after mpirun has started the ranks, on a loaded machine too
+    env |= {"PATH": f"{root}/bin:{env['PATH']}", "DO": do, "LIMIT": limit, "PBS_O_WORKDIR": str(root)}
     env |= NAMES[scheduler] | variables
     done = subprocess.run(
         ["bash", f"slurm/others/train.{scheduler}"], cwd=root, env=env, capture_output=True, text=True, timeout=60,
