@@ -39,7 +39,7 @@ class Estimate:
         shared: The machine's share of the rows, replicas of other nodes' rows, and the bookkeeping of its nodes.
         dense: Dense parameters, their accumulators and gradients.
         activations: Activations of a long batch, with the rows it pulls.
-        copy: The copy that a checkpoint is written from.
+        copy: The copy that a checkpoint is written from, until it is written.
         libraries: What the process had allocated before.
     """
 

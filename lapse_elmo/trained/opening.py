@@ -18,6 +18,7 @@ from lapse_elmo.checkpoint import (
     find,
     read_manifest,
     require_vocabulary,
+    verified,
     vocabulary_path,
 )
 from lapse_elmo.checkpoint.manifest import DENSE
@@ -109,7 +110,6 @@ def open_together(
     folder = Path(path)
     if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
         checkpoint = world.agree(lambda: find(folder))
-        manifest = world.agree(lambda: read_manifest(checkpoint))
-        world.together(lambda: check_files(checkpoint, manifest, world.rank, world.size))
+        verified(checkpoint, world)
         folder = checkpoint  # the verified one, even if the run has saved a newer one since
     return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))

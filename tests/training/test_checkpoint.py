@@ -23,7 +23,7 @@ from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import Cursor, Position
+from lapse_elmo.cursor import Cursor, Position, SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
@@ -76,23 +76,32 @@ def test_the_manifest_tells_everything(
     assert folder == tmp_path / "checkpoints" / "step-00000009"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = manifest.pop("files")
-    assert files.keys() == {"dense.h5", "rank-00000-of-00001.h5"}
+    tables = {"table-embedding-00000-of-00001.h5", "table-softmax-00000-of-00001.h5"}
+    assert files.keys() == tables | {"dense.h5", "sentences.h5"}
+    assert {path.name for path in folder.iterdir()} == {*files, "manifest.json"}
     for name, entry in files.items():
         data = (folder / name).read_bytes()
-        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert entry["bytes"] == len(data) == sum(size for size, _ in entry["pieces"])
+        for size, sha256 in entry["pieces"]:
+            assert hashlib.sha256(data[:size]).hexdigest() == sha256
+            data = data[size:]
     assert manifest.pop("versions")["torch"] == torch.__version__
     assert len(manifest.pop("sha256")) == 64
     assert manifest == {
-        **ENTRIES, "format": "lapse-elmo checkpoint", "version": 2, "step": 9, "epoch": 1, "step_in_epoch": 2,
-        "world_size": 1, "config": as_tables(config), "best": None,
+        **ENTRIES, "format": "lapse-elmo checkpoint", "version": 3, "step": 9, "epoch": 1, "step_in_epoch": 2,
+        "world_size": 1, "num_nodes": 1, "config": as_tables(config), "best": None,
     }
     read = checkpoint.read_manifest(folder)
     checkpoint.check_files(folder, read)
     assert checkpoint.config_of(read, folder) == config
-    saved = checkpoint.read_cursor(folder, read)
+    saved = checkpoint.read_cursor(folder, read, 203, solo())
     assert saved.position == Position(9, 1, 2)
-    np.testing.assert_array_equal(saved.parts[0], np.arange(203))
-    assert saved.left[0].size == 203 - 64
+    assert saved.own is not None and saved.own_left is not None and saved.rest is not None
+    np.testing.assert_array_equal(saved.own.numbers, np.arange(203))
+    np.testing.assert_array_equal(saved.own_left, saved.rest.numbers)
+    assert saved.rest.num_all == saved.own_left.size == 203 - 64
+    with pytest.raises(CheckpointError, match="more than the 150 sentences"):
+        checkpoint.read_cursor(folder, read, 150, solo())
 
 
 def test_between_epochs_no_sentences_are_saved(
@@ -100,8 +109,9 @@ def test_between_epochs_no_sentences_are_saved(
 ) -> None:
     with ShardSet.open(small.shards) as shards:
         folder = save(tmp_path, parameters, cursor_at(config, shards, 7))
-    saved = checkpoint.read_cursor(folder, checkpoint.read_manifest(folder))
-    assert (saved.position, saved.parts, saved.left) == (Position(7, 1, 0), [], [])
+    assert not (folder / "sentences.h5").exists()
+    saved = checkpoint.read_cursor(folder, checkpoint.read_manifest(folder), 203, solo())
+    assert saved == SavedCursor(Position(7, 1, 0))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +198,8 @@ def test_a_manifest_vouches_for_itself(parameters: Parameters, cursor: Cursor, t
     (path / "manifest.json").write_text(text.replace('"step": 9,', '"step": 8,'))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.read_manifest(path)
-    (path / "manifest.json").write_bytes(encode(json.loads(text) | {"version": 3}))
-    with pytest.raises(CheckpointError, match="version 3"):
+    (path / "manifest.json").write_bytes(encode(json.loads(text) | {"version": 4}))
+    with pytest.raises(CheckpointError, match="version 4"):
         checkpoint.read_manifest(path)
 
 
