@@ -64,9 +64,10 @@ def divide(sizes: Sequence[int], num_parts: int) -> list[list[tuple[int, int, in
     if num_parts < count:
         bounds = [count * part // num_parts for part in range(num_parts + 1)]
         return [[(file, 0, 1) for file in range(first, end)] for first, end in pairwise(bounds)]
-    total = max(sum(sizes), 1)
+    sizes = sizes if any(sizes) else [1] * count
     # Each file has one reader, and its part of the others.
-    bounds = [file + (num_parts - count) * before // total for file, before in enumerate(accumulate(sizes, initial=0))]
+    befores, total = accumulate(sizes, initial=0), sum(sizes)
+    bounds = [file + (num_parts - count) * before // total for file, before in enumerate(befores)]
     return [[(file, i, end - first)] for file, (first, end) in enumerate(pairwise(bounds)) for i in range(end - first)]
 
 

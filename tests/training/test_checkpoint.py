@@ -9,10 +9,11 @@ import os
 import resource
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -190,6 +191,99 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     background.finish()
     checkpoint.restore(path, checkpoint.read_manifest(path), parameters, solo())
     np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_no_copy_of_the_rows_is_kept(
+    config: Config, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tables of 40 MB: both are copied at the start of a save, and none is held after its end."""
+    big = Parameters(config, 300_000, solo(), torch.device("cpu"))
+    big.initialise()
+    go_on, write = threading.Event(), files._pwrite_all
+    monkeypatch.setattr(files, "_pwrite_all", lambda *rest: (go_on.wait(20), write(*rest)))
+    background = checkpoint.Saver(tmp_path, solo())
+    before = resident_bytes()
+    path = background.start(big, cursor, {**ENTRIES, "config": as_tables(config)}, None)
+    during = resident_bytes()
+    go_on.set()
+    background.finish()
+    after = resident_bytes()
+    big.server.close()
+    copied = sum(file.stat().st_size for file in path.glob("table-*.h5"))
+    assert copied > 80e6 and during - before > 0.9 * copied
+    assert after - before < 0.1 * copied
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink, "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"), "first byte": lambda path: flip(path, 0),
+    "a byte in the middle": lambda path: flip(path, 0.6), "last byte": lambda path: flip(path, 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", ["table-embedding-*", "table-softmax-*", "dense.h5", "sentences.h5"])
+def test_damage_is_told_in_one_line(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path, pattern: str, damage: str
+) -> None:
+    path = save(tmp_path, parameters, cursor)
+    checkpoint.verified(path, solo())
+    (file,) = path.glob(pattern)
+    DAMAGES[damage](file)
+    with pytest.raises(CheckpointError, match="use another checkpoint") as caught:
+        checkpoint.verified(path, solo())
+    assert str(file) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def rewrite(file: Path, change: Callable[[h5py.File], object]) -> None:
+    """Change a file, and the checksums that vouch for it."""
+    with h5py.File(file, "r+") as opened:
+        change(opened)
+    data, manifest = file.read_bytes(), json.loads((file.parent / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    manifest["files"][file.name] = {"bytes": len(data), "pieces": [[len(data), hashlib.sha256(data).hexdigest()]]}
+    (file.parent / "manifest.json").write_bytes(encode(manifest))
+
+
+def fewer_rows(file: h5py.File) -> None:
+    for name in ("rows", "values"):
+        values = file[name][:-1]
+        del file[name]
+        file[name] = values
+
+
+LIES: dict[str, tuple[str, Callable[[h5py.File], object], str]] = {
+    "fewer rows": ("table-softmax-*", fewer_rows, "42 rows of the table softmax, expected 43"),
+    "another row": ("table-softmax-*", lambda file: file["rows"].write_direct(np.arange(9, 52)), "outside 0 to 42"),
+    "no values": ("table-embedding-*", lambda file: file.pop("values"), "cannot read"),
+    "no weights": ("dense.h5", lambda file: file.pop("parameters"), "cannot read"),
+    "no sentences": ("sentences.h5", lambda file: file.pop("left"), "cannot read"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_file_that_lies(parameters: Parameters, cursor: Cursor, tmp_path: Path, name: str) -> None:
+    """Its checksums are right."""
+    pattern, change, says = LIES[name]
+    path = save(tmp_path, parameters, cursor)
+    (file,) = path.glob(pattern)
+    rewrite(file, change)
+    manifest = checkpoint.verified(path, solo())
+    with pytest.raises(CheckpointError, match=says) as caught:
+        checkpoint.read_cursor(path, manifest, 203, solo())
+        checkpoint.restore(path, manifest, parameters, solo())
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_manifest_vouches_for_itself(parameters: Parameters, cursor: Cursor, tmp_path: Path) -> None:

@@ -6,15 +6,27 @@ it, at step 8, with what the two had left of the epoch as its share.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 import lapse_elmo
+from lapse_elmo.batches import WorkerPart
+from lapse_elmo.checkpoint.manifest import encode, rank_file
 from tests.training.conftest import Drive
-from tests.training.corpora import TINY, Prepared, checkpoints, records, saved_arrays, train_alone
+from tests.training.corpora import (
+    TINY,
+    Prepared,
+    checkpoints,
+    records,
+    saved_arrays,
+    train_alone,
+)
 from tests.training.test_resume import Recorded
 
 SAVED = Path(__file__).with_name("version_2")
@@ -67,3 +79,44 @@ def test_a_run_of_version_2_resumes_on_ranks(small: Prepared, drive: Drive, run_
     assert epoch["train/epoch_tokens"] == sum(len(sentence.split()) for sentence in small.train)
     if (run_dir.name, num_ranks) != ("two", 2):
         assert epoch["step"] == step + -(-ranks_left // 8)
+
+
+def as_version_2(path: Path) -> None:
+    """Rewrite a checkpoint of one node as lapse-elmo 0.1.0 would have written it."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    size, arrays = manifest["world_size"], saved_arrays(path)
+    with h5py.File(path / "sentences.h5", "r") as file:
+        epoch, left = (np.flatnonzero(np.unpackbits(file[name][:])) for name in ("epoch", "left"))
+    for rank in range(size):
+        with h5py.File(path / rank_file(rank, size), "w") as file:
+            for name in ("embedding", "softmax"):
+                rows = np.arange(len(arrays[name]))[rank::size]
+                file[f"tables/{name}/rows"], file[f"tables/{name}/values"] = rows, arrays[name][rows]
+            part = WorkerPart.of(epoch.size, rank, size)
+            own = epoch[part.first : part.end]
+            for name, numbers in (("part", own), ("left", np.intersect1d(own, left))):
+                bits = np.zeros(numbers[-1] - own[0] + 1, bool)
+                bits[numbers - own[0]] = True
+                file[f"sentences/{name}"] = np.packbits(bits)
+                file[f"sentences/{name}"].attrs["first"] = own[0]
+    for name in ("sentences.h5", *(name for name in manifest["files"] if name.startswith("table-"))):
+        (path / name).unlink()
+    files = {file.name: file.read_bytes() for file in path.glob("*.h5")}
+    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    del manifest["sha256"], manifest["num_nodes"]
+    (path / "manifest.json").write_bytes(encode({**manifest, "version": 2, "files": entries}))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_version_2_resumes_to_the_bit(small: Prepared, drive: Drive, tmp_path: Path, num_ranks: int) -> None:
+    """The run goes on with the batches that it would have had; ``two`` above cannot tell, since processors differ."""
+    options = [*small.options, *OPTIONS, "--save-every-steps", "5"]
+    whole, run_dir = ([*options, "--run-dir", str(tmp_path / name)] for name in ("whole", "run"))
+    drive(num_ranks, [("train", whole), ("train", [*run_dir, "--max-steps", "5"])])
+    as_version_2(checkpoints(tmp_path / "run")[-1])
+    (results,) = drive(num_ranks, [("train", run_dir)])
+    assert [result["error"] for result in results] == [None] * num_ranks
+    ends = [saved_arrays(checkpoints(tmp_path / name)[-1]) for name in ("whole", "run")]
+    assert ends[0].keys() == ends[1].keys() and len(ends[0]) > 10
+    for name, values in ends[0].items():
+        np.testing.assert_array_equal(values, ends[1][name], err_msg=name)
