@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -51,35 +52,41 @@ def divide(sizes: Sequence[int], num_parts: int) -> list[list[tuple[int, int, in
     """Divide files among ``num_parts`` readers such that none opens more of them than it must.
 
     With at least as many readers as files each reader opens one; a file has readers in proportion to its size. With
-    fewer, each has whole files.
+    fewer, each has as many bytes as any other, in files that follow each other.
 
     Args:
         sizes: Bytes of the files.
         num_parts: The number of readers.
 
     Returns:
-        For each reader (file, i, k) for each file of its share, which is the i-th of k equal parts of it.
+        For each reader (file, start, end) for each file of its share, which is the bytes [start, end) of it.
     """
-    count = len(sizes)
-    if num_parts < count:
-        bounds = [count * part // num_parts for part in range(num_parts + 1)]
-        return [[(file, 0, 1) for file in range(first, end)] for first, end in pairwise(bounds)]
-    sizes = sizes if any(sizes) else [1] * count
+    count, total = len(sizes), sum(sizes)
+    ends = list(accumulate(sizes, initial=0))
+    if num_parts < count or not total:
+        shares = []
+        for first, end in pairwise([total * part // num_parts for part in range(num_parts + 1)]):
+            files = range(bisect_right(ends, first) - 1, bisect_left(ends, end))
+            shares.append([(n, max(first - ends[n], 0), min(end - ends[n], sizes[n])) for n in files if sizes[n]])
+        return shares
     # Each file has one reader, and its part of the others.
-    befores, total = accumulate(sizes, initial=0), sum(sizes)
-    bounds = [file + (num_parts - count) * before // total for file, before in enumerate(befores)]
-    return [[(file, i, end - first)] for file, (first, end) in enumerate(pairwise(bounds)) for i in range(end - first)]
+    readers = pairwise([file + (num_parts - count) * before // total for file, before in enumerate(ends)])
+    return [
+        [(file, sizes[file] * i // (end - first), sizes[file] * (i + 1) // (end - first))]
+        for file, (first, end) in enumerate(readers) for i in range(end - first)
+    ]
 
 
 def shares_of_pieces(manifest: Manifest, num_parts: int) -> list[list[Piece]]:
-    """Return each reader's share of the pieces of all files."""
+    """Return each reader's share of the pieces of all files: those that begin in its bytes."""
     names = sorted(manifest["files"])
     pieces = [pieces_of(manifest, name) for name in names]
+    starts = [[piece.start for piece in found] for found in pieces]
     return [
         [
             piece
-            for file, i, k in share
-            for piece in pieces[file][len(pieces[file]) * i // k : len(pieces[file]) * (i + 1) // k]
+            for file, start, end in share
+            for piece in pieces[file][bisect_left(starts[file], start) : bisect_left(starts[file], end)]
         ]
         for share in divide([manifest["files"][name]["bytes"] for name in names], num_parts)
     ]

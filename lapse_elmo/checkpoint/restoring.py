@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,22 +50,22 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
 def _restore_rows(path: Path, manifest: Manifest, parameters: Parameters, world: World) -> np.ndarray:
     """Set this rank's share of the rows; return how many there were of each table, (tables,) int64."""
     counts = np.zeros(len(parameters.tables), np.int64)
-    for name, groups, part, num_parts in rows_to_read(manifest, parameters.tables, world.rank, world.size):
+    for name, groups, start, end in rows_to_read(manifest, parameters.tables, world.rank, world.size):
         with h5py.File(path / name, "r") as file:
             for number, table in enumerate(parameters.tables):
                 if table.segment.name in groups:
                     group = file[groups[table.segment.name]]
-                    counts[number] += _restore_part(group, table, part, num_parts, world)
+                    counts[number] += _restore_part(group, table, start, end, world)
     return counts
 
 
 def rows_to_read(
     manifest: Manifest, tables: list[RowTable], part: int, num_parts: int
-) -> list[tuple[str, dict[str, str], int, int]]:
+) -> list[tuple[str, dict[str, str], Fraction, Fraction]]:
     """Return the files that one of ``num_parts`` readers is to read.
 
     Returns:
-        (file, groups, i, k) for each file: the i-th of k parts of the rows in its HDF5 ``groups``, given by table.
+        (file, groups, start, end) for each file: which part of the rows in its HDF5 ``groups``, given by table.
     """
     files: dict[str, dict[str, str]] = {}
     for table in tables:
@@ -74,22 +75,25 @@ def rows_to_read(
     missing = [name for name in names if name not in manifest["files"]]
     if missing:
         raise CheckpointError(f"the checkpoint has no file {missing[0]}; use another checkpoint")
-    shares = divide([manifest["files"][name]["bytes"] for name in names], num_parts)
-    return [(names[file], files[names[file]], i, k) for file, i, k in shares[part]]
+    sizes = [manifest["files"][name]["bytes"] for name in names]
+    return [
+        (names[file], files[names[file]], Fraction(start, sizes[file]), Fraction(end, sizes[file]))
+        for file, start, end in divide(sizes, num_parts)[part]
+    ]
 
 
-def _restore_part(group: h5py.Group, table: RowTable, part: int, num_parts: int, world: World) -> int:
-    """Set the ``part``-th of ``num_parts`` parts of a file's rows; return their number."""
+def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Fraction, world: World) -> int:
+    """Set a file's rows from the part ``start`` to the part ``end`` of them; return their number."""
     total = len(group["rows"])
-    first, end = total * part // num_parts, total * (part + 1) // num_parts
-    for start in range(first, end, _CHUNK_ROWS):
-        stop = min(start + _CHUNK_ROWS, end)
-        rows, values = group["rows"][start:stop], group["values"][start:stop]
+    first, last = int(total * start), int(total * end)  # where a reader ends, the next one begins
+    for place in range(first, last, _CHUNK_ROWS):
+        stop = min(place + _CHUNK_ROWS, last)
+        rows, values = group["rows"][place:stop], group["values"][place:stop]
         if rows.min() < 0 or rows.max() >= table.segment.num_rows:
             raise ValueError(f"table {table.segment.name} has rows outside 0 to {table.segment.num_rows - 1}")
         table.server.set(table.segment.keys(rows), table.restored(values))
         world.progress.work_done()
-    return end - first
+    return last - first
 
 
 @torch.no_grad()

@@ -209,8 +209,10 @@ class Saver:
     def _write(self) -> None:
         assert self._final is not None
         folder, tables, pieces = partial_of(self._final), self._snapshot.tables, []
-        for name, layout in self._layouts.items():
-            path = self._table_file(name)
+        names = list(self._layouts)
+        turn = self._world.local_rank % len(names)  # a file system may let one rank at a time write to a file
+        for name in names[turn:] + names[:turn]:
+            path, layout = self._table_file(name), self._layouts[name]
             pieces += write_table_share(path, tables.pop(name), layout, self._is_cancelled)  # and free the share
             pieces += read_gaps(path, layout) if self._world.local_rank == 0 else []
         for name, arrays in ((DENSE, self._snapshot.dense), (SENTENCES, self._snapshot.sentences)):
