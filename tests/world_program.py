@@ -62,6 +62,20 @@ class Checks:
         assert got == "x" * 5000 * self.rank
         assert called == [0] * (self.rank == 0)
 
+    def merge(self) -> None:
+        """Every rank's part arrives once, in at most log2(size) rounds on a rank."""
+        mine, added, parts = {self.rank}, [], []
+        self.world.merge(lambda: parts.append(len(mine)) or (mine, "x" * 5000), lambda part: added.append(part))  # type: ignore[func-returns-value]
+        assert len(parts) == (self.rank > 0)
+        for number, (theirs, text) in enumerate(added):
+            assert theirs == {self.rank + 2**number} and len(text) == 5000
+        assert 2 ** len(added) < 2 * self.size
+
+    def merge_adds_up(self) -> None:
+        mine = [self.rank]
+        self.world.merge(lambda: mine, mine.extend)
+        assert self.rank or sorted(mine) == list(range(self.size))
+
     def deal_an_error(self) -> None:
         def refuse() -> list[int]:
             raise CorpusError("the file is gone")

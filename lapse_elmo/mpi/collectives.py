@@ -25,6 +25,7 @@ T = TypeVar("T")
 _SPIN_S = 0.002  # a rank with a core of its own spins this long before it starts to sleep
 _LONGEST_SLEEP_S = 0.001
 _MESSAGE_BYTES = 1 << 28  # of a large array at a time: MPI counts in 32 bits
+_MERGE = 33  # the tag of messages of merge(); handover.py has 31 and 32
 
 
 class Collectives:
@@ -120,6 +121,37 @@ class Collectives:
         buffer = bytearray(int(length[0]))
         self.wait(self.comm.Iscatterv(sent, buffer, 0))
         return pickle.loads(buffer)
+
+    def merge(self, part: Callable[[], T], add: Callable[[T], object]) -> None:
+        """Unite what all ranks have on rank 0, pair by pair in a tree of log2(size) rounds.
+
+        Args:
+            part: Returns what this rank has, with all that was added to it. Called once, but not on rank 0.
+            add: Adds another rank's part to what this rank has.
+        """
+        distance = 1
+        while distance < self.size:
+            if self.rank % (2 * distance):
+                self._send(pickle.dumps(part()), self.rank - distance)
+                return
+            if self.rank + distance < self.size:
+                add(pickle.loads(self._receive(self.rank + distance)))
+            distance *= 2
+
+    def _send(self, data: bytes, rank: int) -> None:
+        assert self.comm is not None
+        self.wait(self.comm.Isend(np.array([len(data)], np.int64), rank, _MERGE))
+        for start in range(0, len(data), _MESSAGE_BYTES):
+            self.wait(self.comm.Isend(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _MERGE))
+
+    def _receive(self, rank: int) -> bytearray:
+        assert self.comm is not None
+        length = np.empty(1, np.int64)
+        self.wait(self.comm.Irecv(length, rank, _MERGE))
+        data = bytearray(int(length[0]))
+        for start in range(0, len(data), _MESSAGE_BYTES):
+            self.wait(self.comm.Irecv(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _MERGE))
+        return data
 
     def allgather(self, obj: T) -> list[T]:
         """Return every rank's ``obj``, ordered by rank, on every rank."""
