@@ -12,6 +12,7 @@ import numpy as np
 from lapse_elmo.checkpoint import (
     FOLDER,
     MANIFEST,
+    Manifest,
     SavedTable,
     check_files,
     config_of,
@@ -58,19 +59,22 @@ def open_stored(
     )
 
 
-def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False) -> StoredModel:
+def open_checkpoint(
+    folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False, manifest: Manifest | None = None
+) -> StoredModel:
     """Open the newest checkpoint of a run, or a single checkpoint.
 
     Args:
         folder: The folder of the run or of the checkpoint.
         vocab: The vocabulary file, if it has been moved.
         verify: Whether to check the checksums first, which reads the whole checkpoint.
+        manifest: The manifest, if it has been read.
 
     Raises:
         CheckpointError: If there is no checkpoint, it is damaged, or the vocabulary is another one.
     """
     path = find(folder)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path) if manifest is None else manifest
     if verify:
         check_files(path, manifest)
     config = config_of(manifest, path)
@@ -110,6 +114,6 @@ def open_together(
     folder = Path(path)
     if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
         checkpoint = world.agree(lambda: find(folder))
-        verified(checkpoint, world)
-        folder = checkpoint  # the verified one, even if the run has saved a newer one since
+        manifest = verified(checkpoint, world)
+        return world.together(lambda: open_checkpoint(checkpoint, vocab, manifest=manifest))
     return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))
