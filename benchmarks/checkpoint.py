@@ -59,8 +59,8 @@ def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
     parameters = Parameters(config, num_classes, world, torch.device("cpu"))
     parameters.initialise()
     entries = {
-        "vocabulary_sha256": "", "num_classes": num_classes, "config": as_tables(config), "corpus": {}, "results": {},
-        "state": {},
+        "vocabulary_sha256": "", "num_classes": num_classes, "config": as_tables(config), "results": {},
+        "corpus": {"training": "", "held-out": ""}, "state": {},
     }
     times: dict[str, list[float]] = {}
 
@@ -103,8 +103,7 @@ def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
 
 def restore(path: Path, parameters: Parameters, world: World) -> None:
     """Verify and restore a checkpoint (collective)."""
-    manifest = checkpoint.read_manifest(path)
-    checkpoint.check_files(path, manifest, world.rank, world.size)
+    manifest = checkpoint.verified(path, world)
     world.barrier()
     checkpoint.restore(path, manifest, parameters, world)
 

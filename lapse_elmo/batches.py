@@ -127,6 +127,25 @@ class WorkerPart:
 
 
 @dataclass(frozen=True)
+class EpochShare:
+    """A rank's share of some sentences of an epoch, which ascend from rank to rank.
+
+    Attributes:
+        num_all: Sentences of all ranks.
+        first: How many of them are of the ranks before this one.
+        numbers: (n,) int64, those of this rank, ascending.
+    """
+
+    num_all: int
+    first: int
+    numbers: np.ndarray
+
+    def of(self, part: WorkerPart) -> np.ndarray:
+        """Return the sentences of a worker of this rank, given its range of all of them."""
+        return self.numbers[part.first - self.first : part.end - self.first]
+
+
+@dataclass(frozen=True)
 class Pool:
     """A pool of an epoch: consecutive sentences in the worker's order of the epoch, cut into batches.
 
@@ -156,8 +175,8 @@ class BatchStream:
         seed: The seed of the run.
         max_length: Longer sentences are cut to this many tokens.
         boundaries: Whether to put <S> and </S> around each sentence.
-        rest: When resuming an epoch that another number of workers has begun: the sentences (ascending) of all workers
-            that are left of it. None for whole epochs.
+        rest: When resuming an epoch that another number of workers has begun: what is left of it, of which the worker's
+            rank has a share. None for whole epochs.
     """
 
     def __init__(
@@ -169,7 +188,7 @@ class BatchStream:
         seed: int,
         max_length: int,
         boundaries: bool,
-        rest: np.ndarray | None = None,
+        rest: EpochShare | None = None,
     ) -> None:
         self.shards = shards
         self.worker = worker
@@ -178,10 +197,10 @@ class BatchStream:
         self.seed = seed
         self.max_length = max_length
         self.boundaries = boundaries
-        self.num_all = shards.num_sentences if rest is None else rest.size  # sentences of all workers
+        self.num_all = shards.num_sentences if rest is None else rest.num_all  # sentences of all workers
         self.part = WorkerPart.of(self.num_all, worker, num_workers)
         self.longest = -(-self.num_all // num_workers)  # sentences of the largest part
-        self._rest = None if rest is None else rest[self.part.first : self.part.end]
+        self._rest = None if rest is None else rest.of(self.part)
         self._pools: tuple[int, list[Pool]] = (-1, [])  # those of the epoch requested last
 
     def pools(self, epoch: int) -> list[Pool]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapse_elmo.batches import Batch, BatchStream, WorkerPart
+from lapse_elmo.batches import Batch, BatchStream, EpochShare, WorkerPart
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.growth import BatchGrowth
@@ -29,18 +29,20 @@ class Position:
 
 @dataclass(frozen=True)
 class SavedCursor:
-    """The position of a saved run, and its sentences if it was saved within an epoch.
+    """The position of a saved run and, if it was saved within an epoch, what a rank needs to resume there.
 
     Attributes:
         position: Where the run was.
-        parts: For each rank of the run that saved it, the sentences (ascending) of its share of the epoch, or of what
-            was left of the epoch when that run was itself resumed. Empty between epochs.
-        left: Likewise, those of them that were not trained yet.
+        own: If the run was saved by as many ranks as resume it: this rank's sentences of the epoch, or of what was left
+            of the epoch when that run was itself resumed.
+        own_left: Those of ``own`` that were not trained yet, ascending.
+        rest: All sentences that were not trained yet, shared out among the ranks that resume. None between epochs.
     """
 
     position: Position
-    parts: list[np.ndarray]
-    left: list[np.ndarray]
+    own: EpochShare | None = None
+    own_left: np.ndarray | None = None
+    rest: EpochShare | None = None
 
 
 class Cursor:
@@ -71,8 +73,8 @@ class Cursor:
         position = saved.position if saved else Position()
         self.step, self.epoch, self.step_in_epoch = position.step, position.epoch, position.step_in_epoch
         self._enter_whole()
-        if saved is not None and saved.parts:
-            self._enter_epoch(saved, world)
+        if saved is not None and saved.rest is not None:
+            self._enter_epoch(saved, saved.rest, world)
 
     @property
     def position(self) -> Position:
@@ -173,35 +175,33 @@ class Cursor:
         self._own: np.ndarray | None = None  # this rank's sentences; None if they are ``part``, a range
         self._left = np.ones(self.part.end - self.part.first, bool)
 
-    def _enter_epoch(self, saved: SavedCursor, world: World) -> None:
-        """Resume within the epoch that ``saved`` was in (collective)."""
-        config, shards = self._config, self._whole_streams[0].shards
-        if len(saved.parts) == world.size:
-            part, left = saved.parts[world.rank], saved.left[world.rank]
-            everyone = np.concatenate(saved.parts)
-            streams = batch_streams(config, world, shards, everyone if everyone.size < shards.num_sentences else None)
+    def _enter_epoch(self, saved: SavedCursor, rest: EpochShare, world: World) -> None:
+        """Resume within the epoch that ``saved`` was in, of which ``rest`` is left (collective)."""
+        config, shards, own, left = self._config, self._whole_streams[0].shards, saved.own, saved.own_left
+        self.exact = False
+        if own is not None and left is not None:
+            streams = batch_streams(config, world, shards, own if own.num_all < shards.num_sentences else None)
             # The saved run may have made its batches differently: with another batch size or seed, or by an older
             # version of this program. Exact resumption needs the same share and the same sentences trained.
             behind = [stream.sentences_before(self.epoch, self.step_in_epoch) for stream in streams]
             mine = np.concatenate([stream.sentences for stream in streams])
-            self.exact = np.array_equal(mine, part) and np.array_equal(
-                np.setdiff1d(part, np.concatenate(behind), assume_unique=True), left
+            self.exact = np.array_equal(mine, own.numbers) and np.array_equal(
+                np.setdiff1d(own.numbers, np.concatenate(behind), assume_unique=True), left
             )
-        else:
-            self.exact = False
         self.exact = all(world.allgather(self.exact))
         if self.exact:
-            self._streams, self._own = streams, part
-            self._left = np.isin(part, left, assume_unique=True)
+            assert own is not None and left is not None
+            self._streams, self._own = streams, own.numbers
+            self._left = np.isin(own.numbers, left, assume_unique=True)
             return
         self.step_in_epoch = 0
-        self._streams = batch_streams(config, world, shards, np.sort(np.concatenate(saved.left)))
+        self._streams = batch_streams(config, world, shards, rest)
         self._own = self._own_sentences()
         self._left = np.ones(self._own.size, bool)
 
 
 def batch_streams(
-    config: Config, world: World, shards: ShardSet, rest: np.ndarray | None = None
+    config: Config, world: World, shards: ShardSet, rest: EpochShare | None = None
 ) -> list[BatchStream]:
     """Return this rank's training batches, one stream per part; ``rest`` is as in :class:`BatchStream`."""
     training, data = config.training, config.data

@@ -65,7 +65,7 @@ class Estimate:
             dense parameters with their accumulators, if a node's ranks share them.
         dense: Dense gradients of this rank, and the parameters with their accumulators if it has copies of its own.
         activations: Activations of a long batch, with the rows it pulls.
-        copy: The copy that a checkpoint is written from.
+        copy: The copy that a checkpoint is written from, until it is written.
         libraries: What the process had allocated before.
     """
 

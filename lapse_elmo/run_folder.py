@@ -46,7 +46,7 @@ class ResumePoint:
     Attributes:
         path: The checkpoint.
         manifest: Its manifest.
-        cursor: Its position in the corpus.
+        cursor: This rank's position in the corpus.
         notes: Lines for the log.
     """
 
@@ -146,7 +146,7 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
     else:
         path = world.agree(lambda: checkpoint.find(Path(run.resume)))
         world.agree(lambda: _refuse_later(path, run_dir, run.overwrite))
-        chosen = path, _verified(path, world)
+        chosen = path, checkpoint.verified(path, world)
     if chosen is None:
         return ResumePoint()
     path, manifest = chosen
@@ -155,24 +155,18 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
     if any(option.startswith("--row-accumulators") for option in changed):
         how = "their row's mean" if config.optimizer.row_accumulators == "row" else "copies of their row's"
         notes.append(f"the checkpoint's accumulators are converted: they become {how}")
-    return ResumePoint(path, manifest, world.together(lambda: checkpoint.read_cursor(path, manifest)), tuple(notes))
+    cursor = checkpoint.read_cursor(path, manifest, data.train.num_sentences, world)
+    return ResumePoint(path, manifest, cursor, tuple(notes))
 
 
 def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Path, Manifest] | None:
     """Return the first of ``found`` that is whole, if any; append a line to ``notes`` for each one that is not."""
     for path in found:
         try:
-            return path, _verified(path, world)
+            return path, checkpoint.verified(path, world)
         except CheckpointError as error:
             notes.append(f"skipped {path.name}: {error}")
     return None
-
-
-def _verified(path: Path, world: World) -> Manifest:
-    """Return the manifest of a checkpoint after checking its files, which the ranks share (collective)."""
-    manifest = world.agree(lambda: checkpoint.read_manifest(path))
-    world.together(lambda: checkpoint.check_files(path, manifest, world.rank, world.size))
-    return manifest
 
 
 def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:

@@ -1,8 +1,8 @@
 """``vocab``: count the words of text and write the frequent ones, most frequent first.
 
 Words of equal count are ordered by code point (which is also the order of the UTF-8 bytes), so a corpus gives the same
-file for any number of ranks and any order of its files. Each rank counts its own chunks; rank 0 adds up the counts, one
-rank at a time.
+file for any number of ranks and any order of its files. Each rank counts its own chunks; the counts are added up pair
+by pair in a tree, whose root is rank 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
         with progress_bar(world, sum(chunk.size for chunk in mine), "B", "counting") as progress:
             with_words = set().union(*staging.phase(lambda: _count(mine, counter, progress.update, staging.check)))
         world.agree(lambda: _check_words(chunks, with_words))
-        counter = _add_up(counter, world)
+        world.merge(counter.frequent, counter.add)  # from here on, rank 0 has the counts of all ranks
 
         def save() -> str:
             return _save(counter, options, staging.directory / "vocabulary") if world.rank == 0 else ""
@@ -67,16 +67,6 @@ def _check_words(chunks: Sequence[TextChunk], with_words: set[str]) -> None:
     for chunk in chunks:
         if chunk.path not in with_words:
             raise CorpusError(f"text {chunk.path} has no words; expected one sentence per line")
-
-
-def _add_up(counter: WordCounter, world: World) -> WordCounter:
-    """Add up the counts of all ranks on rank 0 (collective); the result is empty on other ranks."""
-    total = counter if world.rank == 0 else new_word_counter()
-    for root in range(1, world.size):
-        words = world.bcast(counter.frequent() if world.rank == root else None, root)
-        if world.rank == 0 and words is not None:
-            total.add(words)
-    return total
 
 
 def _save(counter: WordCounter, options: VocabOptions, path: Path) -> str:

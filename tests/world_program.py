@@ -48,6 +48,45 @@ class Checks:
     def bcast_none(self) -> None:
         assert self.world.bcast(None) is None
 
+    def bcast_array(self) -> None:
+        array = np.arange(6.0).reshape(2, 3) + 10 * self.rank
+        self.world.bcast_array(array)
+        np.testing.assert_array_equal(array, np.arange(6.0).reshape(2, 3))
+        scalar = np.array(1.5 + self.rank)
+        self.world.bcast_array(scalar)
+        assert scalar == 1.5
+
+    def deal(self) -> None:
+        called = []
+        got = self.world.deal(lambda: called.append(0) or ["x" * 5000 * r for r in range(self.size)])  # type: ignore[func-returns-value]
+        assert got == "x" * 5000 * self.rank
+        assert called == [0] * (self.rank == 0)
+
+    def merge(self) -> None:
+        """Every rank's part arrives once, in at most log2(size) rounds on a rank."""
+        mine, added, parts = {self.rank}, [], []
+        self.world.merge(lambda: parts.append(len(mine)) or (mine, "x" * 5000), lambda part: added.append(part))  # type: ignore[func-returns-value]
+        assert len(parts) == (self.rank > 0)
+        for number, (theirs, text) in enumerate(added):
+            assert theirs == {self.rank + 2**number} and len(text) == 5000
+        assert 2 ** len(added) < 2 * self.size
+
+    def merge_adds_up(self) -> None:
+        mine = [self.rank]
+        self.world.merge(lambda: mine, mine.extend)
+        assert self.rank or sorted(mine) == list(range(self.size))
+
+    def deal_an_error(self) -> None:
+        def refuse() -> list[int]:
+            raise CorpusError("the file is gone")
+
+        error = _caught(lambda: self.world.deal(refuse))
+        assert type(error) is CorpusError and str(error) == "the file is gone" and error.everywhere
+
+    def node_gather_numbers(self) -> None:
+        got = self.world.node_gather_numbers(np.array([self.rank, 7]))
+        np.testing.assert_array_equal(got, [[r, 7] for r in range(self.size)])  # all ranks are one node
+
     def allgather(self) -> None:
         got = self.world.allgather((self.rank, "x" * 5000 * self.rank))
         assert got == [(r, "x" * 5000 * r) for r in range(self.size)]

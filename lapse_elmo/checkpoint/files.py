@@ -1,217 +1,148 @@
-"""Copy a rank's share of the state, write it to a checkpoint while training continues, and restore it."""
+"""Write the files of a checkpoint; those with a node's rows are written by all ranks of the node at the same time.
+
+One rank lays out a file with HDF5, which only assigns the offset of each array: HDF5 would block other threads while it
+writes. Then every rank writes its part of the arrays to these offsets. The space is not allocated before: where a file
+system cannot do that, the C library would write to every page of it. A full disk is noticed by the rank that meets it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import h5py
 import numpy as np
-import torch
 
-from lapse_elmo.checkpoint.manifest import DENSE, Manifest, rank_file, sha256_of
-from lapse_elmo.corpus.files import H5_ERRORS, DeferredErrorFile
-from lapse_elmo.cursor import Position, SavedCursor
-from lapse_elmo.errors import CheckpointError
-from lapse_elmo.mpi.world import World
-from lapse_elmo.parameters import Parameters
-from lapse_elmo.tables import RowTable
+from lapse_elmo.checkpoint.checksums import Piece
+from lapse_elmo.checkpoint.snapshot import TableShare
+from lapse_elmo.corpus.files import DeferredErrorFile
 
-_CHUNK_ROWS = 16384  # rows per pull or read
 _BLOCK_BYTES = 1 << 22  # bytes per write, after which a cancelled save stops
+_PIECE_BYTES = 1 << 26  # bytes that have a checksum; at a resume a piece is verified by one rank
+
+ArrayKind: TypeAlias = "tuple[tuple[int, ...], np.dtype]"
 
 
-@dataclass
-class Snapshot:
-    """A copy of a rank's share of the state, taken while no rank trains. The next snapshot reuses its memory.
+@dataclass(frozen=True)
+class Layout:
+    """Where the arrays of an HDF5 file are.
 
     Attributes:
-        tables: For each table the row numbers (n,) and the rows (n, width).
-        dense: On rank 0, arrays by their name in ``dense.h5``.
-        sentences: In mid-epoch, this worker's sentences and those of them still to be trained.
+        offsets: The offset of each array that is not empty, in bytes, by name.
+        gaps: The parts (start, end) of the file outside of these arrays, which HDF5 has written.
     """
 
-    tables: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    dense: dict[str, np.ndarray] = field(default_factory=dict)
-    sentences: tuple[np.ndarray, np.ndarray] | None = None
-
-    def take(self, parameters: Parameters, sentences: tuple[np.ndarray, np.ndarray] | None, world: World) -> None:
-        """Copy this rank's share (collective). On return, all ranks have copied theirs."""
-        parameters.sync_parameters()
-        owned = {table.segment.name: parameters.server.owned_rows(table.segment.name) for table in parameters.tables}
-        for table in parameters.tables:
-            segment = table.segment
-            rows = owned[segment.name]
-            old = self.tables.get(segment.name)
-            shape = rows.size, segment.row_width
-            values = old[1] if old and len(old[1]) == rows.size else np.empty(shape, np.float32)
-            for start in range(0, rows.size, _CHUNK_ROWS):
-                end = start + _CHUNK_ROWS
-                table.server.pull_rows(segment.keys(rows[start:end]), values[start:end])
-                world.progress.work_done()
-            self.tables[segment.name] = rows, values
-        self.dense = _copy_dense(parameters) if world.rank == 0 else {}
-        self.sentences = sentences
-        parameters.server.barrier()
+    offsets: dict[str, int]
+    gaps: list[tuple[int, int]]
 
 
-def write_rank_file(path: Path, snapshot: Snapshot, cancelled: Callable[[], bool]) -> dict[str, Any]:
-    """Write a rank's share of the tables and sentences.
+def lay_out(path: Path, arrays: dict[str, ArrayKind]) -> Layout:
+    """Create an HDF5 file with room for ``arrays``, given as (shape, type). It is not flushed to the disk.
+
+    Raises:
+        OSError: The file cannot be written, as does RuntimeError.
+    """
+    offsets = {}
+    with DeferredErrorFile(path) as output:
+        with h5py.File(output, "w") as file:
+            for name, (shape, dtype) in arrays.items():
+                if 0 in shape:
+                    file.create_dataset(name, shape, dtype)
+                else:
+                    offsets[name] = _create_contiguous(file, name, shape, dtype).id.get_offset()
+        output.check()
+        size = os.fstat(output.fileno()).st_size
+    taken = sorted((offset, offset + _bytes_of(*arrays[name])) for name, offset in offsets.items())
+    ends, starts = [0, *(end for _, end in taken)], [*(start for start, _ in taken), size]
+    return Layout(offsets, [(end, start) for end, start in zip(ends, starts, strict=True) if end < start])
+
+
+def table_arrays(num_rows: int, width: int) -> dict[str, ArrayKind]:
+    """Return the arrays of a file with ``num_rows`` rows of a table."""
+    return {"rows": ((num_rows,), np.dtype(np.int64)), "values": ((num_rows, width), np.dtype(np.float32))}
+
+
+def write_table_share(path: Path, share: TableShare, layout: Layout, cancelled: Callable[[], bool]) -> list[Piece]:
+    """Write a rank's share into the file of its node; see :func:`write_parts`."""
+    parts = [
+        (layout.offsets[name] + share.first * array[0].nbytes, array)
+        for name, array in (("rows", share.rows), ("values", share.values)) if array.size
+    ]
+    return write_parts(path, parts, cancelled)
+
+
+def write_file(path: Path, arrays: dict[str, np.ndarray], cancelled: Callable[[], bool]) -> list[Piece]:
+    """Write a whole file of ``arrays``; see :func:`write_parts`."""
+    layout = lay_out(path, {name: (array.shape, array.dtype) for name, array in arrays.items()})
+    written = write_parts(path, [(offset, arrays[name]) for name, offset in layout.offsets.items()], cancelled)
+    return [*read_gaps(path, layout), *written]
+
+
+def write_parts(
+    path: Path, parts: Sequence[tuple[int, np.ndarray]], cancelled: Callable[[], bool]
+) -> list[Piece]:
+    """Write arrays to their offsets in a file, and flush the file to the disk.
 
     Args:
-        path: The file to write.
-        snapshot: What to write.
+        path: The file, which has been laid out.
+        parts: Offsets and arrays.
         cancelled: Called before each block; writing stops once it returns true.
 
     Returns:
-        The file's size ``bytes`` and checksum ``sha256``; empty if the save was cancelled.
+        What was written, with checksums.
 
     Raises:
         OSError: The file cannot be written.
     """
-    arrays: dict[str, np.ndarray] = {}
-    for name, (rows, values) in snapshot.tables.items():
-        arrays |= {f"tables/{name}/rows": rows, f"tables/{name}/values": values}
-    firsts = {}
-    if snapshot.sentences is not None:
-        part, left = snapshot.sentences
-        first = int(part[0]) if part.size else 0
-        for name, numbers in (("part", part), ("left", left)):
-            arrays[f"sentences/{name}"] = _pack_bits(numbers - first)
-            firsts[f"sentences/{name}"] = first
-    return _write(path, arrays, firsts, cancelled)
-
-
-def write_dense_file(path: Path, snapshot: Snapshot, cancelled: Callable[[], bool]) -> dict[str, Any]:
-    """Write the dense parameters; see :func:`write_rank_file`."""
-    return _write(path, snapshot.dense, {}, cancelled)
-
-
-def _write(
-    path: Path, arrays: dict[str, np.ndarray], firsts: dict[str, int], cancelled: Callable[[], bool]
-) -> dict[str, Any]:
-    """Write an HDF5 file of ``arrays`` and flush it to the disk.
-
-    HDF5 only lays out the file: it would block other threads while it writes. The data is then written to
-    the offsets that it assigned.
-    """
-    with DeferredErrorFile(path) as output:
-        layout = []
-        with h5py.File(output, "w") as file:
-            for name, array in arrays.items():
-                if not array.size:
-                    file.create_dataset(name, array.shape, array.dtype)
-                    continue
-                dataset = _create_contiguous(file, name, array)
-                layout.append((dataset.id.get_offset(), array))
-            for name, first in firsts.items():
-                file[name].attrs["first"] = first
-        output.check()
-        for offset, array in layout:
+    pieces: list[Piece] = []
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        for first, array in parts:
             data = np.ascontiguousarray(array).data.cast("B")
-            for start in range(0, len(data), _BLOCK_BYTES):
-                if cancelled():
-                    return {}
-                _pwrite_all(output.fileno(), data[start : start + _BLOCK_BYTES], offset + start)
-        output.finish()
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for start in range(0, len(data), _PIECE_BYTES):
+                piece, digest = data[start : start + _PIECE_BYTES], hashlib.sha256()
+                for place in range(0, len(piece), _BLOCK_BYTES):
+                    if cancelled():
+                        return pieces
+                    block = piece[place : place + _BLOCK_BYTES]
+                    _pwrite_all(handle, block, first + start + place)
+                    digest.update(block)
+                pieces.append(Piece(path.name, first + start, len(piece), digest.hexdigest()))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return pieces
 
 
-def _create_contiguous(file: h5py.File, name: str, array: np.ndarray) -> h5py.Dataset:
-    """Create a contiguous dataset with space allocated in the file, but without data."""
+def read_gaps(path: Path, layout: Layout) -> list[Piece]:
+    """Return the pieces of a file that HDF5 has written, and flush the file to the disk.
+
+    Raises:
+        OSError: The file cannot be read or flushed.
+    """
+    with open(path, "rb", buffering=0) as file:
+        found = [(start, os.pread(file.fileno(), end - start, start)) for start, end in layout.gaps]
+        os.fsync(file.fileno())
+    return [Piece(path.name, start, len(data), hashlib.sha256(data).hexdigest()) for start, data in found]
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return int(np.prod(shape)) * dtype.itemsize
+
+
+def _create_contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
+    """Create a contiguous dataset with an offset in the file, but without data."""
     options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    return file.create_dataset(name, array.shape, array.dtype, dcpl=options)
+    return file.create_dataset(name, shape, dtype, dcpl=options)
 
 
 def _pwrite_all(handle: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written
-
-
-def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World) -> None:
-    """Restore tables, model and optimizer from a verified checkpoint of any number of ranks (collective).
-
-    Raises:
-        CheckpointError: The checkpoint cannot be read.
-    """
-
-    def read_rows() -> None:
-        for number, (table, group, first) in enumerate(_row_chunks(path, manifest, parameters)):
-            if number % world.size == world.rank:
-                rows, values = (group[name][first : first + _CHUNK_ROWS] for name in ("rows", "values"))
-                parameters.server.set(table.segment.keys(rows), table.restored(values))
-                world.progress.work_done()
-
-    def guarded(read: Callable[[], None]) -> None:
-        try:
-            read()
-        except H5_ERRORS as error:
-            raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
-
-    world.together(lambda: guarded(read_rows))
-    world.together(lambda: guarded(lambda: _read_dense(path / DENSE, parameters) if parameters.writes_dense else None))
-    parameters.sync_parameters()
-
-
-def read_cursor(path: Path, manifest: Manifest) -> SavedCursor:
-    """Read the position in the corpus from a verified checkpoint.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be read.
-    """
-    position = Position(*(int(manifest[name]) for name in ("step", "epoch", "step_in_epoch")))
-    parts: list[np.ndarray] = []
-    left: list[np.ndarray] = []
-    try:
-        for rank in range(manifest["world_size"]):
-            with h5py.File(path / rank_file(rank, manifest["world_size"]), "r") as file:
-                for name, found in (("part", parts), ("left", left)):
-                    if f"sentences/{name}" in file:
-                        dataset = file[f"sentences/{name}"]
-                        found.append(np.flatnonzero(np.unpackbits(dataset[:])) + int(dataset.attrs["first"]))
-    except H5_ERRORS as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
-    return SavedCursor(position, parts, left)
-
-
-def _row_chunks(path: Path, manifest: Manifest, parameters: Parameters) -> Iterator[tuple[RowTable, h5py.Group, int]]:
-    for rank in range(manifest["world_size"]):
-        with h5py.File(path / rank_file(rank, manifest["world_size"]), "r") as file:
-            for table in parameters.tables:
-                group = file[f"tables/{table.segment.name}"]
-                for first in range(0, len(group["rows"]), _CHUNK_ROWS):
-                    yield table, group, first
-
-
-def _pack_bits(numbers: np.ndarray) -> np.ndarray:
-    """Return a packed bit set of ``numbers``, which ascend and are at least 0."""
-    bits = np.zeros(int(numbers[-1]) + 1 if numbers.size else 0, bool)
-    bits[numbers] = True
-    return np.packbits(bits)
-
-
-def _copy_dense(parameters: Parameters) -> dict[str, np.ndarray]:
-    """Return copies of the dense parameters and their accumulators, by their name in ``dense.h5``."""
-    arrays, names = {}, []
-    for name, tensor in parameters.model.named_parameters():
-        arrays[f"parameters/{name}"] = tensor.detach().cpu().numpy().copy()
-        names.append(name)
-    for name, accumulator in zip(names, parameters.dense_optimizer.accumulators, strict=False):
-        arrays[f"accumulators/{name}"] = accumulator.cpu().numpy().copy()
-    return arrays
-
-
-@torch.no_grad()
-def _read_dense(path: Path, parameters: Parameters) -> None:
-    accumulators = parameters.dense_optimizer.accumulators
-    with h5py.File(path, "r") as file:
-        for number, (name, tensor) in enumerate(parameters.model.named_parameters()):
-            tensor.data.copy_(torch.from_numpy(file[f"parameters/{name}"][()]))
-            if accumulators:
-                accumulators[number].copy_(torch.from_numpy(file[f"accumulators/{name}"][()]))

@@ -1,4 +1,4 @@
-"""Read and verify the manifest of a checkpoint, which lists its content and checksums."""
+"""Read and check the manifest of a checkpoint, which lists its content, and the checksums of its files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lapse_elmo.inputs import MOST_JSON_BYTES, read_small
 
 Manifest: TypeAlias = "dict[str, Any]"
 
-FORMAT, VERSION = "lapse-elmo checkpoint", 2
+FORMAT, VERSION = "lapse-elmo checkpoint", 3
+BY_RANK = 2  # the version with a file per rank, which is still read
 MANIFEST = "manifest.json"
-DENSE = "dense.h5"
+DENSE, SENTENCES = "dense.h5", "sentences.h5"
 _MAX_SHOWN = 60  # characters of a wrong value in an error message
 _MAX_COUNT = 1 << 53  # for any count; exact in a float64
 _MAX_RANKS = 1 << 24
 #: Required entries: for numbers the smallest and the largest value, for others the type.
 _REQUIRED: dict[str, type | tuple[int, int]] = {
     "step": (0, _MAX_COUNT), "epoch": (0, _MAX_COUNT), "step_in_epoch": (0, _MAX_COUNT), "world_size": (1, _MAX_RANKS),
-    "vocabulary_sha256": str, "num_classes": (1, _MAX_COUNT), "config": dict, "corpus": dict, "results": dict,
-    "state": dict, "files": dict,
+    "num_nodes": (1, _MAX_RANKS), "vocabulary_sha256": str, "num_classes": (1, _MAX_COUNT), "config": dict,
+    "corpus": dict, "results": dict, "state": dict, "files": dict,
 }
-_BLOCK_BYTES = 1 << 22
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -46,10 +46,10 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"cannot read {path / MANIFEST}: {error}; use another checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST} is not the manifest of a {FORMAT}")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (BY_RANK, VERSION):
         raise CheckpointError(
-            f"{path} has format version {manifest.get('version')}, expected version {VERSION}; use the version of "
-            "lapse-elmo that wrote it"
+            f"{path} has format version {_short(manifest.get('version'))}, expected version {BY_RANK} or {VERSION}; "
+            "use the version of lapse-elmo that wrote it"
         )
     own = manifest.pop("sha256", None)
     wrong = _find_defect(manifest)
@@ -69,6 +69,8 @@ def read_manifest(path: Path) -> Manifest:
 def _find_defect(manifest: Manifest) -> str:
     """Return what is wrong with a manifest's entries, or ``""``."""
     for name, wanted in _REQUIRED.items():
+        if name == "num_nodes" and manifest["version"] == BY_RANK:
+            continue
         if name not in manifest:
             return f"it has no {name!r}"
         value = manifest[name]
@@ -92,18 +94,32 @@ def _find_defect(manifest: Manifest) -> str:
 
 
 def _find_defect_of_files(manifest: Manifest) -> str:
-    files, size = manifest["files"], manifest["world_size"]
+    by_rank = manifest["version"] == BY_RANK
+    files, count = manifest["files"], manifest["world_size" if by_rank else "num_nodes"]
     for name, entry in files.items():
         if not isinstance(entry, dict) or not _is_number(entry.get("bytes"), 0, _MAX_COUNT):
-            return f"the entry of file {_short(name)} is {_short(entry)}, expected its bytes and sha256"
-        if not isinstance(entry.get("sha256"), str):
+            return f"the entry of file {_short(name)} is {_short(entry)}, expected its bytes"
+        if by_rank and not isinstance(entry.get("sha256"), str):
             return f"the entry of file {_short(name)} has no sha256"
-    if len(files) < size or not {DENSE, rank_file(0, size), rank_file(size - 1, size)} <= files.keys():
-        return f"it does not name the files of all {size} ranks"
-    for name in files:
+        if not by_rank and not _are_pieces(entry.get("pieces"), entry["bytes"]):
+            return f"the entry of file {_short(name)} has no pieces with checksums, which add up to its bytes"
         if Path(name).name != name:
             return f"file {_short(name)} is not in the checkpoint's folder"
+    # Few files are seen at once not to be enough: names are not made for as many nodes as a number pretends.
+    if len(files) < count or not files.keys() >= {
+        DENSE, *row_files(manifest, "embedding"), *row_files(manifest, "softmax")
+    }:
+        return f"it does not name the files of the {count} {'ranks' if by_rank else 'nodes'}"
     return ""
+
+
+def _are_pieces(value: object, num_bytes: int) -> bool:
+    """Whether ``value`` is a list of [bytes, checksum] for a file of ``num_bytes``."""
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) for pair in value
+    ):
+        return False
+    return all(_is_number(size, 1, _MAX_COUNT) for size, _ in value) and sum(size for size, _ in value) == num_bytes
 
 
 def _is_number(value: object, minimum: int, maximum: int) -> bool:
@@ -125,26 +141,22 @@ def _short(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
+def table_file(name: str, node: int, num_nodes: int) -> str:
+    """Return the name of the file with a node's rows of the table ``name``."""
+    return f"table-{name}-{node:05d}-of-{num_nodes:05d}.h5"
+
+
 def rank_file(rank: int, size: int) -> str:
-    """Return the name of a rank's file in a checkpoint of ``size`` ranks."""
+    """Return the name of a rank's file in a checkpoint of version 2."""
     return f"rank-{rank:05d}-of-{size:05d}.h5"
 
 
-def check_files(path: Path, manifest: Manifest, part: int = 0, num_parts: int = 1) -> None:
-    """Verify the checksums of all files, or of part ``part`` of ``num_parts`` of them.
-
-    Raises:
-        CheckpointError: A file cannot be read, or its checksum differs.
-    """
-    for name, entry in sorted(manifest["files"].items())[part::num_parts]:
-        try:
-            found = sha256_of(path / name)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path / name}: {error.strerror}; use another checkpoint") from None
-        if found != entry["sha256"]:
-            raise CheckpointError(
-                f"{path / name} is damaged (its checksum differs from that in {MANIFEST}); use another checkpoint"
-            )
+def row_files(manifest: Manifest, name: str) -> dict[str, str]:
+    """Return the files that have rows of the table ``name``, each with the HDF5 group in which they are."""
+    if manifest["version"] == BY_RANK:
+        size = manifest["world_size"]
+        return {rank_file(rank, size): f"tables/{name}" for rank in range(size)}
+    return {table_file(name, node, manifest["num_nodes"]): "/" for node in range(manifest["num_nodes"])}
 
 
 def config_of(manifest: Manifest, path: Path) -> Config:
@@ -185,15 +197,6 @@ def require_vocabulary(manifest: Manifest, vocabulary: Vocabulary | VocabularyFi
             f"({manifest['num_classes']} classes), but the one given has {vocabulary.sha256[:16]}... "
             f"({vocabulary.size} classes); give the model's vocabulary"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal. Releases the GIL while reading and hashing."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
 
 
 def _own_sha256(manifest: Manifest) -> str:

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lapse_elmo.checkpoint.files import restore
+from lapse_elmo.checkpoint.checksums import verified
 from lapse_elmo.checkpoint.folder import find
-from lapse_elmo.checkpoint.manifest import (
-    Manifest,
-    check_files,
-    config_of,
-    read_manifest,
-    require_vocabulary,
-    vocabulary_path,
-)
+from lapse_elmo.checkpoint.manifest import Manifest, config_of, require_vocabulary, vocabulary_path
+from lapse_elmo.checkpoint.restoring import restore
 from lapse_elmo.config.training import Config, ServerConfig
 from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.mpi.world import World
@@ -47,8 +41,7 @@ class SavedModel:
             CorpusError: On every rank: the vocabulary cannot be read.
         """
         path = world.agree(lambda: find(Path(model)))
-        manifest = world.agree(lambda: read_manifest(path))
-        world.together(lambda: check_files(path, manifest, world.rank, world.size))
+        manifest = verified(path, world)
         config = world.agree(lambda: config_of(manifest, path))
         config = dataclasses.replace(config, server=ServerConfig())  # independent of the server used in training
         vocabulary = world.agree(lambda: VocabularyFile.check(vocab or vocabulary_path(path, config)))

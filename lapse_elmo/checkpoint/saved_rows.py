@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lapse_elmo.checkpoint.manifest import Manifest, rank_file
+from lapse_elmo.checkpoint.manifest import Manifest, row_files
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
 
@@ -36,11 +36,9 @@ class SavedTable:
         self.num_rows, self.size = num_rows, size
         self._files: list[np.ndarray] = []
         numbers: list[np.ndarray] = []
-        world_size = manifest["world_size"]
         try:
-            for rank in range(world_size):
-                file = path / rank_file(rank, world_size)
-                rows, values = _map_rows(file, name)
+            for file, group in row_files(manifest, name).items():
+                rows, values = _map_rows(path / file, group)
                 numbers.append(rows)
                 self._files.append(values)
         except H5_ERRORS as error:
@@ -82,9 +80,9 @@ class SavedTable:
 
 
 def _map_rows(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row numbers (n,) and the memory-mapped rows (n, width) of a rank's file."""
+    """Return the row numbers (n,) and the memory-mapped rows (n, width) in the HDF5 group ``name`` of a file."""
     with h5py.File(file, "r") as opened:
-        group = opened[f"tables/{name}"]
+        group = opened[name]
         values, rows = group["values"], group["rows"][:]
         offset, shape = values.id.get_offset(), values.shape
         if len(shape) != 2 or rows.shape != shape[:1] or values.dtype != np.float32:

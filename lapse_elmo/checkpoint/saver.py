@@ -1,8 +1,8 @@
 """Save checkpoints in the background: training pauses for a copy of the state, which a thread then writes.
 
-A save has two phases. First, a thread of every rank writes the rank's files. Ranks exchange votes at every step; once
-all have written, a thread of rank 0 writes the manifest, renames the directory and removes old checkpoints. There is
-one save at a time.
+A save has two phases. First, a thread of every rank writes the rank's part of its node's files. Ranks exchange votes at
+every step; once all have written and flushed theirs, a thread of rank 0 writes the manifest, renames the directory and
+removes old checkpoints. There is one save at a time.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from lapse_elmo.checkpoint.files import Snapshot, write_dense_file, write_rank_file
+from lapse_elmo.checkpoint.checksums import Piece, entries_of
+from lapse_elmo.checkpoint.files import Layout, lay_out, read_gaps, table_arrays, write_file, write_table_share
 from lapse_elmo.checkpoint.folder import mark_best, partial_of, path_of, prune, publish
-from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, VERSION, Manifest, encode, rank_file
+from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, SENTENCES, VERSION, Manifest, encode, table_file
+from lapse_elmo.checkpoint.snapshot import Snapshot
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step_report import Tally
+
+T = TypeVar("T")
 
 NUM_NEWEST = 2  # checkpoints kept by default, in addition to the best one
 
@@ -56,10 +60,11 @@ class Saver:
         self.best = best
         self._world = world
         self._kept = list(kept)
-        self._snapshot = Snapshot()
+        self._snapshot = Snapshot()  # of the current save, until it is written
+        self._layouts: dict[str, Layout] = {}  # of this node's file of each table
         self._thread: threading.Thread | None = None
         self._error: OutputError | None = None
-        self._files: dict[str, Any] = {}
+        self._pieces: list[Piece] = []  # what this rank has written
         self._final: Path | None = None  # of the current save, until rank 0 begins to finish it
         self._manifest: Manifest = {}
         self._written = self._cancelled = False
@@ -95,12 +100,19 @@ class Saver:
             self.best = perplexity, final
         best = {"step": int(self.best[1].name.removeprefix("step-")), "perplexity": self.best[0]} if self.best else None
         self._manifest = {
-            "format": FORMAT, "version": VERSION, **vars(cursor.position), "world_size": self._world.size, **manifest,
+            "format": FORMAT, "version": VERSION, **vars(cursor.position), "world_size": self._world.size,
+            "num_nodes": self._world.num_nodes, **manifest,
             "best": best, "versions": versions() if self._world.rank == 0 else {},
         }
         self._world.agree(lambda: self._guarded(final, lambda: _make(partial_of(final))))
-        self._snapshot.take(parameters, cursor.sentences(), self._world)
         self._final, self._written = final, False
+        self._snapshot = Snapshot.take(parameters, cursor.sentences(), self._world)
+        try:
+            layouts = self._world.together(lambda: self._guarded(final, self._lay_out))
+        except OutputError:
+            self._abandon()
+            raise
+        self._layouts = self._world.node_bcast(layouts)
         self._run(final, self._write)
         return final
 
@@ -130,10 +142,15 @@ class Saver:
                 self._commit()
                 self._world.together(self._join)
         except OutputError:
-            self._world.barrier()  # no rank writes any more
-            if self._world.rank == 0 and self._final is not None:
-                shutil.rmtree(partial_of(self._final), ignore_errors=True)
+            self._abandon()
             raise
+
+    def _abandon(self) -> None:
+        """Give up the current save, of which nothing is left behind (collective)."""
+        self._world.barrier()  # no rank writes any more
+        self._snapshot = Snapshot()
+        if self._world.rank == 0 and self._final is not None:
+            shutil.rmtree(partial_of(self._final), ignore_errors=True)
 
     def __enter__(self) -> Saver:
         return self
@@ -150,12 +167,12 @@ class Saver:
 
     def _commit(self) -> None:
         assert self._final is not None
-        parts = self._world.allgather(self._files)
-        files = {name: entry for part in parts for name, entry in part.items()}
+        gathered, self._pieces = self._world.gather(self._pieces), []
         final, self._final = self._final, None
         self._kept = [path for path in self._kept if path.name != final.name] + [final]
         if self._world.rank == 0:
-            self._run(final, lambda: self._publish(final, {**self._manifest, "files": files}))
+            entries = entries_of(piece for pieces in gathered for piece in pieces)
+            self._run(final, lambda: self._publish(final, {**self._manifest, "files": entries}))
 
     def _publish(self, final: Path, manifest: Manifest) -> None:
         # Old checkpoints are removed last, so that a crash on the way leaves the previous ones.
@@ -176,14 +193,33 @@ class Saver:
             keep.add(self.best[1])
         prune(self.run_dir, keep)
 
+    def _table_file(self, name: str) -> Path:
+        assert self._final is not None
+        return partial_of(self._final) / table_file(name, self._world.node, self._world.num_nodes)
+
+    def _lay_out(self) -> dict[str, Layout]:
+        """Create the files of this node's rows, on its first rank."""
+        if self._world.local_rank:
+            return {}
+        return {
+            name: lay_out(self._table_file(name), table_arrays(share.num_all, share.values.shape[1]))
+            for name, share in self._snapshot.tables.items()
+        }
+
     def _write(self) -> None:
         assert self._final is not None
-        partial, world = partial_of(self._final), self._world
-        name = rank_file(world.rank, world.size)
-        files = {name: write_rank_file(partial / name, self._snapshot, self._is_cancelled)}
-        if world.rank == 0:
-            files[DENSE] = write_dense_file(partial / DENSE, self._snapshot, self._is_cancelled)
-        self._files = files
+        folder, tables, pieces = partial_of(self._final), self._snapshot.tables, []
+        names = list(self._layouts)
+        turn = self._world.local_rank % len(names)  # a file system may let one rank at a time write to a file
+        for name in names[turn:] + names[:turn]:
+            path, layout = self._table_file(name), self._layouts[name]
+            pieces += write_table_share(path, tables.pop(name), layout, self._is_cancelled)  # and free the share
+            pieces += read_gaps(path, layout) if self._world.local_rank == 0 else []
+        for name, arrays in ((DENSE, self._snapshot.dense), (SENTENCES, self._snapshot.sentences)):
+            if arrays:
+                pieces += write_file(folder / name, arrays, self._is_cancelled)
+        self._snapshot = Snapshot()
+        self._pieces = pieces
         self._written = True
 
     def _is_cancelled(self) -> bool:
@@ -209,9 +245,9 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _guarded(self, final: Path, work: Callable[[], None]) -> None:
+    def _guarded(self, final: Path, work: Callable[[], T]) -> T:
         try:
-            work()
+            return work()
         except (OSError, RuntimeError) as error:  # HDF5 raises both for a failed write
             reason = getattr(error, "strerror", None) or in_one_line(error)
             message = f"cannot write checkpoint {final}: {reason}; free some space or choose another --run-dir"

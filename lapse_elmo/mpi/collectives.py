@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _SPIN_S = 0.002  # a rank with a core of its own spins this long before it starts to sleep
 _LONGEST_SLEEP_S = 0.001
+_MESSAGE_BYTES = 1 << 28  # of a large array at a time: MPI counts in 32 bits
+_MERGE = 33  # the tag of messages of merge(); handover.py has 31 and 32
 
 
 class Collectives:
@@ -93,6 +95,70 @@ class Collectives:
         self.wait(comm.Ibcast(data, root))
         return obj if comm.rank == root else pickle.loads(data)
 
+    def bcast_array(self, array: np.ndarray) -> None:
+        """Overwrite every rank's contiguous ``array`` with that of rank 0. All have the same shape and type."""
+        assert array.flags.c_contiguous
+        if self.comm is None:
+            return
+        data = array.reshape(-1).view(np.uint8)
+        for start in range(0, data.size, _MESSAGE_BYTES):
+            self.wait(self.comm.Ibcast(data[start : start + _MESSAGE_BYTES], 0))
+
+    def deal(self, function: Callable[[], Sequence[T]]) -> T:
+        """Run ``function`` on rank 0 alone, and give each rank its own item of the result.
+
+        Unlike :meth:`agree` it sends to a rank only what that rank needs.
+
+        Args:
+            function: Returns an item for each rank. A UserError that it raises is raised on every rank.
+        """
+        items: list[T] = []
+        self.agree(lambda: items.extend(function()))
+        if self.comm is None:
+            return items[0]
+        from mpi4py import MPI
+
+        assert self.rank or len(items) == self.size
+        packed = [pickle.dumps(item) for item in items]
+        lengths, length = np.array([len(data) for data in packed], np.int64), np.empty(1, np.int64)
+        self.wait(self.comm.Iscatter(None if self.rank else lengths, length, 0))
+        starts = (np.cumsum(lengths) - lengths).tolist()
+        sent = None if self.rank else [b"".join(packed), lengths.tolist(), starts, MPI.BYTE]
+        buffer = bytearray(int(length[0]))
+        self.wait(self.comm.Iscatterv(sent, buffer, 0))
+        return pickle.loads(buffer)
+
+    def merge(self, part: Callable[[], T], add: Callable[[T], object]) -> None:
+        """Unite what all ranks have on rank 0, pair by pair in a tree of log2(size) rounds.
+
+        Args:
+            part: Returns what this rank has, with all that was added to it. Called once, but not on rank 0.
+            add: Adds another rank's part to what this rank has.
+        """
+        distance = 1
+        while distance < self.size:
+            if self.rank % (2 * distance):
+                self._send(pickle.dumps(part()), self.rank - distance)
+                return
+            if self.rank + distance < self.size:
+                add(pickle.loads(self._receive(self.rank + distance)))
+            distance *= 2
+
+    def _send(self, data: bytes, rank: int) -> None:
+        assert self.comm is not None
+        self.wait(self.comm.Isend(np.array([len(data)], np.int64), rank, _MERGE))
+        for start in range(0, len(data), _MESSAGE_BYTES):
+            self.wait(self.comm.Isend(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _MERGE))
+
+    def _receive(self, rank: int) -> bytearray:
+        assert self.comm is not None
+        length = np.empty(1, np.int64)
+        self.wait(self.comm.Irecv(length, rank, _MERGE))
+        data = bytearray(int(length[0]))
+        for start in range(0, len(data), _MESSAGE_BYTES):
+            self.wait(self.comm.Irecv(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _MERGE))
+        return data
+
     def allgather(self, obj: T) -> list[T]:
         """Return every rank's ``obj``, ordered by rank, on every rank."""
         return self._gathered(obj, everywhere=True)
@@ -114,6 +180,14 @@ class Collectives:
         into = [buffer, lengths.tolist(), starts[:-1].tolist(), MPI.BYTE]
         self.wait(self.comm.Iallgatherv(data, into) if everywhere else self.comm.Igatherv(data, into if here else None))
         return [pickle.loads(buffer[a:b]) for a, b in itertools.pairwise(starts)] if here else []
+
+    def node_gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the ``numbers`` (k,) of every rank of this node as an array (ranks of the node, k)."""
+        if self.node_comm is None:
+            return numbers[None].copy()
+        out = np.empty((self.node_comm.size, *numbers.shape), numbers.dtype)
+        self.wait(self.node_comm.Iallgather(np.ascontiguousarray(numbers), out))
+        return out
 
     def gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Return every rank's ``numbers`` (k,) as an array (size, k), in one small message.

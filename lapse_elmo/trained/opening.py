@@ -12,12 +12,14 @@ import numpy as np
 from lapse_elmo.checkpoint import (
     FOLDER,
     MANIFEST,
+    Manifest,
     SavedTable,
     check_files,
     config_of,
     find,
     read_manifest,
     require_vocabulary,
+    verified,
     vocabulary_path,
 )
 from lapse_elmo.checkpoint.manifest import DENSE
@@ -57,19 +59,22 @@ def open_stored(
     )
 
 
-def open_checkpoint(folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False) -> StoredModel:
+def open_checkpoint(
+    folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False, manifest: Manifest | None = None
+) -> StoredModel:
     """Open the newest checkpoint of a run, or a single checkpoint.
 
     Args:
         folder: The folder of the run or of the checkpoint.
         vocab: The vocabulary file, if it has been moved.
         verify: Whether to check the checksums first, which reads the whole checkpoint.
+        manifest: The manifest, if it has been read.
 
     Raises:
         CheckpointError: If there is no checkpoint, it is damaged, or the vocabulary is another one.
     """
     path = find(folder)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path) if manifest is None else manifest
     if verify:
         check_files(path, manifest)
     config = config_of(manifest, path)
@@ -109,7 +114,6 @@ def open_together(
     folder = Path(path)
     if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
         checkpoint = world.agree(lambda: find(folder))
-        manifest = world.agree(lambda: read_manifest(checkpoint))
-        world.together(lambda: check_files(checkpoint, manifest, world.rank, world.size))
-        folder = checkpoint  # the verified one, even if the run has saved a newer one since
+        manifest = verified(checkpoint, world)
+        return world.together(lambda: open_checkpoint(checkpoint, vocab, manifest=manifest))
     return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))

@@ -84,14 +84,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def saved_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return all arrays of a checkpoint by name; tables are assembled from the ranks' shares, each row once."""
+    """Return all arrays of a checkpoint by name; tables are assembled from their files, each row once."""
     arrays: dict[str, np.ndarray] = {}
     shares: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     with h5py.File(checkpoint / "dense.h5", "r") as file:
         file.visititems(
             lambda name, item: arrays.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
         )
-    for path in sorted(checkpoint.glob("rank-*.h5")):
+    for path in sorted(checkpoint.glob("table-*.h5")):
+        with h5py.File(path, "r") as file:
+            shares.setdefault(path.name.split("-")[1], []).append((file["rows"][:], file["values"][:]))
+    for path in sorted(checkpoint.glob("rank-*.h5")):  # of version 2
         with h5py.File(path, "r") as file:
             for name, group in file["tables"].items():
                 shares.setdefault(name, []).append((group["rows"][:], group["values"][:]))

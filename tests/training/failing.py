@@ -55,6 +55,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
         if self.world.rank == int(rank) and checkpoint.candidates(run_dir):
             if kind in IN_SAVE:
                 files._pwrite_all = IN_SAVE[kind]
+            elif kind == "kill-in-layout":
+                saver.lay_out = die  # type: ignore[assignment]
             elif kind == "kill-in-rename":
                 saver.publish = die  # type: ignore[assignment]
             elif kind == "not-finite":

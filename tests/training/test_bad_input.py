@@ -126,7 +126,7 @@ def evaluation_cases(small: Prepared, folder: Path, run_dir: Path) -> dict[str, 
     data[len(data) // 2] ^= 1
     (damaged / "dense.h5").write_bytes(data)
     incomplete = shutil.copytree(run_dir, folder / "incomplete") / "checkpoints" / name
-    next(incomplete.glob("rank-*")).unlink()
+    next(incomplete.glob("table-softmax-*")).unlink()
     garbled = shutil.copytree(run_dir, folder / "garbled") / "checkpoints" / name
     (garbled / "manifest.json").write_text("{")
     other = folder / "other"  # made by corpus_cases
@@ -134,7 +134,7 @@ def evaluation_cases(small: Prepared, folder: Path, run_dir: Path) -> dict[str, 
     rows: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
         "no model": ([str(folder / "empty")], "CheckpointError", ("holds no checkpoint",)),
         "flipped bit": ([str(folder / "damaged")], "CheckpointError", ("dense.h5", "damaged")),
-        "lost file": ([str(folder / "incomplete")], "CheckpointError", ("rank-00000-of-00001.h5", "missing")),
+        "lost file": ([str(folder / "incomplete")], "CheckpointError", ("table-softmax-00000-of-00001.h5", "missing")),
         "garbled manifest": ([str(folder / "garbled")], "CheckpointError", ("manifest.json",)),
         "model of another vocabulary": (
             [str(run_dir), "--vocab", str(other / "vocab.txt")], "CheckpointError", ("(43 classes)", "trained with"),

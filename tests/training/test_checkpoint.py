@@ -9,10 +9,11 @@ import os
 import resource
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import Cursor, Position
+from lapse_elmo.cursor import Cursor, Position, SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
@@ -76,23 +77,32 @@ def test_the_manifest_tells_everything(
     assert folder == tmp_path / "checkpoints" / "step-00000009"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = manifest.pop("files")
-    assert files.keys() == {"dense.h5", "rank-00000-of-00001.h5"}
+    tables = {"table-embedding-00000-of-00001.h5", "table-softmax-00000-of-00001.h5"}
+    assert files.keys() == tables | {"dense.h5", "sentences.h5"}
+    assert {path.name for path in folder.iterdir()} == {*files, "manifest.json"}
     for name, entry in files.items():
         data = (folder / name).read_bytes()
-        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert entry["bytes"] == len(data) == sum(size for size, _ in entry["pieces"])
+        for size, sha256 in entry["pieces"]:
+            assert hashlib.sha256(data[:size]).hexdigest() == sha256
+            data = data[size:]
     assert manifest.pop("versions")["torch"] == torch.__version__
     assert len(manifest.pop("sha256")) == 64
     assert manifest == {
-        **ENTRIES, "format": "lapse-elmo checkpoint", "version": 2, "step": 9, "epoch": 1, "step_in_epoch": 2,
-        "world_size": 1, "config": as_tables(config), "best": None,
+        **ENTRIES, "format": "lapse-elmo checkpoint", "version": 3, "step": 9, "epoch": 1, "step_in_epoch": 2,
+        "world_size": 1, "num_nodes": 1, "config": as_tables(config), "best": None,
     }
     read = checkpoint.read_manifest(folder)
     checkpoint.check_files(folder, read)
     assert checkpoint.config_of(read, folder) == config
-    saved = checkpoint.read_cursor(folder, read)
+    saved = checkpoint.read_cursor(folder, read, 203, solo())
     assert saved.position == Position(9, 1, 2)
-    np.testing.assert_array_equal(saved.parts[0], np.arange(203))
-    assert saved.left[0].size == 203 - 64
+    assert saved.own is not None and saved.own_left is not None and saved.rest is not None
+    np.testing.assert_array_equal(saved.own.numbers, np.arange(203))
+    np.testing.assert_array_equal(saved.own_left, saved.rest.numbers)
+    assert saved.rest.num_all == saved.own_left.size == 203 - 64
+    with pytest.raises(CheckpointError, match="more than the 150 sentences"):
+        checkpoint.read_cursor(folder, read, 150, solo())
 
 
 def test_between_epochs_no_sentences_are_saved(
@@ -100,8 +110,9 @@ def test_between_epochs_no_sentences_are_saved(
 ) -> None:
     with ShardSet.open(small.shards) as shards:
         folder = save(tmp_path, parameters, cursor_at(config, shards, 7))
-    saved = checkpoint.read_cursor(folder, checkpoint.read_manifest(folder))
-    assert (saved.position, saved.parts, saved.left) == (Position(7, 1, 0), [], [])
+    assert not (folder / "sentences.h5").exists()
+    saved = checkpoint.read_cursor(folder, checkpoint.read_manifest(folder), 203, solo())
+    assert saved == SavedCursor(Position(7, 1, 0))
 
 
 @pytest.mark.parametrize(
@@ -182,14 +193,107 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_no_copy_of_the_rows_is_kept(
+    config: Config, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tables of 40 MB: both are copied at the start of a save, and none is held after its end."""
+    big = Parameters(config, 300_000, solo(), torch.device("cpu"))
+    big.initialise()
+    go_on, write = threading.Event(), files._pwrite_all
+    monkeypatch.setattr(files, "_pwrite_all", lambda *rest: (go_on.wait(20), write(*rest)))
+    background = checkpoint.Saver(tmp_path, solo())
+    before = resident_bytes()
+    path = background.start(big, cursor, {**ENTRIES, "config": as_tables(config)}, None)
+    during = resident_bytes()
+    go_on.set()
+    background.finish()
+    after = resident_bytes()
+    big.server.close()
+    copied = sum(file.stat().st_size for file in path.glob("table-*.h5"))
+    assert copied > 80e6 and during - before > 0.9 * copied
+    assert after - before < 0.1 * copied
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink, "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"), "first byte": lambda path: flip(path, 0),
+    "a byte in the middle": lambda path: flip(path, 0.6), "last byte": lambda path: flip(path, 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", ["table-embedding-*", "table-softmax-*", "dense.h5", "sentences.h5"])
+def test_damage_is_told_in_one_line(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path, pattern: str, damage: str
+) -> None:
+    path = save(tmp_path, parameters, cursor)
+    checkpoint.verified(path, solo())
+    (file,) = path.glob(pattern)
+    DAMAGES[damage](file)
+    with pytest.raises(CheckpointError, match="use another checkpoint") as caught:
+        checkpoint.verified(path, solo())
+    assert str(file) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def rewrite(file: Path, change: Callable[[h5py.File], object]) -> None:
+    """Change a file, and the checksums that vouch for it."""
+    with h5py.File(file, "r+") as opened:
+        change(opened)
+    data, manifest = file.read_bytes(), json.loads((file.parent / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    manifest["files"][file.name] = {"bytes": len(data), "pieces": [[len(data), hashlib.sha256(data).hexdigest()]]}
+    (file.parent / "manifest.json").write_bytes(encode(manifest))
+
+
+def fewer_rows(file: h5py.File) -> None:
+    for name in ("rows", "values"):
+        values = file[name][:-1]
+        del file[name]
+        file[name] = values
+
+
+LIES: dict[str, tuple[str, Callable[[h5py.File], object], str]] = {
+    "fewer rows": ("table-softmax-*", fewer_rows, "42 rows of the table softmax, expected 43"),
+    "another row": ("table-softmax-*", lambda file: file["rows"].write_direct(np.arange(9, 52)), "outside 0 to 42"),
+    "no values": ("table-embedding-*", lambda file: file.pop("values"), "cannot read"),
+    "no weights": ("dense.h5", lambda file: file.pop("parameters"), "cannot read"),
+    "no sentences": ("sentences.h5", lambda file: file.pop("left"), "cannot read"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_file_that_lies(parameters: Parameters, cursor: Cursor, tmp_path: Path, name: str) -> None:
+    """Its checksums are right."""
+    pattern, change, says = LIES[name]
+    path = save(tmp_path, parameters, cursor)
+    (file,) = path.glob(pattern)
+    rewrite(file, change)
+    manifest = checkpoint.verified(path, solo())
+    with pytest.raises(CheckpointError, match=says) as caught:
+        checkpoint.read_cursor(path, manifest, 203, solo())
+        checkpoint.restore(path, manifest, parameters, solo())
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_manifest_vouches_for_itself(parameters: Parameters, cursor: Cursor, tmp_path: Path) -> None:
     path = save(tmp_path, parameters, cursor)
     text = (path / "manifest.json").read_text()
     (path / "manifest.json").write_text(text.replace('"step": 9,', '"step": 8,'))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.read_manifest(path)
-    (path / "manifest.json").write_bytes(encode(json.loads(text) | {"version": 3}))
-    with pytest.raises(CheckpointError, match="version 3"):
+    (path / "manifest.json").write_bytes(encode(json.loads(text) | {"version": 4}))
+    with pytest.raises(CheckpointError, match="version 4"):
         checkpoint.read_manifest(path)
 
 

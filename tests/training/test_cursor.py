@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.batches import Batch
+from lapse_elmo.checkpoint.sentences import BitSet, deal_out, pack, unite
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.shards import ShardSet
-from lapse_elmo.cursor import Cursor, SavedCursor
+from lapse_elmo.cursor import Cursor, Position, SavedCursor
 from lapse_elmo.mpi.world import World, solo
 from tests.training.corpora import TINY, Prepared, prepare, random_sentences
 
@@ -33,18 +34,27 @@ class Ranks(World):
 def play(config_options: Sequence[str], sizes: Sequence[tuple[int, int]], shards: ShardSet) -> list[list[int]]:
     """Return the sentences trained by worlds, given as (size, steps), that resume from each other in an epoch."""
     config = parse_train(config_options)
-    saved: SavedCursor | None = None
+    saved: tuple[Position, int, list[BitSet]] | None = None
     trained: list[list[int]] = []
     for size, steps in sizes:
-        cursors = [Cursor(config, Ranks(rank, size), shards, saved) for rank in range(size)]
+        cursors = [Cursor(config, Ranks(rank, size), shards, at) for rank, at in enumerate(dealt(saved, size))]
         trained.append([])
         for cursor in cursors:
             for batches, _ in zip(cursor.batches(), range(steps), strict=False):
                 cursor.trained(batches)
                 trained[-1] += sentences_of(batches)
         both = [pair for cursor in cursors if (pair := cursor.sentences()) is not None]
-        saved = SavedCursor(cursors[0].position, [part for part, _ in both], [left for _, left in both])
+        sets = [BitSet(unite([pack(pair[i]) for pair in both])) for i in (0, 1)]
+        saved = cursors[0].position, size, sets
     return trained
+
+
+def dealt(saved: tuple[Position, int, list[BitSet]] | None, size: int) -> list[SavedCursor | None]:
+    """Return what each rank reads of a checkpoint."""
+    if saved is None:
+        return [None] * size
+    position, saved_size, (epoch, left) = saved
+    return [share.cursor(rank, size) for rank, share in enumerate(deal_out(position, epoch, left, saved_size, size))]
 
 
 TO_THE_END = 10**6

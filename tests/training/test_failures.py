@@ -40,10 +40,10 @@ def newest_whole(run_dir: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("kind", [*STATUS, "kill", "kill-in-save", "kill-in-rename"])
+@pytest.mark.parametrize("kind", [*STATUS, "kill", "kill-in-layout", "kill-in-save", "kill-in-rename"])
 def test_failure_of_one_rank(small: Prepared, tmp_path: Path, kind: str, rank: int) -> None:
-    if kind == "kill-in-rename" and rank:
-        pytest.skip("rank 0 alone gives a checkpoint its name")
+    if kind in ("kill-in-layout", "kill-in-rename") and rank:
+        pytest.skip("rank 0 alone lays out the files of its node, and gives a checkpoint its name")
     run_dir = tmp_path / "run"
     argv = [str(PROGRAM), kind, str(rank), *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
     job = mpi.mpirun(2, argv, timeout=START_S + END_S)

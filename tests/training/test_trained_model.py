@@ -237,9 +237,9 @@ def test_what_is_no_model(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["top"], run, symlinks=True)
     (run / "vocab.txt").write_text("\n".join(reversed((run / "vocab.txt").read_text().split())))
     refused(run, "trained with the vocabulary")
-    rows = next((run / "checkpoints").glob("*/rank-*.h5"))
+    rows = next((run / "checkpoints").glob("*/table-embedding-*.h5"))
     rows.unlink()
-    refused(run, "rank-00000-of-00001.h5", "missing or damaged")
+    refused(run, "table-embedding-00000-of-00001.h5", "missing or damaged")
     (rows.parent / "manifest.json").write_text('{"format": "lapse-elmo checkpoint", "version": 99}')
     refused(run, "99")
 

@@ -1,0 +1,161 @@
+"""Checksums of the files of a checkpoint, by pieces, so that any number of ranks write and verify a file together."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, groupby, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from lapse_elmo.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from lapse_elmo.errors import CheckpointError
+from lapse_elmo.mpi.world import World
+
+_BLOCK_BYTES = 1 << 22
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of a file, and their SHA-256 in hexadecimal."""
+
+    file: str
+    start: int
+    size: int
+    sha256: str
+
+
+def entries_of(pieces: Iterable[Piece]) -> dict[str, dict[str, object]]:
+    """Return the entries of files in the manifest, from the pieces that all ranks have written."""
+    entries: dict[str, dict[str, object]] = {}
+    for name, found in groupby(sorted(pieces), key=lambda piece: piece.file):
+        end, listed = 0, []
+        for _, start, size, sha256 in found:
+            assert start == end, f"{name}: the pieces leave a gap, or overlap, at {end}"
+            end = start + size
+            listed.append([size, sha256])
+        entries[name] = {"bytes": end, "pieces": listed}
+    return entries
+
+
+def pieces_of(manifest: Manifest, name: str) -> list[Piece]:
+    """Return the pieces of the file ``name``, in order; in version 2 a file is one piece."""
+    entry = manifest["files"][name]
+    pieces, start = [], 0
+    for size, sha256 in entry.get("pieces") or [(entry["bytes"], entry.get("sha256", ""))]:
+        pieces.append(Piece(name, start, size, sha256))
+        start += size
+    return pieces
+
+
+def divide(sizes: Sequence[int], num_parts: int) -> list[list[tuple[int, int, int]]]:
+    """Divide files among ``num_parts`` readers such that none opens more of them than it must.
+
+    With at least as many readers as files each reader opens one; a file has readers in proportion to its size. With
+    fewer, each has as many bytes as any other, in files that follow each other.
+
+    Args:
+        sizes: Bytes of the files.
+        num_parts: The number of readers.
+
+    Returns:
+        For each reader (file, start, end) for each file of its share, which is the bytes [start, end) of it.
+    """
+    count, total = len(sizes), sum(sizes)
+    ends = list(accumulate(sizes, initial=0))
+    if num_parts < count or not total:
+        shares = []
+        for first, end in pairwise([total * part // num_parts for part in range(num_parts + 1)]):
+            files = range(bisect_right(ends, first) - 1, bisect_left(ends, end))
+            shares.append([(n, max(first - ends[n], 0), min(end - ends[n], sizes[n])) for n in files if sizes[n]])
+        return shares
+    # Each file has one reader, and its part of the others.
+    readers = pairwise([file + (num_parts - count) * before // total for file, before in enumerate(ends)])
+    return [
+        [(file, sizes[file] * i // (end - first), sizes[file] * (i + 1) // (end - first))]
+        for file, (first, end) in enumerate(readers) for i in range(end - first)
+    ]
+
+
+def shares_of_pieces(manifest: Manifest, num_parts: int) -> list[list[Piece]]:
+    """Return each reader's share of the pieces of all files: those that begin in its bytes."""
+    names = sorted(manifest["files"])
+    pieces = [pieces_of(manifest, name) for name in names]
+    starts = [[piece.start for piece in found] for found in pieces]
+    return [
+        [
+            piece
+            for file, start, end in share
+            for piece in pieces[file][bisect_left(starts[file], start) : bisect_left(starts[file], end)]
+        ]
+        for share in divide([manifest["files"][name]["bytes"] for name in names], num_parts)
+    ]
+
+
+def verified(path: Path, world: World) -> Manifest:
+    """Check all files of a checkpoint, which the ranks share, and return its manifest (collective).
+
+    The manifest comes without the checksums: there are some for every rank that wrote, and no rank needs all of them.
+
+    Raises:
+        CheckpointError: On every rank, if a file is missing or damaged.
+    """
+    known: list[Manifest] = []
+
+    def shares() -> list[list[Piece]]:
+        known.append(read_manifest(path))
+        return shares_of_pieces(known[0], world.size)
+
+    own = world.deal(shares)
+    world.together(lambda: check_pieces(path, own, world.progress.work_done))
+
+    def without_checksums() -> Manifest:
+        files = {name: {"bytes": entry["bytes"]} for name, entry in known[0]["files"].items()}
+        return {**known[0], "files": files}
+
+    return world.agree(without_checksums)
+
+
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Verify the checksums of all files.
+
+    Args:
+        path: The checkpoint.
+        manifest: Its manifest, from :func:`~lapse_elmo.checkpoint.manifest.read_manifest`.
+
+    Raises:
+        CheckpointError: A file cannot be read, or its checksum differs.
+    """
+    (pieces,) = shares_of_pieces(manifest, 1)
+    check_pieces(path, pieces, lambda: None)
+
+
+def check_pieces(path: Path, pieces: Sequence[Piece], done: Callable[[], None]) -> None:
+    """Verify checksums; a file whose pieces follow each other is opened once.
+
+    Args:
+        path: The checkpoint.
+        pieces: What to verify.
+        done: Called after each block.
+
+    Raises:
+        CheckpointError: A file cannot be read, or its checksum differs.
+    """
+    block = memoryview(bytearray(min(_BLOCK_BYTES, max((piece.size for piece in pieces), default=0))))
+    for name, found in groupby(pieces, key=lambda piece: piece.file):
+        try:
+            with open(path / name, "rb", buffering=0) as file:
+                for piece in found:
+                    digest, left = hashlib.sha256(), piece.size
+                    file.seek(piece.start)
+                    while left and (size := file.readinto(block[: min(left, len(block))])):  # releases the GIL
+                        digest.update(block[:size])
+                        left -= size
+                        done()
+                    if digest.hexdigest() != piece.sha256:
+                        raise CheckpointError(
+                            f"{path / name} is damaged (its checksum differs from that in {MANIFEST}); use another "
+                            "checkpoint"
+                        )
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path / name}: {error.strerror}; use another checkpoint") from None

@@ -1,0 +1,130 @@
+"""Restore the parameters from a checkpoint of any number of ranks and nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeVar
+
+import h5py
+import numpy as np
+import torch
+
+from lapse_elmo.checkpoint.checksums import divide
+from lapse_elmo.checkpoint.manifest import DENSE, Manifest, row_files
+from lapse_elmo.corpus.files import H5_ERRORS
+from lapse_elmo.errors import CheckpointError
+from lapse_elmo.mpi.world import World
+from lapse_elmo.parameters import Parameters
+from lapse_elmo.tables import RowTable
+
+T = TypeVar("T")
+
+_CHUNK_ROWS = 16384  # rows per read
+
+
+def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World) -> None:
+    """Restore tables, model and optimizer from a verified checkpoint of any number of ranks (collective).
+
+    Every rank reads its share of the rows and sends them to where they belong. The dense parameters are read once, by
+    rank 0.
+
+    Raises:
+        CheckpointError: On every rank, if the checkpoint cannot be read or does not have every row.
+    """
+    own = world.together(lambda: _guarded(path, lambda: _restore_rows(path, manifest, parameters, world)))
+    counts = world.sum_(own)
+    for table, count in zip(parameters.tables, counts.tolist(), strict=True):
+        if count != table.segment.num_rows:
+            raise CheckpointError(
+                f"{path} has {count:,} rows of the table {table.segment.name}, expected {table.segment.num_rows:,}; "
+                "use another checkpoint"
+            ).on_every_rank()
+    _restore_dense(path / DENSE, parameters, world)
+    parameters.sync_parameters()
+
+
+def _restore_rows(path: Path, manifest: Manifest, parameters: Parameters, world: World) -> np.ndarray:
+    """Set this rank's share of the rows; return how many there were of each table, (tables,) int64."""
+    counts = np.zeros(len(parameters.tables), np.int64)
+    for name, groups, start, end in rows_to_read(manifest, parameters.tables, world.rank, world.size):
+        with h5py.File(path / name, "r") as file:
+            for number, table in enumerate(parameters.tables):
+                if table.segment.name in groups:
+                    group = file[groups[table.segment.name]]
+                    counts[number] += _restore_part(group, table, start, end, world)
+    return counts
+
+
+def rows_to_read(
+    manifest: Manifest, tables: list[RowTable], part: int, num_parts: int
+) -> list[tuple[str, dict[str, str], Fraction, Fraction]]:
+    """Return the files that one of ``num_parts`` readers is to read.
+
+    Returns:
+        (file, groups, start, end) for each file: which part of the rows in its HDF5 ``groups``, given by table.
+    """
+    files: dict[str, dict[str, str]] = {}
+    for table in tables:
+        for name, group in row_files(manifest, table.segment.name).items():
+            files.setdefault(name, {})[table.segment.name] = group
+    names = list(files)
+    missing = [name for name in names if name not in manifest["files"]]
+    if missing:
+        raise CheckpointError(f"the checkpoint has no file {missing[0]}; use another checkpoint")
+    sizes = [manifest["files"][name]["bytes"] for name in names]
+    return [
+        (names[file], files[names[file]], Fraction(start, sizes[file]), Fraction(end, sizes[file]))
+        for file, start, end in divide(sizes, num_parts)[part]
+    ]
+
+
+def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Fraction, world: World) -> int:
+    """Set a file's rows from the part ``start`` to the part ``end`` of them; return their number."""
+    total = len(group["rows"])
+    first, last = int(total * start), int(total * end)  # where a reader ends, the next one begins
+    for place in range(first, last, _CHUNK_ROWS):
+        stop = min(place + _CHUNK_ROWS, last)
+        rows, values = group["rows"][place:stop], group["values"][place:stop]
+        if rows.min() < 0 or rows.max() >= table.segment.num_rows:
+            raise ValueError(f"table {table.segment.name} has rows outside 0 to {table.segment.num_rows - 1}")
+        table.server.set(table.segment.keys(rows), table.restored(values))
+        world.progress.work_done()
+    return last - first
+
+
+@torch.no_grad()
+def _restore_dense(path: Path, parameters: Parameters, world: World) -> None:
+    """Set the dense parameters and their accumulators; rank 0 reads them one by one for all ranks."""
+    named = list(parameters.model.named_parameters())
+    tensors = {f"parameters/{name}": tensor.data for name, tensor in named}
+    for (name, _), accumulator in zip(named, parameters.dense_optimizer.accumulators, strict=False):
+        tensors[f"accumulators/{name}"] = accumulator
+    with contextlib.ExitStack() as stack:
+        opened: list[h5py.File] = []
+        world.agree(lambda: _guarded(path, lambda: opened.append(stack.enter_context(h5py.File(path, "r")))))
+        for name, tensor in tensors.items():
+            values = np.empty(tuple(tensor.shape), np.float32)
+            read = functools.partial(_read_array, opened, name, values)
+            world.agree(functools.partial(_guarded, path, read))
+            world.bcast_array(values)
+            if parameters.writes_dense:
+                tensor.copy_(torch.from_numpy(values))
+
+
+def _read_array(opened: list[h5py.File], name: str, out: np.ndarray) -> None:
+    (file,) = opened
+    values = file[name][()]
+    if values.shape != out.shape:
+        raise ValueError(f"{name} has shape {values.shape}, expected {out.shape}")
+    out[...] = values
+
+
+def _guarded(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except H5_ERRORS as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
