@@ -83,7 +83,7 @@ transports: .venv/.installed-dev
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/shellcheck --external-sources slurm/* .ci/run
+	.venv/bin/shellcheck --external-sources slurm/*.s* slurm/sites/* slurm/others/* .ci/run
 	.venv/bin/codespell
 
 bench: .venv/.installed-dev

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +29,30 @@ _CHUNK_BYTES = 1 << 24  # a node reserves memory for rows in chunks of this size
 _CHUNK_TARGETS = 256  # targets whose logits are in memory at the same time
 _CGROUPS = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60
+
+
+class Shape(Protocol):
+    """How the ranks of a job lie on its machines: a :class:`~lapse_elmo.mpi.world.World`, or one that is planned."""
+
+    @property
+    def rank(self) -> int:
+        """The rank whose memory is estimated."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+
+    @property
+    def local_size(self) -> int:
+        """The number of ranks in its node."""
+
+    @property
+    def host_size(self) -> int:
+        """The number of ranks on its machine."""
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,7 @@ class Estimate:
         return self.dense + self.activations + self.copy + self.libraries
 
 
-def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -> Estimate:
+def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -> Estimate:
     """Estimate the memory of a run, for this rank and its machine."""
     model, size = config.model, config.model.projection_size
     rule = rule_of(config.optimizer)
@@ -83,7 +108,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: World) -
     )
 
 
-def _room_bytes(config: Config, num_classes: int, positions: int, world: World) -> int:
+def _room_bytes(config: Config, num_classes: int, positions: int, world: Shape) -> int:
     """Return what a node reserves beyond its share of the rows, for rows that move to it and for replicas.
 
     A replica takes two rows: its values, and updates not yet sent. Memory is reserved in chunks, ahead of need, so
@@ -108,7 +133,7 @@ def _room_bytes(config: Config, num_classes: int, positions: int, world: World) 
     return room
 
 
-def _borrowed_rows(config: Config, num_classes: int, positions: int, world: World) -> tuple[int, int]:
+def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Shape) -> tuple[int, int]:
     """Return how many rows of other nodes a node replicates at once, of the embedding and of the softmax.
 
     All rows that its workers have announced are counted. The intents of ``lookahead`` + 1 steps overlap; words are

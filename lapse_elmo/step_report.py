@@ -112,6 +112,11 @@ def exchange_reports(world: World, report: RankReport, vote: Vote) -> StepReport
     return StepReports(world.gather_numbers(np.array(numbers, np.float64)))
 
 
+def report_bytes() -> int:
+    """Return the bytes that a rank sends to each other rank per step."""
+    return 8 * (len(_REPORT) + len(_VOTE))
+
+
 @dataclass(frozen=True)
 class StepResult(StepCounts):
     """The result of a step over all ranks, the same on each of them except for ``seconds``.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from lapse_elmo import checkpoint
 from lapse_elmo.ahead import read_ahead
-from lapse_elmo.batches import Batch
 from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
@@ -18,7 +16,9 @@ from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.divergence import MARGIN_NATS, advice
 from lapse_elmo.errors import TrainingError
+from lapse_elmo.forecast import forecast_lines
 from lapse_elmo.initial import initialise
+from lapse_elmo.look_ahead import look_ahead
 from lapse_elmo.memory import check_memory
 from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog
@@ -33,7 +33,7 @@ from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import ResumePoint, RunLock, find_resume_point, name_run, open_saver, prepare
 from lapse_elmo.run_state import EpochResult, RunState
 from lapse_elmo.schedule import Schedule
-from lapse_elmo.step import AnnouncedBatch, TrainingStep
+from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import Vote
 from lapse_elmo.summary import stop_message, summary
 from lapse_elmo.training_data import TrainingData, open_training_data, sentence_targets
@@ -43,6 +43,7 @@ from lapse_elmo.watchdog import Watchdog
 def main(argv: list[str], enter: Callable[[], World]) -> int:
     """Parse the options, join the world and train; return the exit status."""
     config = parse_train(argv)
+    only_plan = config.run.dry_run or config.plan.plan_nodes > 0
     with StopSignals() as stop, Watchdog(config.run.stall_minutes, "bin/train") as watchdog:
         world = enter()
         stop.at_once = lambda: abort(world, INTERRUPTED, quietly=True)
@@ -51,13 +52,15 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
         watchdog.join(world)
         config = name_run(config, world)
         data = open_training_data(config, world)
-        with RunLock(Path(config.run.run_dir), world, active=not config.run.dry_run):
+        with RunLock(Path(config.run.run_dir), world, active=not only_plan):
             world.progress.enter("start, looking for a checkpoint")
             start = find_resume_point(config, data, world)
             device = choose_device(config.devices, world)
             memory = check_memory(config, data.vocabulary.size, data.train, world)
-            if not config.run.dry_run:
+            if not only_plan:
                 return train(config, world, data, device, start, stop, memory)
+            if config.plan.plan_nodes:
+                memory = (*memory, *forecast_lines(config, world, data, device))
             show_plan(config, world, data, device, start, memory)
             return COMPLETE
 
@@ -325,15 +328,3 @@ class Training:
 def is_multiple(step: int, every: int) -> bool:
     """Return whether ``step`` is a multiple of ``every``; never if ``every`` is 0."""
     return every > 0 and step % every == 0
-
-
-def look_ahead(
-    source: Iterator[tuple[Batch, ...]], step_once: TrainingStep, lookahead: int
-) -> Iterator[list[AnnouncedBatch]]:
-    """Yield the batches of each step, announced to the server ``lookahead`` clocks before."""
-    announced: deque[list[AnnouncedBatch]] = deque()
-    for clock, batches in enumerate(source):
-        announced.append([step_once.announce(batch, clock) for batch in batches])
-        if len(announced) > lookahead:
-            yield announced.popleft()
-    yield from announced

@@ -4,21 +4,17 @@
 
 set -uo pipefail
 
+# shellcheck disable=SC2034  # read by train.sbatch
+warned=0
+trap 'warned=1' USR1 # a warning that comes before `launch` starts anything
+
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
+# shellcheck source=slurm/launcher.sh
+source slurm/launcher.sh
 
-# Open MPI's mpirun finds the allocation by itself. The MPICH that `make setup` installs needs srun with pmi2; if Slurm was
-# built without pmi2, that MPICH's own mpirun starts the ranks.
 if [[ -z ${launcher+set} ]]; then
-  if [[ ${MPI4PY_MPIABI:-} == openmpi* ]]; then
-    launcher=(mpirun --bind-to none)
-  elif srun --mpi=list 2>&1 | grep --quiet --word-regexp pmi2; then
-    # kill-on-bad-exit: a killed rank must end the job; otherwise the other ranks would wait for it forever.
-    # cpus-per-task: since Slurm 22.05, srun does not inherit it from the job.
-    launcher=(srun --mpi=pmi2 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
-  else
-    launcher=(.venv/bin/mpirun)
-  fi
+  find_launcher || exit 2
 fi
 
 # If a rank hangs, bin/train appends a report to this file and ends the job with status 76. srun returns the status of the
@@ -28,10 +24,9 @@ stalls() {
   if [[ -e $LAPSE_ELMO_STALLS ]]; then grep --count 'the job ends with status 76' "$LAPSE_ELMO_STALLS"; else echo 0; fi
 }
 
-# shellcheck disable=SC2034  # read by train.sbatch
-warned=0
 launch() {
   local step status=0 interrupted=1 before
+  if ((warned)); then return 75; fi # there is no time left: as if the program had saved at once
   before=$(stalls)
   "${launcher[@]}" "$@" &
   step=$!

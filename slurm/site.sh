@@ -2,6 +2,6 @@
 # Account, partition and the like are options of sbatch, or its variables SBATCH_ACCOUNT and SBATCH_PARTITION.
 # Examples:
 #   module load openmpi && export MPI4PY_MPIABI=openmpi    # the site's MPI instead of the installed MPICH
-#   launcher=(srun --mpi=pmix --kill-on-bad-exit=1)        # how to start the ranks, if launch.sh chooses wrongly
+#   launcher=(srun --mpi=pmix --kill-on-bad-exit=1)        # how to start the ranks, instead of finding out
 #   export FI_PROVIDER=verbs                               # MPICH's network, as libfabric calls it
 # shellcheck shell=bash

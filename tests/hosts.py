@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a virtual cable, over which MPI uses TCP.
+"""Hosts on one machine: network namespaces joined by a virtual cable or switch, over which MPI uses TCP.
 
 Needs root and iproute2. The machine's own network is not changed, and nothing is left when the context ends.
 """
@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ while [ "${1#-}" != "$1" ]; do shift; done
 host=$1; shift
 exec ip netns exec "%s-$host" unshare --uts sh -c "hostname $host; $*"
 """
-ENVIRONMENT = {"FI_PROVIDER": "tcp"}
+# Without the name, a rank sometimes took the loopback, if it started right after its host was made.
+ENVIRONMENT = {"FI_PROVIDER": "tcp", "FI_TCP_IFACE": _CABLE}
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,93 @@ def why_not() -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Link:
+    """A host's link to the switch, in each direction: bandwidth, and half of the latency between hosts."""
+
+    gbit: float
+    latency_us: float = 0.0
+
+
+def cannot_delay() -> str:
+    """Return why links cannot have a latency here; empty if they can (the kernel has ``netem``)."""
+    with _namespaces([f"lapse-trial-{os.getpid()}"]) as (space,):
+        command = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
+    return made.stderr.strip() if made.returncode else ""
+
+
 @contextlib.contextmanager
 def two_hosts(ranks_a_host: int) -> Iterator[Hosts]:
     """Make two hosts that can reach each other and nobody else."""
     name = f"lapse-{os.getpid()}"
-    spaces = [f"{name}-{address}" for address in ADDRESSES]
+    with _namespaces([f"{name}-{address}" for address in ADDRESSES]) as spaces:
+        peer = ["peer", "name", _CABLE, "netns", spaces[1]]
+        _output(["ip", "link", "add", "name", _CABLE, "netns", spaces[0], "type", "veth", *peer])
+        for space, address in zip(spaces, ADDRESSES, strict=True):
+            _connect(space, address)
+        with _launcher(name, ADDRESSES, ranks_a_host) as command:
+            yield Hosts(["ip", "netns", "exec", spaces[0], *command], spaces)
+
+
+@contextlib.contextmanager
+def switched_hosts(count: int, ranks_a_host: int, link: Link) -> Iterator[Hosts]:
+    """Make ``count`` hosts at one switch, each by a link of its own, which can reach nobody else."""
+    name = f"lapse-{os.getpid()}-switched"  # two_hosts may be there at the same time
+    addresses = [f"10.77.0.{number + 1}" for number in range(count)]
+    with _namespaces([*(f"{name}-{address}" for address in addresses), f"{name}-switch"]) as (*spaces, switch):
+        _output(["ip", "-n", switch, "link", "add", "switch", "type", "bridge"])
+        _output(["ip", "-n", switch, "link", "set", "switch", "up"])
+        for number, (space, address) in enumerate(zip(spaces, addresses, strict=True)):
+            port = f"port{number}"
+            peer = ["peer", "name", port, "netns", switch]
+            _output(["ip", "link", "add", "name", _CABLE, "netns", space, "type", "veth", *peer])
+            _output(["ip", "-n", switch, "link", "set", port, "master", "switch", "up"])
+            _connect(space, address)
+            _shape(space, _CABLE, link)
+            _shape(switch, port, Link(link.gbit))
+        with _launcher(name, addresses, ranks_a_host) as command:
+            yield Hosts(["ip", "netns", "exec", spaces[0], *command], spaces)
+
+
+def _shape(space: str, device: str, link: Link) -> None:
+    """Limit what ``device`` sends, and delay it."""
+    add = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", device]
+    where = ["root"]
+    if link.latency_us:
+        _output([*add, "root", "handle", "1:", "netem", "delay", f"{link.latency_us:g}us", "limit", "100000"])
+        where = ["parent", "1:"]
+    # A burst must hold what the link sends between two ticks of a kernel that counts 100 to 1,000 of them a second.
+    burst = max(256_000, round(link.gbit * 1e9 / 8 / 1000))
+    _output([*add, *where, "tbf", "rate", f"{link.gbit * 1000:g}mbit", "burst", str(burst), "latency", "100ms"])
+
+
+def _connect(space: str, address: str) -> None:
+    _output(["ip", "-n", space, "addr", "add", f"{address}/24", "dev", _CABLE])
+    for device in ("lo", _CABLE):
+        _output(["ip", "-n", space, "link", "set", device, "up"])
+
+
+@contextlib.contextmanager
+def _launcher(name: str, addresses: Sequence[str], ranks_a_host: int) -> Iterator[list[str]]:
+    """Yield an mpirun that starts ranks in the namespaces ``name-ADDRESS``."""
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
         agent = Path(folder, "agent")
         agent.write_text(_AGENT % name)
         agent.chmod(0o755)
-        try:
-            for space in spaces:
-                _output(["ip", "netns", "add", space])
-            peer = ["peer", "name", _CABLE, "netns", spaces[1]]
-            _output(["ip", "link", "add", "name", _CABLE, "netns", spaces[0], "type", "veth", *peer])
-            for space, address in zip(spaces, ADDRESSES, strict=True):
-                _output(["ip", "-n", space, "addr", "add", f"{address}/24", "dev", _CABLE])
-                for device in ("lo", _CABLE):
-                    _output(["ip", "-n", space, "link", "set", device, "up"])
-            where = ["-hosts", ",".join(ADDRESSES), "-ppn", str(ranks_a_host)]
-            options = ["-launcher", "ssh", "-launcher-exec", str(agent), *where]
-            yield Hosts(["ip", "netns", "exec", spaces[0], str(MPIRUN), *options], spaces)
-        finally:
-            for space in spaces:  # the cable goes with them
-                subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
+        where = ["-hosts", ",".join(addresses), "-ppn", str(ranks_a_host)]
+        yield [str(MPIRUN), "-launcher", "ssh", "-launcher-exec", str(agent), *where]
+
+
+@contextlib.contextmanager
+def _namespaces(names: Sequence[str]) -> Iterator[list[str]]:
+    try:
+        for name in names:
+            _output(["ip", "netns", "add", name])
+        yield list(names)
+    finally:
+        for name in names:  # cables go with them
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def _output(command: list[str]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
-LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_")
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_", "FLUX_", "JSM_")
 MARK = "LAPSE_ELMO_TEST_JOB"
 CMA_OFF = {"MPIR_CVAR_CH4_CMA_ENABLE": "0"}  # MPICH without access to other processes' memory, as in many containers
 _PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # the latter: native packages

@@ -159,7 +159,7 @@ def test_modules_of_commands_exist(name: str) -> None:
 
 def test_programs_and_commands_are_the_same(installed: Installed) -> None:
     assert tuple(COMMANDS) == PROGRAMS
-    assert {path.name for path in (mpi.ROOT / "bin").iterdir() if path.is_file()} == {*COMMANDS, "_venv.py"}
+    assert {path.name for path in (mpi.ROOT / "bin").iterdir() if path.is_file()} == {*COMMANDS, "_venv.py", "_probe"}
     for name in ("train", "preprocess"):
         here = mpi.mpirun(1, [mpi.ROOT / "bin" / name, "--help"], launcher=False)
         there = installed.run(name, "--help")

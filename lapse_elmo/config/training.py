@@ -13,6 +13,7 @@ from pathlib import Path
 from lapse_elmo.config.checks import fraction, positive, require
 from lapse_elmo.config.cli import convert, option, options_of, parse
 from lapse_elmo.config.initial import InitialConfig
+from lapse_elmo.config.plan import PlanConfig, check_plan
 from lapse_elmo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -353,6 +354,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     devices: DeviceConfig = field(default_factory=DeviceConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.softmax.distribution == "uniform" and self.softmax.num_tries:
@@ -364,6 +366,7 @@ class Config:
             )
         if self.training.sync and self.server.ps == "adapm":
             raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: drop one of them")
+        check_plan(self)
 
 
 def parse_train(argv: Sequence[str]) -> Config:

@@ -10,6 +10,7 @@ module           contents
 ``launch``       run a program of ``bin/`` on every rank, and report its errors
 ``exit``         end all ranks of the job with one exit status
 ``start``        load and initialise the MPI library
+``family``       which MPI library it is, and whether a launcher fits it
 ``launcher``     what mpirun or srun put into the environment
 ``host``         this machine: its usable CPU cores and its address
 ``signals``      requests to stop, and the exit statuses of all programs

@@ -6,13 +6,13 @@ import os
 import threading
 import time
 
-from lapse_elmo.mpi.launcher import started_by_srun
+from lapse_elmo.mpi.launcher import highest_status_counts
 from lapse_elmo.mpi.signals import ignore_stop_signals
 from lapse_elmo.mpi.stdio import flush_to_launcher
 from lapse_elmo.mpi.world import World
 
 _ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
-_LAST_S = 0.5  # how long rank 0 lets the others exit first, under srun
+_LAST_S = 0.5  # how long rank 0 lets the others exit first, where the highest status counts
 _ARRIVE_S = 60.0  # how long ranks that finalise MPI together wait for each other
 _POLL_S = 0.001
 
@@ -31,16 +31,16 @@ def leave(world: World, status: int) -> None:
     """End the job in order with ``status``, which must not be 0 (collective).
 
     Ranks must not exit one by one: a launcher kills the others at the first bad status, and may then report their
-    death instead. mpirun reports the status of an abort faithfully, so rank 0 aborts. srun reports the highest status
-    of all ranks, so there MPI is finalised and the other ranks exit first, with 0.
+    death instead. mpirun reports the status of an abort faithfully, so rank 0 aborts. srun and Flux report
+    the highest status of all ranks, so there MPI is finalised and the other ranks exit first, with 0.
     """
     ignore_stop_signals()  # the status is decided
     flush_to_launcher()
     if world.size == 1:
         os._exit(status)
-    if world.rank and not started_by_srun():
+    if world.rank and not highest_status_counts():
         time.sleep(_ABORT_S)  # rank 0's abort ends this rank
-    if started_by_srun():
+    if highest_status_counts():
         _finalise(world, status)
         time.sleep(0 if world.rank else _LAST_S)
         os._exit(0 if world.rank else status)

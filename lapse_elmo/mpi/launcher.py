@@ -17,6 +17,8 @@ _VARIABLES = (
     ("PMIX_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),  # jsrun, of LSF
 )
 _MOST_DIGITS = 9
 
@@ -49,9 +51,13 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
-def started_by_srun() -> bool:
-    """Return whether srun itself started this rank, not an mpirun (which may use srun for its own processes)."""
-    return "SLURM_PROCID" in os.environ and not any(name in os.environ for name in LOCAL_SIZE_VARIABLES)
+def highest_status_counts() -> bool:
+    """Return whether the launcher reports the highest exit status of all ranks, as srun and ``flux run`` do.
+
+    An mpirun may use srun for its own processes; then it is the mpirun that reports.
+    """
+    own = any(name in os.environ for name in ("SLURM_PROCID", "FLUX_TASK_RANK"))
+    return own and not any(name in os.environ for name in LOCAL_SIZE_VARIABLES)
 
 
 def oversubscribed() -> bool:

@@ -10,6 +10,7 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lapse_elmo.errors import LaunchError, in_one_line
@@ -31,16 +32,7 @@ def start_mpi() -> MPI.Intracomm:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked by bin/_venv.py
     if oversubscribed():  # have MPICH yield the core while it waits inside the library (Init, Finalize); read at load
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"no MPI library can be loaded ({in_one_line(error)}): run 'make setup', which installs one, or load your "
-            "site's MPI and name its family in MPI4PY_MPIABI (mpich or openmpi)"
-        ).on_every_rank() from None
+    MPI = load_mpi()
     expected = launcher_rank_and_size()[1]
     version = MPI.Get_library_version()
     library = version.split("\n")[0].rstrip("\0 ")[:40]
@@ -54,9 +46,28 @@ def start_mpi() -> MPI.Intracomm:
         raise LaunchError(
             f"the launcher started {expected} processes, but the MPI library, {library}, does not fit it and sees only "
             "one: use the library's own mpirun (.venv/bin/mpirun for the one that make setup installs; with Slurm, "
-            "srun --mpi=pmi2), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
+            "slurm/train.sbatch finds a launcher that fits), or choose the library with MPI4PY_MPIABI=mpich|openmpi"
         ).on_every_rank()
     return MPI.COMM_WORLD
+
+
+def load_mpi() -> ModuleType:
+    """Load the MPI library and return ``mpi4py.MPI``, without initialising MPI.
+
+    Raises:
+        LaunchError: If there is no usable MPI library.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"no MPI library can be loaded ({in_one_line(error)}): run 'make setup', which installs one, or load your "
+            "site's MPI and name its family in MPI4PY_MPIABI (mpich or openmpi)"
+        ).on_every_rank() from None
+    return MPI
 
 
 def choose_mpich_network(version: str) -> None:

@@ -17,7 +17,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 class Memory(Protocol):
-    """Named arrays that the workers and the manager of a node share; see :class:`~lapse_elmo.mpi.node_memory.NodeMemory`."""
+    """Named arrays that the workers and the manager of a node share; see :mod:`lapse_elmo.mpi.node_memory`."""
 
     arrays: dict[str, np.ndarray]
 

@@ -36,7 +36,7 @@ OTHER = {
     "ps": "lapse", "technique": "static", "schedule": "linear", "init_accumulators": "kept", "save_at_tokens": (5, 7),
 }
 # What contradicts other options.
-ALONE = ("dense", "precision", "num_tries", "replacement", "distribution", "sync", "init_embedding")
+ALONE = ("plan_nodes", "dense", "precision", "num_tries", "replacement", "distribution", "sync", "init_embedding")
 # What an option needs in addition to be taken: another option of its group.
 NEEDS = {"decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"}}
 

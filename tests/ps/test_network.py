@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import collective
-from tests.hosts import ADDRESSES, ENVIRONMENT, Hosts, two_hosts, why_not
+from tests.hosts import ADDRESSES, ENVIRONMENT, Hosts, Link, cannot_delay, switched_hosts, two_hosts, why_not
 from tests.mpi import mpirun
 from tests.ps import contract_program, failing_program
 
@@ -58,3 +58,40 @@ def test_hosts_are_nodes(hosts: Hosts, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "rank"), [("kill", 3), ("manager", 0)])
 def test_a_failing_rank_ends_the_job_on_both_hosts(hosts: Hosts, tmp_path: Path, kind: str, rank: int) -> None:
     failing_program.run_and_check(kind, rank, 1, tmp_path, env=ENVIRONMENT, launcher=hosts.launcher)
+
+
+# Rank 0 sends 5 MB to the last rank; then they send a byte to and fro, 20 times.
+EXCHANGE = """
+import json, pathlib, sys, time
+from lapse_elmo.mpi.launch import enter
+world = enter()
+import numpy as np
+many, one, last = np.zeros(5_000_000, np.uint8), np.zeros(1, np.uint8), world.size - 1
+world.barrier()
+if world.rank in (0, last):
+    peer = last - world.rank
+    def exchange(data):
+        start = time.monotonic()
+        for sends in (world.rank == 0, world.rank != 0):
+            world.comm.Send(data, peer) if sends else world.comm.Recv(data, peer)
+        return time.monotonic() - start
+    exchange(one)
+    seconds = [exchange(many), min(exchange(one) for _ in range(20))]
+    if world.rank == 0:
+        pathlib.Path(sys.argv[1]).write_text(json.dumps([world.num_nodes, *seconds]))
+"""
+
+
+@pytest.mark.parametrize("latency_us", [0.0, 20_000.0])
+def test_switched_hosts_have_the_link_that_is_asked_for(latency_us: float, tmp_path: Path) -> None:
+    if latency_us and (reason := cannot_delay()):
+        pytest.skip(f"no latency here: {reason}")
+    with switched_hosts(3, 1, Link(0.1, latency_us)) as hosts:
+        job = mpirun(3, ["-c", EXCHANGE, str(tmp_path / "seen")], env=ENVIRONMENT, launcher=hosts.launcher)
+    assert job.returncode == 0, job.output
+    num_nodes, many_s, one_s = json.loads((tmp_path / "seen").read_text())
+    assert num_nodes == 3
+    assert many_s > 2 * 5e6 * 8 / 0.1e9 * 0.9, "faster than the link"
+    assert one_s >= 2 * latency_us * 1e-6
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(namespace in left for namespace in hosts.namespaces)

@@ -59,6 +59,7 @@ class Counts:
     bookkeeping_bytes: float = 0.0  # of one node
     bytes_per_token: float = 0.0
     by_kind: dict[str, float] = field(default_factory=dict)  # number of messages by kind
+    rows_by_kind: dict[str, float] = field(default_factory=dict)
 
 
 class CountingTransport(SimTransport):
@@ -79,6 +80,7 @@ class CountingTransport(SimTransport):
             self.counts["rows"] += rows
             self.counts["messages"] += 1
             self.counts["kind " + type(message).__name__] += 1
+            self.counts["rows " + type(message).__name__] += rows
         super().send(to, block)
 
     def send_values(self, rank: int, values: np.ndarray) -> None:
@@ -206,4 +208,5 @@ def count(workload: Workload) -> Counts:
         bookkeeping_bytes=counts["bookkeeping"] / workload.num_nodes,
         bytes_per_token=counts["bytes"] * share / tokens,
         by_kind={key[5:]: round(n * share, 1) for key, n in counts.items() if key.startswith("kind ")},
+        rows_by_kind={key[5:]: round(n * share, 1) for key, n in counts.items() if key.startswith("rows ")},
     )

@@ -1,4 +1,4 @@
-"""A private Slurm on this machine: slurmctld and two slurmd in a temporary folder, on free ports, without systemd.
+"""A private Slurm on this machine: slurmctld and four slurmd in a temporary folder, on free ports, without systemd.
 
 Nothing outside the folder is read or written; every daemon and every process of a job carries a mark in its environment
 by which :meth:`Cluster.stop` finds what is left.
@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.mpi import LAUNCHER_PREFIXES, MARK, ROOT, end_marked, marked_processes
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3", "n4")
 _CPUS = 16  # a node claims to have: as many tasks fit
 _KILL_WAIT_S = 10  # between a job's SIGTERM and its SIGKILL
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -38,7 +38,7 @@ ClusterName=test
 FirstJobId={first_job}
 GresTypes=gpu
 SlurmctldHost=localhost
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -64,10 +64,10 @@ JobRequeue=0
 KillWait={kill_wait_s}
 MessageTimeout=30
 ReturnToService=2
-NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=100000 Gres=gpu:2
-NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=100000 Gres=gpu:2
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+_NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=100000 Gres=gpu:2"
 # Slurm numbers the "GPUs" and tells each task which are its own; whether they are GPUs it does not ask.
 _GPUS = """\
 Name=gpu File=/dev/null Flags=nvidia_gpu_env
@@ -121,8 +121,10 @@ class Cluster:
         (self.folder / "state").mkdir(parents=True)
         for node in NODES:
             (self.folder / f"spool-{node}").mkdir()
+        control, *ports = _free_ports(1 + len(NODES))
+        nodes = [_NODE.format(name=name, port=port, cpus=_CPUS) for name, port in zip(NODES, ports, strict=True)]
         config = _CONFIG.format(
-            folder=self.folder, ports=_free_ports(1 + len(NODES)), user=getpass.getuser(), nodes=NODES, cpus=_CPUS,
+            folder=self.folder, port=control, user=getpass.getuser(), nodes="\n".join(nodes),
             kill_wait_s=_KILL_WAIT_S, first_job=secrets.randbelow(10_000_000) + 1,
         )
         (self.folder / "slurm.conf").write_text(config)

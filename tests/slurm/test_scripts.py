@@ -35,6 +35,8 @@ if what.startswith("exit"):
 if what == "wait" and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(60)
 """
+# In the place of bin/_probe: the MPI is an MPICH, and the first launcher that is tried fits.
+PROBE = "#!/bin/sh\n[ $1 = world ] || echo mpich\n"
 
 
 @pytest.fixture
@@ -42,9 +44,9 @@ def root(tmp_path: Path) -> Path:
     """A repository of the batch scripts and a stand-in."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / "bin").mkdir()
-    for name in ("train", "preprocess"):
+    for name, text in (("train", STAND_IN), ("preprocess", STAND_IN), ("_probe", PROBE)):
         program = tmp_path / "bin" / name
-        program.write_text(STAND_IN)
+        program.write_text(text)
         program.chmod(0o755)
     return tmp_path
 
@@ -86,7 +88,7 @@ def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Pat
     options = ["--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4"]
     number = submit(cluster, root, *options, "--", "wait")
     until_started(cluster, number, root, 6)
-    step = cluster.run("scontrol", "show", "step", f"{number}.0")
+    step = cluster.run("scontrol", "show", "step", f"{number}.1")
     cluster.run("scancel", str(number))
     assert re.search(r"Nodes=2 CPUs=24 Tasks=6 ", step), step
     seen = [rank["env"] for rank in ranks(root)]
@@ -118,6 +120,14 @@ def test_warned_job_goes_back_into_the_queue(cluster: Cluster, root: Path) -> No
     assert job.log.read_text().count("a rank starts") == 4, "the log was not appended to"
     assert [len(ranks(root, restart)) for restart in (0, 1)] == [2, 2]
     assert ranks(root, 0)[0]["argv"] == ranks(root, 1)[0]["argv"]
+
+
+def test_job_warned_before_it_starts_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
+    """Slurm's warning can come while the launcher is still being looked for."""
+    (root / "slurm" / "site.sh").write_text("[[ -n ${SLURM_RESTART_COUNT:-} ]] || kill -USR1 $$\n")
+    job = ended(cluster, submit(cluster, root, "--", "x"), "COMPLETED", 0, restarts=1)
+    assert job.log.read_text().count("a rank starts") == 2
+    assert [len(ranks(root, restart)) for restart in (0, 1)] == [0, 2]
 
 
 def test_warned_job_that_completes_stays_complete(cluster: Cluster, root: Path) -> None:

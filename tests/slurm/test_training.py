@@ -1,13 +1,14 @@
-"""Real training and preprocessing under Slurm, on two nodes: it completes, is warned and resumes, fails when it must.
+"""Real training and preprocessing on several nodes of Slurm: it completes, is warned and resumes, or fails as it must.
 
-The two slurmd of these tests share a machine, but MPICH takes them for two nodes, as Slurm tells it: their ranks talk
-through the network.
+The four slurmd of these tests share a machine, but the MPI takes them for four nodes, as Slurm tells it: their ranks
+talk through the network.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import open_mpi
 from tests.mpi import ROOT
 from tests.slurm.cluster import Cluster, SlurmJob
 from tests.training.corpora import TINY, Prepared, checkpoints, records
@@ -43,16 +45,22 @@ fi
 """
 
 
+def own_root(root: Path, site: str) -> None:
+    """Make ``root`` a repository with this slurm/site.sh."""
+    for name in ("bin", ".venv"):
+        (root / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "slurm", root / "slurm")
+    (root / "slurm" / "site.sh").write_text(site)
+
+
 class Endless:
     """A job that trains until it has been requeued once, in a root of its own."""
 
     def __init__(
-        self, cluster: Cluster, corpus: Prepared, root: Path, *words: str, stall_minutes: float = 20.0
+        self, cluster: Cluster, corpus: Prepared, root: Path, *words: str, stall_minutes: float = 20.0, site: str = ""
     ) -> None:
         self.cluster, self.root, self.run_dir = cluster, root, root / "run"
-        (root / "bin").symlink_to(ROOT / "bin")
-        shutil.copytree(ROOT / "slurm", root / "slurm")
-        (root / "slurm" / "site.sh").write_text(f"LOGS={cluster.folder}\n{SITE}")
+        own_root(root, f"LOGS={cluster.folder}\n{SITE}{site}")
         (root / "job.toml").write_text(f"[run]\nstall_minutes = {stall_minutes}\n[training]\nepochs = 100000\n")
         own = ["--config", "job.toml", "--save-every-steps", "10", *options(corpus, self.run_dir)]
         self.number = cluster.submit(f"--chdir={root}", *words, TRAIN, *own)
@@ -82,15 +90,39 @@ def limited(cluster: Cluster, corpus: Prepared, tmp_path_factory: pytest.TempPat
     return Endless(cluster, corpus, tmp_path_factory.mktemp("limited"), "--job-name=limited", *LIMIT)
 
 
+@pytest.fixture(params=["mpich", "openmpi"])
+def site(request: pytest.FixtureRequest) -> str:
+    """What slurm/site.sh says, for each family."""
+    if request.param == "mpich":
+        return ""
+    if reason := open_mpi.why_not():
+        pytest.skip(reason)
+    return open_mpi.site()
+
+
 @pytest.mark.usefixtures("limited")
-def test_two_nodes_train(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> None:
-    run_dir = tmp_path / "a run"
-    words = [*options(corpus, run_dir), "--epochs", "2", "--sync"]
-    job = cluster.wait(cluster.submit("--nodes=2", "--ntasks-per-node=2", TRAIN, *words), LONG_S)
+def test_four_nodes_train(cluster: Cluster, corpus: Prepared, tmp_path: Path, site: str) -> None:
+    own_root(tmp_path, site)
+    words = [*options(corpus, tmp_path / "a run"), "--epochs", "2", "--sync"]
+    number = cluster.submit(f"--chdir={tmp_path}", "--nodes=4", "--ntasks-per-node=1", TRAIN, *words)
+    job = cluster.wait(number, LONG_S)
     assert (job.state, job.status) == ("COMPLETED", 0), job.output
     num_tokens = sum(len(sentence.split()) for sentence in corpus.train)
-    assert [line["train/epoch_tokens"] for line in records(run_dir, "epoch")] == [num_tokens, num_tokens]
-    assert json.loads((checkpoints(run_dir)[-1] / "manifest.json").read_text())["world_size"] == 4
+    assert [line["train/epoch_tokens"] for line in records(tmp_path / "a run", "epoch")] == [num_tokens, num_tokens]
+    assert json.loads((checkpoints(tmp_path / "a run")[-1] / "manifest.json").read_text())["world_size"] == 4
+    assert re.findall(r"^ *[0-3] +\S+ +\d+ +(\d) ", job.output, re.MULTILINE) == ["0", "1", "2", "3"], job.output
+    assert ("MPI family: openmpi" if site else "MPI family: mpich") in job.output, job.output
+
+
+@pytest.mark.usefixtures("limited")
+def test_open_mpi_passes_the_warning_on(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> None:
+    """Its mpirun starts the ranks here, and has to forward the signal: the job saves, is requeued and completes."""
+    if reason := open_mpi.why_not():
+        pytest.skip(reason)
+    job = Endless(cluster, corpus, tmp_path, *TWO_NODES, "--job-name=warned", site=open_mpi.site())
+    job.until(lambda: list(job.run_dir.glob("checkpoints/step-*")))
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.completes().restarts == 1
 
 
 @pytest.mark.usefixtures("limited")

@@ -1,0 +1,132 @@
+"""The plan for other machines: its arithmetic, its text, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lapse_elmo import train
+from lapse_elmo.config.plan import PlanConfig
+from lapse_elmo.config.training import Config, ModelConfig, TrainingConfig, parse_train
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.forecast import Forecast, PlannedShape, forecast
+from lapse_elmo.memory import dense_size, estimate
+from lapse_elmo.mpi.world import solo
+from lapse_elmo.training_data import TrainingData, open_training_data
+from lapse_elmo.trial import Trial
+from tests.mpi import mpirun
+from tests.training.corpora import TINY, Prepared, prepare, random_sentences
+
+TRIAL = Trial(1, 5, {"pull": 0.1, "compute": 1.0, "agree": 0.2, "push": 0.1, "other": 0.0}, 200.0)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    train_sentences, heldout = random_sentences(1, 400, 40, (1, 12)), random_sentences(2, 41, 40, (1, 12))
+    return prepare(tmp_path_factory.mktemp("corpus"), train_sentences, heldout)
+
+
+@pytest.fixture(scope="module")
+def data(corpus: Prepared) -> TrainingData:
+    return open_training_data(parse_train(corpus.options), solo())
+
+
+def planned(data: TrainingData, nodes: int, ranks: int = 4, **plan: float) -> Forecast:
+    config = Config(plan=PlanConfig(nodes, ranks, **plan), training=TrainingConfig(batch_size=10, epochs=3))
+    return of(config, data, PlannedShape(nodes, ranks))
+
+
+def of(config: Config, data: TrainingData, shape: PlannedShape) -> Forecast:
+    return forecast(config, data, shape, TRIAL, estimate(config, data.vocabulary.size, data.train, shape))
+
+
+def test_one_node_takes_what_was_measured(data: TrainingData) -> None:
+    one = planned(data, 1)
+    assert one.rows.num_bytes == pytest.approx(0, abs=1e-6) and one.dense_bytes == 0
+    assert one.step_s == pytest.approx(1.4, rel=1e-6)
+    assert one.tokens_per_s == pytest.approx(4 * 200 / 1.4, rel=1e-6)
+    assert one.run_tokens == 3 * data.train.num_tokens
+
+
+def test_the_dense_sum_is_that_of_a_ring(data: TrainingData) -> None:
+    """2 (M - 1) / M of the gradients leave each node, at 1 Gbit/s; two trees of log2 M hops."""
+    model = ModelConfig()
+    size = 4 * dense_size(model.projection_size, model.cell_size, model.num_layers)
+    plan = planned(data, 8, network_gbit=1.0, network_us=1000.0)
+    assert plan.dense_bytes == 2 * 7 / 8 * size
+    assert plan.seconds["dense sum"] == pytest.approx(plan.dense_bytes * 8e-9 + 6 * 0.001)
+
+
+def test_a_slow_network_is_the_limit(data: TrainingData) -> None:
+    fast, slow = planned(data, 4), planned(data, 4, network_gbit=0.01)
+    assert fast.step_s > fast.network_s and slow.network_s > fast.step_s
+    assert slow.step_s == max(slow.network_s, sum(slow.seconds.values()))
+    assert slow.tokens_per_s < fast.tokens_per_s
+
+
+def test_tables_are_divided_among_the_nodes(data: TrainingData) -> None:
+    """Rows and their copies in checkpoints; dense gradients and activations are there per rank."""
+    config = Config(model=ModelConfig("original"))
+    data = dataclasses.replace(data, vocabulary=dataclasses.replace(data.vocabulary, size=800_000))
+    one, many = (of(config, data, PlannedShape(nodes, 4)).memory for nodes in (1, 64))
+    assert many.rows == one.rows and many.shared < one.shared / 4
+    assert (many.dense, many.activations) == (one.dense, one.activations)
+
+
+def test_max_steps_bound_the_run(data: TrainingData) -> None:
+    config = Config(training=TrainingConfig(max_steps=2))
+    plan = of(config, data, PlannedShape(2, 1))
+    assert plan.run_tokens == 2 * 2 * 200
+
+
+def test_the_plan_is_printed_and_nothing_written(corpus: Prepared, tmp_path: Path) -> None:
+    options = [*corpus.options, *TINY, "--batch-size", "4", "--run-dir", str(tmp_path / "run")]
+    job = mpirun(2, ["bin/train", *options, "--plan-nodes", "8"])
+    assert job.returncode == 0, job.output
+    assert "plan for 8 nodes of 2 ranks, 100 Gbit/s and 10 us between nodes" in job.stdout
+    assert "from 20 steps of 2 ranks here:" in job.stdout
+    step = re.search(r"seconds per step: ([\d.]+): (.*); the link", job.stdout)
+    assert step, job.output
+    phases = dict(re.findall(r"([a-z ]+) (-?[\d.]+)(?:, |$)", step[2]))
+    assert set(phases) == {"pull", "compute", "agree", "push", "other", "dense sum", "reports", "serving"}
+    assert math.isclose(float(step[1]), sum(map(float, phases.values())), abs_tol=0.005)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--technique", "static"], "cannot count the traffic of --technique static"),
+        (["--sync"], "cannot count the traffic of --sync"),
+        (["--share-samples", "job"], "--share-samples job"),
+        (["--sampling-scheme", "naive"], "--sampling-scheme naive"),
+        (["--dense", "ps"], "--dense ps"),
+        (["--nodes", "2"], "--nodes 2"),
+        (["--network-gbit", "0"], "--network-gbit"),
+        (["--plan-ranks", "-1"], "--plan-ranks"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse_train(["--plan-nodes", "4", *options])
+
+
+def test_more_ranks_than_sentences(corpus: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="400 training sentences cannot be shared by 64 x 32 ranks"):
+        train.main(
+            [*corpus.options, *TINY, "--plan-nodes", "64", "--plan-ranks", "32", "--run-dir", str(tmp_path)], solo
+        )
+
+
+def test_a_saved_config_without_a_plan_is_read(tmp_path: Path) -> None:
+    from lapse_elmo.config.cli import as_tables
+    from lapse_elmo.config.training import from_tables
+
+    tables = json.loads(json.dumps(as_tables(Config())))
+    del tables["plan"]
+    assert from_tables(tables) == Config()
