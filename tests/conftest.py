@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests import mpi
+from tests.ps import simulation
+
+_RUN_FOLDER = "LAPSE_ELMO_TEST_RUN"
 
 # A slow machine is no failure, and a failure must be repeatable. On our two cores a time limit per example only flakes.
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
+
+
+def run_folder() -> Path:
+    """Return a folder that all processes of this test run share."""
+    return Path(os.environ[_RUN_FOLDER])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of the test run, before pytest-xdist starts its workers."""
+    if not hasattr(config, "workerinput"):
+        os.environ[_RUN_FOLDER] = tempfile.mkdtemp(prefix="lapse-elmo-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what is left of the test run."""
+    if not hasattr(config, "workerinput"):
+        simulation.stop(run_folder())
+        shutil.rmtree(run_folder(), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have pytest-xdist run the tests of a module, and all tests that share a Slurm, in one worker.
+
+    They share fixtures, which would otherwise be made once per worker.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            folder = item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}/{item.path.name}"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import subprocess
 import sys
 
@@ -25,12 +23,11 @@ REGRESSIONS = {
 }
 
 
-def test_schedules(simulation: subprocess.Popen[str]) -> None:
+@pytest.mark.xdist_group("simulation")
+def test_schedules(simulated: tuple[int, str]) -> None:
     """All techniques and sampling schemes; ``SCHEDULES`` in the environment sets how many (make simulate: for long)."""
-    with contextlib.suppress(OSError):  # only root may raise a priority; at this point nothing else is left to run
-        os.setpriority(os.PRIO_PGRP, simulation.pid, 0)
-    output, _ = simulation.communicate(timeout=1800)
-    assert simulation.returncode == 0, output
+    status, output = simulated
+    assert status == 0, output
 
 
 @pytest.mark.parametrize("seed", REGRESSIONS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,14 +123,13 @@ def test_rows_that_do_not_fit_are_refused_before_they_are_touched() -> None:
 def test_a_limit_on_the_size_of_files_is_named() -> None:
     """Shared memory is a file, so a batch system's ``ulimit -f`` can stop it; the error says so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = set(Path("/dev/shm").glob("lapse-elmo-*"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(ConfigError, match=r"no file of 0\.\d\d GB for shared memory .* too large$") as caught:
             EmbeddedServer(solo(), Layout.of(("some", 100_000, 30)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.everywhere and set(Path("/dev/shm").glob("lapse-elmo-*")) == before
+    assert caught.value.everywhere
 
 
 def test_layout() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 from pathlib import Path
@@ -25,10 +24,6 @@ CAUSE = {
     "thread": "RuntimeError: this breaks", "full-disk": "No space left on device",
     "not-finite": "is not finite at step",
 }
-
-
-def shared_files() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("lapse-elmo")}
 
 
 def newest_whole(run_dir: Path) -> Manifest:
