@@ -14,6 +14,8 @@ from lapse_elmo.ps.engines import server_fallbacks
 from lapse_elmo.run_folder import ResumePoint
 from lapse_elmo.training_data import TrainingData
 
+MOST_PARTS = 16  # ranks that were measured to learn as well as one (benchmarks/learning.md)
+
 
 def plan_lines(
     config: Config, world: World, data: TrainingData, device: Device, cursor: Cursor, start: ResumePoint
@@ -45,7 +47,19 @@ def plan_lines(
             f"--num-samples {config.softmax.num_samples:,} is not below the {data.vocabulary.size:,} classes: "
             "training uses the full softmax"
         )
+    lines += many_parts(config, world.size)
     return lines
+
+
+def many_parts(config: Config, num_ranks: int) -> list[str]:
+    """Return a warning if so many gradients are pushed per step that frequent words would move too far."""
+    parts = num_ranks * config.training.accumulate
+    if parts <= MOST_PARTS or config.optimizer.optimizer != "adagrad":
+        return []
+    return [
+        f"{parts} ranks (--accumulate included) push gradients at each step: beyond {MOST_PARTS}, the rows of frequent "
+        "words move too far and the model learns less per token, or diverges; start fewer ranks with more threads each"
+    ]
 
 
 def lines_of_all(world: World, own: list[str]) -> list[str]:
