@@ -180,8 +180,9 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
         needed = ranks[0].shared + private
         lines.append(
             f"memory on {host}: {_gb(needed)} GB needed of {_gb(room)} GB free: {_gb(ranks[0].shared)} "
-            f"shared (of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} ranks with {_gb(ranks[0].dense)} dense, "
-            f"{_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for checkpoints per rank"
+            f"shared (of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} rank{'s'[: len(ranks) - 1]} with "
+            f"{_gb(ranks[0].dense)} dense, {_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for "
+            "checkpoints per rank"
         )
         if needed > room or ranks[0].shared > shared_room:
             refused.append((host, ranks, room, shared_room, needed))

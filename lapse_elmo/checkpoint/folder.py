@@ -36,6 +36,8 @@ def find(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give the directory of a run or of a checkpoint")
     if (path / MANIFEST).is_file():
         return path.resolve()
     whole = [step for step in candidates(path) if (step / MANIFEST).is_file()]

@@ -205,7 +205,7 @@ def test_the_programs_print_one_line_and_end_with_2(tmp_path: Path) -> None:
     assert_one_line(job, "bin/train: error: ", "data/shards", "bin/preprocess", "--shards")
     assert not list(empty.iterdir())
     job = mpi.mpirun(1, [mpi.ROOT / "bin" / "evaluate", "gone"], cwd=empty, launcher=False)
-    assert_one_line(job, "bin/evaluate: error: ", "gone holds no checkpoint")
+    assert_one_line(job, "bin/evaluate: error: ", "gone does not exist")
 
 
 def damage_tokens(path: Path) -> None:
