@@ -42,17 +42,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(run_folder(), ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have pytest-xdist run the tests of a module, and all tests that share a Slurm, in one worker.
-
-    They share fixtures, which would otherwise be made once per worker.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            folder = item.path.parent.name
-            item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}/{item.path.name}"))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> Iterator[None]:
     """Use one torch thread: tests run in parallel, and OpenMP's waiting threads would slow each other down."""

@@ -23,13 +23,6 @@ REGRESSIONS = {
 }
 
 
-@pytest.mark.xdist_group("simulation")
-def test_schedules(simulated: tuple[int, str]) -> None:
-    """All techniques and sampling schemes; ``SCHEDULES`` in the environment sets how many (make simulate: for long)."""
-    status, output = simulated
-    assert status == 0, output
-
-
 @pytest.mark.parametrize("seed", REGRESSIONS)
 def test_faults_of_the_past(seed: int) -> None:
     assert failure(Schedule.of(seed)) is None
