@@ -16,6 +16,7 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.growth import BatchGrowth
 from lapse_elmo.mpi.world import World
+from lapse_elmo.training_data import sentence_tokens
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,9 @@ def batch_streams(
     """Return this rank's training batches, one stream per part; ``rest`` is as in :class:`BatchStream`."""
     training, data = config.training, config.data
     num_workers = world.size * training.accumulate
-    length = min(shards.num_tokens / max(shards.num_sentences, 1), data.max_length)
     growth = BatchGrowth(
-        training.batch_size, num_workers, training.first_batch, float(training.growth_tokens), length
+        training.batch_size, num_workers, training.first_batch, float(training.growth_tokens),
+        sentence_tokens(config, shards),
     )
     return [
         BatchStream(

@@ -78,9 +78,7 @@ class NodeDense:
     def optimizer(self, learning_rate: float, epsilon: float) -> DenseOptimizer:
         """Return an optimizer of all parameters, with the shared accumulators."""
         accumulators = None if self.accumulators is None else self.views(self.accumulators)
-        optimizer = DenseOptimizer.over(self.views(self.weights), accumulators)
-        optimizer.learning_rate, optimizer.epsilon = learning_rate, epsilon
-        return optimizer
+        return DenseOptimizer.over(self.views(self.weights), accumulators, learning_rate, epsilon)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return views of an array (size,), with the shapes of the parameters."""
@@ -103,7 +101,7 @@ class NodeUpdate:
     Args:
         world: The world.
         dense: The shared parameters.
-        optimizer: Holds the learning rate and epsilon.
+        optimizer: The optimizer of all parameters, from which each step takes the learning rate.
 
     Raises:
         ConfigError: On every rank, if there is not enough shared memory.
@@ -121,7 +119,9 @@ class NodeUpdate:
         self._slices = [buffer[own] for buffer in buffers]  # of every rank of the node
         self._mean = self._slices[0]  # the sum replaces the first rank's gradient, which is not needed any more
         accumulators = None if dense.accumulators is None else [dense.accumulators[own]]
-        self._stepper = DenseOptimizer.over([dense.weights[own]], accumulators)
+        self._stepper = DenseOptimizer.over(
+            [dense.weights[own]], accumulators, optimizer.learning_rate, optimizer.epsilon
+        )
         self._across = world.across_nodes(dense.num_slices)
         self._copied: Callable[[], None] = _nothing
         self._updated: Callable[[], None] = _nothing
@@ -158,7 +158,7 @@ class NodeUpdate:
 
     def apply(self, scale: float) -> None:
         """Update this rank's slice; see :meth:`DenseUpdate.apply`."""
-        self._stepper.learning_rate, self._stepper.epsilon = self._optimizer.learning_rate, self._optimizer.epsilon
+        self._stepper.learning_rate = self._optimizer.learning_rate
         self._stepper.step([self._mean], scale)
         self._updated = self._world.start_node_barrier()
 

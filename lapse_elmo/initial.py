@@ -128,15 +128,15 @@ def _shared(
 
 
 def _keep_dense_accumulators(path: Path, parameters: Parameters) -> None:
-    accumulators = parameters.dense_optimizer.accumulators
     if parameters.dense_table is not None:
         raise ConfigError("--init-accumulators kept needs --dense allreduce: with ps the server has them")
     if not parameters.writes_dense:
         return
     try:
         with h5py.File(path, "r") as file:
-            for (name, _), accumulator in zip(parameters.model.named_parameters(), accumulators, strict=False):
-                accumulator.copy_(torch.from_numpy(file[f"accumulators/{name}"][()]))
+            for name, tensor in parameters.dense_tensors().items():
+                if name.startswith("accumulators/"):
+                    tensor.copy_(torch.from_numpy(file[name][()]))
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the accumulators in {path}: {error}") from None
 

@@ -88,9 +88,9 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     rule = rule_of(config.optimizer)
     row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
     copies = 2 if config.optimizer.optimizer == "adagrad" else 1  # of dense parameters: with their accumulators
-    in_node = world.size > 1 and config.training.dense != "ps"  # where they are on the CPU
     num_dense = dense_size(size, model.cell_size, model.num_layers)
     in_server = config.training.dense == "ps"
+    in_node = world.size > 1 and not in_server  # on CPUs; with GPUs this counts too much
     rows = num_classes * row_bytes + in_server * 4 * copies * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
     nodes_here = world.host_size // world.local_size if world.local_size else 1
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2

@@ -136,6 +136,14 @@ class Parameters:
             self._dense_update = RankUpdate(self.world, device, self.dense_optimizer)
         return self._dense_update
 
+    def dense_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the dense parameters and their accumulators, by reference, by their name in a checkpoint."""
+        named = [(name, parameter.data) for name, parameter in self.model.named_parameters()]
+        tensors = {f"parameters/{name}": tensor for name, tensor in named}
+        for (name, _), accumulator in zip(named, self.dense_optimizer.accumulators, strict=False):  # SGD has none
+            tensors[f"accumulators/{name}"] = accumulator
+        return tensors
+
     @property
     def writes_dense(self) -> bool:
         """Whether this rank sets the dense parameters when they are restored; the node's other ranks see the result."""

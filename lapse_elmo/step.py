@@ -198,8 +198,7 @@ class TrainingStep:
             if number:
                 timer.next("pull")
             pulled = self._pull(of_part)
-            if number == 0:
-                self.parameters.refresh_dense()
+            self.parameters.refresh_dense()
             timer.next("compute")
             worker = self.world.rank * len(announced) + number
             parts.append(_Part(of_part.batch, pulled, *self._compute(of_part.batch, pulled, worker, step)))
@@ -289,6 +288,7 @@ class TrainingStep:
                 self.world.barrier()
         else:
             push_rows()
+
     def _row_factor(self, batch: Batch) -> float:
         """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
         optimizer = self.config.optimizer
@@ -312,8 +312,9 @@ class TrainingStep:
         """
 
         def check() -> None:
+            dense = squares_of(gradients)
             for part in parts:
-                square = squares_of([*gradients, part.embedding, part.softmax])
+                square = dense + squares_of([part.embedding, part.softmax])
                 if not (math.isfinite(part.nll) and math.isfinite(square)):
                     what = "gradient norm" if math.isfinite(part.nll) else "loss"
                     shown = ", ".join(map(str, np.sort(part.batch.sentences)[:8]))

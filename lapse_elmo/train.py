@@ -36,7 +36,7 @@ from lapse_elmo.schedule import Schedule
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import Vote
 from lapse_elmo.summary import stop_message, summary
-from lapse_elmo.training_data import TrainingData, open_training_data, sentence_targets
+from lapse_elmo.training_data import TrainingData, open_training_data, sentence_targets, sentence_tokens
 from lapse_elmo.watchdog import Watchdog
 
 
@@ -120,7 +120,7 @@ class Training:
         if math.isinf(self.state.watch.bound):
             unigram = unigram_perplexity(data.train, data.heldout, config.data.boundaries, world)
             self.state.watch.bound = math.log(unigram) + MARGIN_NATS
-        self.sentence_tokens = min(data.train.num_tokens / data.train.num_sentences, config.data.max_length)
+        self.sentence_tokens = sentence_tokens(config, data.train)
         self.schedule = Schedule(config.optimizer, self.cursor.run_sentences() * self.sentence_tokens)
         self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf

@@ -63,7 +63,12 @@ def _check_defaults(data: DataConfig) -> None:
         raise CorpusError(f"there is no vocabulary at {DEFAULT_VOCAB}: name that of {data.shards} by --vocab")
 
 
+def sentence_tokens(config: Config, shards: ShardSet) -> float:
+    """Return how many words a sentence has on average, but not more than --max-length."""
+    return min(shards.num_tokens / max(shards.num_sentences, 1), config.data.max_length)
+
+
 def sentence_targets(config: Config, shards: ShardSet) -> float:
     """Return how many targets, of both directions, a sentence has on average; at least 1."""
-    length = min(shards.num_tokens / shards.num_sentences, config.data.max_length)
+    length = sentence_tokens(config, shards)
     return max(2 * (length + (1 if config.data.boundaries else -1)), 1.0)

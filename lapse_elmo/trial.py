@@ -16,7 +16,7 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import StepResult, Vote
-from lapse_elmo.training_data import TrainingData, sentence_targets
+from lapse_elmo.training_data import TrainingData, sentence_targets, sentence_tokens
 
 _WARM_UP_STEPS = 2
 _MOST_STEPS, _FEWEST_STEPS, _MOST_S = 20, 3, 60.0  # after the warm-up
@@ -66,8 +66,7 @@ def run_trial(config: Config, world: World, data: TrainingData, device: Device) 
             break
     step_once.close()
     parameters.server.close()
-    length = min(data.train.num_tokens / data.train.num_sentences, config.data.max_length)
-    tokens = training.batch_size * training.accumulate * length
+    tokens = training.batch_size * training.accumulate * sentence_tokens(config, data.train)
     measured = results[_WARM_UP_STEPS:]
     return Trial(world.size, len(measured), _mean_seconds(measured, world, tokens), tokens)
 

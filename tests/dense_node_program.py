@@ -88,7 +88,7 @@ class Checks:
         self.updates(None)
 
     def as_on_each_rank(self) -> None:
-        """A copy on each rank gets the same bits, where both add up two gradients, or few enough."""
+        """A copy on each rank gets the same values; the same bits where two gradients, at most, are added."""
         parameters, optimizer, _ = self.node(INITIAL)
         own = self.tensors(0)
         alone = DenseOptimizer(own, RATE, INITIAL, EPSILON)

@@ -99,14 +99,10 @@ def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Frac
 @torch.no_grad()
 def _restore_dense(path: Path, parameters: Parameters, world: World) -> None:
     """Set the dense parameters and their accumulators; rank 0 reads them one by one for all ranks."""
-    named = list(parameters.model.named_parameters())
-    tensors = {f"parameters/{name}": tensor.data for name, tensor in named}
-    for (name, _), accumulator in zip(named, parameters.dense_optimizer.accumulators, strict=False):
-        tensors[f"accumulators/{name}"] = accumulator
     with contextlib.ExitStack() as stack:
         opened: list[h5py.File] = []
         world.agree(lambda: _guarded(path, lambda: opened.append(stack.enter_context(h5py.File(path, "r")))))
-        for name, tensor in tensors.items():
+        for name, tensor in parameters.dense_tensors().items():
             values = np.empty(tuple(tensor.shape), np.float32)
             read = functools.partial(_read_array, opened, name, values)
             world.agree(functools.partial(_guarded, path, read))

@@ -69,7 +69,7 @@ class Snapshot:
                 world.progress.work_done()
             snapshot.tables[segment.name] = TableShare(rows, values, first, total)
         if world.rank == 0:
-            snapshot.dense = _copy_dense(parameters)
+            snapshot.dense = {name: t.cpu().numpy().copy() for name, t in parameters.dense_tensors().items()}
         if sentences is not None:  # on all ranks or on none: they end an epoch together
             snapshot.sentences = gather_sentences(*sentences, world)
         parameters.server.barrier()
@@ -88,14 +88,3 @@ def _array_of_its_own(num_rows: int, width: int) -> np.ndarray:
     with contextlib.suppress(OSError):  # fewer page faults while training pauses, where the kernel allows it
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.float32).reshape(num_rows, width)
-
-
-def _copy_dense(parameters: Parameters) -> dict[str, np.ndarray]:
-    """Return copies of the dense parameters and their accumulators, by their name in ``dense.h5``."""
-    arrays, names = {}, []
-    for name, tensor in parameters.model.named_parameters():
-        arrays[f"parameters/{name}"] = tensor.detach().cpu().numpy().copy()
-        names.append(name)
-    for name, accumulator in zip(names, parameters.dense_optimizer.accumulators, strict=False):
-        arrays[f"accumulators/{name}"] = accumulator.cpu().numpy().copy()
-    return arrays

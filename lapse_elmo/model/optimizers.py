@@ -52,9 +52,11 @@ class DenseOptimizer:
             self.accumulators = [torch.full_like(p, initial_accumulator, requires_grad=False) for p in self.parameters]
 
     @classmethod
-    def over(cls, parameters: Sequence[Tensor], accumulators: Sequence[Tensor] | None) -> DenseOptimizer:
+    def over(
+        cls, parameters: Sequence[Tensor], accumulators: Sequence[Tensor] | None, learning_rate: float, epsilon: float
+    ) -> DenseOptimizer:
         """Return an optimizer that updates the given accumulators, which it holds by reference; None selects SGD."""
-        optimizer = cls(parameters, 0.0, None)
+        optimizer = cls(parameters, learning_rate, None, epsilon)
         optimizer.accumulators = list(accumulators or [])
         return optimizer
 

@@ -183,22 +183,20 @@ class Collectives:
 
     def node_gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Return the ``numbers`` (k,) of every rank of this node as an array (ranks of the node, k)."""
-        if self.node_comm is None:
-            return numbers[None].copy()
-        out = np.empty((self.node_comm.size, *numbers.shape), numbers.dtype)
-        self.wait(self.node_comm.Iallgather(np.ascontiguousarray(numbers), out))
-        return out
+        return self._gather_numbers_on(self.node_comm, numbers)
 
     def gather_numbers(self, numbers: np.ndarray) -> np.ndarray:
         """Return every rank's ``numbers`` (k,) as an array (size, k), in one small message.
 
         Cheaper than :meth:`allgather`: for what the ranks exchange at each step.
         """
-        out = np.empty((self.size, *numbers.shape), numbers.dtype)
-        if self.comm is None:
-            out[0] = numbers
-        else:
-            self.wait(self.comm.Iallgather(np.ascontiguousarray(numbers), out))
+        return self._gather_numbers_on(self.comm, numbers)
+
+    def _gather_numbers_on(self, comm: MPI.Comm | None, numbers: np.ndarray) -> np.ndarray:
+        if comm is None:
+            return numbers[None].copy()
+        out = np.empty((comm.size, *numbers.shape), numbers.dtype)
+        self.wait(comm.Iallgather(np.ascontiguousarray(numbers), out))
         return out
 
     def sum_(self, array: np.ndarray) -> np.ndarray:

@@ -109,7 +109,7 @@ def as_version_2(path: Path) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_version_2_resumes_to_the_bit(small: Prepared, drive: Drive, tmp_path: Path, num_ranks: int) -> None:
-    """The run goes on with the batches that it would have had; ``two`` above cannot tell, since processors differ."""
+    """The run resumes with the batches of an uninterrupted run; ``two`` cannot show it: its bits vary by processor."""
     options = [*small.options, *OPTIONS, "--save-every-steps", "5"]
     whole, run_dir = ([*options, "--run-dir", str(tmp_path / name)] for name in ("whole", "run"))
     drive(num_ranks, [("train", whole), ("train", [*run_dir, "--max-steps", "5"])])
