@@ -42,6 +42,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(run_folder(), ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the module that waits for minutes first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_stalls.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> Iterator[None]:
     """Use one torch thread: tests run in parallel, and OpenMP's waiting threads would slow each other down."""
