@@ -9,7 +9,7 @@ one rank of the node.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -123,8 +123,6 @@ class NodeUpdate:
             [dense.weights[own]], accumulators, optimizer.learning_rate, optimizer.epsilon
         )
         self._across = world.across_nodes(dense.num_slices)
-        self._copied: Callable[[], None] = _nothing
-        self._updated: Callable[[], None] = _nothing
         self._squares = False
 
     def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
@@ -132,11 +130,9 @@ class NodeUpdate:
         self._squares = squares
         for view, gradient in zip(self._views, gradients, strict=True):
             view.copy_(gradient)
-        self._copied = self._world.start_node_barrier()
 
     def finish(self) -> DenseNorms:
         """Wait for the means; see :meth:`DenseUpdate.finish`."""
-        self._copied()
         own_square, sums = 0.0, []
         for first in range(0, self._mean.numel(), _EXCHANGED):
             block = slice(first, first + _EXCHANGED)
@@ -160,17 +156,9 @@ class NodeUpdate:
         """Update this rank's slice; see :meth:`DenseUpdate.apply`."""
         self._stepper.learning_rate = self._optimizer.learning_rate
         self._stepper.step([self._mean], scale)
-        self._updated = self._world.start_node_barrier()
 
     def refresh(self) -> None:
-        """Wait until all ranks of the node have updated their slices."""
-        self._updated()
-        self._updated = _nothing
+        """Do nothing: the parameters are the shared ones."""
 
     def close(self) -> None:
-        """Wait for the last update."""
-        self.refresh()
-
-
-def _nothing() -> None:
-    """Do nothing."""
+        """Do nothing: the memory is freed with the parameters."""

@@ -51,10 +51,16 @@ class DenseUpdate(Protocol):
         """
 
     def finish(self) -> DenseNorms:
-        """Wait until the means are known, and return this rank's shares in the norms."""
+        """Wait until the means are known, and return this rank's shares in the norms.
+
+        All ranks of the node must have called :meth:`start` before (a barrier of the node).
+        """
 
     def apply(self, scale: float) -> None:
-        """Update the parameters with ``scale`` times the mean gradients, at the learning rate of the optimizer."""
+        """Update the parameters with ``scale`` times the mean gradients, at the learning rate of the optimizer.
+
+        The ranks of a node may update the same memory: they must wait for each other before they read it.
+        """
 
     def refresh(self) -> None:
         """Return once this rank's parameters contain the updates of the last ``apply``."""

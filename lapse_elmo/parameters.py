@@ -20,6 +20,7 @@ from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.rng import torch_stream
+from lapse_elmo.row_update import RowUpdate
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 
 
@@ -136,6 +137,27 @@ class Parameters:
             self._dense_update = RankUpdate(self.world, device, self.dense_optimizer)
         return self._dense_update
 
+    def open_row_updates(self) -> list[RowUpdate]:
+        """Open what updates the rows of the embedding and of the softmax (collective)."""
+        training = self.config.training
+        positions = training.accumulate * training.batch_size * (self.config.data.max_length + 2)
+        num_samples = training.accumulate * self.config.softmax.num_samples
+        return [
+            RowUpdate(self.world, table, min(self.num_classes, most), shared=self._shares_rows)
+            for table, most in ((self.embedding, positions), (self.softmax, 2 * positions + num_samples))
+        ]
+
+    @property
+    def pushers(self) -> tuple[int, int]:
+        """How many pushes a row can get per step, and which of them are this rank's: one per node, or one per rank."""
+        world = self.world
+        return (world.num_nodes, world.node) if self._shares_rows else (world.size, world.rank)
+
+    @property
+    def _shares_rows(self) -> bool:
+        """Whether the ranks of a node have the same rows in their memory; for the packages each rank is a node."""
+        return self.config.server.ps == "embedded"
+
     def dense_tensors(self) -> dict[str, torch.Tensor]:
         """Return the dense parameters and their accumulators, by reference, by their name in a checkpoint."""
         named = [(name, parameter.data) for name, parameter in self.model.named_parameters()]
@@ -159,9 +181,8 @@ class Parameters:
     def _sampler(self) -> Sampler:
         softmax, world = self.config.softmax, self.world
         distribution = Distribution(softmax.distribution, self.num_classes)
-        # For the packages each rank is a node: if ranks of a machine drew the same rows, they would keep relocating
-        # them from each other.
-        node = world.node if self.config.server.ps == "embedded" else world.rank
+        # If the packages' ranks on a machine drew the same rows, they would keep relocating them from each other.
+        _, node = self.pushers
         return Sampler(
             distribution, softmax.sampling_scheme, softmax.replacement, self.config.training.seed, world.rank, node,
             softmax.share_samples, self.config.training.accumulate,

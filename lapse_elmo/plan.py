@@ -14,7 +14,7 @@ from lapse_elmo.ps.engines import server_fallbacks
 from lapse_elmo.run_folder import ResumePoint
 from lapse_elmo.training_data import TrainingData
 
-MOST_PARTS = 16  # ranks that were measured to learn as well as one (benchmarks/learning.md)
+MOST_PUSHERS = 16  # that were measured to learn as well as one (benchmarks/learning.md)
 
 
 def plan_lines(
@@ -47,18 +47,18 @@ def plan_lines(
             f"--num-samples {config.softmax.num_samples:,} is not below the {data.vocabulary.size:,} classes: "
             "training uses the full softmax"
         )
-    lines += many_parts(config, world.size)
+    lines += many_pushers(config, world.size, world.num_nodes)
     return lines
 
 
-def many_parts(config: Config, num_ranks: int) -> list[str]:
-    """Return a warning if so many gradients are pushed per step that frequent words would move too far."""
-    parts = num_ranks * config.training.accumulate
-    if parts <= MOST_PARTS or config.optimizer.optimizer != "adagrad":
+def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
+    """Return a warning if a row may get so many pushes per step that frequent words would move too far."""
+    pushers, what = (num_nodes, "nodes") if config.server.ps == "embedded" else (num_ranks, "ranks")
+    if pushers <= MOST_PUSHERS or config.optimizer.optimizer != "adagrad":
         return []
     return [
-        f"{parts} ranks (--accumulate included) push gradients at each step: beyond {MOST_PARTS}, the rows of frequent "
-        "words move too far and the model learns less per token, or diverges; start fewer ranks with more threads each"
+        f"{pushers} {what} push gradients at each step: with more than {MOST_PUSHERS}, the rows of frequent words may "
+        f"move too far and the model learn less per token; start fewer {what}, with more threads per rank"
     ]
 
 

@@ -22,6 +22,7 @@ from lapse_elmo.model.softmax import log_expected_count, sampled_softmax_nll
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.rng import torch_stream
+from lapse_elmo.row_update import RowGradients
 from lapse_elmo.step_report import RankReport, StepResult, Vote, exchange_reports
 from lapse_elmo.tables import PulledRows
 from lapse_elmo.upload import Uploader
@@ -78,8 +79,8 @@ class TrainingStep:
     number of targets, a batch of very short sentences would move the parameters as far as one of long sentences, and
     towards ending every sentence at once.
 
-    With K parts (``--accumulate``) a rank does the work of K ranks: all parts are computed with the same parameters,
-    the dense gradients are averaged over all parts of all ranks, and the rows' gradients are pushed part by part.
+    With K parts (``--accumulate``) a rank does the work of K ranks: all parts are computed with the same parameters.
+    The dense gradients are averaged over all parts of all ranks; the rows' gradients are added up over a node.
 
     Attributes:
         measures_noise: Whether there are several gradients of the same parameters, which show the gradient noise.
@@ -117,9 +118,12 @@ class TrainingStep:
         self.measures_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
         self._update = parameters.open_dense_update(device)
         self.dense_fallback = self._update.fallback
+        self._row_updates = parameters.open_row_updates()
+        self._pushed: Callable[[], None] = world.start_node_barrier()
 
     def close(self) -> None:
         """Release resources after the last step (collective)."""
+        self._pushed()
         self._update.close()
 
     def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
@@ -143,13 +147,13 @@ class TrainingStep:
             TrainingError: On every rank, before anything is pushed, if a loss or gradient is not finite.
         """
         timer = _Timer("pull", lambda phase: self.world.progress.enter(f"step {step}, {phase}"))
+        self._pushed()  # on one node, so that equal seeds give equal results
         parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
+        self._put_rows(parts)
         self._update.start(gradients, squares=self.measures_noise and len(parts) == 1)
-        num_parts = self.world.size * len(parts)
-        # The gradients that several parts have for the same row hardly correlate, so the squared norm of their mean is
-        # taken as if no row was shared.
-        row_square = sum(squares_of([part.embedding, part.softmax]) for part in parts) / num_parts**2
+        self.world.node_barrier()
+        row_square = sum(update.add_up() for update in self._row_updates)
         norms = self._update.finish()
         report = RankReport(
             nll=sum(part.nll for part in parts),
@@ -164,12 +168,15 @@ class TrainingStep:
         )
         reports = exchange_reports(self.world, report, self.vote())
         total = reports.total
-        # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite.
-        norm = math.sqrt(total["row_square"] + total["dense_square"])
+        num_parts = self.world.size * len(parts)
+        # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite. The
+        # gradients that nodes have for the same row hardly correlate, so they are taken as those of different rows.
+        row_square = total["row_square"] * self._mean_factor(total["num_sentences"], num_parts) ** 2
+        norm = math.sqrt(row_square + total["dense_square"])
         if not (math.isfinite(norm) and reports.finite):
             self._refuse(parts, step, gradients)
         timer.next("push")
-        self._push(parts, self._clip_factor(norm), rate)
+        self._push(self._clip_factor(norm), rate)
         self.parameters.server.advance_clock()
         timer.end()
         signal, noise = 0.0, 0.0
@@ -268,26 +275,34 @@ class TrainingStep:
         bound = self.config.optimizer.clip_norm
         return bound / norm if bound and norm > bound else 1.0
 
-    def _push(self, parts: Sequence[_Part], scale: float, rate: float) -> None:
+    def _put_rows(self, parts: Sequence[_Part]) -> None:
+        """Hand the rows' gradients over to what adds them up."""
+        factors = [self._row_factor(part.batch) for part in parts]
+        for update, name in zip(self._row_updates, ("embedding", "softmax"), strict=True):
+            update.put([
+                RowGradients(getattr(part.pulled, name).keys, getattr(part, name), factor)
+                for part, factor in zip(parts, factors, strict=True)
+            ])
+
+    def _push(self, scale: float, rate: float) -> None:
         """Update rows and dense parameters with ``scale`` times their gradients."""
-        parameters = self.parameters
-        parameters.set_learning_rate(rate)
-        self._update.apply(scale)  # first, since the other ranks of the node wait for this rank's slice
+        self.parameters.set_learning_rate(rate)
+        self._update.apply(scale)
 
         def push_rows() -> None:
-            for part in parts:
-                of_rows = scale * self._row_factor(part.batch)
-                parameters.embedding.push(part.pulled.embedding, part.embedding, of_rows)
-                parameters.softmax.push(part.pulled.softmax, part.softmax, of_rows)
+            for update in self._row_updates:
+                update.push(scale)
 
-        if self.config.training.sync:
-            # All ranks have pulled by now (their gradients were summed), and push one after another.
-            for rank in range(self.world.size):
-                if rank == self.world.rank:
+        turns, turn = self.parameters.pushers
+        if self.config.training.sync and turns > 1:
+            # All ranks have pulled by now, since their gradients were summed. The ranks of a node push different rows.
+            for current in range(turns):
+                if current == turn:
                     push_rows()
                 self.world.barrier()
         else:
             push_rows()
+        self._pushed = self.world.start_node_barrier()
 
     def _row_factor(self, batch: Batch) -> float:
         """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
@@ -295,6 +310,13 @@ class TrainingStep:
         # Adagrad divides by the size of past gradients, so their scale matters little; with plain descent it does.
         factor = optimizer.row_scale if optimizer.optimizer == "adagrad" else 0.0
         return factor / self._loss_factor(batch) if factor else 1.0
+
+    def _mean_factor(self, num_sentences: float, num_parts: int) -> float:
+        """Return the factor from the sums of the rows' gradients, as pushed, to the gradients of the mean loss."""
+        optimizer = self.config.optimizer
+        if optimizer.optimizer == "adagrad" and optimizer.row_scale:
+            return self.sentence_factor / max(num_sentences, 1) / optimizer.row_scale
+        return 1 / num_parts
 
     def _loss_factor(self, batch: Batch) -> float:
         return self.sentence_factor / batch.size

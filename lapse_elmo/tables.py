@@ -67,10 +67,10 @@ class RowTable:
         self.server.pull(keys, weights)
         return PulledRows(keys, weights)
 
-    def push(self, pulled: PulledRows, gradient: Tensor, scale: float) -> None:
-        """Apply the update rule once, with ``scale * gradient`` (n, size)."""
+    def push(self, keys: np.ndarray, gradient: Tensor, scale: float) -> None:
+        """Apply the update rule once to the rows of the distinct ``keys`` (n,), with ``scale * gradient`` (n, size)."""
         gradient = gradient.detach().to("cpu")
-        self.server.push(pulled.keys, (gradient * scale if scale != 1 else gradient).contiguous())
+        self.server.push(keys, (gradient * scale if scale != 1 else gradient).contiguous())
 
     def intent(self, rows: np.ndarray, start: int, end: int) -> None:
         """Announce that ``rows`` will be used in the clocks [start, end)."""
@@ -149,7 +149,6 @@ class DenseTable:
         self.table = table
         self.parameters = list(parameters)
         self._rows = np.arange(table.segment.num_rows)
-        self._pulled: PulledRows | None = None
 
     @staticmethod
     def num_rows(parameters: Sequence[Tensor]) -> int:
@@ -164,17 +163,15 @@ class DenseTable:
     @torch.no_grad()
     def pull(self) -> None:
         """Copy the server's values into the parameters."""
-        self._pulled = self.table.pull(self._rows)
-        flat = self._pulled.weights.reshape(-1)
+        flat = self.table.pull(self._rows).weights.reshape(-1)
         start = 0
         for parameter in self.parameters:
             parameter.copy_(flat[start : start + parameter.numel()].view_as(parameter))
             start += parameter.numel()
 
     def push(self, gradients: Sequence[Tensor], scale: float) -> None:
-        """Apply the update rule once to the rows pulled last, with ``scale`` times the gradients."""
-        assert self._pulled is not None
-        self.table.push(self._pulled, self._flat(gradients), scale)
+        """Apply the update rule once, with ``scale`` times the gradients."""
+        self.table.push(self.table.segment.keys(self._rows), self._flat(gradients), scale)
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
         out = torch.zeros(self.table.segment.num_rows * DENSE_ROW)

@@ -39,11 +39,13 @@ class Checks:
             gradients = self.tensors(self.world.rank, step + 1)
             given = [gradient.clone() for gradient in gradients]
             update.start(gradients, squares=step != 1)
+            self.world.node_barrier()
             share = update.finish()
             assert all(map(torch.equal, gradients, given))
             every = self.world.allgather((share.own_squares, share.mean_square))
             norms.append((sum(own for own, _ in every), sum(mean for _, mean in every)))
             update.apply(0.5)
+            self.world.node_barrier()
         update.refresh()
         update.close()
         return norms

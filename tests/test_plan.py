@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from lapse_elmo.config.training import parse_train
-from lapse_elmo.plan import MOST_PARTS, many_parts
+from lapse_elmo.plan import MOST_PUSHERS, many_pushers
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options", "warned"),
+    ("ranks", "nodes", "options", "warned"),
     [
-        (MOST_PARTS, [], False),
-        (MOST_PARTS + 1, [], True),
-        (MOST_PARTS // 2, ["--accumulate", "2"], False),
-        (MOST_PARTS // 2, ["--accumulate", "3"], True),
-        (64, ["--optimizer", "sgd"], False),
+        (32 * MOST_PUSHERS, MOST_PUSHERS, [], False),
+        (MOST_PUSHERS + 1, MOST_PUSHERS + 1, [], True),
+        (MOST_PUSHERS, 1, ["--ps", "lapse"], False),
+        (MOST_PUSHERS + 1, 1, ["--ps", "lapse"], True),
+        (64, 64, ["--optimizer", "sgd"], False),
     ],
 )
-def test_many_ranks_are_warned_of(ranks: int, options: list[str], warned: bool) -> None:
-    assert bool(many_parts(parse_train(options), ranks)) == warned
+def test_many_pushers_are_warned_of(ranks: int, nodes: int, options: list[str], warned: bool) -> None:
+    assert bool(many_pushers(parse_train(options), ranks, nodes)) == warned

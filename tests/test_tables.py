@@ -55,7 +55,7 @@ def test_steps_are_those_of_torch_on_sparse_gradients(config: OptimizerConfig) -
         summed = torch.zeros(rows.size, SIZE).index_add_(0, torch.from_numpy(inverse), gradients)
         pulled = table.pull(rows)
         torch.testing.assert_close(pulled.weights, reference.detach()[rows], rtol=1e-6, atol=1e-6)
-        table.push(pulled, summed, scale)
+        table.push(pulled.keys, summed, scale)
         reference.grad = torch.sparse_coo_tensor(
             torch.from_numpy(occurrences)[None], gradients * scale, (ROWS, SIZE), check_invariants=True
         )
@@ -72,7 +72,7 @@ def test_one_accumulator_per_row() -> None:
     table.initialise(0, 1, gaussian)
     before, gradient = table.read(0, ROWS), gaussian(0, 3) * 4
     assert before.shape == (ROWS, SIZE + 1) and (before[:, SIZE] == 0.5).all()
-    table.push(table.pull(np.arange(3)), gradient, 0.5)
+    table.push(table.segment.keys(np.arange(3)), gradient, 0.5)
     sums = 0.5 + (gradient * 0.5).square().mean(1)
     expected = before[:3, :SIZE] - 0.2 * 0.5 * gradient / (sums.sqrt() + 1e-7)[:, None]
     torch.testing.assert_close(table.read(0, 3), torch.cat([expected, sums[:, None]], 1), rtol=1e-6, atol=1e-6)
@@ -84,7 +84,7 @@ def test_the_rate_is_the_servers(later: bool) -> None:
     table = row_table(SGD)
     table.initialise(0, 1, gaussian)
     table.server.set_rate("table", 0.5 if later else 0.25)
-    table.push(table.pull(np.array([2])), torch.ones(1, SIZE), 1.0)
+    table.push(table.segment.keys(np.array([2])), torch.ones(1, SIZE), 1.0)
     torch.testing.assert_close(table.read(2, 3), gaussian(0, ROWS)[2:3] - (0.5 if later else 0.25))
 
 
@@ -107,7 +107,7 @@ def test_untouched_rows_keep_their_bits() -> None:
     table = row_table(ADAGRAD)
     table.initialise(0, 1, gaussian)
     before = table.read(0, ROWS)
-    table.push(table.pull(np.array([4, 9])), torch.ones(2, SIZE), 1.0)
+    table.push(table.segment.keys(np.array([4, 9])), torch.ones(2, SIZE), 1.0)
     after = table.read(0, ROWS)
     same = (before == after).all(1)
     assert (~same).nonzero().flatten().tolist() == [4, 9]
@@ -119,7 +119,7 @@ def test_pulled_rows_are_a_snapshot() -> None:
     table.initialise(0, 1, gaussian)
     pulled = table.pull(np.array([1]))
     kept = pulled.weights.clone()
-    table.push(pulled, torch.ones(1, SIZE), 1.0)
+    table.push(pulled.keys, torch.ones(1, SIZE), 1.0)
     assert torch.equal(pulled.weights, kept)
     assert not torch.equal(table.pull(np.array([1])).weights, kept)
     pulled.weights.fill_(99)

@@ -220,8 +220,8 @@ class TrainingConfig:
     seed: int = option(1, metavar="N", help="seed of all random numbers")
     sync: bool = option(
         False,
-        help="let the ranks push one after another: slower, but bitwise reproducible for the same seed and number of "
-        "ranks",
+        help="let several nodes push one after another: slower, but bitwise reproducible for the same seed and numbers of "
+        "ranks and nodes, as the ranks of one node always are",
     )
     dense: str = option(
         "allreduce", choices=("allreduce", "ps"),

@@ -30,9 +30,9 @@ def start_run(num_ranks: int, corpus: Prepared, run_dir: Path, *options: str) ->
 
 @pytest.fixture(scope="module")
 def runs(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Two epochs by bin/train on each number of ranks; those of 2 ranks with --sync."""
+    """Two epochs by bin/train on each number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    return {n: start_run(n, small, folder / str(n), *(["--sync"] if n == 2 else [])) for n in (1, 2, 3, 4)}
+    return {n: start_run(n, small, folder / str(n)) for n in (1, 2, 3, 4)}
 
 
 def test_every_number_of_ranks_trains_each_token_once_an_epoch(small: Prepared, runs: dict[int, Path]) -> None:
@@ -63,19 +63,27 @@ def test_the_saved_models_are_whole(runs: dict[int, Path]) -> None:
         assert all(np.isfinite(values).all() for values in arrays.values())
 
 
-def test_one_rank_and_synchronous_ranks_repeat_to_the_bit(
+def expect_equal_bits(mine: Path, theirs: Path) -> None:
+    assert [c.name for c in checkpoints(mine)] == [c.name for c in checkpoints(theirs)]
+    for one, other in zip(checkpoints(mine), checkpoints(theirs), strict=True):
+        first, second = saved_arrays(one), saved_arrays(other)
+        assert first.keys() == second.keys() and len(first) > 10
+        for name, values in first.items():
+            np.testing.assert_array_equal(values, second[name], err_msg=f"{name} of {mine}")
+
+
+def test_the_ranks_of_a_node_repeat_to_the_bit(
     small: Prepared, runs: dict[int, Path], drive: Drive, tmp_path: Path
 ) -> None:
-    again = {1: train_alone(small, tmp_path / "1", *OPTIONS), 2: tmp_path / "2"}
-    argv = [*small.options, *OPTIONS, "--run-dir", str(again[2]), "--sync"]
-    drive(2, [("train", argv)])
-    for num_ranks, run_dir in again.items():
-        assert [c.name for c in checkpoints(run_dir)] == [c.name for c in checkpoints(runs[num_ranks])]
-        for mine, theirs in zip(checkpoints(run_dir), checkpoints(runs[num_ranks]), strict=True):
-            first, second = saved_arrays(mine), saved_arrays(theirs)
-            assert first.keys() == second.keys() and len(first) > 10
-            for name, values in first.items():
-                np.testing.assert_array_equal(values, second[name], err_msg=f"{name} on {num_ranks} ranks")
+    expect_equal_bits(train_alone(small, tmp_path / "1", *OPTIONS), runs[1])
+    drive(3, [("train", [*small.options, *OPTIONS, "--run-dir", str(tmp_path / "3")])])
+    expect_equal_bits(tmp_path / "3", runs[3])
+
+
+def test_synchronous_nodes_repeat_to_the_bit(small: Prepared, drive: Drive, tmp_path: Path) -> None:
+    argv = [*small.options, *OPTIONS, "--sync", "--nodes", "2", "--run-dir"]
+    drive(3, [("train", [*argv, str(tmp_path / name)]) for name in "ab"])
+    expect_equal_bits(tmp_path / "a", tmp_path / "b")
 
 
 def test_initial_values_do_not_depend_on_the_number_of_ranks(small: Prepared, drive: Drive, tmp_path: Path) -> None:
