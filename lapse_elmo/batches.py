@@ -12,7 +12,8 @@ each step, and every sentence is used once per epoch. Sorting without noise is s
 sentences of a batch end at the same position, a step mostly learns about that position (benchmarks/learning.md).
 
 The size of the batches may grow from pool to pool (growth.py). It depends only on the number of sentences that all
-workers have trained before the pool, so every worker computes it alone, and a resumed run repeats it.
+workers have trained before the pool, so every worker computes it alone, and a resumed run repeats it. While the batch
+of all workers has fewer sentences than there are workers, they take turns: a step gives most of them an empty batch.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Batch:
     target_rows: np.ndarray  # (N,) int64: rows of the softmax table
     sentences: np.ndarray  # (B,) int64: their numbers in the shard set
     size: int  # sentences of a full batch at this step; B is smaller if a worker runs out of sentences
+    turns: int = 1  # one of so many workers has sentences at this step
 
     @property
     def num_targets(self) -> int:
@@ -67,7 +69,8 @@ class Batch:
 
 
 def make_batch(
-    tokens: np.ndarray, offsets: np.ndarray, sentences: np.ndarray, max_length: int, boundaries: bool, size: int = 0
+    tokens: np.ndarray, offsets: np.ndarray, sentences: np.ndarray, max_length: int, boundaries: bool, size: int = 0,
+    turns: int = 1,
 ) -> Batch:
     """Return the batch of the sentences ``tokens[offsets[i]:offsets[i + 1]]``.
 
@@ -81,6 +84,7 @@ def make_batch(
         max_length: Longer sentences are cut to this many tokens.
         boundaries: Whether to put <S> and </S> around each sentence.
         size: Sentences of a full batch at this step; 0 for those of this batch.
+        turns: One of so many workers has sentences at this step.
     """
     full = np.diff(offsets)  # uncut lengths
     lengths = np.minimum(full, max_length)
@@ -109,7 +113,7 @@ def make_batch(
         ids=ids, num_tokens=int(lengths.sum()), num_cut=int((full > max_length).sum()), input_rows=input_rows,
         input_index=index, mask=mask, forward_places=places, backward_places=places + 1,
         target_rows=np.concatenate([flat[places + 1], flat[places]]) - 1, sentences=sentences,
-        size=size or sentences.size,
+        size=size or sentences.size, turns=turns,
     )
 
 
@@ -153,15 +157,22 @@ class Pool:
         number: Index of the pool in the epoch.
         first: Index of its first sentence in the order of the epoch.
         size: Sentences per batch.
+        num_batches: Batches of a worker.
+        turns: Steps per batch: at each step, one of so many workers takes a batch.
         first_step: The first step of the epoch that takes a batch of this pool.
-        num_steps: Steps that take its batches.
     """
 
     number: int
     first: int
     size: int
+    num_batches: int
+    turns: int
     first_step: int
-    num_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that take its batches."""
+        return self.num_batches * self.turns
 
 
 class BatchStream:
@@ -217,7 +228,12 @@ class BatchStream:
 
     def trained_before(self, epoch: int, step: int) -> int:
         """Return the sentences that all workers have trained, in all epochs, before ``step`` of ``epoch``."""
-        return self._before(epoch) + min(self._taken(epoch, step) * self.num_workers, self.num_all)
+        pools = self.pools(epoch)
+        pool = pools[bisect_right(pools, step, key=lambda pool: pool.first_step) - 1]
+        rounds, rest = divmod(step - pool.first_step, pool.turns)
+        workers = rest * (self.num_workers // pool.turns) + min(rest, self.num_workers % pool.turns)
+        taken = (pool.first + rounds * pool.size) * self.num_workers + workers * pool.size
+        return self._before(epoch) + min(taken, self.num_all)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from ``first_step`` on; empty ones once this worker has no sentences left."""
@@ -226,9 +242,14 @@ class BatchStream:
             if pool.first_step + pool.num_steps <= first_step:
                 continue
             numbers, tokens, offsets, members = self._pool(epoch, order, pool)
-            members += [np.empty(0, np.int64)] * (pool.num_steps - len(members))
-            for places in members[max(first_step - pool.first_step, 0) :]:
-                yield self._batch(tokens, offsets, numbers, places, pool.size)
+            for step in range(max(first_step - pool.first_step, 0), pool.num_steps):
+                place, turn = divmod(step, pool.turns)
+                takes_part = turn == self.worker % pool.turns and place < len(members)
+                places = members[place] if takes_part else np.empty(0, np.int64)
+                yield make_batch(
+                    *select(tokens, offsets, places), numbers[places], self.max_length, self.boundaries, pool.size,
+                    pool.turns,
+                )
 
     def sentences_before(self, epoch: int, step: int) -> np.ndarray:
         """Return this worker's sentences (ascending) in the batches of an epoch before ``step``."""
@@ -238,10 +259,11 @@ class BatchStream:
             if pool.first_step >= step:
                 break
             if pool.first_step + pool.num_steps <= step:
-                found.append(order[pool.first : pool.first + pool.size * pool.num_steps])
+                found.append(order[pool.first : pool.first + pool.size * pool.num_batches])
             else:
                 numbers, _, _, members = self._pool(epoch, order, pool)
-                found += [numbers[places] for places in members[: step - pool.first_step]]
+                steps = step - pool.first_step - self.worker % pool.turns  # from this worker's first turn on
+                found += [numbers[places] for places in members[: max(-(-steps // pool.turns), 0)]]
         return np.sort(np.concatenate(found))
 
     @property
@@ -253,21 +275,17 @@ class BatchStream:
         """Return the sentences that all workers have trained before this stream's share of ``epoch``."""
         return (epoch + 1) * self.shards.num_sentences - self.num_all
 
-    def _taken(self, epoch: int, step: int) -> int:
-        """Return the sentences taken before ``step`` by the worker that has the most."""
-        pools = self.pools(epoch)
-        place = bisect_right(pools, step, key=lambda pool: pool.first_step) - 1
-        return min(pools[place].first + (step - pools[place].first_step) * pools[place].size, self.longest)
-
     def _make_pools(self, epoch: int) -> list[Pool]:
         pools: list[Pool] = []
         first = first_step = 0
         while first < self.longest:
             trained = self._before(epoch) + first * self.num_workers
-            size = min(self.growth.sentences(trained), self.longest)
-            num_steps = min(POOL_BATCHES, -(-(self.longest - first) // size))
-            pools.append(Pool(len(pools), first, size, first_step, num_steps))
-            first, first_step = first + size * num_steps, first_step + num_steps
+            size, turns = min(self.growth.sentences(trained), self.longest), self.growth.turns(trained)
+            # With many turns a pool has fewer batches, so that the global batch can grow after as many steps.
+            num_batches = min(max(POOL_BATCHES // turns, 1), -(-(self.longest - first) // size))
+            pool = Pool(len(pools), first, size, num_batches, turns, first_step)
+            pools.append(pool)
+            first, first_step = first + size * num_batches, first_step + pool.num_steps
         return pools
 
     def _block_order(self, epoch: int) -> np.ndarray:
@@ -282,7 +300,7 @@ class BatchStream:
         self, epoch: int, order: np.ndarray, pool: Pool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
         """Return a pool's sentence numbers (ascending), their tokens and offsets, and its batches as indices."""
-        numbers = np.sort(order[pool.first : pool.first + pool.size * pool.num_steps])
+        numbers = np.sort(order[pool.first : pool.first + pool.size * pool.num_batches])
         tokens, offsets = self.shards.read(numbers)
         return numbers, tokens, offsets, self._pool_batches(epoch, pool, np.diff(offsets))
 
@@ -300,11 +318,6 @@ class BatchStream:
         full = [b for b in batches if b.size == size]
         rest = [b for b in batches if b.size < size]
         return [full[i] for i in rng.permutation(len(full))] + rest
-
-    def _batch(
-        self, tokens: np.ndarray, offsets: np.ndarray, numbers: np.ndarray, members: np.ndarray, size: int
-    ) -> Batch:
-        return make_batch(*select(tokens, offsets, members), numbers[members], self.max_length, self.boundaries, size)
 
 
 def evaluation_batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def noise_of(mean_square: float, square: float, num_parts: int, num_tokens: float) -> tuple[float, float]:
+def noise_of(mean_square: float, square: float, num_parts: float, num_tokens: float) -> tuple[float, float]:
     """Return (signal, noise) of a step, whose ratio noise / signal is the gradient noise scale in tokens.
 
     ``signal`` is an unbiased estimate of the squared norm of the true gradient, ``noise`` of the squared deviation of

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchGrowth:
-    """The law ``global batch = first * (1 + tokens / per_tokens)``, between 1 and ``limit`` sentences per worker.
+    """The law ``global batch = first * (1 + tokens / per_tokens)``, of at most ``limit`` sentences per worker.
 
-    The global batch does not depend on the number of workers, which share it equally. Tokens are counted as sentences
-    times their mean length, so the size of a step depends only on the number of sentences trained before it.
+    The global batch does not depend on the number of workers, which share it equally; if there are more workers than
+    sentences, they take turns. Tokens are counted as sentences times their mean length, so the size of a step depends
+    only on the number of sentences trained before it.
 
     Attributes:
         limit: Most sentences per step and worker.
@@ -33,9 +34,16 @@ class BatchGrowth:
     tokens_per_sentence: float = 1.0
 
     def sentences(self, trained: int) -> int:
-        """Return the sentences per step and worker, after ``trained`` sentences of all workers."""
+        """Return the sentences per step and worker that takes part, after ``trained`` sentences of all workers."""
+        return min(max(round(self._per_worker(trained)), 1), self.limit)
+
+    def turns(self, trained: int) -> int:
+        """Return in how many turns the workers take part: one of so many steps is a worker's."""
+        return max(round(1 / self._per_worker(trained)), 1)
+
+    def _per_worker(self, trained: int) -> float:
         if not self.first:
-            return self.limit
+            return float(self.limit)
         # Nothing else may enter: every rank must compute the same size, also after a resume.
         grown = trained * self.tokens_per_sentence / self.per_tokens if self.per_tokens else 0.0
-        return min(max(round(self.first * (1.0 + grown) / self.num_workers), 1), self.limit)
+        return self.first * (1.0 + grown) / self.num_workers

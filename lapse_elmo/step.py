@@ -180,9 +180,11 @@ class TrainingStep:
         self.parameters.server.advance_clock()
         timer.end()
         signal, noise = 0.0, 0.0
-        if self.measures_noise:
-            mean_square = total["own_dense_squares"] / self.world.size
-            signal, noise = noise_of(mean_square, total["dense_square"], num_parts, total["num_tokens"])
+        turns = parts[0].batch.turns
+        if self.measures_noise and num_parts >= 2 * turns:
+            # The parts without sentences have no gradient; those with sentences count ``turns`` times.
+            mean_square = total["own_dense_squares"] / self.world.size / turns
+            signal, noise = noise_of(mean_square, total["dense_square"], num_parts / turns, total["num_tokens"])
         return StepResult(
             nll=total["nll"], num_targets=int(total["num_targets"]), num_tokens=int(total["num_tokens"]),
             num_cut=int(total["num_cut"]), num_sentences=int(total["num_sentences"]), gradient_norm=norm,
@@ -209,12 +211,15 @@ class TrainingStep:
             timer.next("compute")
             worker = self.world.rank * len(announced) + number
             parts.append(_Part(of_part.batch, pulled, *self._compute(of_part.batch, pulled, worker, step)))
+            if not of_part.batch.num_targets:
+                continue
             gradients = [_gradient(p) for p in self._dense]
             if len(announced) == 1:
                 return parts, gradients, 0.0
             square += squares_of(gradients)
             # The next part's backward pass allocates new gradients, so these can be reused for the sums.
-            sums = [total.add_(one) for total, one in zip(sums, gradients, strict=True)] if number else gradients
+            sums = [total.add_(one) for total, one in zip(sums, gradients, strict=True)] if sums else gradients
+        sums = sums or [torch.zeros_like(p) for p in self._dense]
         return parts, [total.div_(len(announced)) for total in sums], square / len(announced)
 
     def _pull(self, announced: AnnouncedBatch) -> _Pulled:
@@ -222,13 +227,16 @@ class TrainingStep:
         batch, softmax = announced.batch, self.parameters.softmax
         embedding = self.parameters.embedding.pull(batch.input_rows)
         if announced.sample is None:
-            samples = np.arange(self.num_classes)
-            return _Pulled(embedding, softmax.pull(samples), samples, batch.target_rows, samples)
-        keys = np.empty(self.config.softmax.num_samples, np.int64)
-        self.parameters.server.pull_sample(announced.sample, keys, None)
-        both = np.concatenate([batch.target_rows, keys - softmax.segment.first_key])
-        rows, index = np.unique(both, return_inverse=True)
-        targets, samples = index[: batch.num_targets], index[batch.num_targets :]
+            rows = samples = np.arange(self.num_classes)
+            targets = batch.target_rows
+        else:
+            keys = np.empty(self.config.softmax.num_samples, np.int64)
+            self.parameters.server.pull_sample(announced.sample, keys, None)
+            both = np.concatenate([batch.target_rows, keys - softmax.segment.first_key])
+            rows, index = np.unique(both, return_inverse=True)
+            targets, samples = index[: batch.num_targets], index[batch.num_targets :]
+        if not batch.num_targets:
+            rows = samples = targets  # none
         return _Pulled(embedding, softmax.pull(rows), rows, targets, samples)
 
     def _compute(self, batch: Batch, pulled: _Pulled, worker: int, step: int) -> tuple[float, Tensor, Tensor]:
@@ -319,7 +327,8 @@ class TrainingStep:
         return 1 / num_parts
 
     def _loss_factor(self, batch: Batch) -> float:
-        return self.sentence_factor / batch.size
+        # The mean over all parts is that over the sentences of the step, of which most parts may have none.
+        return self.sentence_factor * batch.turns / batch.size
 
     def _refuse(self, parts: Sequence[_Part], step: int, gradients: Sequence[Tensor]) -> None:
         """Raise an error that names the rank, the step and the sentences that are not finite (collective).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,11 @@ def growths(draw: st.DrawFn, num_workers: int) -> BatchGrowth:
     return BatchGrowth(draw(st.integers(1, 9)), num_workers, first, per_tokens, 6.0)
 
 
+def global_batch(growth: BatchGrowth, trained: int) -> float:
+    grown = trained * 6.0 / growth.per_tokens if growth.per_tokens else 0.0
+    return growth.first * (1 + grown) if growth.first else growth.limit * growth.num_workers
+
+
 @given(st.integers(1, 700), st.integers(1, 7), st.integers(0, 3), st.data())
 def test_epoch_holds_every_sentence_once(
     num_sentences: int, num_workers: int, epoch: int, data: st.DataObject
@@ -143,27 +148,43 @@ def test_epoch_holds_every_sentence_once(
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(num_sentences))
 
 
-@given(st.integers(1, 1500), st.integers(1, 4), st.integers(0, 2), st.data())
+@given(st.integers(1, 1500), st.integers(1, 9), st.integers(0, 2), st.data())
 def test_sizes_are_what_a_loop_gives(num_sentences: int, num_workers: int, epoch: int, data: st.DataObject) -> None:
-    """A step's size follows from the sentences that were trained before its pool, on every worker alike."""
+    """Sizes and turns follow from the sentences that were trained before the pool, on every worker alike."""
     assume(num_workers <= num_sentences)
     growth = data.draw(growths(num_workers))
     stream = stream_of(np.full(num_sentences, 5), num_workers - 1, num_workers, growth=growth)
     longest = -(-num_sentences // num_workers)
-    sizes: list[int] = []
+    expected: list[tuple[int, int]] = []
     taken = 0
     while taken < longest:
-        grown = (epoch * num_sentences + taken * num_workers) * 6.0 / growth.per_tokens if growth.per_tokens else 0.0
-        size = max(round(growth.first * (1 + grown) / num_workers), 1) if growth.first else growth.limit
-        size = min(size, growth.limit, longest)
-        for _ in range(POOL_BATCHES):
+        whole = global_batch(growth, epoch * num_sentences + taken * num_workers)
+        size = min(max(round(whole / num_workers), 1), growth.limit, longest)
+        turns = max(round(num_workers / whole), 1)
+        for _ in range(max(POOL_BATCHES // turns, 1)):
             if taken < longest:
                 before = epoch * num_sentences + min(taken * num_workers, num_sentences)
-                assert stream.trained_before(epoch, len(sizes)) == before
-                sizes.append(size)
+                assert stream.trained_before(epoch, len(expected)) == before
+                expected += [(size, turns)] * turns
                 taken += size
-    assert [batch.size for batch in stream.epoch(epoch)] == sizes
-    assert stream.trained_before(epoch, len(sizes)) == (epoch + 1) * num_sentences
+    assert [(batch.size, batch.turns) for batch in stream.epoch(epoch)] == expected
+    assert stream.trained_before(epoch, len(expected)) == (epoch + 1) * num_sentences
+
+
+@pytest.mark.parametrize(("num_workers", "turns"), [(4, 1), (7, 2), (12, 3), (64, 16), (1000, 250)])
+def test_workers_take_turns(num_workers: int, turns: int) -> None:
+    """If there are more workers than sentences in a step, as many workers as sentences have one each."""
+    growth = BatchGrowth(32, num_workers, 4)
+    streams = [stream_of(np.full(3000, 5), worker, num_workers, growth=growth) for worker in range(num_workers)]
+    steps = list(zip(*(islice(stream.epoch(0), 2 * turns) for stream in streams), strict=True))
+    taken = 0
+    for number, step in enumerate(steps):
+        sizes = [batch.sentences.size for batch in step]
+        assert [n for n, size in enumerate(sizes) if size] == list(range(number % turns, num_workers, turns))
+        assert max(sizes) == 1 and num_workers // turns <= sum(sizes) <= -(-num_workers // turns)
+        assert {stream.trained_before(0, number) for stream in streams} == {taken}
+        assert {(batch.size, batch.turns) for batch in step} == {(1, turns)}
+        taken += sum(sizes)
 
 
 def test_the_global_batch_does_not_depend_on_the_number_of_workers() -> None:
@@ -171,11 +192,12 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers() -> None:
         growth = BatchGrowth(1000, num_workers, 32, 300_000.0, 25.0)
         sizes = [growth.sentences(trained) * num_workers for trained in (0, 12_000, 36_000)]
         assert sizes == [32, 64, 128]
-    assert BatchGrowth(32, 64, 32, 3e5, 25.0).sentences(0) == 1, "not below a sentence per worker"
+    assert BatchGrowth(32, 64, 32, 3e5, 25.0).sentences(0) == 1, "not below a sentence per worker that takes part"
+    assert [BatchGrowth(32, 64, 8, 75_000.0, 25.0).turns(trained) for trained in (0, 3000, 9000, 10**6)] == [8, 4, 2, 1]
     assert BatchGrowth(32, 2, 32, 3e5, 25.0).sentences(10**9) == 32, "not above the limit"
 
 
-@given(st.integers(1, 900), st.integers(1, 3), st.data())
+@given(st.integers(1, 900), st.integers(1, 9), st.data())
 def test_starting_later_skips(num_sentences: int, num_workers: int, data: st.DataObject) -> None:
     """As a resumed run does, across pools too; what lies behind it are the sentences of the batches skipped."""
     assume(num_workers <= num_sentences)

@@ -200,8 +200,8 @@ class TrainingConfig:
     batch_size: int = option(32, metavar="B", help="maximum number of sentences per step and rank")
     first_batch: int = option(
         8, metavar="N",
-        help="sentences of the first step, of all ranks together, which share them equally (0: --batch-size per rank "
-        "at every step)",
+        help="sentences of the first step, of all ranks together, which share them equally, or take turns if there are "
+        "more ranks than sentences (0: --batch-size per rank at every step)",
     )
     growth_tokens: int = option(
         75_000, metavar="N",
@@ -220,8 +220,8 @@ class TrainingConfig:
     seed: int = option(1, metavar="N", help="seed of all random numbers")
     sync: bool = option(
         False,
-        help="let several nodes push one after another: slower, but bitwise reproducible for the same seed and numbers of "
-        "ranks and nodes, as the ranks of one node always are",
+        help="let several nodes push one after another: slower, but bitwise reproducible for the same seed and numbers "
+        "of ranks and nodes, as the ranks of one node always are",
     )
     dense: str = option(
         "allreduce", choices=("allreduce", "ps"),

@@ -21,7 +21,7 @@ from tests.training.corpora import (
 )
 
 OPTIONS = (
-    "--sync", "--epochs", "1", "--batch-size", "6", "--first-batch", "8", "--growth-tokens", "300", "--report-every",
+    "--sync", "--epochs", "1", "--batch-size", "6", "--growth-tokens", "300", "--report-every",
     "1", "--num-samples", "20",
 )
 
@@ -33,15 +33,17 @@ def run(num_ranks: int, corpus: Prepared, run_dir: Path, *options: str) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("few", "parts"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("few", "parts", "first_batch"), [(1, 4, "8"), (2, 2, "2")])
 def test_few_ranks_compute_what_many_do(
-    small: Prepared, tmp_path_factory: pytest.TempPathFactory, few: int, parts: int
+    small: Prepared, tmp_path_factory: pytest.TempPathFactory, few: int, parts: int, first_batch: str
 ) -> None:
+    """Also if the ranks take turns, since the first batch has fewer sentences than there are ranks."""
     folder = tmp_path_factory.mktemp("accumulate")
-    many = run(4, small, folder / "many")
-    less = run(few, small, folder / "few", "--accumulate", str(parts))
+    many = run(4, small, folder / "many", "--first-batch", first_batch)
+    less = run(few, small, folder / "few", "--accumulate", str(parts), "--first-batch", first_batch)
     theirs, ours = records(many, "train"), records(less, "train")
     assert len(theirs) == len(ours) > 5
+    assert ours[0]["train/global_batch_sentences"] == int(first_batch)
     for name in ("train/global_batch_sentences", "train/global_batch_tokens", "train/learning_rate"):
         assert [line[name] for line in theirs] == [line[name] for line in ours]
     for name in ("train/loss_nats", "train/gradient_norm"):
@@ -54,15 +56,22 @@ def test_few_ranks_compute_what_many_do(
         np.testing.assert_allclose(values, arrays[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_parts_are_clipped_as_one_batch_is(tmp_path: Path) -> None:
-    """Gradients are clipped by the norm of their mean over all parts; the gradient of a single part is noisier."""
-    text = random_sentences(7, 300, 1000, (4, 12))
+@pytest.mark.parametrize(("ranks", "parts"), [(4, 1), (1, 4), (2, 2)])
+def test_ranks_of_a_node_compute_what_one_does_with_the_whole_batch(tmp_path: Path, ranks: int, parts: int) -> None:
+    """The same sentences in a step give the same loss, gradient norm and parameters, also where gradients are clipped."""
+    text = random_sentences(7, 64, 300, (4, 12))
     corpus = prepare(tmp_path / "text", text, text[:10])
-    options = ("--max-steps", "12")
-    whole = run(1, corpus, tmp_path / "whole", "--batch-size", "24", *options)
-    parts = run(1, corpus, tmp_path / "parts", "--accumulate", "4", *options)
-    norms = [np.median([line["train/gradient_norm"] for line in records(of, "train")]) for of in (whole, parts)]
-    assert 0.9 < norms[1] / norms[0] < 1.1, norms
+    options = ("--first-batch", "0", "--dropout", "0", "--num-samples", "1000", "--epochs", "6", "--clip-norm", "10")
+    one = run(1, corpus, tmp_path / "one", *options, "--batch-size", "64")
+    more = run(ranks, corpus, tmp_path / "more", *options, "--batch-size", "16", "--accumulate", str(parts))
+    ours, theirs = records(more, "train"), records(one, "train")
+    assert len(ours) == len(theirs) == 6
+    assert max(line["train/gradient_norm"] for line in theirs) > 10
+    for name in ("train/loss_nats", "train/gradient_norm"):
+        np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=1e-4)
+    arrays = [saved_arrays(checkpoints(run_dir)[-1]) for run_dir in (more, one)]
+    for name, values in arrays[0].items():
+        np.testing.assert_allclose(values, arrays[1][name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_more_parts_than_sentences_are_refused(small: Prepared, tmp_path: Path) -> None:
