@@ -55,7 +55,7 @@ class Batch:
     target_rows: np.ndarray  # (N,) int64: rows of the softmax table
     sentences: np.ndarray  # (B,) int64: their numbers in the shard set
     size: int  # sentences of a full batch at this step; B is smaller if a worker runs out of sentences
-    turns: int = 1  # one of so many workers has sentences at this step
+    turns: int = 1  # one in ``turns`` workers has sentences at this step
 
     @property
     def num_targets(self) -> int:
@@ -84,7 +84,7 @@ def make_batch(
         max_length: Longer sentences are cut to this many tokens.
         boundaries: Whether to put <S> and </S> around each sentence.
         size: Sentences of a full batch at this step; 0 for those of this batch.
-        turns: One of so many workers has sentences at this step.
+        turns: One in ``turns`` workers has sentences at this step.
     """
     full = np.diff(offsets)  # uncut lengths
     lengths = np.minimum(full, max_length)
@@ -158,7 +158,7 @@ class Pool:
         first: Index of its first sentence in the order of the epoch.
         size: Sentences per batch.
         num_batches: Batches of a worker.
-        turns: Steps per batch: at each step, one of so many workers takes a batch.
+        turns: Steps per batch: at each step, one in ``turns`` workers takes a batch.
         first_step: The first step of the epoch that takes a batch of this pool.
     """
 

@@ -38,7 +38,7 @@ class BatchGrowth:
         return min(max(round(self._per_worker(trained)), 1), self.limit)
 
     def turns(self, trained: int) -> int:
-        """Return in how many turns the workers take part: one of so many steps is a worker's."""
+        """Return T, if one in T workers takes part in each step, and each worker in one of T steps."""
         return max(round(1 / self._per_worker(trained)), 1)
 
     def _per_worker(self, trained: int) -> float:

@@ -58,7 +58,7 @@ def test_few_ranks_compute_what_many_do(
 
 @pytest.mark.parametrize(("ranks", "parts"), [(4, 1), (1, 4), (2, 2)])
 def test_ranks_of_a_node_compute_what_one_does_with_the_whole_batch(tmp_path: Path, ranks: int, parts: int) -> None:
-    """The same sentences in a step give the same loss, gradient norm and parameters, also where gradients are clipped."""
+    """The same sentences in a step give the same loss, gradient norm and parameters, also with clipped gradients."""
     text = random_sentences(7, 64, 300, (4, 12))
     corpus = prepare(tmp_path / "text", text, text[:10])
     options = ("--first-batch", "0", "--dropout", "0", "--num-samples", "1000", "--epochs", "6", "--clip-norm", "10")
