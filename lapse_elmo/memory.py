@@ -61,8 +61,8 @@ class Estimate:
 
     Attributes:
         rows: All rows of the job, with their accumulators.
-        shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and the
-            dense parameters with their accumulators, if a node's ranks share them.
+        shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and, if a
+            node's ranks share them, dense parameters with accumulators, and copies of all gradients.
         dense: Dense gradients of this rank, and the parameters with their accumulators if it has copies of its own.
         activations: Activations of a long batch, with the rows it pulls.
         copy: The copy that a checkpoint is written from, until it is written.
@@ -97,13 +97,15 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
     room = _room_bytes(config, num_classes, positions, world)
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
-    # The gradients' copies in shared memory are counted as the rank's own.
     shared += nodes_here * in_node * 4 * copies * num_dense
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
-    pulled = min(num_classes, config.softmax.num_samples + 2 * positions) + min(num_classes, positions)
-    softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + 4 * pulled * (size + 1)
+    pulled = min(num_classes, config.softmax.num_samples + positions) + min(num_classes, positions)
+    # The ranks of a node share copies of their gradients.
+    shared += in_node * world.host_size * 4 * (num_dense + 9 * pulled * (size + 1) // 8)
+    row_copies = 3 + config.training.accumulate
+    softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + row_copies * pulled * (size + 1)
     return Estimate(
-        rows, shared, 4 * num_dense * (2 if in_node else 2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
+        rows, shared, 4 * num_dense * (1 if in_node else 2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 

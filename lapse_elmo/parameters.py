@@ -142,9 +142,10 @@ class Parameters:
         training = self.config.training
         positions = training.accumulate * training.batch_size * (self.config.data.max_length + 2)
         num_samples = training.accumulate * self.config.softmax.num_samples
+        # The targets of both directions are the words of the same positions.
         return [
             RowUpdate(self.world, table, min(self.num_classes, most), shared=self._shares_rows)
-            for table, most in ((self.embedding, positions), (self.softmax, 2 * positions + num_samples))
+            for table, most in ((self.embedding, positions), (self.softmax, positions + num_samples))
         ]
 
     @property

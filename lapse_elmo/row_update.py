@@ -132,9 +132,9 @@ class _SharedGradients:
         return _add_up(self._keys[positions], positions, factors, self._values)
 
     def _reserve(self, number: int) -> None:
-        """Reserve memory for ``number`` rows of this rank; a half more than that, so that it seldom grows."""
+        """Reserve memory for ``number`` rows of this rank; an eighth more than that, so that it seldom grows."""
         if number > self._reserved:
-            end = min(self._most, number + number // 2)
+            end = min(self._most, number + number // 8)
             first = self._rank * self._most
             for name in (self._keys_name, self._values_name):
                 self._memory.reserve(name, first + self._reserved, first + end)

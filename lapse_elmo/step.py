@@ -43,13 +43,11 @@ class AnnouncedBatch:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a part of the step has computed: its rows as pulled, and the gradients of these."""
+    """What a part of the step has computed."""
 
     batch: Batch
-    pulled: _Pulled
     nll: float
-    embedding: Tensor
-    softmax: Tensor
+    rows: tuple[RowGradients, RowGradients]  # of the embedding and of the softmax
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,8 @@ class TrainingStep:
         self._pushed()  # on one node, so that equal seeds give equal results
         parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
-        self._put_rows(parts)
+        for number, update in enumerate(self._row_updates):
+            update.put([part.rows[number] for part in parts])
         self._update.start(gradients, squares=self.measures_noise and len(parts) == 1)
         self.world.node_barrier()
         row_square = sum(update.add_up() for update in self._row_updates)
@@ -210,7 +209,11 @@ class TrainingStep:
             self.parameters.refresh_dense()
             timer.next("compute")
             worker = self.world.rank * len(announced) + number
-            parts.append(_Part(of_part.batch, pulled, *self._compute(of_part.batch, pulled, worker, step)))
+            nll, embedding, softmax = self._compute(of_part.batch, pulled, worker, step)
+            factor = self._row_factor(of_part.batch)
+            of_embedding = RowGradients(pulled.embedding.keys, embedding, factor)
+            of_softmax = RowGradients(pulled.softmax.keys, softmax, factor)
+            parts.append(_Part(of_part.batch, nll, (of_embedding, of_softmax)))
             if not of_part.batch.num_targets:
                 continue
             gradients = [_gradient(p) for p in self._dense]
@@ -283,15 +286,6 @@ class TrainingStep:
         bound = self.config.optimizer.clip_norm
         return bound / norm if bound and norm > bound else 1.0
 
-    def _put_rows(self, parts: Sequence[_Part]) -> None:
-        """Hand the rows' gradients over to what adds them up."""
-        factors = [self._row_factor(part.batch) for part in parts]
-        for update, name in zip(self._row_updates, ("embedding", "softmax"), strict=True):
-            update.put([
-                RowGradients(getattr(part.pulled, name).keys, getattr(part, name), factor)
-                for part, factor in zip(parts, factors, strict=True)
-            ])
-
     def _push(self, scale: float, rate: float) -> None:
         """Update rows and dense parameters with ``scale`` times their gradients."""
         self.parameters.set_learning_rate(rate)
@@ -345,7 +339,7 @@ class TrainingStep:
         def check() -> None:
             dense = squares_of(gradients)
             for part in parts:
-                square = dense + squares_of([part.embedding, part.softmax])
+                square = dense + squares_of([gradients.values for gradients in part.rows])
                 if not (math.isfinite(part.nll) and math.isfinite(square)):
                     what = "gradient norm" if math.isfinite(part.nll) else "loss"
                     shown = ", ".join(map(str, np.sort(part.batch.sentences)[:8]))
