@@ -14,7 +14,8 @@ from lapse_elmo.ps.engines import server_fallbacks
 from lapse_elmo.run_folder import ResumePoint
 from lapse_elmo.training_data import TrainingData
 
-MOST_PUSHERS = 16  # that were measured to learn as well as one (benchmarks/learning.md)
+MOST_PUSHERS = 64  # that were measured to learn as well as one (benchmarks/learning.md)
+MOST_WITH_FULL_BATCHES = 16  # likewise, with --first-batch 0
 
 
 def plan_lines(
@@ -54,11 +55,14 @@ def plan_lines(
 def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
     """Return a warning if a row may get so many pushes per step that frequent words would move too far."""
     pushers, what = (num_nodes, "nodes") if config.server.ps == "embedded" else (num_ranks, "ranks")
-    if pushers <= MOST_PUSHERS or config.optimizer.optimizer != "adagrad":
+    full = not config.training.first_batch
+    most = MOST_WITH_FULL_BATCHES if full else MOST_PUSHERS
+    if pushers <= most or config.optimizer.optimizer != "adagrad":
         return []
+    instead = f"start fewer {what}, with more threads per rank" + ", or let the batch grow (--first-batch)" * full
     return [
-        f"{pushers} {what} push gradients at each step: with more than {MOST_PUSHERS}, the rows of frequent words may "
-        f"move too far and the model learn less per token; start fewer {what}, with more threads per rank"
+        f"{pushers} {what} push gradients at each step: with more than {most}, the rows of frequent words may move too "
+        f"far and the model learn less per token; {instead}"
     ]
 
 
