@@ -15,7 +15,6 @@ from lapse_elmo.run_folder import ResumePoint
 from lapse_elmo.training_data import TrainingData
 
 MOST_PUSHERS = 64  # that were measured to learn as well as one (benchmarks/learning.md)
-MOST_WITH_FULL_BATCHES = 16  # likewise, with --first-batch 0
 
 
 def plan_lines(
@@ -56,7 +55,7 @@ def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
     """Return a warning if a row may get so many pushes per step that frequent words would move too far."""
     pushers, what = (num_nodes, "nodes") if config.server.ps == "embedded" else (num_ranks, "ranks")
     full = not config.training.first_batch
-    most = MOST_WITH_FULL_BATCHES if full else MOST_PUSHERS
+    most = 1 if full else MOST_PUSHERS
     if pushers <= most or config.optimizer.optimizer != "adagrad":
         return []
     instead = f"start fewer {what}, with more threads per rank" + ", or let the batch grow (--first-batch)" * full
