@@ -157,8 +157,5 @@ class NodeUpdate:
         self._stepper.learning_rate = self._optimizer.learning_rate
         self._stepper.step([self._mean], scale)
 
-    def refresh(self) -> None:
-        """Do nothing: the parameters are the shared ones."""
-
     def close(self) -> None:
         """Do nothing: the memory is freed with the parameters."""

@@ -37,7 +37,7 @@ class DenseUpdate(Protocol):
     """Averages gradients over the ranks and updates the dense parameters.
 
     All methods are collective: every rank makes the same calls in the same order: ``start``, ``finish``, and
-    ``apply`` unless the step is refused. ``refresh`` comes before the parameters are read again.
+    ``apply`` unless the step is refused.
     """
 
     fallback: str  # a warning about a slow way of averaging, or ""
@@ -61,9 +61,6 @@ class DenseUpdate(Protocol):
 
         The ranks of a node may update the same memory: they must wait for each other before they read it.
         """
-
-    def refresh(self) -> None:
-        """Return once this rank's parameters contain the updates of the last ``apply``."""
 
     def close(self) -> None:
         """Release resources."""
@@ -98,9 +95,6 @@ class RankUpdate:
     def apply(self, scale: float) -> None:
         """Update this rank's copy; see :meth:`DenseUpdate.apply`."""
         self._optimizer.step(self._means, scale)
-
-    def refresh(self) -> None:
-        """Do nothing: :meth:`apply` has updated this rank's copy."""
 
     def close(self) -> None:
         """Release the averager's resources."""
@@ -137,10 +131,6 @@ class ServerUpdate:
         """Push the gradients; see :meth:`DenseUpdate.apply`."""
         # With gradients divided by the number of ranks the sum of their steps is a mean.
         self._table.push(self._gradients, scale / self._world.size)
-
-    def refresh(self) -> None:
-        """Pull the parameters."""
-        self._table.pull()
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

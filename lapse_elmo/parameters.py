@@ -79,7 +79,6 @@ class Parameters:
             self.dense_optimizer = DenseOptimizer(dense, optimizer.learning_rate, accumulator, optimizer.epsilon)
         else:
             self.dense_optimizer = self.node_dense.optimizer(optimizer.learning_rate, optimizer.epsilon)
-        self._dense_update: DenseUpdate | None = None
         self.set_learning_rate(optimizer.learning_rate)
 
     @property
@@ -130,12 +129,10 @@ class Parameters:
     def open_dense_update(self, device: torch.device) -> DenseUpdate:
         """Open what averages the dense gradients and updates the dense parameters (collective)."""
         if self.node_dense is not None:
-            self._dense_update = NodeUpdate(self.world, self.node_dense, self.dense_optimizer)
-        elif self.dense_table is not None:
-            self._dense_update = ServerUpdate(self.world, self.dense_table)
-        else:
-            self._dense_update = RankUpdate(self.world, device, self.dense_optimizer)
-        return self._dense_update
+            return NodeUpdate(self.world, self.node_dense, self.dense_optimizer)
+        if self.dense_table is not None:
+            return ServerUpdate(self.world, self.dense_table)
+        return RankUpdate(self.world, device, self.dense_optimizer)
 
     def open_row_updates(self) -> list[RowUpdate]:
         """Open what updates the rows of the embedding and of the softmax (collective)."""
@@ -144,7 +141,7 @@ class Parameters:
         num_samples = training.accumulate * self.config.softmax.num_samples
         # The targets of both directions are the words of the same positions.
         return [
-            RowUpdate(self.world, table, min(self.num_classes, most), shared=self._shares_rows)
+            RowUpdate(self.world, table, min(self.num_classes, most), shared=self.config.server.shares_rows)
             for table, most in ((self.embedding, positions), (self.softmax, positions + num_samples))
         ]
 
@@ -152,12 +149,7 @@ class Parameters:
     def pushers(self) -> tuple[int, int]:
         """How many pushes a row can get per step, and which of them are this rank's: one per node, or one per rank."""
         world = self.world
-        return (world.num_nodes, world.node) if self._shares_rows else (world.size, world.rank)
-
-    @property
-    def _shares_rows(self) -> bool:
-        """Whether the ranks of a node have the same rows in their memory; for the packages each rank is a node."""
-        return self.config.server.ps == "embedded"
+        return (world.num_nodes, world.node) if self.config.server.shares_rows else (world.size, world.rank)
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
         """Return the dense parameters and their accumulators, by reference, by their name in a checkpoint."""
@@ -173,10 +165,8 @@ class Parameters:
         return self.node_dense is None or self.world.local_rank == 0
 
     def refresh_dense(self) -> None:
-        """Make the model's dense parameters contain every update (collective); before they are read."""
-        if self._dense_update is not None:
-            self._dense_update.refresh()
-        elif self.dense_table is not None:
+        """Pull the dense parameters if they are in the server; before they are read."""
+        if self.dense_table is not None:
             self.dense_table.pull()
 
     def _sampler(self) -> Sampler:

@@ -53,7 +53,7 @@ def plan_lines(
 
 def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
     """Return a warning if a row may get so many pushes per step that frequent words would move too far."""
-    pushers, what = (num_nodes, "nodes") if config.server.ps == "embedded" else (num_ranks, "ranks")
+    pushers, what = (num_nodes, "nodes") if config.server.shares_rows else (num_ranks, "ranks")
     full = not config.training.first_batch
     most = 1 if full else MOST_PUSHERS
     if pushers <= most or config.optimizer.optimizer != "adagrad":

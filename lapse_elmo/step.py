@@ -109,6 +109,8 @@ class TrainingStep:
         self.device = device
         self.uploader = Uploader(device)
         self.sentence_factor = config.optimizer.loss_scale / sentence_targets
+        # Adagrad divides by the size of past gradients, so their scale matters little; with plain descent it does.
+        self.row_scale = config.optimizer.row_scale if config.optimizer.optimizer == "adagrad" else 0.0
         self.vote = vote
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
@@ -202,11 +204,11 @@ class TrainingStep:
         parts: list[_Part] = []
         sums: list[Tensor] = []
         square = 0.0
+        self.parameters.refresh_dense()
         for number, of_part in enumerate(announced):
             if number:
                 timer.next("pull")
             pulled = self._pull(of_part)
-            self.parameters.refresh_dense()
             timer.next("compute")
             worker = self.world.rank * len(announced) + number
             nll, embedding, softmax = self._compute(of_part.batch, pulled, worker, step)
@@ -308,16 +310,12 @@ class TrainingStep:
 
     def _row_factor(self, batch: Batch) -> float:
         """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
-        optimizer = self.config.optimizer
-        # Adagrad divides by the size of past gradients, so their scale matters little; with plain descent it does.
-        factor = optimizer.row_scale if optimizer.optimizer == "adagrad" else 0.0
-        return factor / self._loss_factor(batch) if factor else 1.0
+        return self.row_scale / self._loss_factor(batch) if self.row_scale else 1.0
 
     def _mean_factor(self, num_sentences: float, num_parts: int) -> float:
         """Return the factor from the sums of the rows' gradients, as pushed, to the gradients of the mean loss."""
-        optimizer = self.config.optimizer
-        if optimizer.optimizer == "adagrad" and optimizer.row_scale:
-            return self.sentence_factor / max(num_sentences, 1) / optimizer.row_scale
+        if self.row_scale:
+            return self.sentence_factor / max(num_sentences, 1) / self.row_scale
         return 1 / num_parts
 
     def _loss_factor(self, batch: Batch) -> float:

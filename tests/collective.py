@@ -10,8 +10,10 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lapse_elmo.mpi.exit import abort
 from lapse_elmo.mpi.world import World
@@ -39,6 +41,30 @@ def run(
             if error and not local(name):
                 abort(world, 1)
             world.barrier()
+
+
+def run_on_nodes(
+    argv: Sequence[str], enter: Callable[[], World], make: Callable[[World], object], names: Sequence[str]
+) -> None:
+    """Run the methods ``names`` of ``make(world)`` as checks, in a program that is started as ``NODES FOLDER``."""
+    world = enter()
+    torch.set_num_threads(1)
+    if int(argv[0]) > 1:
+        world.split(int(argv[0]))
+    checks = make(world)
+    run({name: getattr(checks, name) for name in names}, world, Path(argv[1]))
+
+
+def report_on_nodes(program: Path, ranks_and_nodes: Sequence[tuple[int, int]]) -> Any:
+    """Return a fixture with the report of a program that calls :func:`run_on_nodes`, for each (ranks, nodes)."""
+    ids = [f"{ranks} ranks, {nodes} nodes" for ranks, nodes in ranks_and_nodes]
+
+    @pytest.fixture(scope="module", params=ranks_and_nodes, ids=ids)
+    def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        ranks, nodes = request.param
+        return report_of(program, [str(nodes)], ranks, tmp_path_factory.mktemp(program.stem), timeout=120)
+
+    return report
 
 
 def report_of(

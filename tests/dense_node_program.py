@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +34,6 @@ class Checks:
         """Return the sums over the ranks of both norms at each step."""
         norms = []
         for step in range(steps):
-            update.refresh()
             gradients = self.tensors(self.world.rank, step + 1)
             given = [gradient.clone() for gradient in gradients]
             update.start(gradients, squares=step != 1)
@@ -46,7 +44,6 @@ class Checks:
             norms.append((sum(own for own, _ in every), sum(mean for _, mean in every)))
             update.apply(0.5)
             self.world.node_barrier()
-        update.refresh()
         update.close()
         return norms
 
@@ -123,12 +120,7 @@ def names() -> list[str]:
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    world = enter()
-    torch.set_num_threads(1)
-    if int(argv[0]) > 1:
-        world.split(int(argv[0]))
-    checks = Checks(world)
-    collective.run({name: getattr(checks, name) for name in names()}, world, Path(argv[1]))
+    collective.run_on_nodes(argv, enter, Checks, names())
 
 
 if __name__ == "__main__":

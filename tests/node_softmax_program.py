@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,9 +64,6 @@ class Checks:
     def close(self) -> None:
         self.server.close()
 
-    def all(self) -> dict[str, Callable[[], None]]:
-        return {name: getattr(self, name) for name in NAMES}
-
 
 NAMES = ["every_rank_has_as_many", "some_ranks_have_none", "no_rank_has_any", "one_rank_has_all", "close"]
 
@@ -78,10 +74,7 @@ def values(end: int) -> Tensor:
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    world = enter()
-    if int(argv[0]) > 1:
-        world.split(int(argv[0]))
-    collective.run(Checks(world).all(), world, Path(argv[1]))
+    collective.run_on_nodes(argv, enter, Checks, NAMES)
 
 
 if __name__ == "__main__":

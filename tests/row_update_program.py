@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,12 +99,7 @@ def names() -> list[str]:
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
-    world = enter()
-    torch.set_num_threads(1)
-    if int(argv[0]) > 1:
-        world.split(int(argv[0]))
-    checks = Checks(world)
-    collective.run({name: getattr(checks, name) for name in names()}, world, Path(argv[1]))
+    collective.run_on_nodes(argv, enter, Checks, names())
 
 
 if __name__ == "__main__":

@@ -10,12 +10,7 @@ from tests import collective, dense_node_program
 
 PROGRAM = Path(dense_node_program.__file__)
 RANKS_AND_NODES = [(1, 1), (2, 1), (3, 1), (2, 2), (3, 2), (5, 3)]
-
-
-@pytest.fixture(scope="module", params=RANKS_AND_NODES, ids=[f"{r} ranks, {n} nodes" for r, n in RANKS_AND_NODES])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    ranks, nodes = request.param
-    return collective.report_of(PROGRAM, [str(nodes)], ranks, tmp_path_factory.mktemp("node"), timeout=120)
+report = collective.report_on_nodes(PROGRAM, RANKS_AND_NODES)
 
 
 @pytest.mark.parametrize("name", dense_node_program.names())

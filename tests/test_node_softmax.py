@@ -9,12 +9,7 @@ import pytest
 from tests import collective, node_softmax_program
 
 PROGRAM = Path(node_softmax_program.__file__)
-
-
-@pytest.fixture(scope="module", params=[(5, 2), (3, 3)], ids=["nodes of 2 and 3 ranks", "nodes of one rank"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    ranks, nodes = request.param
-    return collective.report_of(PROGRAM, [str(nodes)], ranks, tmp_path_factory.mktemp("softmax"), timeout=120)
+report = collective.report_on_nodes(PROGRAM, [(5, 2), (3, 3)])
 
 
 @pytest.mark.parametrize("name", node_softmax_program.NAMES)

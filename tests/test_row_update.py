@@ -10,12 +10,7 @@ from tests import collective, row_update_program
 
 PROGRAM = Path(row_update_program.__file__)
 RANKS_AND_NODES = [(1, 1), (3, 1), (2, 2), (3, 2), (5, 2)]
-
-
-@pytest.fixture(scope="module", params=RANKS_AND_NODES, ids=[f"{r} ranks, {n} nodes" for r, n in RANKS_AND_NODES])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    ranks, nodes = request.param
-    return collective.report_of(PROGRAM, [str(nodes)], ranks, tmp_path_factory.mktemp("rows"), timeout=120)
+report = collective.report_on_nodes(PROGRAM, RANKS_AND_NODES)
 
 
 @pytest.mark.parametrize("name", row_update_program.names())

@@ -234,8 +234,7 @@ class TrainingConfig:
         for name, limit in (("epochs", 1_000_000), ("accumulate", 100_000), ("lookahead", 10_000)):
             require(getattr(self, name) <= limit, name, getattr(self, name), f"at most {limit:,}")
         for name in (
-            "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch",
-            "growth_tokens",
+            "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch", "growth_tokens",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
@@ -269,6 +268,11 @@ class ServerConfig:
         require(self.nodes >= 0, "nodes", self.nodes, "0 or more")
         if self.nodes > 1 and self.ps != "embedded":
             raise ConfigError(f"--nodes is for the embedded server; with --ps {self.ps} each rank is a node: drop one")
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether the ranks of a node have the same rows in their memory; for the packages each rank is a node."""
+        return self.ps == "embedded"
 
     def technique_for(self, sync: bool) -> str:
         """Return the technique asked for, or the default for this server; with ``sync`` rows must have one copy."""
