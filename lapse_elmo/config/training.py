@@ -220,8 +220,7 @@ class TrainingConfig:
     seed: int = option(1, metavar="N", help="seed of all random numbers")
     sync: bool = option(
         False,
-        help="let several nodes push one after another: slower, but bitwise reproducible for the same seed and numbers "
-        "of ranks and nodes, as the ranks of one node always are",
+        help="let nodes push one after another: slower, but bitwise reproducible, as the ranks of one node always are",
     )
     dense: str = option(
         "allreduce", choices=("allreduce", "ps"),
@@ -234,7 +233,8 @@ class TrainingConfig:
         for name, limit in (("epochs", 1_000_000), ("accumulate", 100_000), ("lookahead", 10_000)):
             require(getattr(self, name) <= limit, name, getattr(self, name), f"at most {limit:,}")
         for name in (
-            "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch", "growth_tokens",
+            "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch",
+            "growth_tokens",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         if self.sync and self.dense == "ps":
