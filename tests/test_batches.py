@@ -171,7 +171,7 @@ def test_sizes_are_what_a_loop_gives(num_sentences: int, num_workers: int, epoch
     assert stream.trained_before(epoch, len(expected)) == (epoch + 1) * num_sentences
 
 
-@pytest.mark.parametrize(("num_workers", "turns"), [(4, 1), (7, 2), (12, 3), (64, 16), (1000, 250)])
+@pytest.mark.parametrize(("num_workers", "turns"), [(4, 1), (7, 2), (12, 3), (64, 16), (280, 70)])
 def test_workers_take_turns(num_workers: int, turns: int) -> None:
     """If there are more workers than sentences in a step, as many workers as sentences have one each."""
     growth = BatchGrowth(32, num_workers, 4)
