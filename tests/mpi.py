@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import fork_server
+
 ROOT = Path(__file__).resolve().parent.parent
 MPIRUN = Path(sys.prefix) / "bin" / "mpirun"
 LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_", "MPIR_", "HYDRA_", "SLURM_", "FLUX_", "JSM_")
 MARK = "LAPSE_ELMO_TEST_JOB"
 CMA_OFF = {"MPIR_CVAR_CH4_CMA_ENABLE": "0"}  # MPICH without access to other processes' memory, as in many containers
 _PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # the latter: native packages
+# Variables with an effect when Python, the dynamic linker or torch start.
+_READ_AT_START = ("LD_", "PYTHON", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH_", "ATEN_", "DNNL_", "ONEDNN_", "CUDA_")
 _GRACE_S = 3.0  # for the processes of a job that has ended, before they count as left behind
 
 
@@ -53,7 +57,7 @@ class RunningJob:
         self._start = time.monotonic()
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=self._stdout, stderr=self._stderr, cwd=cwd,
-            env={**env, MARK: self._mark}, start_new_session=True,
+            env={**env, MARK: self._mark, fork_server.NAME: _name(self._mark)}, start_new_session=True,
         )
         self.pid = self._process.pid
 
@@ -107,7 +111,7 @@ class RunningJob:
 
 def start(
     num_ranks: int, arguments: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *,
-    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool | Sequence[str] = True,
+    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool | Sequence[str] = True, fork: bool = False,
 ) -> RunningJob:
     """Start ``mpirun -n num_ranks python arguments...``.
 
@@ -115,24 +119,29 @@ def start(
         else Python takes (``["-c", "..."]``, ``["-m", "module"]``).
     :param env: in addition to this process's environment, without the variables of launchers and pytest.
     :param launcher: false starts Python alone, without mpirun; a command is taken in mpirun's place.
+    :param fork: start Python by the fork server, if its options, ``env`` and the launcher permit it.
     """
-    words = [arguments] if isinstance(arguments, str | os.PathLike) else list(arguments)
+    words = [os.fspath(word) for word in ([arguments] if isinstance(arguments, str | os.PathLike) else arguments)]
     command = [str(MPIRUN)] if isinstance(launcher, bool) else list(launcher)
     prefix = [*command, "-n", str(num_ranks)] if launcher else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_PREFIXES, "PYTEST_"))}
     clean |= {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", **(env or {})}
-    return RunningJob([*prefix, sys.executable, *[os.fspath(word) for word in words]], clean, cwd)
+    if fork and isinstance(launcher, bool) and (words[0] in ("-c", "-m") or not words[0].startswith("-")) and not any(
+        name.startswith(_READ_AT_START) for name in env or ()
+    ):
+        words = ["-I", "-S", str(fork_server.CLIENT), fork_server.address(), *words]
+    return RunningJob([*prefix, sys.executable, *words], clean, cwd)
 
 
 def mpirun(
     num_ranks: int, arguments: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *, timeout: float = 60,
-    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool | Sequence[str] = True,
+    env: Mapping[str, str] | None = None, cwd: Path = ROOT, launcher: bool | Sequence[str] = True, fork: bool = True,
 ) -> Job:
     """Run a job as :func:`start` does, to its end.
 
     :raises TimeoutError: with all output, if it takes longer than ``timeout`` seconds; all its processes are killed.
     """
-    with start(num_ranks, arguments, env=env, cwd=cwd, launcher=launcher) as job:
+    with start(num_ranks, arguments, env=env, cwd=cwd, launcher=launcher, fork=fork) as job:
         return job.wait(timeout)
 
 
@@ -141,15 +150,23 @@ def _shown(stdout: str, stderr: str) -> str:
 
 
 def marked_processes(mark: str) -> list[int]:
-    """Return the job's living processes, found by their environment: launchers put each rank in its own session."""
-    entry = f"{MARK}={mark}".encode()
+    """Return the job's living processes.
+
+    Launchers put each rank in its own session, so they are found by their environment or, if forked, by their name.
+    """
+    entry, name = f"{MARK}={mark}".encode(), f"{_name(mark)}\n".encode()
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                if entry in (folder / "environ").read_bytes().split(b"\0"):
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                if entry in environment or (folder / "comm").read_bytes() == name:
                     found.append(int(folder.name))
     return found
+
+
+def _name(mark: str) -> str:
+    return mark[:15]
 
 
 def end_marked(mark: str) -> tuple[int, ...]:

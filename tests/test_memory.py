@@ -91,7 +91,7 @@ def test_the_estimate_is_near_what_a_run_takes(wide: Prepared, ranks: int, nodes
     """
     options = ["--projection-size", "128", "--cell-size", "256", "--num-samples", "2048", "--max-steps", "20"]
     words = [memory_program.__file__, str(tmp_path / "results.json"), *wide.options, *TINY, *options]
-    job = mpirun(ranks, [*words, "--nodes", str(nodes), "--run-dir", str(tmp_path / "run")], timeout=150)
+    job = mpirun(ranks, [*words, "--nodes", str(nodes), "--run-dir", str(tmp_path / "run")], timeout=150, fork=False)
     assert job.returncode == 0, job.output
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == ranks and sum(seen["shared"] > 0 for seen in results) == nodes
