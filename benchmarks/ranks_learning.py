@@ -5,7 +5,9 @@ defaults of ``bin/train`` (or ``--options``) for each number of ranks and each s
 Reports the held-out perplexity at each number of tokens, interpolated in the logarithm of the tokens between the two
 nearest evaluations. More than ``--most-ranks`` ranks are simulated by ``--processes`` processes with ``--accumulate``,
 which computes the same. ``--check N ...`` verifies that: it trains a few steps with N real ranks and with N simulated
-ones, and prints the largest difference of their losses.
+ones, and prints the largest difference of their losses. ``--part-sentences N`` is faster: the sentences of several
+simulated ranks form one part, which differs from the ranks of a node only in the dropout masks and in how the size of
+a batch is rounded.
 
 DIR gets a directory per run, ``results.json``, ``table.md`` and ``curves.png``. Completed runs are not repeated, so the
 study may be interrupted and resumed.
@@ -29,6 +31,7 @@ from typing import Any
 
 from benchmarks.learning import steps_until
 from lapse_elmo.config.cli import option, parse
+from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.mpi.host import usable_cores
 
@@ -51,6 +54,9 @@ class Study:
     )
     seeds: tuple[int, ...] = option((1, 2, 3), metavar="N", help="seeds; the table shows the medians")
     processes: int = option(usable_cores(), metavar="P", help="largest number of processes that simulate more ranks")
+    part_sentences: int = option(
+        0, metavar="N", help="merge simulated ranks into parts of up to N sentences; 0: each rank is a part"
+    )
     options: str = option("", metavar="'OPTION ...'", help="options of bin/train for all runs")
     check: tuple[int, ...] = option((), metavar="R", help="only compare R real with R simulated ranks")
 
@@ -58,12 +64,21 @@ class Study:
 def command(study: Study, num_ranks: int, num_processes: int, run_dir: Path, *more: str) -> list[str]:
     """Return the command of a run of ``num_ranks`` ranks, which fewer processes may simulate."""
     folder = Path(study.output)
+    parts, batch_size = parts_of(study, num_ranks // num_processes)
     return [
         f"{sys.prefix}/bin/mpirun", "-n", str(num_processes), "bin/train", "--shards", str(folder / "shards"),
         "--vocab", str(folder / "vocab.txt"), "--run-dir", str(run_dir), "--overwrite", "--progress", "none",
-        "--threads", "1", "--save-every-minutes", "0", "--accumulate", str(num_ranks // num_processes),
-        *shlex.split(study.options), *more,
+        "--threads", "1", "--save-every-minutes", "0", *shlex.split(study.options),
+        "--accumulate", str(parts), "--batch-size", str(batch_size), *more,
     ]
+
+
+def parts_of(study: Study, num_ranks: int) -> tuple[int, int]:
+    """Return with how many parts of how many sentences a process does the work of ``num_ranks`` ranks."""
+    batch_size = parse_train(shlex.split(study.options)).training.batch_size
+    fits = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0 and n * batch_size <= study.part_sentences]
+    merged = max(fits, default=1)
+    return num_ranks // merged, merged * batch_size
 
 
 def processes_for(study: Study, num_ranks: int) -> int:
@@ -85,10 +100,12 @@ def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
     done = run_dir / "done"
     if not done.exists():
         sentences = max(study.tokens) * shards.num_sentences / shards.num_tokens
-        steps, epochs = steps_until(sentences, num_ranks, shlex.split(study.options), shards)
+        processes = processes_for(study, num_ranks)
+        parts, batch_size = parts_of(study, num_ranks // processes)
+        options = [*shlex.split(study.options), "--batch-size", str(batch_size)]
+        steps, epochs = steps_until(sentences, processes * parts, options, shards)
         every = str(max(steps // EVALUATIONS, 1))
         more = ("--seed", str(seed), "--epochs", str(epochs), "--max-steps", str(steps), "--evaluate-every", every)
-        processes = processes_for(study, num_ranks)
         subprocess.run(
             command(study, num_ranks, processes, run_dir, *more), cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
