@@ -23,6 +23,11 @@ def home_of(rows: np.ndarray, num_nodes: int) -> np.ndarray:
     return rows % num_nodes
 
 
+def is_copied(rows: np.ndarray, num_frequent: int, num_nodes: int, node: int) -> np.ndarray:
+    """Return which of ``rows`` (n,) are frequent rows whose home is not ``node``, which has a copy of them."""
+    return (rows < num_frequent) & (home_of(rows, num_nodes) != node)
+
+
 def stamp(epochs: np.ndarray, node: int | np.ndarray) -> np.ndarray:
     """Return the stamps (n,) int64 of ``epochs`` (n,) and the owner ``node``, one for all rows or (n,)."""
     return epochs << _NODE_BITS | node

@@ -33,7 +33,8 @@ from lapse_elmo.errors import ServerError
 from lapse_elmo.mpi.node_memory import require_room
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.api import DONE, Array, Call, ParameterServer
-from lapse_elmo.ps.directory import MAX_NODES
+from lapse_elmo.ps.directory import MAX_NODES, is_copied
+from lapse_elmo.ps.draining import drain
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.manager import REPLICATING, TECHNIQUES, Manager
@@ -77,7 +78,7 @@ class EmbeddedServer(ParameterServer):
         self._replicates = technique in REPLICATING and world.num_nodes > 1
         self._manager: Manager | None = None
         if platform is None:
-            require_room(world, layout.num_bytes)
+            require_room(world, layout.bytes_on(world.num_nodes))
         self._platform = platform or MpiPlatform(world)
         several = world.num_nodes > 1
         wanted: Shapes = {"clocks": ((world.local_size,), np.int64), "synced": ((world.local_size,), np.int64)}
@@ -116,7 +117,7 @@ class EmbeddedServer(ParameterServer):
                 for number, segment in enumerate(self.layout.segments):
                     rows = self._platform.rows(self._memory, segment)
                     state = SegmentState(number, segment, self._memory, rows, world.node, world.num_nodes)
-                    state.occupy(world.num_nodes)
+                    state.occupy()
                     states.append(state)
 
         world.together(take)
@@ -174,7 +175,10 @@ class EmbeddedServer(ParameterServer):
         return ticket
 
     def set(self, keys: Array, values: Array) -> None:
-        """Overwrite rows; wait until their owners have done so and no replica on this node shows the old values."""
+        """Overwrite rows; wait until their owners have done so and no replica on this node shows the old values.
+
+        Copies of frequent rows on other nodes than their homes are overwritten by the next :meth:`quiesce`.
+        """
         keys, values, segment = self.checked("values", keys, values, whole=True)
         if segment is None:
             return
@@ -182,6 +186,7 @@ class EmbeddedServer(ParameterServer):
             raise ServerError("keys should be distinct in a set")
         rows = keys - segment.first_key
         missing = self._rows[segment.name].set(rows, values.numpy())
+        missing = np.union1d(missing, np.flatnonzero(self._is_copied(segment, rows)))
         if missing.size:
             # Through this node's manager, which keeps the order with its deltas; see Manager._on_set.
             ticket = self._ticket(RowsCall(missing.size))
@@ -220,6 +225,7 @@ class EmbeddedServer(ParameterServer):
         if segment is None or self._world.num_nodes == 1 or self._technique == "static":
             return
         rows = distinct(keys - segment.first_key)
+        rows = rows[rows >= segment.frequent]
         for chunk in self._requests.ring_chunks(rows.size, 8):
             self._requests.send_local(new(
                 Intent, segment=self._number[segment.name], worker=self._world.local_rank, start=start, end=end,
@@ -260,6 +266,7 @@ class EmbeddedServer(ParameterServer):
             return None
         starts = np.concatenate([[0], ends[:-1]])
         kinds = self._rows[name].kinds()
+        kinds[self._is_copied(self.layout[name], np.arange(kinds.size))] = COPY
         return np.stack([np.add.reduceat(kinds == kind, starts) for kind in (MAIN, COPY)])
 
     def owned_rows(self, name: str) -> np.ndarray:
@@ -267,8 +274,9 @@ class EmbeddedServer(ParameterServer):
         self.require_open()
         if self._world.num_nodes > 1:
             self._freeze(True)
-            self._drain()
+            drain(self._world, self._requests, self._manager)
         rows = np.flatnonzero(self._rows[name].owned())
+        rows = rows[~self._is_copied(self.layout[name], rows)]
         if self._world.num_nodes > 1:
             self._world.barrier()
             self._freeze(False)
@@ -284,6 +292,25 @@ class EmbeddedServer(ParameterServer):
                 if self._manager is not None:
                     self._ask_manager(Flush)
                 self._world.barrier()
+        if self._world.num_nodes > 1:
+            self._copy_frequent_rows()
+
+    def _copy_frequent_rows(self) -> None:
+        """Overwrite this node's copies of frequent rows with the values at their homes (collective)."""
+        for number, segment in enumerate(self.layout.segments):
+            if not segment.frequent:
+                continue
+            rows = np.flatnonzero(self._is_copied(segment, np.arange(segment.frequent)))
+            if self._world.local_rank == 0 and rows.size:
+                values = np.empty((rows.size, segment.row_width), np.float32)
+                ticket = self._ticket(call := RowsCall(rows.size, segment, rows, values))
+                self._requests.ask(Pull, number, ticket, call, np.arange(rows.size))
+                self.wait(ticket)
+                self._rows[segment.name].set(rows, values)
+            self._world.barrier()
+
+    def _is_copied(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
+        return is_copied(rows, segment.frequent, self._world.num_nodes, self._world.node)
 
     def barrier(self) -> None:
         """Wait for all ranks (collective)."""
@@ -298,7 +325,7 @@ class EmbeddedServer(ParameterServer):
         self._world.barrier()
         if self._world.num_nodes > 1:
             self._freeze(True)
-            self._drain()
+            drain(self._world, self._requests, self._manager)
             if self._manager is not None:
                 self._requests.send_local(new(Stop))
                 self._platform.join()
@@ -368,23 +395,3 @@ class EmbeddedServer(ParameterServer):
         if self._manager is not None:
             self._ask_manager(Freeze, frozen=int(frozen))
         self._world.barrier()
-
-    def _drain(self) -> None:
-        """Block until no message is in transit or being handled; for frozen managers (collective).
-
-        Sums the numbers of messages sent and handled over all ranks. Nothing is in transit if no answer is pending and
-        the number sent equals the number that had been handled at the previous count: within a single count, a rank may
-        report its numbers before, another after the same message.
-        """
-        handled_before = -1
-        backoff = Backoff(self._requests.mailbox.transport, spin=False)
-        while True:
-            counts = np.array([self._requests.sent, self._requests.handled, 0], np.int64)
-            if self._manager is not None:
-                counts += [self._manager.mailbox.sent, self._manager.handled, self._manager.pending]
-            self._world.sum_(counts)
-            if counts[0] == handled_before and not counts[2]:
-                return
-            if handled_before >= 0:  # no pause before the second count, the last if nothing is in transit
-                backoff.wait()
-            handled_before = int(counts[1])

@@ -16,6 +16,9 @@ class Segment:
 
     ``width`` float32 per row are pulled and pushed. If there is an update ``rule``, its state is stored after them, for
     ``row_width`` float32 per row in total.
+
+    The first ``frequent`` rows have a copy of their own on every node, which a push of this node's workers changes and
+    no other: the workers of all nodes must push the same to them. A set is visible on other nodes after a quiesce.
     """
 
     name: str
@@ -23,6 +26,7 @@ class Segment:
     width: int
     first_key: int
     rule: Rule | None = None
+    frequent: int = 0
 
     @property
     def row_width(self) -> int:
@@ -46,12 +50,14 @@ class Layout:
     segments: tuple[Segment, ...] = field(default=())
 
     @classmethod
-    def of(cls, *shapes: tuple[str, int, int] | tuple[str, int, int, Rule | None]) -> Layout:
-        """Return the layout of segments given as (name, number of rows, width[, rule])."""
+    def of(
+        cls, *shapes: tuple[str, int, int] | tuple[str, int, int, Rule | None] | tuple[str, int, int, Rule | None, int]
+    ) -> Layout:
+        """Return the layout of segments given as (name, number of rows, width[, rule[, number of frequent rows]])."""
         segments: list[Segment] = []
         first = 0
-        for name, num_rows, width, *rule in shapes:
-            segments.append(Segment(name, num_rows, width, first, *rule))
+        for name, num_rows, width, *more in shapes:
+            segments.append(Segment(name, num_rows, width, first, *more))
             first += num_rows
         return cls(tuple(segments))
 
@@ -67,6 +73,11 @@ class Layout:
     def num_bytes(self) -> int:
         """Size of the rows of all segments."""
         return sum(segment.num_bytes for segment in self.segments)
+
+    def bytes_on(self, num_nodes: int) -> int:
+        """Return the size of the rows of all segments on ``num_nodes`` nodes together, without replicas."""
+        copies = sum(segment.frequent * segment.row_width * 4 for segment in self.segments)
+        return self.num_bytes + copies * (num_nodes - 1)
 
     def segment_of(self, first: int, last: int) -> Segment | None:
         """Return the segment that both keys belong to, or None."""

@@ -157,7 +157,7 @@ class Manager:
 
     @property
     def pending(self) -> int:
-        """Number of answers still owed for handled messages; ``EmbeddedServer._drain`` waits until it is 0."""
+        """Number of answers still owed for handled messages; ``drain`` waits until it is 0."""
         return sum(map(len, self._jobs.values())) + self._moves.num_pending_wants + self._moves.num_unreported
 
     def _handle(self, message: Message) -> None:
@@ -274,7 +274,7 @@ class Manager:
         to the new value. Guarantees a `SetDone` to the worker's manager after the main copy is overwritten.
         """
         state = self.states[message.segment]
-        missing = state.rows.set(message.rows, message.values)
+        missing = state.set_rows(message.rows, message.values)
         held = missing[state.replica_owner[message.rows[missing]] != NO_NODE]
         if held.size and message.node == self.node:
             state.rows.overwrite(message.rows[held], message.values[held])

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from lapse_elmo.ps.api import NodeStats
-from lapse_elmo.ps.directory import NO_NODE, epoch_of, home_of, stamp, update_stamps
+from lapse_elmo.ps.directory import NO_NODE, epoch_of, home_of, is_copied, stamp, update_stamps
 from lapse_elmo.ps.holders import Holders
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.rows import MAIN_ROWS, PRESENT, REPLICA, REPLICA_ROWS, Rows
@@ -108,7 +108,7 @@ class SegmentState:
     """
 
     def __init__(self, number: int, segment: Segment, memory: Memory, rows: Rows, node: int, num_nodes: int) -> None:
-        self.number, self.segment, self.node = number, segment, node
+        self.number, self.segment, self.node, self.num_nodes = number, segment, node, num_nodes
         self.stats = NodeStats()
         self.rows = rows
         self.stamps = memory.arrays[stamps_name(segment)]
@@ -124,12 +124,18 @@ class SegmentState:
             lambda a, b: memory.reserve(segment.name + REPLICA_ROWS, a, b), chunk // 2, total if num_nodes > 1 else 0
         )
 
-    def occupy(self, num_nodes: int) -> None:
-        """Create the rows whose home is this node, all zero; before any worker accesses rows."""
-        mine = np.arange(self.node, self.segment.num_rows, num_nodes)
-        self.stamps[:] = home_of(np.arange(self.segment.num_rows), num_nodes)
+    def occupy(self) -> None:
+        """Create the frequent rows and those whose home is this node, all zero; before any worker accesses rows."""
+        rows = np.arange(self.segment.num_rows)
+        self.stamps[:] = home_of(rows, self.num_nodes)
+        mine = np.flatnonzero((self.stamps == self.node) | (rows < self.segment.frequent))
         self.rows.slots[mine] = self._main_slots.allocate(mine.size)
         self.rows.flags[mine] = PRESENT
+
+    def set_rows(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Overwrite main copies here; return the indices of the rows (n,) that another node has to overwrite."""
+        copied = is_copied(rows, self.segment.frequent, self.num_nodes, self.node)
+        return np.union1d(self.rows.set(rows, values), np.flatnonzero(copied))
 
     def prepare(self) -> bool:
         """Reserve memory for rows that may come, see :meth:`Slots.prepare`; return whether any was reserved."""

@@ -31,6 +31,31 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "copies of frequent rows are not equalled by a quiesce", "embedded.py",
+        "self._rows[segment.name].set(rows, values)\n            self",
+        "self",
+    ),
+    Mutant(
+        "a set of a frequent row stays on the node of its worker", "embedded.py",
+        "missing = np.union1d(missing, np.flatnonzero(self._is_copied(segment, rows)))",
+        "",
+    ),
+    Mutant(
+        "a manager sets its copy of a frequent row and does not forward the set", "node_state.py",
+        "return np.union1d(self.rows.set(rows, values), np.flatnonzero(copied))",
+        "return self.rows.set(rows, values)",
+    ),
+    Mutant(
+        "frequent rows are announced like others", "embedded.py",
+        "rows = rows[rows >= segment.frequent]",
+        "",
+    ),
+    Mutant(
+        "each node counts its copies of frequent rows as its own", "embedded.py",
+        "rows = rows[~self._is_copied(self.layout[name], rows)]",
+        "",
+    ),
+    Mutant(
         "a push to a replicated row stays at the owner", "manager.py",
         "if held.any():\n            back",
         "if False:\n            back",
@@ -228,12 +253,12 @@ MUTANTS = (
     ),
     Mutant(
         "owned rows are looked at while messages fly", "embedded.py",
-        "            self._drain()\n        rows =",
+        "            drain(self._world, self._requests, self._manager)\n        rows =",
         "        rows =",
     ),
     Mutant(
         "close does not wait for messages", "embedded.py",
-        "            self._drain()\n            if",
+        "            drain(self._world, self._requests, self._manager)\n            if",
         "            if",
     ),
     Mutant(
@@ -263,6 +288,7 @@ MUTANTS = (
     ),
 )
 HARMLESS = {
+    "frequent rows are announced like others": "costs time only: rows that are on the node are not requested",
     "what is about to arrive is not waited for": "the request travels between the former owners until the row arrives",
     "forwarded without the newer stamps": "the request travels between the former owners until the row arrives",
     "a replica is kept for ever": "costs traffic only: it stays a holder until its node announces the row again",

@@ -118,9 +118,10 @@ def run(schedule: Schedule) -> Result:
     )
     simulation = Simulation(random, pace)
     job = Job(simulation, schedule.num_nodes, schedule.workers_per_node)
+    num_frequent = min(schedule.num_rows, 3)
     layout = Layout.of(
         ("counts", schedule.num_rows, job.size), ("steps", min(schedule.num_rows, 6), 3, Rule("adagrad")),
-        ("owned", 2 * job.size, 1),
+        ("owned", 2 * job.size, 1), ("frequent", num_frequent + 2, 2, None, num_frequent),
     )
     ledger = Ledger(layout, job.size, schedule.num_rows)
     invariants = Invariants(simulation, ledger)

@@ -10,6 +10,9 @@ pushes of each worker it sees, and the ledger knows between which bounds that ma
 
 Rows of "steps" have an update rule and get integer gradients: after a quiesce their copies must be equal to the bit,
 and their accumulators the exact sums of squares. Each row of "owned" is set by one worker to ever larger numbers.
+
+In each phase, one worker sets rows of "frequent", of which some have a copy on each node, and after the quiesce one
+worker of each node pushes the same numbers to the copies there. So every worker knows all values.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ class Worker:
         self.slack = schedule.staleness // 2 - 1
         self.reached: list[np.ndarray] = []  # what had reached the owners when each of its clocks ended
         self.last_set = 0
+        self.frequent = np.zeros((ledger.layout["frequent"].num_rows, 2), np.float32)  # their values
         self.server: EmbeddedServer
 
     def run(self) -> None:
@@ -99,7 +103,9 @@ class Worker:
                 self.ledger.ended(self.rank, self.slack)
             while self.pulls or self.pushes or self.localizes:
                 self.wait()
+            self.set_frequent_rows(phase)
             self.server.quiesce()
+            self.push_frequent_rows(phase)
             self.after_quiesce(phase)
         self.server.close()
 
@@ -236,6 +242,32 @@ class Worker:
         self.server.pull(keys, out)
         assert (out == self.last_set).all(), f"worker {self.rank} set {self.last_set} and sees {out.ravel().tolist()}"
 
+    def set_frequent_rows(self, phase: int) -> None:
+        """Set some frequent rows and others, as one of the workers; each worker has announced all of them."""
+        segment = self.ledger.layout["frequent"]
+        keys = segment.keys(np.arange(segment.num_rows))
+        if not self.schedule.alone:
+            self.server.intent(keys, self.server.clock, self.server.clock + self.random.randint(1, 3))
+        rows = np.arange(phase % 2, segment.num_rows)
+        self.frequent[rows] = 10 * phase + rows[:, None]
+        if self.rank == (self.schedule.seed + phase) % self.world.size:
+            self.server.set(keys[rows], self.frequent[rows])
+
+    def push_frequent_rows(self, phase: int) -> None:
+        """Check the rows after the quiesce; push the same numbers on each node to the frequent ones."""
+        segment = self.ledger.layout["frequent"]
+        keys, out = segment.keys(np.arange(segment.num_rows)), np.empty_like(self.frequent)
+        self.server.pull(keys, out)
+        np.testing.assert_array_equal(out, self.frequent)
+        self.world.barrier()
+        deltas = np.full((segment.frequent, 2), 1 + phase, np.float32)
+        if self.world.local_rank == phase % self.world.local_size:
+            self.server.push(keys[: segment.frequent], deltas)
+        self.world.barrier()
+        self.frequent[: segment.frequent] += deltas
+        self.server.pull(keys, out)
+        np.testing.assert_array_equal(out, self.frequent)
+
     def sample(self) -> None:
         """Prepare a sample, or pull one that was prepared."""
         if len(self.samples) < 2:
@@ -261,4 +293,6 @@ class Worker:
             mine = self.server.owned_rows("counts")
             everybody = np.concatenate(self.world.allgather(mine))
             np.testing.assert_array_equal(np.sort(everybody), keys)
+            frequent = np.concatenate(self.world.allgather(self.server.owned_rows("frequent")))
+            np.testing.assert_array_equal(np.sort(frequent), np.arange(len(self.frequent)))
         self.world.barrier()
