@@ -49,7 +49,8 @@ def test_failure_of_one_rank(small: Prepared, tmp_path: Path, kind: str, rank: i
         assert f"[rank {rank}/2 {socket.gethostname()}]" in job.stderr and CAUSE[kind] in job.stderr, job.output
     assert newest_whole(run_dir)["step"] >= 4
     left = [path.name for path in checkpoints(run_dir) if path.name.startswith(".")]
-    assert not left or kind.startswith("kill") or kind == "thread", left  # the next start clears it away
+    # An error of one rank alone ends the others too, which may be saving; the next start clears away what is left.
+    assert not left or kind.startswith("kill") or STATUS[kind] == 1, left
     if kind.startswith("kill-in"):
         with train_job(2, small, run_dir, *OPTIONS) as again:
             ended = again.wait(START_S + END_S)
