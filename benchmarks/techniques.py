@@ -90,7 +90,8 @@ def main(argv: list[str]) -> None:
         cells = row_of(train(options, nodes, argv[cut + 1 :]))
         print(f"| 1, {options.ranks * nodes} ranks | | preloc | {cells} |", flush=True)
         for technique, scheme in itertools.product(options.techniques, options.schemes):
-            own = ["--nodes", str(nodes), "--technique", technique, "--sampling-scheme", scheme, *argv[cut + 1 :]]
+            own = ["--nodes", str(nodes), "--technique", technique, "--sampling-scheme", scheme]
+            own += ["--frequent-rows", "0", *argv[cut + 1 :]]  # else the server would not move most of the rows
             print(f"| {nodes} | {technique} | {scheme} | {row_of(train(options, nodes, own))} |", flush=True)
 
 

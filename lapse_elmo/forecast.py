@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lapse_elmo.config.training import Config
 from lapse_elmo.devices import Device
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.memory import Estimate, dense_size, estimate
 from lapse_elmo.mpi.world import World
 from lapse_elmo.step_report import report_bytes
@@ -52,7 +53,7 @@ class Forecast:
         shape: Nodes and ranks.
         memory: Of a rank, and of what a node shares.
         rows: Rows that a node sends per step.
-        dense_bytes: Bytes that a node sends per step to sum the dense gradients.
+        dense_bytes: Bytes that a node sends per step to sum the gradients of dense parameters and frequent rows.
         report_bytes: Bytes of the ranks' reports that a node receives per step.
         seconds: Seconds of a step by phase.
         network_s: Seconds that the node's link is busy per step.
@@ -106,9 +107,11 @@ def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Tri
         softmax.distribution, softmax.replacement,
     )
     rule, size = rule_of(config.optimizer), model.projection_size
-    rows = row_traffic(use, nodes, [4 * (width + rule.state_width(width)) for width in (size, size + 1)])
+    frequent = num_frequent(config, data.vocabulary.size, shape)
+    rows = row_traffic(use, nodes, [4 * (width + rule.state_width(width)) for width in (size, size + 1)], frequent)
+    summed = dense_size(size, model.cell_size, model.num_layers) + frequent[0] * size + frequent[1] * (size + 1)
     # Every node sends and receives its share of the sum twice: as a part of it, and to share the result.
-    dense_bytes = 2 * (1 - 1 / nodes) * 4 * dense_size(size, model.cell_size, model.num_layers)
+    dense_bytes = 2 * (1 - 1 / nodes) * 4 * summed
     reported = float(report_bytes() * shape.local_size * (nodes - 1))
     bytes_per_s, latency_s = plan.network_gbit * 1e9 / 8, plan.network_us * 1e-6
     hops = math.ceil(math.log2(nodes)) if nodes > 1 else 0
@@ -162,7 +165,7 @@ def _lines(config: Config, plan: Forecast, trial: Trial) -> list[str]:
         f"with {memory.dense / 1e9:.2f} dense, {memory.activations / 1e9:.2f} activations, {memory.copy / 1e9:.2f} for "
         f"checkpoints, {memory.libraries / 1e9:.2f} libraries each",
         f"  sent per node and step: {sent / 1e6:.1f} MB: rows that move {rows.moved_bytes / 1e6:.1f}, updates of "
-        f"replicas {rows.changed_bytes / 1e6:.1f}, refreshed replicas {rows.refreshed_bytes / 1e6:.1f}, dense "
+        f"replicas {rows.changed_bytes / 1e6:.1f}, refreshed replicas {rows.refreshed_bytes / 1e6:.1f}, sums of "
         f"gradients {plan.dense_bytes / 1e6:.1f}",
         f"  seconds per step: {plan.step_s:.3f}: {phases}; the link is busy for {plan.network_s:.3f}{bound}",
         f"  {plan.tokens_per_s:,.0f} tokens/s; {plan.run_tokens:,.0f} tokens in "

@@ -17,6 +17,7 @@ import numpy as np
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
+from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.mpi.node_memory import free_bytes as free_shared_bytes
 from lapse_elmo.mpi.world import World
@@ -96,7 +97,12 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
     room = _room_bytes(config, num_classes, positions, world)
+    frequent = num_frequent(config, num_classes, world)
+    copied = 4 * sum(
+        number * (width + rule.state_width(width)) for number, width in zip(frequent, (size, size + 1), strict=True)
+    )
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
+    shared += nodes_here * (copied - copied // world.num_nodes)
     shared += nodes_here * in_node * 4 * copies * num_dense
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + positions) + min(num_classes, positions)
@@ -150,10 +156,12 @@ def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Shap
     def distinct(draws: int) -> float:
         return float(-np.expm1(-draws * probabilities).sum())
 
+    frequent = num_frequent(config, num_classes, world)
     words = distinct(steps * workers * positions)
     classes = distinct(steps * workers * 2 * positions) + steps * drawers * config.softmax.num_samples
     elsewhere = 1 - 1 / world.num_nodes
-    return int(elsewhere * words), int(elsewhere * min(classes, num_classes))
+    words, classes = (min(used, num_classes - most) for used, most in zip((words, classes), frequent, strict=True))
+    return int(elsewhere * words), int(elsewhere * classes)
 
 
 def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from lapse_elmo.config.training import Config, ModelConfig
 from lapse_elmo.dense_node import NodeDense, NodeUpdate
 from lapse_elmo.dense_update import DenseUpdate, RankUpdate, ServerUpdate
+from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.optimizers import DenseOptimizer
@@ -55,12 +56,13 @@ class Parameters:
         dense = list(self.model.parameters())
         optimizer, rule = config.optimizer, rule_of(config.optimizer)
         size = config.model.projection_size
+        words, classes = num_frequent(config, num_classes, world)
         shapes = [
-            ("embedding", num_classes, size, rule),
-            ("softmax", num_classes, size + 1, rule),  # the last weight of a row is the bias
+            ("embedding", num_classes, size, rule, words),
+            ("softmax", num_classes, size + 1, rule, classes),  # the last weight of a row is the bias
         ]
         if in_server:
-            shapes.append(("dense", DenseTable.num_rows(dense), DENSE_ROW, rule_of(optimizer, per_row=False)))
+            shapes.append(("dense", DenseTable.num_rows(dense), DENSE_ROW, rule_of(optimizer, per_row=False), 0))
         layout = Layout.of(*shapes)
         server = config.server
         options: dict[str, Any] = {"technique": server.technique_for(config.training.sync)}

@@ -14,7 +14,9 @@ from lapse_elmo.ps.engines import server_fallbacks
 from lapse_elmo.run_folder import ResumePoint
 from lapse_elmo.training_data import TrainingData
 
-MOST_PUSHERS = 64  # that were measured to learn as well as one (benchmarks/learning.md)
+# Pushers that were measured to learn as well as one (benchmarks/learning.md): while the batch grows, and with full
+# batches from the first step if the gradients for frequent rows are summed over the nodes.
+MOST_PUSHERS, MOST_FULL_PUSHERS = 64, 16
 
 
 def plan_lines(
@@ -55,7 +57,8 @@ def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
     """Return a warning if a row may get so many pushes per step that frequent words would move too far."""
     pushers, what = (num_nodes, "nodes") if config.server.shares_rows else (num_ranks, "ranks")
     full = not config.training.first_batch
-    most = 1 if full else MOST_PUSHERS
+    summed = config.server.shares_rows and config.server.frequent_rows != 0
+    most = (MOST_FULL_PUSHERS if summed else 1) if full else MOST_PUSHERS
     if pushers <= most or config.optimizer.optimizer != "adagrad":
         return []
     instead = f"start fewer {what}, with more threads per rank" + ", or let the batch grow (--first-batch)" * full

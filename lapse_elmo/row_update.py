@@ -3,12 +3,13 @@
 Each part of a step has gradients for the rows that it pulled, and the parts' gradients for frequent words agree. If
 every part took a step of its own, from the same pulled weights, Adagrad would move such a row up to sqrt(R) times as
 far with R parts as with one, so training with many ranks would diverge. Therefore the gradients for a row are added up
-within the node, and the row makes one step per node.
+within the node, and the row makes one step per node. Those for frequent rows, which most nodes use in most steps, are
+added up over all nodes, each of which makes the same step on its own copy (``Segment.frequent``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +41,10 @@ class RowGradients:
 class RowUpdate:
     """Steps on one table (collective in the node: its ranks make the same calls in the same order).
 
-    A step consists of :meth:`put`, a barrier of the node, :meth:`add_up`, any decision about the step, :meth:`push`,
-    and a barrier of the node. Gradients are added up in the order of ranks, and each row is pushed by one rank, so on
-    one node equal gradients give equal bits.
+    A step consists of :meth:`put`, a barrier of the node, :meth:`add_up`, :meth:`finish`, any decision about the step,
+    :meth:`push`, and a barrier of the node. Within a node, gradients are added up in the order of ranks, and each row
+    is pushed by one rank, so on one node equal gradients give equal bits. If the table has frequent rows, all calls but
+    :meth:`push` are collective over all ranks.
 
     Args:
         world: The world.
@@ -57,9 +59,12 @@ class RowUpdate:
     def __init__(self, world: World, table: RowTable, most_rows: int, *, shared: bool) -> None:
         self._table = table
         self._sums = RowGradients(np.empty(0, np.int64), torch.empty(0, table.size), 1.0)
+        self._frequent = _FrequentRows(world, table)
         # All ranks create the shared memory together, also one that is alone on its node.
         several = world.size > world.num_nodes
-        self._shared = _SharedGradients(world, table, most_rows) if shared and several else None
+        self._shared: _SharedGradients | None = None
+        if shared and several:
+            self._shared = _SharedGradients(world, table, most_rows, self._frequent.pusher)
 
     def put(self, parts: Sequence[RowGradients]) -> None:
         """Hand over the gradients of this rank's parts.
@@ -71,28 +76,80 @@ class RowUpdate:
         if self._shared is not None:
             self._shared.write(self._sums)
 
-    def add_up(self) -> float:
-        """Add up this rank's share of the node's rows, which all ranks have put.
-
-        Returns:
-            The squared norm of the sums.
-        """
+    def add_up(self) -> None:
+        """Add up this rank's share of the node's rows, which all ranks have put; begin to add up over the nodes."""
         if self._shared is not None:
             self._sums = self._shared.sums()
-        return self._sums.factor**2 * sum_of_squares(self._sums.values)
+        self._sums = self._frequent.start(self._sums)
+
+    def finish(self) -> float:
+        """Wait for the sums.
+
+        Returns:
+            This rank's share in the squared norm of the sums.
+        """
+        return self._frequent.finish() + self._sums.factor**2 * sum_of_squares(self._sums.values)
 
     def push(self, scale: float) -> None:
         """Push ``scale`` times the sums."""
-        sums = self._sums
-        self._table.push(sums.keys, sums.values, scale * sums.factor)
+        for sums in (self._frequent.sums, self._sums):
+            if sums.keys.size:
+                self._table.push(sums.keys, sums.values, scale * sums.factor)
+
+
+class _FrequentRows:
+    """Sums over the nodes of the gradients for the frequent rows, which are dealt out to the ranks of each node."""
+
+    def __init__(self, world: World, table: RowTable) -> None:
+        self._world, self._first_key, self._number = world, table.segment.first_key, table.segment.frequent
+        if world.num_nodes == 1:
+            self._number = 0
+        # Ranks beyond the smallest node's size have no partner on each node, and no share.
+        self._shares = int(world.gather_numbers(np.array([world.local_size])).min()) if self._number else 1
+        number = self._number if world.local_rank < self._shares else 0
+        self._keys = table.segment.keys(np.arange(world.local_rank, number, self._shares))
+        self._values = torch.zeros(self._keys.size, table.size)
+        self._across = world.across_nodes(self._shares) if self._number else None
+        self._wait: Callable[[], None] = lambda: None
+        self.sums = RowGradients(self._keys[:0], self._values[:0], 1.0)
+
+    def pusher(self, keys: np.ndarray) -> np.ndarray:
+        """Return which rank of the node is to push each of the ``keys`` (n,)."""
+        rows = keys - self._first_key
+        return np.where(rows < self._number, rows % self._shares, rows % self._world.local_size)
+
+    def start(self, sums: RowGradients) -> RowGradients:
+        """Begin to add up the frequent rows among a rank's share of its node's sums; return the other rows."""
+        if self._across is None:
+            return sums
+        rows = sums.keys - self._first_key
+        frequent = rows < self._number
+        chosen, others = (torch.from_numpy(np.flatnonzero(which)) for which in (frequent, ~frequent))
+        values = sums.values.detach().to("cpu")
+        self._values.zero_()
+        places = torch.from_numpy(rows[frequent] // self._shares)
+        self._values.index_copy_(0, places, values[chosen].mul_(sums.factor))
+        self._wait = self._across.start_sum(self._values.view(-1).numpy())
+        return RowGradients(sums.keys[~frequent], values[others], sums.factor)
+
+    def finish(self) -> float:
+        """Wait for ``sums``; return this node's share in their squared norm."""
+        if self._across is None:
+            return 0.0
+        self._wait()
+        found = self._values.any(1)
+        self.sums = RowGradients(self._keys[found.numpy()], self._values[found], 1.0)
+        return sum_of_squares(self.sums.values) / self._world.num_nodes
 
 
 class _SharedGradients:
-    """The gradients of a node's ranks in shared memory; the keys are dealt out to the ranks by their remainder."""
+    """The gradients of a node's ranks in shared memory; ``pusher`` determines which rank adds up and pushes a key."""
 
-    def __init__(self, world: World, table: RowTable, most_rows: int) -> None:
+    def __init__(
+        self, world: World, table: RowTable, most_rows: int, pusher: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
         self._rank, ranks = world.local_rank, world.local_size
-        self._most = most_rows
+        self._most, self._pusher = most_rows, pusher
         self._reserved = 0
         name = table.segment.name
         self._keys_name, self._values_name = f"keys of {name} gradients", f"{name} gradients"
@@ -116,7 +173,7 @@ class _SharedGradients:
         """Write this rank's gradients, sorted by the rank that will push them."""
         first, number = self._rank * self._most, own.keys.size
         self._reserve(number)
-        pusher = own.keys % len(self._factors)
+        pusher = self._pusher(own.keys)
         order = np.argsort(pusher, kind="stable")
         self._bounds[self._rank] = np.searchsorted(pusher[order], np.arange(len(self._factors) + 1)) + first
         self._factors[self._rank] = own.factor

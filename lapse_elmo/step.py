@@ -78,7 +78,8 @@ class TrainingStep:
     towards ending every sentence at once.
 
     With K parts (``--accumulate``) a rank does the work of K ranks: all parts are computed with the same parameters.
-    The dense gradients are averaged over all parts of all ranks; the rows' gradients are added up over a node.
+    The dense gradients are averaged over all parts of all ranks; the rows' gradients are added up over a node, and
+    those of frequent rows over all nodes.
 
     Attributes:
         measures_noise: Whether there are several gradients of the same parameters, which show the gradient noise.
@@ -154,8 +155,10 @@ class TrainingStep:
             update.put([part.rows[number] for part in parts])
         self._update.start(gradients, squares=self.measures_noise and len(parts) == 1)
         self.world.node_barrier()
-        row_square = sum(update.add_up() for update in self._row_updates)
+        for update in self._row_updates:
+            update.add_up()
         norms = self._update.finish()
+        row_square = sum(update.finish() for update in self._row_updates)
         report = RankReport(
             nll=sum(part.nll for part in parts),
             num_targets=sum(part.batch.num_targets for part in parts),
@@ -171,7 +174,7 @@ class TrainingStep:
         total = reports.total
         num_parts = self.world.size * len(parts)
         # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite. The
-        # gradients that nodes have for the same row hardly correlate, so they are taken as those of different rows.
+        # gradients that nodes have for a rare row hardly correlate, so they are taken as those of different rows.
         row_square = total["row_square"] * self._mean_factor(total["num_sentences"], num_parts) ** 2
         norm = math.sqrt(row_square + total["dense_square"])
         if not (math.isfinite(norm) and reports.finite):

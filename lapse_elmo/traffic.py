@@ -111,16 +111,19 @@ class RowTraffic:
         return self.moved_bytes + self.changed_bytes + self.refreshed_bytes
 
 
-def row_traffic(use: NodeUse, num_nodes: int, row_bytes: Sequence[int]) -> RowTraffic:
+def row_traffic(
+    use: NodeUse, num_nodes: int, row_bytes: Sequence[int], frequent: Sequence[int] = (0, 0)
+) -> RowTraffic:
     """Return the expected traffic of a node per step.
 
     Args:
         use: What each node uses.
         num_nodes: M.
         row_bytes: Bytes of a whole row, with its accumulators, of the embedding and of the softmax.
+        frequent: Frequent rows of both, which the server does not send.
     """
     moved, changed, refreshed = [], [], []
-    for used in (use.input_words(), use.classes()):
+    for used in (use.input_words()[frequent[0] :], use.classes()[frequent[1] :]):
         unused_by_others = (1 - used) ** (num_nodes - 1)
         not_owned = used * (1 - 1 / num_nodes)
         moved.append(float((used * ((1 - used) - (1 - used) ** num_nodes / num_nodes)).sum()))

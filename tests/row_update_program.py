@@ -27,6 +27,7 @@ class Checks:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.num_frequent = 0
 
     def parts(self, rank: int, step: int, num_parts: int) -> list[RowGradients]:
         rng = np.random.default_rng((rank, step))
@@ -39,7 +40,7 @@ class Checks:
 
     def train(self, num_parts: int, *, shared: bool = True) -> torch.Tensor:
         """Return the rows after some steps; check the norms that the ranks return."""
-        layout = Layout.of(("other", 5, 3), ("table", ROWS, SIZE, Rule("adagrad")))
+        layout = Layout.of(("other", 5, 3), ("table", ROWS, SIZE, Rule("adagrad"), self.num_frequent))
         server = EmbeddedServer(self.world, layout, technique="relocation")
         table = RowTable(server, layout["table"], 1.0)
         table.initialise(self.world.rank, self.world.size, lambda first, end: torch.zeros(end - first, SIZE))
@@ -49,7 +50,8 @@ class Checks:
         for step in range(1, STEPS + 1):
             update.put(self.parts(self.world.rank, step, num_parts))
             self.world.node_barrier()
-            squares = self.world.gather_numbers(np.array([update.add_up()])).sum()
+            update.add_up()
+            squares = self.world.gather_numbers(np.array([update.finish()])).sum()
             expected = sum(float(sums.square().sum()) for sums in self.sums(step, num_parts, shared))
             assert squares == pytest.approx(expected, rel=1e-5)
             for turn in range(self.world.size):  # in the order of ranks, so that the result is known
@@ -63,13 +65,18 @@ class Checks:
         return rows
 
     def sums(self, step: int, num_parts: int, shared: bool) -> list[torch.Tensor]:
-        """Return the sums (ROWS, SIZE) of each node, or of each rank."""
+        """Return the sums (ROWS, SIZE) of each node, or of each rank, but those for frequent rows over all nodes."""
         groups = self.world.allgather((self.world.node if shared else self.world.rank, self.world.rank))
         sums = {group: torch.zeros(ROWS, SIZE, dtype=torch.float64) for group, _ in groups}
         for group, rank in groups:
             for part in self.parts(rank, step, num_parts):
                 sums[group][torch.from_numpy(part.keys - 5)] += part.factor * part.values
-        return [sums[group] for group in sorted(sums)]
+        found = [sums[group] for group in sorted(sums)]
+        frequent = sum(found, torch.zeros(ROWS, SIZE, dtype=torch.float64))
+        frequent[self.num_frequent :] = 0
+        for one in found:
+            one[: self.num_frequent] = 0
+        return [frequent, *found]
 
     def check(self, num_parts: int, *, shared: bool = True) -> None:
         weights, state = torch.zeros(ROWS, SIZE, dtype=torch.float64), torch.ones(ROWS, SIZE, dtype=torch.float64)
@@ -90,12 +97,19 @@ class Checks:
         """As with the packages, whose ranks share no rows."""
         self.check(2, shared=False)
 
+    def frequent_rows(self) -> None:
+        """Some rows, all rows, and fewer rows than there are ranks."""
+        for number in (100, ROWS, 2):
+            self.num_frequent = number
+            self.check(2)
+        self.num_frequent = 0
+
     def equal_bits(self) -> None:
         assert torch.equal(self.train(2), self.train(2))
 
 
 def names() -> list[str]:
-    return ["one_step_per_row_and_node", "parts_are_added_up", "ranks_on_their_own", "equal_bits"]
+    return ["one_step_per_row_and_node", "parts_are_added_up", "ranks_on_their_own", "frequent_rows", "equal_bits"]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:

@@ -15,6 +15,7 @@ from lapse_elmo.config.plan import PlanConfig
 from lapse_elmo.config.training import Config, ModelConfig, TrainingConfig, parse_train
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.forecast import Forecast, PlannedShape, forecast
+from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.memory import dense_size, estimate
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.training_data import TrainingData, open_training_data
@@ -56,8 +57,12 @@ def test_one_node_takes_what_was_measured(data: TrainingData) -> None:
 def test_the_dense_sum_is_that_of_a_ring(data: TrainingData) -> None:
     """2 (M - 1) / M of the gradients leave each node, at 1 Gbit/s; two trees of log2 M hops."""
     model = ModelConfig()
-    size = 4 * dense_size(model.projection_size, model.cell_size, model.num_layers)
     plan = planned(data, 8, network_gbit=1.0, network_us=1000.0)
+    config = Config(training=TrainingConfig(batch_size=10))
+    words, classes = num_frequent(config, data.vocabulary.size, plan.shape)
+    assert 0 < words <= classes
+    rows = words * model.projection_size + classes * (model.projection_size + 1)
+    size = 4 * (dense_size(model.projection_size, model.cell_size, model.num_layers) + rows)
     assert plan.dense_bytes == 2 * 7 / 8 * size
     assert plan.seconds["dense sum"] == pytest.approx(plan.dense_bytes * 8e-9 + 6 * 0.001)
 

@@ -57,7 +57,8 @@ class TwoNodes(World):
 
 def test_replicas_are_counted_where_there_are_any(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(*options: str) -> int:
-        return estimate(config_of("--num-samples", "100", *options), 100_000, shards, TwoNodes()).shared
+        words = ("--num-samples", "100", "--frequent-rows", "0", *options)
+        return estimate(config_of(*words), 100_000, shards, TwoNodes()).shared
 
     assert memory._CHUNK_BYTES == node_state._CHUNK_BYTES
     monkeypatch.setattr(memory, "_CHUNK_BYTES", 1)
@@ -69,6 +70,10 @@ def test_replicas_are_counted_where_there_are_any(shards: ShardSet, monkeypatch:
     # No more than all rows of the other node.
     most = 50_000 * 2 * 4 * 2 * (16 + 17)
     assert 0.9 * most < shared("--lookahead", "10000") - static <= most
+    # Half of the frequent rows are the node's own; replicas do not need memory for them.
+    copied = shared("--technique", "static", "--frequent-rows", "1000") - static
+    assert copied == 500 * 4 * 2 * (16 + 17)
+    assert shared("--lookahead", "10000", "--frequent-rows", "90000") - static < most
     one = estimate(config_of(), 100_000, shards, solo())
     assert one.shared == one.rows + 2 * 100_000 * 45
 

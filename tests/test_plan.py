@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lapse_elmo.config.training import parse_train
-from lapse_elmo.plan import MOST_PUSHERS, many_pushers
+from lapse_elmo.plan import MOST_FULL_PUSHERS, MOST_PUSHERS, many_pushers
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,10 @@ from lapse_elmo.plan import MOST_PUSHERS, many_pushers
         (MOST_PUSHERS, 1, ["--ps", "lapse"], False),
         (MOST_PUSHERS + 1, 1, ["--ps", "lapse"], True),
         (64, 1, ["--first-batch", "0"], False),
-        (64, 2, ["--first-batch", "0"], True),
+        (64, MOST_FULL_PUSHERS, ["--first-batch", "0"], False),
+        (64, MOST_FULL_PUSHERS + 1, ["--first-batch", "0"], True),
+        (64, 2, ["--first-batch", "0", "--frequent-rows", "0"], True),
+        (2, 1, ["--first-batch", "0", "--ps", "lapse"], True),
         (128, 128, ["--optimizer", "sgd"], False),
     ],
 )

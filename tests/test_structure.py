@@ -25,7 +25,7 @@ FLOORS = [
     ["corpus", "ps"],
     ["dense_mean", "devices", "fallbacks", "batches", "schedule", "step_report", "tables", "training_data", "upload"],
     ["node_softmax", "context", "dense_update", "traffic"],
-    ["dense_node", "row_update"],
+    ["dense_node", "frequent_rows", "row_update"],
     ["parameters", "cursor", "memory"],
     ["step", "perplexity", "metrics", "handover", "milestones", "watchdog"],
     ["checkpoint", "look_ahead"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lapse_elmo import native
+from lapse_elmo.frequent_rows import frequent_in
 from lapse_elmo.ps.rows import SOURCE
 from lapse_elmo.traffic import NodeUse, row_traffic
 from tests.simulator.scale import Counts, Workload, count
@@ -17,14 +18,17 @@ SIZES = {"rare": (2, 60_000, 256, 300), "mixed": (4, 20_000, 512, 100), "common"
 ROW_FLOATS = 1026
 
 
-def counted_and_expected(size: str, num_nodes: int, *, share: bool = True) -> tuple[Counts, dict[str, float], float]:
+def counted_and_expected(
+    size: str, num_nodes: int, *, share: bool = True, frequent: tuple[int, int] = (0, 0)
+) -> tuple[Counts, dict[str, float], float]:
     """Return the counts; the formula's rows by kind, and its bytes."""
     workers, num_classes, num_samples, tokens = SIZES[size]
     workload = Workload(
-        num_nodes, workers, num_classes, num_samples, tokens, ROW_FLOATS, steps=7, warm_up=3, share_samples=share
+        num_nodes, workers, num_classes, num_samples, tokens, ROW_FLOATS, steps=7, warm_up=3, share_samples=share,
+        frequent=frequent,
     )
     use = NodeUse(num_classes, tokens, workers, num_samples, 1 if share else workers)
-    traffic = row_traffic(use, num_nodes, (4 * ROW_FLOATS, 4 * ROW_FLOATS))
+    traffic = row_traffic(use, num_nodes, (4 * ROW_FLOATS, 4 * ROW_FLOATS), frequent)
     rows = {"moved": traffic.moved, "changed": traffic.changed, "refreshed": traffic.refreshed}
     return count(workload), rows, traffic.num_bytes
 
@@ -49,6 +53,17 @@ def test_bytes_and_rows(size: str, num_nodes: int) -> None:
 def test_samples_that_each_worker_draws() -> None:
     counts, _, num_bytes = counted_and_expected("mixed", 4, share=False)
     assert num_bytes == pytest.approx(counts.sent_bytes, rel=0.1)
+
+
+@counted
+def test_frequent_rows_are_not_sent() -> None:
+    """In the workload "mixed", 121 rows of the embedding and 350 of the softmax are used in a quarter of all steps."""
+    workers, num_classes, num_samples, tokens = SIZES["mixed"]
+    frequent = frequent_in(NodeUse(num_classes, tokens, workers, num_samples))
+    assert 50 < frequent[0] < frequent[1] < num_samples
+    all_bytes = counted_and_expected("mixed", 4)[0].sent_bytes
+    counts, _, num_bytes = counted_and_expected("mixed", 4, frequent=frequent)
+    assert num_bytes == pytest.approx(counts.sent_bytes, rel=0.1) and counts.sent_bytes < 0.65 * all_bytes
 
 
 def test_one_node_sends_nothing() -> None:

@@ -12,7 +12,8 @@ from lapse_elmo.checkpoint.checksums import verified
 from lapse_elmo.checkpoint.folder import find
 from lapse_elmo.checkpoint.manifest import Manifest, config_of, require_vocabulary, vocabulary_path
 from lapse_elmo.checkpoint.restoring import restore
-from lapse_elmo.config.training import Config, ServerConfig
+from lapse_elmo.config.server import ServerConfig
+from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters

@@ -255,6 +255,8 @@ def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str
         (["--sync", "--ps", "adapm"], "--sync needs rows with one copy, and --ps adapm makes replicas"),
         (["--nodes", "2", "--ps", "lapse"], "--nodes is for the embedded server"),
         (["--staleness", "1"], "--staleness is 1, expected 2 or more"),
+        (["--frequent-rows", "-2"], "--frequent-rows is -2, expected -1 or more"),
+        (["--frequent-rows", "5", "--ps", "lapse"], "--frequent-rows is for the embedded server, not for --ps lapse"),
     ],
 )
 def test_impossible_server_options_are_refused(argv: list[str], message: str) -> None:

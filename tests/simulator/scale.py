@@ -43,6 +43,7 @@ class Workload:
     warm_up: int = 2
     technique: str = "adaptive"
     share_samples: bool = True
+    frequent: tuple[int, int] = (0, 0)  # rows of the embedding and of the softmax
 
 
 @dataclass
@@ -115,7 +116,10 @@ class _Worker:
 
     def run(self) -> None:
         workload = self.workload
-        layout = Layout.of(("embedding", workload.num_classes, 1), ("softmax", workload.num_classes, 1))
+        layout = Layout.of(*(
+            (name, workload.num_classes, 1, None, number)
+            for name, number in zip(("embedding", "softmax"), workload.frequent, strict=True)
+        ))
         world: Any = self.world
         server = EmbeddedServer(world, layout, technique=workload.technique, platform=self.platform)
         if server._manager is not None:

@@ -1,0 +1,59 @@
+"""Which rows are frequent: copied to every node, with gradients that are summed over all nodes at each step.
+
+For a row that several nodes use in most steps, the parameter server would send its value and its updates between its
+owner and all others at each step. Summing the gradients, as those of dense parameters, sends fewer bytes, needs no
+bookkeeping, and moves the row by one step instead of one per node.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from lapse_elmo.config.training import Config
+from lapse_elmo.traffic import NodeUse
+
+# A replica with accumulators costs twice the bytes of a summed gradient in each direction, and a manager's time.
+_LEAST_USE = 0.25
+_POSITIONS = 27  # of a mean sentence of the 1 Billion Word Benchmark
+
+
+class Shape(Protocol):
+    """The numbers of ranks and nodes."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes."""
+
+
+def num_frequent(config: Config, num_classes: int, shape: Shape) -> tuple[int, int]:
+    """Return the numbers of frequent rows of the embedding and of the softmax; 0 on one node.
+
+    Args:
+        config: The options.
+        num_classes: V; rows are sorted by frequency.
+        shape: The ranks.
+    """
+    server, training, softmax = config.server, config.training, config.softmax
+    if shape.num_nodes == 1 or server.ps != "embedded":
+        return 0, 0
+    if server.frequent_rows >= 0:
+        return (min(server.frequent_rows, num_classes),) * 2
+    per_node = max(shape.size // shape.num_nodes, 1)
+    use = NodeUse(
+        num_classes, training.batch_size * training.accumulate * _POSITIONS, per_node, softmax.num_samples,
+        training.accumulate * (per_node if softmax.share_samples == "none" else 1), softmax.distribution,
+        softmax.replacement,
+    )
+    return frequent_in(use)
+
+
+def frequent_in(use: NodeUse) -> tuple[int, int]:
+    """Return the numbers of rows of the embedding and of the softmax that a node uses in a quarter of its steps."""
+    words, classes = (int(np.count_nonzero(used >= _LEAST_USE)) for used in (use.input_words(), use.classes()))
+    return words, classes
