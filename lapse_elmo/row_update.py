@@ -43,8 +43,8 @@ class RowUpdate:
 
     A step consists of :meth:`put`, a barrier of the node, :meth:`add_up`, :meth:`finish`, any decision about the step,
     :meth:`push`, and a barrier of the node. Within a node, gradients are added up in the order of ranks, and each row
-    is pushed by one rank, so on one node equal gradients give equal bits. If the table has frequent rows, :meth:`add_up`
-    and :meth:`finish` are collective over all ranks.
+    is pushed by one rank, so on one node equal gradients give equal bits. If the table has frequent rows,
+    :meth:`add_up` and :meth:`finish` are collective over all ranks.
 
     Args:
         world: The world.

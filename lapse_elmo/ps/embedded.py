@@ -185,8 +185,9 @@ class EmbeddedServer(ParameterServer):
         if distinct(keys).size != keys.size:
             raise ServerError("keys should be distinct in a set")
         rows = keys - segment.first_key
-        missing = self._rows[segment.name].set(rows, values.numpy())
-        missing = np.union1d(missing, np.flatnonzero(self._is_copied(segment, rows)))
+        elsewhere = self._is_copied(segment, rows)
+        elsewhere[self._rows[segment.name].set(rows, values.numpy())] = True
+        missing = np.flatnonzero(elsewhere)
         if missing.size:
             # Through this node's manager, which keeps the order with its deltas; see Manager._on_set.
             ticket = self._ticket(RowsCall(missing.size))

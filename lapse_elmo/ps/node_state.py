@@ -134,8 +134,9 @@ class SegmentState:
 
     def set_rows(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Overwrite main copies here; return the indices of the rows (n,) that another node has to overwrite."""
-        copied = is_copied(rows, self.segment.frequent, self.num_nodes, self.node)
-        return np.union1d(self.rows.set(rows, values), np.flatnonzero(copied))
+        elsewhere = is_copied(rows, self.segment.frequent, self.num_nodes, self.node)
+        elsewhere[self.rows.set(rows, values)] = True
+        return np.flatnonzero(elsewhere)
 
     def prepare(self) -> bool:
         """Reserve memory for rows that may come, see :meth:`Slots.prepare`; return whether any was reserved."""

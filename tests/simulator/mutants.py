@@ -37,13 +37,13 @@ MUTANTS = (
     ),
     Mutant(
         "a set of a frequent row stays on the node of its worker", "embedded.py",
-        "missing = np.union1d(missing, np.flatnonzero(self._is_copied(segment, rows)))",
-        "",
+        "elsewhere = self._is_copied(segment, rows)",
+        "elsewhere = np.zeros(rows.size, bool)",
     ),
     Mutant(
         "a manager sets its copy of a frequent row and does not forward the set", "node_state.py",
-        "return np.union1d(self.rows.set(rows, values), np.flatnonzero(copied))",
-        "return self.rows.set(rows, values)",
+        "elsewhere = is_copied(rows, self.segment.frequent, self.num_nodes, self.node)",
+        "elsewhere = np.zeros(rows.size, bool)",
     ),
     Mutant(
         "frequent rows are announced like others", "embedded.py",

@@ -111,6 +111,7 @@ class _Worker:
     ) -> None:
         self.workload, self.job, self.rank, self.counts, self.warm_up = workload, job, rank, counts, warm_up
         self.world = SimWorld(job, rank)
+        self.world.oversubscribed = False  # every rank of the job has a core
         self.platform = CountingPlatform(self.world, workload, counts)
         self.distribution = Distribution("log-uniform", workload.num_classes)
 

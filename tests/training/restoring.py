@@ -32,7 +32,10 @@ from lapse_elmo.parameters import Parameters
 NUM_CLASSES, NUM_SENTENCES = 6007, 1003
 EPOCH = np.delete(np.arange(NUM_SENTENCES), np.arange(300, 700, 7))  # what was left of it when a run was resumed
 LEFT = EPOCH[np.random.default_rng(5).random(EPOCH.size) < 0.6]
-OPTIONS = ("--projection-size", "64", "--cell-size", "256", "--threads", "1", "--row-accumulators", "element")
+OPTIONS = (
+    "--projection-size", "64", "--cell-size", "256", "--threads", "1", "--row-accumulators", "element",
+    "--frequent-rows", "100",
+)
 
 
 class FixedCursor:

@@ -43,7 +43,7 @@ def test_a_rank_that_hangs(
 ) -> None:
     run_dir = tmp_path / "run"
     argv = [*patient(small, run_dir, place, how, rank), "--nodes", str(num_nodes)]
-    job = mpi.mpirun(num_ranks, argv, timeout=START_S + LIMIT_S + END_S)
+    job = mpi.mpirun(num_ranks, argv, timeout=START_S + LIMIT_S + END_S, fork=False)
     assert job.returncode == STALLED and not job.survivors, job.output
     if place == "start":
         assert f"MPI has not started on all {num_ranks} ranks" in job.stderr and "in start" in job.stderr, job.output
