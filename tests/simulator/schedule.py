@@ -118,7 +118,7 @@ def run(schedule: Schedule) -> Result:
     )
     simulation = Simulation(random, pace)
     job = Job(simulation, schedule.num_nodes, schedule.workers_per_node)
-    num_frequent = min(schedule.num_rows, 3)
+    num_frequent = 0 if schedule.seed % 3 else min(schedule.num_rows, 3)  # they double the time of a schedule
     layout = Layout.of(
         ("counts", schedule.num_rows, job.size), ("steps", min(schedule.num_rows, 6), 3, Rule("adagrad")),
         ("owned", 2 * job.size, 1), ("frequent", num_frequent + 2, 2, None, num_frequent),

@@ -11,8 +11,8 @@ pushes of each worker it sees, and the ledger knows between which bounds that ma
 Rows of "steps" have an update rule and get integer gradients: after a quiesce their copies must be equal to the bit,
 and their accumulators the exact sums of squares. Each row of "owned" is set by one worker to ever larger numbers.
 
-In each phase, one worker sets rows of "frequent", of which some have a copy on each node, and after the quiesce one
-worker of each node pushes the same numbers to the copies there. So every worker knows all values.
+In each phase of every third schedule, one worker sets rows of "frequent", of which some have a copy on each node, and
+after the quiesce one worker of each node pushes the same numbers to the copies there. So every worker knows all values.
 """
 
 from __future__ import annotations
@@ -103,9 +103,12 @@ class Worker:
                 self.ledger.ended(self.rank, self.slack)
             while self.pulls or self.pushes or self.localizes:
                 self.wait()
-            self.set_frequent_rows(phase)
+            uses_frequent_rows = self.ledger.layout["frequent"].frequent > 0
+            if uses_frequent_rows:
+                self.set_frequent_rows(phase)
             self.server.quiesce()
-            self.push_frequent_rows(phase)
+            if uses_frequent_rows:
+                self.push_frequent_rows(phase)
             self.after_quiesce(phase)
         self.server.close()
 
