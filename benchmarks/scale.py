@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 
 from lapse_elmo.frequent_rows import frequent_in
-from lapse_elmo.traffic import NodeUse
+from lapse_elmo.traffic import sum_bytes
 from tests.simulator.scale import Counts, Workload, count
 
 _HEADER = (
@@ -48,13 +48,9 @@ def main() -> None:
             row_floats=1026 if options.accumulators == "element" else 514,
         )
         if not options.no_frequent_rows:
-            drawers = 1 if workload.share_samples else workload.workers_per_node
-            use = NodeUse(
-                workload.num_classes, workload.num_tokens, workload.workers_per_node, workload.num_samples, drawers
-            )
-            workload = dataclasses.replace(workload, frequent=frequent_in(use))
+            workload = dataclasses.replace(workload, frequent=frequent_in(workload.use))
         counts = count(workload)
-        summed = 2 * (1 - 1 / nodes) * 4 * workload.weights * sum(workload.frequent)
+        summed = sum_bytes(workload.weights * sum(workload.frequent), nodes)
         counts.sent_bytes += summed
         counts.bytes_per_token += summed / (workload.num_tokens * workload.workers_per_node)
         print(line(workload, counts, options.accumulators), flush=True)

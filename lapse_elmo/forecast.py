@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from lapse_elmo.config.training import Config
 from lapse_elmo.devices import Device
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.frequent_rows import num_frequent
+from lapse_elmo.frequent_rows import node_use, num_frequent
 from lapse_elmo.memory import Estimate, dense_size, estimate
 from lapse_elmo.mpi.world import World
 from lapse_elmo.step_report import report_bytes
 from lapse_elmo.tables import rule_of
-from lapse_elmo.traffic import NodeUse, RowTraffic, row_traffic
+from lapse_elmo.traffic import RowTraffic, row_traffic, sum_bytes
 from lapse_elmo.training_data import TrainingData
 from lapse_elmo.trial import Trial, run_trial
 
@@ -98,20 +98,15 @@ def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Tri
         trial: Measured steps.
         memory: The estimate for ``shape``.
     """
-    model, softmax, training, plan = config.model, config.softmax, config.training, config.plan
+    model, training, plan = config.model, config.training, config.plan
     nodes, words = shape.num_nodes, trial.tokens / training.accumulate / training.batch_size
     sentence = words + (2 if config.data.boundaries else 0)
-    use = NodeUse(
-        data.vocabulary.size, round(training.batch_size * training.accumulate * sentence), shape.local_size,
-        softmax.num_samples, training.accumulate * (shape.local_size if softmax.share_samples == "none" else 1),
-        softmax.distribution, softmax.replacement,
-    )
+    use = node_use(config, data.vocabulary.size, sentence, shape.local_size)
     rule, size = rule_of(config.optimizer), model.projection_size
     frequent = num_frequent(config, data.vocabulary.size, shape)
     rows = row_traffic(use, nodes, [4 * (width + rule.state_width(width)) for width in (size, size + 1)], frequent)
     summed = dense_size(size, model.cell_size, model.num_layers) + frequent[0] * size + frequent[1] * (size + 1)
-    # Every node sends and receives its share of the sum twice: as a part of it, and to share the result.
-    dense_bytes = 2 * (1 - 1 / nodes) * 4 * summed
+    dense_bytes = sum_bytes(summed, nodes)
     reported = float(report_bytes() * shape.local_size * (nodes - 1))
     bytes_per_s, latency_s = plan.network_gbit * 1e9 / 8, plan.network_us * 1e-6
     hops = math.ceil(math.log2(nodes)) if nodes > 1 else 0

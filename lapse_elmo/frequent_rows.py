@@ -39,18 +39,22 @@ def num_frequent(config: Config, num_classes: int, shape: Shape) -> tuple[int, i
         num_classes: V; rows are sorted by frequency.
         shape: The ranks.
     """
-    server, training, softmax = config.server, config.training, config.softmax
-    if shape.num_nodes == 1 or server.ps != "embedded":
+    server = config.server
+    if shape.num_nodes == 1 or not server.shares_rows:
         return 0, 0
     if server.frequent_rows >= 0:
         return (min(server.frequent_rows, num_classes),) * 2
-    per_node = max(shape.size // shape.num_nodes, 1)
-    use = NodeUse(
-        num_classes, training.batch_size * training.accumulate * _POSITIONS, per_node, softmax.num_samples,
-        training.accumulate * (per_node if softmax.share_samples == "none" else 1), softmax.distribution,
-        softmax.replacement,
+    return frequent_in(node_use(config, num_classes, _POSITIONS, shape.size // shape.num_nodes))
+
+
+def node_use(config: Config, num_classes: int, sentence_positions: float, num_ranks: int) -> NodeUse:
+    """Return what a node of ``num_ranks`` ranks uses in a step of full batches of sentences of this length."""
+    training, softmax = config.training, config.softmax
+    return NodeUse(
+        num_classes, round(training.batch_size * training.accumulate * sentence_positions), num_ranks,
+        softmax.num_samples, training.accumulate * (num_ranks if softmax.share_samples == "none" else 1),
+        softmax.distribution, softmax.replacement,
     )
-    return frequent_in(use)
 
 
 def frequent_in(use: NodeUse) -> tuple[int, int]:

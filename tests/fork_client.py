@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 
-PID = struct.Struct("q")  # the answers of the server: the process number, and later the status of the wait
+NUMBER = struct.Struct("q")  # of bytes of the request; from the server the process, and later the status of its wait
 
 
 def is_open(file: int) -> bool:
@@ -32,10 +32,10 @@ def main(address: str, arguments: list[str]) -> int:
     connection.connect(address)
     cores = sorted(os.sched_getaffinity(0))
     request = json.dumps([arguments, os.getcwd(), dict(os.environ), cores, files]).encode()
-    header = struct.pack("q", len(request))
+    header = NUMBER.pack(len(request))
     connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
     connection.sendall(request)
-    (pid,) = PID.unpack(connection.recv(PID.size, socket.MSG_WAITALL))
+    (pid,) = NUMBER.unpack(connection.recv(NUMBER.size, socket.MSG_WAITALL))
 
     def forward(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -44,10 +44,10 @@ def main(address: str, arguments: list[str]) -> int:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         with contextlib.suppress(OSError):  # those of the C library
             signal.signal(number, forward)
-    answer = connection.recv(PID.size, socket.MSG_WAITALL)
-    if len(answer) < PID.size:
+    answer = connection.recv(NUMBER.size, socket.MSG_WAITALL)
+    if len(answer) < NUMBER.size:
         return 1  # the server has ended, and the program with it
-    status = os.waitstatus_to_exitcode(*PID.unpack(answer))
+    status = os.waitstatus_to_exitcode(*NUMBER.unpack(answer))
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no handler
             signal.signal(-status, signal.SIG_DFL)

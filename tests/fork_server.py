@@ -19,7 +19,6 @@ import runpy
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from tests.fork_client import PID
+from tests.fork_client import NUMBER
 
 CLIENT = Path(__file__).with_name("fork_client.py")
 NAME = "LAPSE_ELMO_TEST_NAME"  # the variable with a name for the forked process, of at most 15 characters
@@ -55,10 +54,7 @@ def address() -> str:
     root = Path(__file__).resolve().parent.parent
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryFile() as nothing:
-        server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=nothing, cwd=root, env=environment
-        )
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, env=environment)
     assert server.stdout is not None
     assert server.stdout.read(1), "the fork server has not started"
     server.stdout.close()
@@ -109,7 +105,7 @@ def _serve(listener: socket.socket) -> _Request | None:
                 for file in request.files.values():
                     os.close(file)
                 with contextlib.suppress(OSError):
-                    client.sendall(PID.pack(pid))
+                    client.sendall(NUMBER.pack(pid))
                 end = os.pidfd_open(pid)
                 clients[end], programs[client] = (client, pid), pid
                 selector.register(client, selectors.EVENT_READ)
@@ -126,7 +122,7 @@ def _serve(listener: socket.socket) -> _Request | None:
                 with contextlib.suppress(KeyError):
                     selector.unregister(client)
                 with contextlib.suppress(OSError):
-                    client.sendall(PID.pack(status))
+                    client.sendall(NUMBER.pack(status))
                 del programs[client]
                 client.close()
 
@@ -134,12 +130,12 @@ def _serve(listener: socket.socket) -> _Request | None:
 def _receive(client: socket.socket) -> _Request | None:
     """Read a request; None if the client has ended before it was complete."""
     numbers = array.array("i")
-    header, ancillary, _, _ = client.recvmsg(8, socket.CMSG_SPACE(_MOST_FILES * numbers.itemsize))
+    header, ancillary, _, _ = client.recvmsg(NUMBER.size, socket.CMSG_SPACE(_MOST_FILES * numbers.itemsize))
     for _, _, data in ancillary:
         numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
     body = b""
-    if len(header) == 8:
-        (size,) = struct.unpack("q", header)
+    if len(header) == NUMBER.size:
+        (size,) = NUMBER.unpack(header)
         body = client.recv(size, socket.MSG_WAITALL)
         if len(body) == size:
             arguments, folder, environment, cores, files = json.loads(body)

@@ -27,8 +27,7 @@ def counted_and_expected(
         num_nodes, workers, num_classes, num_samples, tokens, ROW_FLOATS, steps=7, warm_up=3, share_samples=share,
         frequent=frequent,
     )
-    use = NodeUse(num_classes, tokens, workers, num_samples, 1 if share else workers)
-    traffic = row_traffic(use, num_nodes, (4 * ROW_FLOATS, 4 * ROW_FLOATS), frequent)
+    traffic = row_traffic(workload.use, num_nodes, (4 * ROW_FLOATS, 4 * ROW_FLOATS), frequent)
     rows = {"moved": traffic.moved, "changed": traffic.changed, "refreshed": traffic.refreshed}
     return count(workload), rows, traffic.num_bytes
 

@@ -23,6 +23,7 @@ from lapse_elmo.ps.rows import MAIN_ROWS, REPLICA_ROWS
 from lapse_elmo.ps.sampling import Distribution
 from lapse_elmo.ps.transport import Address
 from lapse_elmo.rng import stream
+from lapse_elmo.traffic import NodeUse
 from tests.simulator.network import Pace, SimTransport, Simulation, Task
 from tests.simulator.platform import Job, SimPlatform, SimWorld
 
@@ -44,6 +45,12 @@ class Workload:
     technique: str = "adaptive"
     share_samples: bool = True
     frequent: tuple[int, int] = (0, 0)  # rows of the embedding and of the softmax
+
+    @property
+    def use(self) -> NodeUse:
+        """What a node uses in a step."""
+        drawers = 1 if self.share_samples else self.workers_per_node
+        return NodeUse(self.num_classes, self.num_tokens, self.workers_per_node, self.num_samples, drawers)
 
 
 @dataclass
