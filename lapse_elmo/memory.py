@@ -97,12 +97,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
     positions = int(config.training.batch_size * min(_LONG_BATCH * mean, config.data.max_length + 2))
     room = _room_bytes(config, num_classes, positions, world)
-    frequent = num_frequent(config, num_classes, world)
-    copied = 4 * sum(
-        number * (width + rule.state_width(width)) for number, width in zip(frequent, (size, size + 1), strict=True)
-    )
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
-    shared += nodes_here * (copied - copied // world.num_nodes)
     shared += nodes_here * in_node * 4 * copies * num_dense
     lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + positions) + min(num_classes, positions)
@@ -117,7 +112,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
 
 
 def _room_bytes(config: Config, num_classes: int, positions: int, world: Shape) -> int:
-    """Return what a node reserves beyond its share of the rows, for rows that move to it and for replicas.
+    """Return what a node reserves beyond its share of the rows: for rows that move to it, and copies of others.
 
     A replica takes two rows: its values, and updates not yet sent. Memory is reserved in chunks, ahead of need, so
     small tables take several times their size.
@@ -130,22 +125,26 @@ def _room_bytes(config: Config, num_classes: int, positions: int, world: Shape) 
     """
     if config.server.ps != "embedded" or world.num_nodes == 1:
         return 0
-    words, classes = _borrowed_rows(config, num_classes, positions, world)
+    frequent = num_frequent(config, num_classes, world)
+    replicated = _borrowed_rows(config, num_classes, positions, world, frequent)
     size, rule, room = config.model.projection_size, rule_of(config.optimizer), 0
-    for width, borrowed in ((size, words), (size + 1, classes)):
+    for width, copied, borrowed in zip((size, size + 1), frequent, replicated, strict=True):
         row_bytes = 4 * (width + rule.state_width(width))
         table = num_classes * row_bytes
+        room += copied * row_bytes - copied * row_bytes // world.num_nodes
         room += min(table - table // world.num_nodes, _CHUNK_BYTES)
         chunks = math.ceil(2 * borrowed * row_bytes / _CHUNK_BYTES + 0.5)  # half of one is kept free
         room += min(2 * table, chunks * _CHUNK_BYTES)
     return room
 
 
-def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Shape) -> tuple[int, int]:
+def _borrowed_rows(
+    config: Config, num_classes: int, positions: int, world: Shape, frequent: tuple[int, int]
+) -> tuple[int, int]:
     """Return how many rows of other nodes a node replicates at once, of the embedding and of the softmax.
 
-    All rows that its workers have announced are counted. The intents of ``lookahead`` + 1 steps overlap; words are
-    assumed to follow the log-uniform law.
+    All rows that its workers have announced are counted, but not the ``frequent`` ones, which are never replicated.
+    The intents of ``lookahead`` + 1 steps overlap; words are assumed to follow the log-uniform law.
     """
     if config.server.technique_for(config.training.sync) not in REPLICATING:
         return 0, 0
@@ -156,7 +155,6 @@ def _borrowed_rows(config: Config, num_classes: int, positions: int, world: Shap
     def distinct(draws: int) -> float:
         return float(-np.expm1(-draws * probabilities).sum())
 
-    frequent = num_frequent(config, num_classes, world)
     words = distinct(steps * workers * positions)
     classes = distinct(steps * workers * 2 * positions) + steps * drawers * config.softmax.num_samples
     elsewhere = 1 - 1 / world.num_nodes

@@ -126,9 +126,7 @@ def start(
     prefix = [*command, "-n", str(num_ranks)] if launcher else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_PREFIXES, "PYTEST_"))}
     clean |= {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", **(env or {})}
-    if fork and isinstance(launcher, bool) and (words[0] in ("-c", "-m") or not words[0].startswith("-")) and not any(
-        name.startswith(_READ_AT_START) for name in env or ()
-    ):
+    if fork and isinstance(launcher, bool) and _can_be_forked(words[0], env or {}):
         words = ["-I", "-S", str(fork_server.CLIENT), fork_server.address(), *words]
     return RunningJob([*prefix, sys.executable, *words], clean, cwd)
 
@@ -143,6 +141,12 @@ def mpirun(
     """
     with start(num_ranks, arguments, env=env, cwd=cwd, launcher=launcher, fork=fork) as job:
         return job.wait(timeout)
+
+
+def _can_be_forked(first: str, env: Mapping[str, str]) -> bool:
+    """Return whether a fork of a running Python can do what Python would with these arguments and variables."""
+    known = first in ("-c", "-m") or not first.startswith("-")
+    return known and not any(name.startswith(_READ_AT_START) for name in env)
 
 
 def _shown(stdout: str, stderr: str) -> str:
