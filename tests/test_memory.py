@@ -89,7 +89,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 @pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_the_estimate_is_near_what_a_run_takes(wide: Prepared, ranks: int, nodes: int, tmp_path: Path) -> None:
-    """Shared memory within -5 % and +35 %, and private memory, of which more than half is libraries, within 15 %.
+    """Shared memory within -5 % and +45 %, and private memory, of which more than half is libraries, within 15 %.
 
     To 10 % the estimate lacks the rows that were announced in fact: it knows a long batch and the log-uniform law, and
     whole chunks turn on that. Of private memory it lacks what the allocator keeps, and the batches that are read ahead.
@@ -102,7 +102,7 @@ def test_the_estimate_is_near_what_a_run_takes(wide: Prepared, ranks: int, nodes
     assert len(results) == ranks and sum(seen["shared"] > 0 for seen in results) == nodes
     for seen in results:
         assert 0.85 * seen["private"] <= seen["estimated private"] <= 1.15 * seen["private"], results
-        assert 0.95 * seen["shared"] <= seen["estimated shared"] <= 1.35 * seen["shared"], results
+        assert 0.95 * seen["shared"] <= seen["estimated shared"] <= 1.45 * seen["shared"], results
 
 
 @pytest.mark.parametrize(

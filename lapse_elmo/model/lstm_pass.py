@@ -205,13 +205,13 @@ class _LayerPass:
         self._backward_steps(d_hidden, cell_output)
         # From here on, gates holds the gradients of the pre-activations.
         gates, num_sentences = self.gates, len(self.packing.order)
-        d_input_weight = matmul.mm(gates.t(), self.inputs)
+        d_input_weight = matmul.sum_outer(gates, self.inputs)
         # The first step read the initial state, every other step the hidden states of the step before.
-        d_state_weight = matmul.mm(gates[num_sentences:].t(), self.hidden.index_select(0, self.packing.previous))
+        d_state_weight = matmul.sum_outer(gates[num_sentences:], self.hidden.index_select(0, self.packing.previous))
         if self.initial_hidden is not None:
-            matmul.addmm_into(d_state_weight, gates[:num_sentences].t(), self.initial_hidden)
+            matmul.add_outer_into(d_state_weight, gates[:num_sentences], self.initial_hidden)
         d_bias = pointwise(gates).column_sums(gates).to(d_output.dtype)
-        d_projection = matmul.mm(d_hidden.t(), cell_output).to(d_output.dtype)
+        d_projection = matmul.sum_outer(d_hidden, cell_output).to(d_output.dtype)
         d_inputs = None
         if needs_inputs:
             d_inputs = matmul.mm(gates, matmul.cast_weight(self.weights[0])).to(d_output.dtype)

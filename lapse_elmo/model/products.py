@@ -82,8 +82,39 @@ class Matmul:
     def mm_into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Compute ``out`` = first @ second, rounded to the storage dtype; returns ``out``."""
         if self.emulated:
-            return out.copy_(torch.mm(first.float(), second.float()))
-        return torch.mm(first, second, out=out)
+            return out.copy_(self._mm(first.float(), second.float()))
+        return self._mm(first, second, out)
+
+    def _mm(self, first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return first @ second, in the dtype of the factors, of which the first one has a varying number of rows."""
+        parts = split_rows(len(first)) if first.device.type == "cpu" else None
+        if parts is None:
+            return torch.mm(first, second, out=out)
+        if out is None:
+            out = first.new_empty(len(first), second.shape[1])
+        for rows in (slice(parts.main), slice(len(first) - parts.padded_rest, None)):
+            torch.mm(first[rows], second, out=out[rows])  # the parts may overlap
+        return out
+
+    def sum_outer(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return first.t() @ second in the storage dtype: the sum of the outer products of corresponding rows.
+
+        Args:
+            first: (n, N) in the storage dtype.
+            second: (n, K) in the storage dtype.
+        """
+        out = first.new_empty(first.shape[1], second.shape[1], dtype=self.storage)
+        if self.emulated:
+            return out.copy_(_sum_outer(first.float(), second.float()))
+        return _sum_outer(first, second, out)
+
+    def add_outer_into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Compute ``out`` += first.t() @ second, see :meth:`sum_outer`, rounded to the dtype of ``out``."""
+        if self.emulated:
+            return out.add_(_sum_outer(first.float(), second.float()))
+        if out.dtype != first.dtype:
+            return out.add_(_sum_outer(first, second))
+        return _sum_outer(first, second, out, add=True)
 
     def addmm_into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Compute ``out`` += first @ second, rounded to the dtype of ``out`` once; returns ``out``."""
@@ -115,6 +146,46 @@ class Matmul:
             return TorchWeight(self, second)
         packed = PrepackedWeight(native_kernels, second)
         return packed if fewest in rows and most in rows else HybridWeight(packed, TorchWeight(self, second), rows)
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """A number of rows as ``main`` rows and a rest, which is padded to ``padded_rest`` rows."""
+
+    main: int
+    rest: int
+    padded_rest: int
+
+
+def split_rows(num_rows: int) -> RowSplit | None:
+    """Split a product over rows in two, so that few distinct shapes occur; None if it needs no split.
+
+    oneDNN generates code for each shape, which takes half a millisecond and, for up to 1,024 shapes, half a megabyte
+    each; and the number of tokens differs from step to step. Both parts have 4, 5, 6 or 7 times a power of two rows, or
+    fewer than 16, and together at most 1/16 more than ``num_rows``.
+    """
+    if num_rows < 16:
+        return None
+    unit = 1 << (num_rows.bit_length() - 3)
+    main = num_rows // unit * unit
+    rest, small_unit = num_rows - main, max(unit // 4, 1)
+    return RowSplit(main, rest, -(-rest // small_unit) * small_unit) if rest else None
+
+
+def _sum_outer(first: Tensor, second: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Return first.t() @ second, or with ``add`` their sum with ``out``, in ``out`` if it is given."""
+    parts = split_rows(len(first)) if first.device.type == "cpu" else None
+    whole = slice(None if parts is None else parts.main)
+    if add:
+        assert out is not None
+        out.addmm_(first[whole].t(), second[whole])
+    else:
+        out = torch.mm(first[whole].t(), second[whole], out=out)
+    if parts is not None:
+        padding = (0, 0, 0, parts.padded_rest - parts.rest)
+        first, second = (torch.nn.functional.pad(factor[parts.main :], padding) for factor in (first, second))
+        out.addmm_(first.t(), second)
+    return out
 
 
 class TorchWeight:

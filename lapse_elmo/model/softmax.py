@@ -201,7 +201,7 @@ class _Problem:
             # (chunk, D) factors by inv_sum instead of the (chunk, S) matrix saves a pass over the larger one.
             self.d_context[rows] = matmul.mm(exp_logits, self.sample_weight)
             self.d_context[rows].mul_(inv_sum[:, None])
-            matmul.addmm_into(d_weight, exp_logits.t(), matmul.cast(chunk_context * inv_sum[:, None]))
+            matmul.add_outer_into(d_weight, exp_logits, matmul.cast(chunk_context * inv_sum[:, None]))
         return d_weight, d_bias
 
 

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lapse_elmo import native
 from lapse_elmo.model import packed
 from lapse_elmo.model.packed import PACKED_SOURCE, Kernels, PrepackedWeight, Range
-from lapse_elmo.model.products import HybridWeight, Matmul, TorchWeight
+from lapse_elmo.model.products import HybridWeight, Matmul, TorchWeight, split_rows
 
 KINDS = {"float32": torch.float32, "bfloat16 vectors": torch.bfloat16, "bfloat16 tiles": torch.bfloat16}
 
@@ -166,3 +166,39 @@ class TestChoice:
             some = Kernels(lambda *_: None, lambda *_: None, 1, tiles)
             monkeypatch.setattr(packed, "kernels", lambda storage, some=some: some)
             assert packed.describe(precision).removeprefix("products of the LSTM's steps, ").startswith(line)
+
+
+@pytest.mark.parametrize("matmul", [Matmul(torch.float32), Matmul(torch.bfloat16), Matmul(torch.bfloat16, True)])
+@example(num_rows=0)
+@example(num_rows=1)
+@given(num_rows=st.integers(0, 700))
+@settings(max_examples=40, deadline=None)
+def test_products_over_a_varying_number_of_rows(matmul: Matmul, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    first, second, weight = (
+        torch.randn(*shape, generator=generator).to(matmul.storage) for shape in ((num_rows, 5), (num_rows, 7), (5, 3))
+    )
+    error = 1e-2 if matmul.storage == torch.bfloat16 else 1e-5
+
+    def check(found: Tensor, wanted: Tensor, dtype: torch.dtype = matmul.storage) -> None:
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=error, atol=error * max(num_rows, 1) ** 0.5)
+
+    check(matmul.mm(first, weight), first.double() @ weight.double())
+    outer = first.double().t() @ second.double()
+    check(matmul.sum_outer(first, second), outer)
+    for dtype in {matmul.storage, torch.float32}:
+        before = torch.ones(5, 7, dtype=dtype)
+        check(matmul.add_outer_into(before, first, second), outer + 1, dtype)
+
+
+def test_few_numbers_of_rows_are_multiplied() -> None:
+    """And together they are at most a sixteenth more than there are."""
+    seen = set()
+    for num_rows in range(10_000):
+        parts = split_rows(num_rows)
+        seen |= {num_rows} if parts is None else {parts.main, parts.padded_rest}
+        if parts is not None:
+            assert parts.main + parts.rest == num_rows and 0 < parts.rest <= parts.padded_rest <= parts.main
+            assert parts.main + parts.padded_rest <= num_rows * 17 / 16
+    assert len(seen) < 60
