@@ -16,44 +16,46 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.dense_update import DenseNorms
-from lapse_elmo.model.optimizers import DenseOptimizer, iter_blocks, sum_of_squares
+from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule, iter_blocks, sum_of_squares
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
 
-_WEIGHTS, _ACCUMULATORS, _GRADIENTS = "dense weights", "dense accumulators", "dense gradients"
+_WEIGHTS, _GRADIENTS = "dense weights", "dense gradients"
 _ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own
 _EXCHANGED = 1 << 20  # numbers; while one block of a slice is under way to the other nodes, the next one is added up
 
 
 class NodeDense:
-    """Dense parameters and Adagrad's accumulators in the node's shared memory (construction is collective).
+    """Dense parameters and their optimizer's state in the node's shared memory (construction is collective).
 
     The parameters keep the values of the node's first rank, and become views of the shared memory.
 
     Args:
         world: The world.
         parameters: float32 parameters on the CPU, of the same shapes on every rank.
-        initial_accumulator: Initial value of the accumulators; None for none.
+        rule: The update rule, which determines the state.
 
     Attributes:
-        size: Numbers in the shared arrays: all parameters, with gaps that align them.
+        size: Numbers in each shared array: all parameters, with gaps that align them.
         own: The slice of the shared arrays that this rank updates; empty on ranks beyond the smallest node's size.
         num_slices: Number of slices, the same on every node: the number of ranks of the smallest node.
         weights: (size,) the shared weights.
-        accumulators: (size,) the shared accumulators; None without.
+        state: (size,) the shared state, by name.
+        num_steps: (1,) the number of steps taken, counted by each rank for itself.
 
     Raises:
         ConfigError: On every rank, if there is not enough shared memory.
     """
 
-    def __init__(self, world: World, parameters: Sequence[nn.Parameter], initial_accumulator: float | None) -> None:
+    def __init__(self, world: World, parameters: Sequence[nn.Parameter], rule: DenseRule) -> None:
+        self._rule = rule
         self._shapes = [parameter.shape for parameter in parameters]
         aligned = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
         self._starts = [0, *itertools.accumulate(aligned)]
         self.size = self._starts[-1]
         self.num_slices = int(world.gather_numbers(np.array([world.local_size])).min())
         self.own = self._slice_of(world.local_rank)
-        names = [_WEIGHTS] if initial_accumulator is None else [_WEIGHTS, _ACCUMULATORS]
+        names = [_WEIGHTS, *(f"dense {name}" for name in rule.initial_state)]
         memory = NodeMemory(world, dict.fromkeys(names, ((self.size,), np.float32)))
 
         def reserve() -> None:
@@ -63,10 +65,10 @@ class NodeDense:
 
         world.together(reserve)
         self.weights = torch.from_numpy(memory.arrays[_WEIGHTS])
-        self.accumulators: Tensor | None = None
-        if initial_accumulator is not None:
-            self.accumulators = torch.from_numpy(memory.arrays[_ACCUMULATORS])
-            self.accumulators[self.own] = initial_accumulator
+        self.state = {name: torch.from_numpy(memory.arrays[f"dense {name}"]) for name in rule.initial_state}
+        self.num_steps = torch.zeros(1)
+        for name, value in rule.initial_state.items():
+            self.state[name][self.own] = value
         views = self.views(self.weights)
         if world.local_rank == 0:
             for view, parameter in zip(views, parameters, strict=True):
@@ -75,10 +77,15 @@ class NodeDense:
         for view, parameter in zip(views, parameters, strict=True):
             parameter.data = view
 
-    def optimizer(self, learning_rate: float, epsilon: float) -> DenseOptimizer:
-        """Return an optimizer of all parameters, with the shared accumulators."""
-        accumulators = None if self.accumulators is None else self.views(self.accumulators)
-        return DenseOptimizer.over(self.views(self.weights), accumulators, learning_rate, epsilon)
+    def optimizer(self, learning_rate: float) -> DenseOptimizer:
+        """Return an optimizer of all parameters, with the shared state."""
+        state = {name: self.views(array) for name, array in self.state.items()}
+        return DenseOptimizer(self.views(self.weights), self._rule, learning_rate, state, self.num_steps)
+
+    def own_optimizer(self, learning_rate: float) -> DenseOptimizer:
+        """Return an optimizer of this rank's slice, with the shared state."""
+        state = {name: [array[self.own]] for name, array in self.state.items()}
+        return DenseOptimizer([self.weights[self.own]], self._rule, learning_rate, state, self.num_steps)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return views of an array (size,), with the shapes of the parameters."""
@@ -118,10 +125,7 @@ class NodeUpdate:
         self._views = dense.views(buffers[rank])
         self._slices = [buffer[own] for buffer in buffers]  # of every rank of the node
         self._mean = self._slices[0]  # the sum replaces the first rank's gradient, which is not needed any more
-        accumulators = None if dense.accumulators is None else [dense.accumulators[own]]
-        self._stepper = DenseOptimizer.over(
-            [dense.weights[own]], accumulators, optimizer.learning_rate, optimizer.epsilon
-        )
+        self._stepper = dense.own_optimizer(optimizer.learning_rate)
         self._across = world.across_nodes(dense.num_slices)
         self._squares = False
 

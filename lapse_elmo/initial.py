@@ -3,7 +3,8 @@
 With ``--init-from`` the LSTM is copied from the model. ``<S>``, ``</S>``, ``<UNK>`` and the words of both vocabularies
 start with the model's rows of both tables. Other words of the run's vocabulary start as in any run: the embedding drawn
 from N(0, 1), the softmax row from N(0, 1/D), its bias at the log probability of the log-uniform law. Other words of the
-model are left out. Accumulators start at their initial value, or with ``--init-accumulators kept`` at the model's.
+model are left out. The optimizers' state starts at its initial values, or with ``--init-accumulators kept`` at those of
+the model.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _from_model(
             for rows, start in _shared(table, theirs, source, parameters.world, kept):
                 table.server.set(table.segment.keys(rows), start)
     if kept:
-        parameters.world.together(lambda: _keep_dense_accumulators(stored.path / DENSE, parameters))
+        parameters.world.together(lambda: _keep_dense_state(stored.path / DENSE, parameters))
     parameters.sync_parameters()
     shared = int((source[UNKNOWN:] >= 0).sum())
     new, left_out = (len(words.words) - shared for words in (vocabulary, stored.vocabulary))
@@ -127,18 +128,23 @@ def _shared(
                 yield rows, table.initial_rows(torch.from_numpy(theirs.weights(source[rows])))
 
 
-def _keep_dense_accumulators(path: Path, parameters: Parameters) -> None:
+def _keep_dense_state(path: Path, parameters: Parameters) -> None:
+    """Set the state of the dense parameters' optimizer to the one that a checkpoint has."""
     if parameters.dense_table is not None:
         raise ConfigError("--init-accumulators kept needs --dense allreduce: with ps the server has them")
-    if not parameters.writes_dense:
-        return
     try:
         with h5py.File(path, "r") as file:
-            for name, tensor in parameters.dense_tensors().items():
-                if name.startswith("accumulators/"):
-                    tensor.copy_(torch.from_numpy(file[name][()]))
+            for name in parameters.dense_tensors():
+                if name not in file:
+                    kind = parameters.config.dense_optimizer
+                    raise ConfigError(
+                        f"--init-accumulators kept: {path} has no state of --dense-optimizer {kind}: give the one that "
+                        "the model was trained with, or fresh"
+                    )
+                if not name.startswith("parameters/"):
+                    parameters.set_dense(name, file[name][()])
     except H5_ERRORS as error:
-        raise CheckpointError(f"cannot read the accumulators in {path}: {error}") from None
+        raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 
 
 def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) -> int:

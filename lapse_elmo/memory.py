@@ -28,6 +28,7 @@ _LONG_BATCH = 3  # tokens of the longest batches, in multiples of the mean: sent
 _ROW_INDEX_BYTES = 45  # bookkeeping of every node for each row of a table, wherever the row is
 _CHUNK_BYTES = 1 << 24  # a node reserves memory for rows in chunks of this size (lapse_elmo/ps/node_state.py)
 _CHUNK_TARGETS = 256  # targets whose logits are in memory at the same time
+_STATE_ARRAYS = {"adam": 2, "adagrad": 1, "sgd": 0}  # numbers of the dense optimizer per parameter
 _CGROUPS = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60
 
@@ -63,8 +64,8 @@ class Estimate:
     Attributes:
         rows: All rows of the job, with their accumulators.
         shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and, if a
-            node's ranks share them, dense parameters with accumulators, and copies of all gradients.
-        dense: Dense gradients of this rank, and the parameters with their accumulators if it has copies of its own.
+            node's ranks share them, dense parameters with optimizer state, and copies of all gradients.
+        dense: Dense gradients of this rank, and the parameters with optimizer state if it has copies of its own.
         activations: Activations of a long batch, with the rows it pulls.
         copy: The copy that a checkpoint is written from, until it is written.
         libraries: What the process had allocated before.
@@ -88,7 +89,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     model, size = config.model, config.model.projection_size
     rule = rule_of(config.optimizer)
     row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
-    copies = 2 if config.optimizer.optimizer == "adagrad" else 1  # of dense parameters: with their accumulators
+    copies = 1 + _STATE_ARRAYS[config.dense_optimizer]  # of dense numbers
     num_dense = dense_size(size, model.cell_size, model.num_layers)
     in_server = config.training.dense == "ps"
     in_node = world.size > 1 and not in_server  # on CPUs; with GPUs this counts too much

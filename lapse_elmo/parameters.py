@@ -15,7 +15,7 @@ from lapse_elmo.dense_update import DenseUpdate, RankUpdate, ServerUpdate
 from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
-from lapse_elmo.model.optimizers import DenseOptimizer
+from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
@@ -75,12 +75,12 @@ class Parameters:
         self.dense_table: DenseTable | None = None
         if in_server:
             self.dense_table = DenseTable(RowTable(self.server, layout["dense"], initial), dense)
-        accumulator = initial if optimizer.optimizer == "adagrad" else None
-        self.node_dense = NodeDense(world, dense, accumulator) if in_node else None
+        dense_rule = DenseRule(config.dense_optimizer, initial, optimizer.epsilon)
+        self.node_dense = NodeDense(world, dense, dense_rule) if in_node else None
         if self.node_dense is None:
-            self.dense_optimizer = DenseOptimizer(dense, optimizer.learning_rate, accumulator, optimizer.epsilon)
+            self.dense_optimizer = DenseOptimizer(dense, dense_rule, config.dense_rate)
         else:
-            self.dense_optimizer = self.node_dense.optimizer(optimizer.learning_rate, optimizer.epsilon)
+            self.dense_optimizer = self.node_dense.optimizer(config.dense_rate)
         self.set_learning_rate(optimizer.learning_rate)
 
     @property
@@ -90,10 +90,10 @@ class Parameters:
         return [*tables, self.dense_table.table] if self.dense_table else tables
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of this rank's steps, for rows and dense parameters alike."""
+        """Set the learning rate of this rank's steps on rows; that on dense parameters is changed in proportion."""
         for table in self.tables:
             self.server.set_rate(table.segment.name, rate)
-        self.dense_optimizer.learning_rate = rate
+        self.dense_optimizer.learning_rate = self.config.dense_rate * (rate / self.config.optimizer.learning_rate)
 
     def initialise(self) -> None:
         """Set the initial values, which depend on the seed but not on the number of ranks (collective).
@@ -154,12 +154,16 @@ class Parameters:
         return (world.num_nodes, world.node) if self.config.server.shares_rows else (world.size, world.rank)
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the dense parameters and their accumulators, by reference, by their name in a checkpoint."""
-        named = [(name, parameter.data) for name, parameter in self.model.named_parameters()]
-        tensors = {f"parameters/{name}": tensor for name, tensor in named}
-        for (name, _), accumulator in zip(named, self.dense_optimizer.accumulators, strict=False):  # SGD has none
-            tensors[f"accumulators/{name}"] = accumulator
-        return tensors
+        """Return the dense parameters and their optimizer's state, by reference, by their name in a checkpoint."""
+        named = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        parameters = {f"parameters/{name}": tensor for name, tensor in named.items()}
+        return {**parameters, **self.dense_optimizer.named_state(list(named))}
+
+    def set_dense(self, name: str, values: np.ndarray) -> None:
+        """Set one of :meth:`dense_tensors`; every rank of a node calls it, and the first one sets what they share."""
+        tensor = self.dense_tensors()[name]
+        if self.writes_dense or tensor is self.dense_optimizer.num_steps:
+            tensor.copy_(torch.from_numpy(values))
 
     @property
     def writes_dense(self) -> bool:

@@ -155,6 +155,12 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
     if any(option.startswith("--row-accumulators") for option in changed):
         how = "their row's mean" if config.optimizer.row_accumulators == "row" else "copies of their row's"
         notes.append(f"the checkpoint's accumulators are converted: they become {how}")
+    before = checkpoint.config_of(manifest, path).dense_optimizer
+    if before != config.dense_optimizer:
+        notes.append(
+            f"the LSTM's optimizer starts anew: it was {before}, now it is {config.dense_optimizer} (to continue as "
+            f"before, give --dense-optimizer {before})"
+        )
     cursor = checkpoint.read_cursor(path, manifest, data.train.num_sentences, world)
     return ResumePoint(path, manifest, cursor, tuple(notes))
 

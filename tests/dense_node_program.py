@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from lapse_elmo.dense_node import NodeDense, NodeUpdate
 from lapse_elmo.dense_update import DenseUpdate, RankUpdate
-from lapse_elmo.model.optimizers import DenseOptimizer
+from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
 from tests import collective
 
 SHAPES = ((3, 5), (7,), (), (400, 300))
-RATE, EPSILON, INITIAL = 0.2, 1e-7, 1.0
+RATE = 0.2
+ADAM, ADAGRAD, SGD = map(DenseRule, ("adam", "adagrad", "sgd"))
 
 
 class Checks:
@@ -47,19 +49,22 @@ class Checks:
         update.close()
         return norms
 
-    def node(self, initial: float | None) -> tuple[list[nn.Parameter], DenseOptimizer, list[tuple[float, float]]]:
+    def node(self, rule: DenseRule) -> tuple[list[nn.Parameter], DenseOptimizer, list[tuple[float, float]]]:
         # Only the values of a node's first rank count.
         values = self.tensors(0) if self.world.local_rank == 0 else self.tensors(9)
         parameters = [nn.Parameter(value) for value in values]
-        dense = NodeDense(self.world, parameters, initial)
-        optimizer = dense.optimizer(RATE, EPSILON)
+        dense = NodeDense(self.world, parameters, rule)
+        optimizer = dense.optimizer(RATE)
         return parameters, optimizer, self.train(NodeUpdate(self.world, dense, optimizer))
 
-    def expected(self, initial: float | None) -> tuple[list[Tensor], list[tuple[float, float]]]:
+    def expected(self, rule: DenseRule) -> tuple[list[Tensor], list[tuple[float, float]]]:
         values, norms = [value.double().requires_grad_() for value in self.tensors(0)], []
         optimizer: torch.optim.Optimizer = torch.optim.SGD(values, RATE)
-        if initial is not None:
-            optimizer = torch.optim.Adagrad(values, RATE, initial_accumulator_value=initial, eps=EPSILON)
+        if rule is ADAM:
+            optimizer = torch.optim.Adam(values, RATE, eps=rule.epsilon)
+        if rule is ADAGRAD:
+            initial = rule.initial_accumulator
+            optimizer = torch.optim.Adagrad(values, RATE, initial_accumulator_value=initial, eps=rule.epsilon)
         for step in range(3):
             every = [[g.double() for g in self.tensors(rank, step + 1)] for rank in range(self.world.size)]
             means = [torch.stack(some).mean(0) for some in zip(*every, strict=True)]
@@ -70,29 +75,34 @@ class Checks:
             optimizer.step()
         return [value.detach() for value in values], norms
 
-    def updates(self, initial: float | None) -> None:
+    def updates(self, rule: DenseRule) -> None:
         """Three steps: the expected parameters and norms, with the same bits on every rank."""
-        parameters, optimizer, norms = self.node(initial)
-        expected, squares = self.expected(initial)
+        parameters, optimizer, norms = self.node(rule)
+        expected, squares = self.expected(rule)
         for found, wanted in zip(parameters, expected, strict=True):
             torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-5, atol=1e-6)
         assert [number for pair in norms for number in pair] == pytest.approx([n for pair in squares for n in pair])
-        flat = torch.cat([p.detach().reshape(-1) for p in (*parameters, *optimizer.accumulators)])
+        state = itertools.chain(*optimizer.state.values())
+        flat = torch.cat([p.detach().reshape(-1) for p in (*parameters, *state, optimizer.num_steps)])
         assert all(torch.equal(flat, other) for other in self.world.allgather(flat))
 
+    def adam(self) -> None:
+        self.updates(ADAM)
+
     def adagrad(self) -> None:
-        self.updates(INITIAL)
+        self.updates(ADAGRAD)
 
     def descent(self) -> None:
-        self.updates(None)
+        self.updates(SGD)
 
     def as_on_each_rank(self) -> None:
         """A copy on each rank gets the same values; the same bits where two gradients, at most, are added."""
-        parameters, optimizer, _ = self.node(INITIAL)
+        parameters, optimizer, _ = self.node(ADAGRAD)
         own = self.tensors(0)
-        alone = DenseOptimizer(own, RATE, INITIAL, EPSILON)
+        alone = DenseOptimizer(own, ADAGRAD, RATE)
         self.train(RankUpdate(self.world, torch.device("cpu"), alone))
-        for found, wanted in zip([*parameters, *optimizer.accumulators], [*own, *alone.accumulators], strict=True):
+        accumulators = optimizer.state["accumulators"], alone.state["accumulators"]
+        for found, wanted in zip([*parameters, *accumulators[0]], [*own, *accumulators[1]], strict=True):
             if self.world.size <= 2:
                 assert torch.equal(found, wanted)
             torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)
@@ -100,14 +110,14 @@ class Checks:
     def memory_is_shared(self) -> None:
         """What one rank writes, the others of its node read, and no others."""
         parameters = [nn.Parameter(value) for value in self.tensors(0)]
-        dense = NodeDense(self.world, parameters, INITIAL)
-        optimizer = dense.optimizer(RATE, EPSILON)
+        dense = NodeDense(self.world, parameters, ADAGRAD)
+        accumulators = dense.optimizer(RATE).state["accumulators"]
         self.world.barrier()
         if self.world.rank == 0:
             with torch.no_grad():
-                parameters[3][-1, -1], optimizer.accumulators[3][0, 0] = 5.0, 6.0
+                parameters[3][-1, -1], accumulators[3][0, 0] = 5.0, 6.0
         self.world.barrier()
-        seen = float(parameters[3][-1, -1]) == 5.0, float(optimizer.accumulators[3][0, 0]) == 6.0
+        seen = float(parameters[3][-1, -1]) == 5.0, float(accumulators[3][0, 0]) == 6.0
         assert seen == (self.world.node == 0,) * 2
         ends = self.world.allgather((self.world.node, dense.own.start, dense.own.stop))
         mine = [(first, end) for node, first, end in ends if node == self.world.node and end > first]
@@ -116,7 +126,7 @@ class Checks:
 
 
 def names() -> list[str]:
-    return ["adagrad", "descent", "as_on_each_rank", "memory_is_shared"]
+    return ["adam", "adagrad", "descent", "as_on_each_rank", "memory_is_shared"]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:

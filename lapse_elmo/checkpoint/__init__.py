@@ -8,7 +8,8 @@ A checkpoint is the directory ``RUN/checkpoints/step-00000123``:
     ``row_accumulators``); ``rows`` (n,) int64 are their row numbers. Every row is in exactly one file. With
     ``--dense ps`` there is a third table, ``dense``.
 ``dense.h5``
-    ``parameters/<name>`` and, with Adagrad, ``accumulators/<name>``. Written by rank 0; they are equal on all ranks.
+    ``parameters/<name>`` and the optimizer's state: ``first_moments/<name>``, ``second_moments/<name>`` and
+    ``num_steps`` with Adam, ``accumulators/<name>`` with Adagrad. Written by rank 0; they are equal on all ranks.
 ``sentences.h5``
     In mid-epoch only: ``epoch`` and ``left``, the sentences of the epoch (all, unless the run was resumed by another
     number of ranks within it) and those of them still to be trained, as bits (numpy.packbits) by sentence number. The

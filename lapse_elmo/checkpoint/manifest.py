@@ -168,8 +168,10 @@ def config_of(manifest: Manifest, path: Path) -> Config:
     tables = manifest["config"]
     if not all(isinstance(group, dict) for group in tables.values()):
         raise CheckpointError(f"{path / MANIFEST} is damaged: config is not a table of groups; use another checkpoint")
-    if isinstance(tables.get("optimizer"), dict):  # not in the first checkpoints
-        tables = {**tables, "optimizer": {"row_accumulators": "element", **tables["optimizer"]}}
+    given = tables.get("optimizer", {})
+    # What the options meant before they existed.
+    before = {"row_accumulators": "element", "dense_optimizer": given.get("optimizer", "adagrad")}
+    tables = {**tables, "optimizer": {**before, **given}}
     try:
         return from_tables(tables)
     except (TypeError, ConfigError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lapse_elmo.checkpoint.checksums import divide
-from lapse_elmo.checkpoint.manifest import DENSE, Manifest, row_files
+from lapse_elmo.checkpoint.manifest import DENSE, Manifest, config_of, row_files
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import World
@@ -43,7 +43,8 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
                 f"{path} has {count:,} rows of the table {table.segment.name}, expected {table.segment.num_rows:,}; "
                 "use another checkpoint"
             ).on_every_rank()
-    _restore_dense(path / DENSE, parameters, world)
+    keeps_state = config_of(manifest, path).dense_optimizer == parameters.config.dense_optimizer
+    _restore_dense(path / DENSE, parameters, world, keeps_state)
     parameters.sync_parameters()
 
 
@@ -97,18 +98,19 @@ def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Frac
 
 
 @torch.no_grad()
-def _restore_dense(path: Path, parameters: Parameters, world: World) -> None:
-    """Set the dense parameters and their accumulators; rank 0 reads them one by one for all ranks."""
+def _restore_dense(path: Path, parameters: Parameters, world: World, keeps_state: bool) -> None:
+    """Set the dense parameters and their optimizer's state, if kept; rank 0 reads them one by one for all ranks."""
     with contextlib.ExitStack() as stack:
         opened: list[h5py.File] = []
         world.agree(lambda: _guarded(path, lambda: opened.append(stack.enter_context(h5py.File(path, "r")))))
         for name, tensor in parameters.dense_tensors().items():
+            if not (keeps_state or name.startswith("parameters/")):
+                continue
             values = np.empty(tuple(tensor.shape), np.float32)
             read = functools.partial(_read_array, opened, name, values)
             world.agree(functools.partial(_guarded, path, read))
             world.bcast_array(values)
-            if parameters.writes_dense:
-                tensor.copy_(torch.from_numpy(values))
+            parameters.set_dense(name, values)
 
 
 def _read_array(opened: list[h5py.File], name: str, out: np.ndarray) -> None:

@@ -19,8 +19,8 @@ class InitialConfig:
     )
     init_accumulators: str = option(
         "fresh", choices=("fresh", "kept"),
-        help="with --init-from a run or checkpoint, Adagrad's accumulators: fresh (--initial-accumulator) or kept "
-        "(those of the model)",
+        help="with --init-from a run or checkpoint, the optimizers' state (Adagrad's accumulators, Adam's moments): "
+        "fresh, or kept (that of the model)",
     )
     init_embedding: str = option(
         "", metavar="FILE", help="word2vec file of initial word vectors, text or binary (.bin)"

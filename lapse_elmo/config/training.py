@@ -13,6 +13,7 @@ from pathlib import Path
 from lapse_elmo.config.checks import fraction, positive, require
 from lapse_elmo.config.cli import convert, option, options_of, parse
 from lapse_elmo.config.initial import InitialConfig
+from lapse_elmo.config.optimizer import ADAM_FACTOR, OptimizerConfig
 from lapse_elmo.config.plan import PlanConfig, check_plan
 from lapse_elmo.config.server import ServerConfig
 from lapse_elmo.errors import ConfigError
@@ -121,66 +122,6 @@ class SoftmaxConfig:
         require(self.num_tries >= 0, "num_tries", self.num_tries, "0 or more")
         if self.replacement and self.num_tries:
             raise ConfigError("--num-tries is for sampling without replacement; drop it, or give --no-replacement")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How a step updates the parameters."""
-
-    optimizer: str = option(
-        "adagrad", choices=("adagrad", "sgd"), help="update rule of table rows and of dense parameters"
-    )
-    learning_rate: float = option(0.2, metavar="X", help="learning rate, after the warm-up")
-    initial_accumulator: float = option(1.0, metavar="X", help="initial value of Adagrad's accumulators")
-    row_accumulators: str = option(
-        "element", choices=("element", "row"),
-        help="Adagrad's accumulators of embedding and softmax rows: one per element, or one per row, which takes "
-        "less memory and sums the mean squares of the row's gradients",
-    )
-    epsilon: float = option(1e-7, metavar="X", help="added to the square root of Adagrad's accumulators")
-    clip_norm: float = option(
-        10.0, metavar="X", help="maximum global norm of the gradient; larger gradients are scaled down (0: no limit)"
-    )
-    loss_scale: float = option(50.0, metavar="X", help="multiply the mean loss by X before taking its gradient")
-    row_scale: float = option(
-        2.0, metavar="X",
-        help="with Adagrad, rows are updated by the gradient of the summed loss times X, so that the updates of rare "
-        "words do not shrink as batches grow (0: by that of the mean loss times --loss-scale, as dense parameters are)",
-    )
-    warmup_tokens: int = option(
-        0, metavar="N", help="tokens over which the learning rate rises linearly from 0 (0: no warm-up)"
-    )
-    schedule: str = option(
-        "constant", choices=("constant", "linear", "cosine", "inverse-sqrt"),
-        help="learning rate after the warm-up: constant, falling to --final-rate linearly or by half a cosine, or "
-        "falling as 1 / sqrt(1 + tokens / --decay-tokens)",
-    )
-    decay_tokens: int = option(
-        0, metavar="N",
-        help="tokens after the warm-up over which the learning rate falls (0: linear and cosine take the rest of the "
-        "run, inverse-sqrt takes --warmup-tokens)",
-    )
-    final_rate: float = option(
-        0.0, metavar="X",
-        help="fraction of --learning-rate, from 0 to 1, at which linear and cosine end, and below which inverse-sqrt "
-        "does not fall"
-    )
-
-    def __post_init__(self) -> None:
-        positive(self, "learning_rate", "loss_scale", "epsilon")
-        for name in ("warmup_tokens", "decay_tokens"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.row_scale >= 0, "row_scale", self.row_scale, "0 or more")
-        require(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "a fraction from 0 to 1")
-        if self.schedule == "constant" and (self.decay_tokens or self.final_rate):
-            raise ConfigError(
-                "--decay-tokens and --final-rate need a falling learning rate: give --schedule linear, cosine or "
-                "inverse-sqrt too"
-            )
-        if self.schedule == "inverse-sqrt" and not (self.decay_tokens or self.warmup_tokens):
-            raise ConfigError("--schedule inverse-sqrt needs a time scale: give --decay-tokens N or --warmup-tokens N")
-        require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
-        require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -335,7 +276,27 @@ class Config:
             )
         if self.training.sync and self.server.ps == "adapm":
             raise ConfigError("--sync needs rows with one copy, and --ps adapm makes replicas: drop one of them")
+        if self.training.dense == "ps" and self.dense_optimizer != self.optimizer.optimizer:
+            raise ConfigError(
+                f"--dense ps updates the LSTM's parameters as rows, with --optimizer {self.optimizer.optimizer}: drop "
+                f"--dense-optimizer {self.dense_optimizer}"
+            )
+        if self.training.dense == "ps" and self.optimizer.dense_rate:
+            raise ConfigError("--dense ps updates the LSTM's parameters at --learning-rate: drop --dense-rate")
         check_plan(self)
+
+    @property
+    def dense_optimizer(self) -> str:
+        """The update rule of the dense parameters: ``adam``, ``adagrad`` or ``sgd``."""
+        rows = self.optimizer.optimizer
+        default = "adam" if rows == "adagrad" and self.training.dense != "ps" else rows
+        return self.optimizer.dense_optimizer or default
+
+    @property
+    def dense_rate(self) -> float:
+        """The learning rate of the dense parameters where that of the rows is ``--learning-rate``."""
+        factor = ADAM_FACTOR / self.model.projection_size if self.dense_optimizer == "adam" else 1.0
+        return self.optimizer.dense_rate or factor * self.optimizer.learning_rate
 
 
 def parse_train(argv: Sequence[str]) -> Config:

@@ -1,13 +1,38 @@
-"""Adagrad and plain SGD for the dense parameters; the server's update rules apply them to the rows of the tables."""
+"""Adam, Adagrad and plain SGD for the dense parameters; the server's update rules apply to the rows of the tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _BLOCK_SIZE = 1 << 17  # elements; a core's cache holds blocks of several tensors at once
+_BETAS = (0.9, 0.999)  # Adam's; those of torch.optim.Adam
+
+
+@dataclass(frozen=True)
+class DenseRule:
+    """An update rule, and the state that it has for each weight.
+
+    Attributes:
+        kind: ``"adam"``, ``"adagrad"`` or ``"sgd"``.
+        initial_accumulator: Initial value of Adagrad's accumulators.
+        epsilon: Added to the square root of Adagrad's accumulators and of Adam's second moments.
+    """
+
+    kind: str
+    initial_accumulator: float = 1.0
+    epsilon: float = 1e-7
+
+    @property
+    def initial_state(self) -> dict[str, float]:
+        """Names and initial values of the arrays of state, each of which has one number per weight."""
+        if self.kind == "adam":
+            return {"first_moments": 0.0, "second_moments": 0.0}
+        return {"accumulators": self.initial_accumulator} if self.kind == "adagrad" else {}
 
 
 def iter_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -26,39 +51,36 @@ def sum_of_squares(tensor: Tensor) -> float:
 
 
 class DenseOptimizer:
-    """Adagrad or plain SGD over a list of dense parameters, in place.
+    """Updates a list of dense parameters in place.
 
-    Bitwise equal to torch.optim.Adagrad and torch.optim.SGD.
+    Bitwise equal to torch.optim.Adam, torch.optim.Adagrad and torch.optim.SGD.
 
     Args:
         parameters: Contiguous tensors to update, held by reference. Gradients and state follow their order.
+        rule: The update rule.
         learning_rate: The step size.
-        initial_accumulator: Initial value of Adagrad's accumulators; None selects plain SGD, which has none.
-        epsilon: Added to the square root of Adagrad's accumulators.
+        state: The rule's state, held by reference; by default new tensors with their initial values.
+        num_steps: (1,) the number of steps taken, held by reference, as Adam needs to know; by default a new 0.
     """
 
     def __init__(
         self,
         parameters: Sequence[Tensor],
+        rule: DenseRule,
         learning_rate: float,
-        initial_accumulator: float | None = 1.0,
-        epsilon: float = 1e-7,
+        state: Mapping[str, Sequence[Tensor]] | None = None,
+        num_steps: Tensor | None = None,
     ) -> None:
         self.parameters = list(parameters)
+        self.rule = rule
         self.learning_rate = learning_rate
-        self.epsilon = epsilon
-        self.accumulators: list[Tensor] = []
-        if initial_accumulator is not None:
-            self.accumulators = [torch.full_like(p, initial_accumulator, requires_grad=False) for p in self.parameters]
-
-    @classmethod
-    def over(
-        cls, parameters: Sequence[Tensor], accumulators: Sequence[Tensor] | None, learning_rate: float, epsilon: float
-    ) -> DenseOptimizer:
-        """Return an optimizer that updates the given accumulators, which it holds by reference; None selects SGD."""
-        optimizer = cls(parameters, learning_rate, None, epsilon)
-        optimizer.accumulators = list(accumulators or [])
-        return optimizer
+        if state is None:
+            state = {
+                name: [torch.full_like(p, value, requires_grad=False) for p in self.parameters]
+                for name, value in rule.initial_state.items()
+            }
+        self.state = {name: list(tensors) for name, tensors in state.items()}
+        self.num_steps = torch.zeros(1) if num_steps is None else num_steps
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -68,31 +90,33 @@ class DenseOptimizer:
             gradients: One per parameter, of its shape.
             scale: Factor applied to all gradients, such as that of clipping by global norm.
         """
-        accumulators: Sequence[Tensor | None] = self.accumulators or [None] * len(self.parameters)
-        for parameter, given, accumulator in zip(self.parameters, gradients, accumulators, strict=True):
-            gradient = given.contiguous()
-            if accumulator is None:
-                for weights, block in iter_blocks(parameter, gradient):
-                    weights.add_(block if scale == 1.0 else block * scale, alpha=-self.learning_rate)
-                continue
-            for weights, block, squares in iter_blocks(parameter, gradient, accumulator):
-                scaled = block if scale == 1.0 else block * scale
-                # The same operations as torch.optim.Adagrad: adding a separate delta would round once more.
-                squares.addcmul_(scaled, scaled)
-                weights.addcdiv_(scaled, squares.sqrt().add_(self.epsilon), value=-self.learning_rate)
+        self.num_steps += 1
+        updates: dict[str, Callable[..., None]] = {"adam": self._adam, "adagrad": self._adagrad, "sgd": self._sgd}
+        update = updates[self.rule.kind]
+        for parameter, gradient, *state in zip(self.parameters, gradients, *self.state.values(), strict=True):
+            for weights, block, *states in iter_blocks(parameter, gradient.contiguous(), *state):
+                update(weights, block if scale == 1.0 else block * scale, *states)
 
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        """Return the accumulators, by reference, in the order of the parameters; an empty list for SGD."""
-        return {"accumulators": self.accumulators}
+    # The same operations as in torch.optim: adding a separate delta would round once more.
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
-        """Copy the accumulators of another optimizer's :meth:`state_dict`.
+    def _adam(self, weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        bias_1, bias_2 = (1.0 - beta ** float(self.num_steps) for beta in _BETAS)
+        first.lerp_(gradient, 1.0 - _BETAS[0])
+        second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1.0 - _BETAS[1])
+        size = second.sqrt().div_(math.sqrt(bias_2)).add_(self.rule.epsilon)
+        weights.addcdiv_(first, size, value=-self.learning_rate / bias_1)
 
-        Raises:
-            ValueError: If their number or a shape differs.
-        """
-        for own, other in zip(self.accumulators, state["accumulators"], strict=True):
-            if own.shape != other.shape:
-                raise ValueError(f"accumulator of shape {tuple(other.shape)}, expected {tuple(own.shape)}")
-            own.copy_(other)
+    def _adagrad(self, weights: Tensor, gradient: Tensor, squares: Tensor) -> None:
+        squares.addcmul_(gradient, gradient)
+        weights.addcdiv_(gradient, squares.sqrt().add_(self.rule.epsilon), value=-self.learning_rate)
+
+    def _sgd(self, weights: Tensor, gradient: Tensor) -> None:
+        weights.add_(gradient, alpha=-self.learning_rate)
+
+    def named_state(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the state by reference, as ``KIND/NAME`` with one name per parameter, and Adam's ``num_steps``."""
+        named = {
+            f"{kind}/{name}": tensor
+            for kind, tensors in self.state.items() for name, tensor in zip(names, tensors, strict=True)
+        }
+        return {**named, "num_steps": self.num_steps} if self.rule.kind == "adam" else named

@@ -32,7 +32,7 @@ from lapse_elmo.errors import ConfigError
 OTHER = {
     "preset": "original", "context": "mix", "lstm": "allennlp", "precision": "bf16", "lstm_init": "orthogonal",
     "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job", "row_accumulators": "row",
-    "optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
+    "optimizer": "sgd", "dense_optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
     "ps": "lapse", "technique": "static", "schedule": "linear", "init_accumulators": "kept", "save_at_tokens": (5, 7),
 }
 # What contradicts other options.
@@ -142,6 +142,9 @@ def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None
     ("argv", "parts"),
     [
         ("--sync --dense ps", ["--sync", "--dense allreduce"]),
+        ("--dense ps --dense-optimizer adam", ["--dense ps", "--optimizer adagrad", "--dense-optimizer adam"]),
+        ("--dense ps --dense-rate 0.1", ["--dense ps", "--learning-rate", "--dense-rate"]),
+        ("--dense-rate -1", ["--dense-rate is -1.0"]),
         ("--precision bf16 --lstm allennlp", ["--precision bf16", "--lstm fused"]),
         ("--device cpu --device-ids 0", ["--device-ids", "--device is cpu"]),
         ("--replacement --num-tries 9000", ["--num-tries", "replacement"]),

@@ -81,7 +81,7 @@ def save_known(folder: Path, world: World) -> None:
         for table in parameters.tables:
             table.server.localize(table.segment.keys(np.arange(0, table.segment.num_rows, 3)))
     with torch.no_grad():
-        for place, tensor in enumerate((*parameters.model.parameters(), *parameters.dense_optimizer.accumulators)):
+        for place, tensor in enumerate(parameters.dense_tensors().values()):
             tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view_as(tensor) + place)
     save(folder, parameters, world)
     parameters.server.close()

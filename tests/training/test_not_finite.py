@@ -37,8 +37,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
 
         def state() -> list[torch.Tensor]:
             tables = [table.read(0, table.segment.num_rows) for table in parameters.tables]
-            own = [p.detach().clone() for p in parameters.model.parameters()]
-            return [*tables, *own, *(a.clone() for a in parameters.dense_optimizer.accumulators)]
+            return [*tables, *(tensor.clone() for tensor in parameters.dense_tensors().values())]
 
         parameters.sync_parameters()
         before = state()

@@ -256,6 +256,20 @@ def test_other_accumulators_are_converted(
     assert (after[:, size:].mean(1) >= before[:, size:].mean(1) * (1 - 1e-6)).all()
 
 
+def test_another_dense_optimizer_starts_anew(
+    small: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1", "--dense-optimizer", "adagrad")
+    before = saved_arrays(checkpoints(run_dir)[0])
+    capfd.readouterr()
+    train_alone(small, run_dir, "--max-steps", "2", "--learning-rate", "1e-30", "--progress", "lines")
+    assert "the LSTM's optimizer starts anew: it was adagrad, now it is adam" in capfd.readouterr().err
+    after = saved_arrays(checkpoints(run_dir)[-1])
+    for name in (name for name in before if name.startswith("parameters/")):  # at this rate weights stay
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    assert after["num_steps"] == 1 and not any(name.startswith("accumulators/") for name in after)
+
+
 def test_a_checkpoint_from_before_accumulators_per_row(small: Prepared, tmp_path: Path) -> None:
     """A config without the option means accumulators per element, regardless of the current default."""
     run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1", "--row-accumulators", "element")
