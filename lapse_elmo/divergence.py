@@ -78,9 +78,15 @@ class Watch:
         )
 
 
-def advice(learning_rate: float) -> str:
-    """Return a suggestion of options to change."""
+def advice(learning_rate: float, dense_rate: float) -> str:
+    """Return a suggestion of options to change.
+
+    Args:
+        learning_rate: The learning rate of the last step.
+        dense_rate: ``--dense-rate``; 0 if it follows ``--learning-rate``.
+    """
+    dense = f", --dense-rate (given as {dense_rate:g})" if dense_rate else ""
     return (
-        f"lower --learning-rate (now {learning_rate:g}) or --loss-scale, or give --warmup-tokens or a smaller "
+        f"lower --learning-rate (now {learning_rate:g}){dense} or --loss-scale, or give --warmup-tokens or a smaller "
         "--first-batch"
     )

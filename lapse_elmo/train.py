@@ -247,9 +247,8 @@ class Training:
         kept = "no evaluated checkpoint is saved yet"
         if best is not None:
             kept = f"the best checkpoint is {best[1]} (resume from it with --resume and --overwrite)"
-        raise TrainingError(
-            f"training diverges at step {self.cursor.step:,}: {seen}; {kept}; {advice(self.rate())}"
-        ).on_every_rank()
+        change = advice(self.rate(), self.config.optimizer.dense_rate)
+        raise TrainingError(f"training diverges at step {self.cursor.step:,}: {seen}; {kept}; {change}").on_every_rank()
 
     @property
     def out_of_patience(self) -> bool:
