@@ -134,7 +134,7 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
         raise ConfigError("--init-accumulators kept needs --dense allreduce: with ps the server has them")
     try:
         with h5py.File(path, "r") as file:
-            for name in parameters.dense_tensors():
+            for name, tensor in parameters.dense_tensors().items():
                 if name not in file:
                     kind = parameters.config.dense_optimizer
                     raise ConfigError(
@@ -142,7 +142,7 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
                         "the model was trained with, or fresh"
                     )
                 if not name.startswith("parameters/"):
-                    parameters.set_dense(name, file[name][()])
+                    parameters.set_dense(tensor, file[name][()])
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 

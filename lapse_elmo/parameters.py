@@ -159,9 +159,8 @@ class Parameters:
         parameters = {f"parameters/{name}": tensor for name, tensor in named.items()}
         return {**parameters, **self.dense_optimizer.named_state(list(named))}
 
-    def set_dense(self, name: str, values: np.ndarray) -> None:
+    def set_dense(self, tensor: torch.Tensor, values: np.ndarray) -> None:
         """Set one of :meth:`dense_tensors`; every rank of a node calls it, and the first one sets what they share."""
-        tensor = self.dense_tensors()[name]
         if self.writes_dense or tensor is self.dense_optimizer.num_steps:
             tensor.copy_(torch.from_numpy(values))
 

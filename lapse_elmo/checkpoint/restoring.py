@@ -110,7 +110,7 @@ def _restore_dense(path: Path, parameters: Parameters, world: World, keeps_state
             read = functools.partial(_read_array, opened, name, values)
             world.agree(functools.partial(_guarded, path, read))
             world.bcast_array(values)
-            parameters.set_dense(name, values)
+            parameters.set_dense(tensor, values)
 
 
 def _read_array(opened: list[h5py.File], name: str, out: np.ndarray) -> None:

@@ -81,6 +81,7 @@ class DenseOptimizer:
             }
         self.state = {name: list(tensors) for name, tensors in state.items()}
         self.num_steps = torch.zeros(1) if num_steps is None else num_steps
+        self._biases = [1.0, 1.0]  # of Adam's moments, which start at 0
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -91,6 +92,7 @@ class DenseOptimizer:
             scale: Factor applied to all gradients, such as that of clipping by global norm.
         """
         self.num_steps += 1
+        self._biases = [1.0 - beta ** float(self.num_steps) for beta in _BETAS]
         updates: dict[str, Callable[..., None]] = {"adam": self._adam, "adagrad": self._adagrad, "sgd": self._sgd}
         update = updates[self.rule.kind]
         for parameter, gradient, *state in zip(self.parameters, gradients, *self.state.values(), strict=True):
@@ -100,7 +102,7 @@ class DenseOptimizer:
     # The same operations as in torch.optim: adding a separate delta would round once more.
 
     def _adam(self, weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        bias_1, bias_2 = (1.0 - beta ** float(self.num_steps) for beta in _BETAS)
+        bias_1, bias_2 = self._biases
         first.lerp_(gradient, 1.0 - _BETAS[0])
         second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1.0 - _BETAS[1])
         size = second.sqrt().div_(math.sqrt(bias_2)).add_(self.rule.epsilon)

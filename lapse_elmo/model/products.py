@@ -103,10 +103,9 @@ class Matmul:
             first: (n, N) in the storage dtype.
             second: (n, K) in the storage dtype.
         """
-        out = first.new_empty(first.shape[1], second.shape[1], dtype=self.storage)
         if self.emulated:
-            return out.copy_(_sum_outer(first.float(), second.float()))
-        return _sum_outer(first, second, out)
+            return _sum_outer(first.float(), second.float()).to(self.storage)
+        return _sum_outer(first, second)
 
     def add_outer_into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Compute ``out`` += first.t() @ second, see :meth:`sum_outer`, rounded to the dtype of ``out``."""
@@ -114,7 +113,7 @@ class Matmul:
             return out.add_(_sum_outer(first.float(), second.float()))
         if out.dtype != first.dtype:
             return out.add_(_sum_outer(first, second))
-        return _sum_outer(first, second, out, add=True)
+        return _sum_outer(first, second, out)
 
     def addmm_into(self, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Compute ``out`` += first @ second, rounded to the dtype of ``out`` once; returns ``out``."""
@@ -172,15 +171,12 @@ def split_rows(num_rows: int) -> RowSplit | None:
     return RowSplit(main, rest, -(-rest // small_unit) * small_unit) if rest else None
 
 
-def _sum_outer(first: Tensor, second: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Return first.t() @ second, or with ``add`` their sum with ``out``, in ``out`` if it is given."""
+def _sum_outer(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return first.t() @ second, added to ``out`` if it is given."""
     parts = split_rows(len(first)) if first.device.type == "cpu" else None
     whole = slice(None if parts is None else parts.main)
-    if add:
-        assert out is not None
-        out.addmm_(first[whole].t(), second[whole])
-    else:
-        out = torch.mm(first[whole].t(), second[whole], out=out)
+    factors = first[whole].t(), second[whole]
+    out = torch.mm(*factors) if out is None else out.addmm_(*factors)
     if parts is not None:
         padding = (0, 0, 0, parts.padded_rest - parts.rest)
         first, second = (torch.nn.functional.pad(factor[parts.main :], padding) for factor in (first, second))

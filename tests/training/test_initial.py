@@ -53,11 +53,11 @@ def test_the_same_corpus_goes_on_at_its_perplexity(small: Prepared, model: Path,
         run = train_alone(small, tmp_path / f"from {kind}", "--init-from", str(source), *NOTHING)
         found = evaluate_alone(run, tmp_path / f"{kind}.json")["mean_perplexity"]
         assert found == pytest.approx(wanted, rel=1e-5), kind
-    options = ("--epochs", "1", "--report-every", "7")
+    options = ("--epochs", "1", "--report-every", "7", "--dense-optimizer", "adagrad")
     longer = train_alone(small, tmp_path / "longer", "--init-from", str(tmp_path / "elmo"), *options)
     anew = train_alone(small, tmp_path / "anew", *options)
     losses = [records(run, "train")[0]["train/loss_nats"] for run in (longer, anew)]
-    assert losses[0] < losses[1] - 0.05, losses
+    assert losses[0] < losses[1] - 0.1, losses
 
 
 def test_rows_of_shared_words_are_taken_over(other: Prepared, model: Path, drive: Drive, tmp_path: Path) -> None:
