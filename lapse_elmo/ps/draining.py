@@ -27,7 +27,9 @@ def drain(world: World, requests: Requests, manager: Manager | None) -> None:
     while True:
         counts = np.array([requests.sent, requests.handled, 0], np.int64)
         if manager is not None:
-            counts += [manager.mailbox.sent, manager.handled, manager.pending]
+            while (of_manager := manager.counts()) is None:
+                backoff.wait()
+            counts += of_manager
         world.sum_(counts)
         if counts[0] == handled_before and not counts[2]:
             return

@@ -189,7 +189,7 @@ class EmbeddedServer(ParameterServer):
         elsewhere[self._rows[segment.name].set(rows, values.numpy())] = True
         missing = np.flatnonzero(elsewhere)
         if missing.size:
-            # Through this node's manager, which keeps the order with its deltas; see Manager._on_set.
+            # Through this node's manager, which keeps the order with its deltas; see Service.on_set.
             ticket = self._ticket(RowsCall(missing.size))
             for chunk in self._requests.ring_chunks(missing.size, 16 + 4 * segment.row_width):
                 some = missing[chunk]

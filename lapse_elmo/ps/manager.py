@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lapse_elmo.ps.directory import NO_NODE, update_stamps
+from lapse_elmo.ps.directory import update_stamps
 from lapse_elmo.ps.intents import Intents
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.messages import (
@@ -38,7 +38,6 @@ from lapse_elmo.ps.messages import (
     Refresh,
     Relocate,
     Replicate,
-    Rows,
     Set,
     SetDone,
     Stop,
@@ -49,7 +48,8 @@ from lapse_elmo.ps.messages import (
 from lapse_elmo.ps.moves import Moves
 from lapse_elmo.ps.node_state import SegmentState
 from lapse_elmo.ps.rounds import Rounds
-from lapse_elmo.ps.routing import Router, complement
+from lapse_elmo.ps.routing import Router
+from lapse_elmo.ps.service import Service
 from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address, Backoff
 from lapse_elmo.ps.wire import chunks, new
 
@@ -81,7 +81,8 @@ class Manager:
         leaders: Sequence[int], clocks: np.ndarray, synced: np.ndarray,
     ) -> None:
         self.mailbox, self.states, self.node = mailbox, states, node
-        self.handled = 0  # messages; compared with those sent to determine whether any is in transit
+        self._handled = 0  # messages
+        self._steps = 0  # number of times that a step has begun or ended: odd during a step
         self.stopping = self._halted = self._frozen = False
         self._flushed_s = mailbox.transport.now()  # when wants and small messages were last sent
         self._backoff = backoff
@@ -95,11 +96,14 @@ class Manager:
             states, node, len(leaders), technique, transport, self._send, self._start, self._router, self._rounds,
             self._intents, clocks, self._done,
         )
+        service = Service(
+            states, node, leaders[node], mailbox, self._send, self._router, self._rounds, self._done
+        )
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
-            Intent: self._on_intent, Localize: self._moves.on_localize, Set: self._on_set, Flush: self._on_flush,
+            Intent: self._on_intent, Localize: self._moves.on_localize, Set: service.on_set, Flush: self._on_flush,
             Freeze: self._on_freeze, Stop: self._on_stop,
-            Pull: lambda m: self._job(Address(m.origin, TO_WORKER), self._serve_pull(m)),
-            Push: self._on_push, HolderPush: self._on_holder_push, SetDone: self._on_set_done,
+            Pull: lambda m: self._job(Address(m.origin, TO_WORKER), service.serve_pull(m)),
+            Push: service.on_push, HolderPush: service.on_holder_push, SetDone: service.on_set_done,
             Want: self._moves.on_want,
             Relocate: self._moves.on_relocate, Replicate: self._moves.on_replicate, Moved: self._on_moved,
             Drop: self._on_drop, Deltas: self._on_deltas, Expiring: self._on_expiring, Refresh: self._rounds.on_refresh,
@@ -128,13 +132,14 @@ class Manager:
 
     def step(self) -> bool:
         """Handle messages, start what is due and advance jobs, without blocking; return whether anything was done."""
+        self._steps += 1
         busy = False
         for _ in range(_MESSAGES_PER_STEP):
             message = None if self.stopping else self.mailbox.receive()
             if message is None:
                 break
             self._handle(message)
-            self.handled += 1
+            self._handled += 1
             busy = True
         for message in self._router.take_queued():
             self._handle(message)
@@ -153,12 +158,23 @@ class Manager:
         if flush_due:
             self._moves.send_moved()
         self.mailbox.flush(urgent_only=not flush_due)
+        self._steps += 1
         return busy
 
     @property
     def pending(self) -> int:
-        """Number of answers still owed for handled messages; ``drain`` waits until it is 0."""
+        """Number of answers still owed for handled messages."""
         return sum(map(len, self._jobs.values())) + self._moves.num_pending_wants + self._moves.num_unreported
+
+    def counts(self) -> tuple[int, int, int] | None:
+        """Return the numbers of messages sent, of messages handled and of answers pending, for another thread.
+
+        None during a step, or if one began while they were read: numbers of different moments could miss a message that
+        was pending when the first was read and sent when the last was.
+        """
+        before = self._steps
+        counts = self.mailbox.sent, self._handled, self.pending
+        return counts if before % 2 == 0 and self._steps == before else None
 
     def _handle(self, message: Message) -> None:
         self._handlers[type(message)](message)
@@ -194,113 +210,7 @@ class Manager:
             return False
         return transport.outgoing_bytes(to) < _MAX_OUTGOING_BYTES
 
-    # Requests of workers
-
-    def _serve_pull(self, message: Pull) -> Iterator[None]:
-        """Answer a `Pull` of a worker of any other node, chunk by chunk; forward or queue rows not owned here.
-
-        Each chunk is looked up when its turn comes, since rows may move while the job waits for room. The worker
-        matches values with `Rows` messages by order alone: this relies on FIFO order, and on one job per receiver.
-        """
-        state = self.states[message.segment]
-        for chunk in chunks(message.rows.size, message.num_floats):
-            some = self._router.select_owned(message, chunk)
-            if not some.rows.size:
-                continue
-            stamps = state.stamps[some.rows] if message.forwarded else some.rows[:0]
-            self.mailbox.send(Address(message.origin, TO_WORKER), new(
-                Rows, segment=message.segment, sender=self._leaders[self.node], ticket=message.ticket, rows=some.rows,
-                stamps=stamps, indices=some.indices,
-            ))
-            block = self.mailbox.transport.allocate(4 * some.rows.size * message.num_floats)
-            values = block.view(np.float32).reshape(some.rows.size, message.num_floats)
-            state.rows.pull(some.rows, values)
-            self.mailbox.send_values(message.origin, values)
-            state.stats.served_rows += some.rows.size
-            state.stats.sent_bytes += values.nbytes + 24 * some.rows.size
-            yield
-
-    def _on_push(self, message: Push) -> None:
-        """Apply a `Push` of another node's worker to the rows owned here; forward or queue the rest.
-
-        Guarantees that a row is changed before the `Done` that counts it is sent. Rows that the worker's node holds
-        replicas of are returned to that node as `HolderPush`, which is sent after the `Replicate` of these rows and,
-        by FIFO order, arrives after it.
-        """
-        state = self.states[message.segment]
-        message = self._router.select_owned(message)
-        if not message.rows.size:
-            return
-        # The worker's next pull may read the replica, which must show this push: apply it there instead of here.
-        held = state.holders.is_held_by(message.rows, message.node)
-        if held.any():
-            back = np.flatnonzero(held)
-            self._send(message.node, new(
-                HolderPush, segment=message.segment, node=message.node, origin=message.origin, ticket=message.ticket,
-                rate=message.rate, rows=message.rows[back], values=message.values[back],
-            ))
-            rest = np.flatnonzero(~held)
-            if not rest.size:
-                return
-            rows, values = message.rows[rest], message.values[rest]
-        else:
-            rows, values = message.rows, message.values
-        state.rows.push(rows, values, message.rate)
-        state.stats.served_rows += rows.size
-        self._done(message.origin, message.ticket, rows.size)
-
-    def _on_holder_push(self, message: HolderPush) -> None:
-        """Apply a push of this node's worker that its owner returned because the rows are replicated here.
-
-        Relies on the `Replicate` of the rows having arrived before. A replica that has been dropped in the meantime is
-        missing: its push is sent to the owner again, after the `Drop`.
-        """
-        state = self.states[message.segment]
-        missing = state.rows.push(message.rows, message.values, message.rate)
-        self._done(message.origin, message.ticket, message.rows.size - missing.size)
-        if missing.size:
-            self._rounds.send_drops()  # else the owner, for whom this node holds them, would return the push again
-            rows = message.rows[missing]
-            self._router.route(new(
-                Push, segment=message.segment, node=message.node, origin=message.origin, ticket=message.ticket,
-                rate=message.rate, rows=rows, stamps=state.stamps[rows], values=message.values[missing],
-            ))
-
-    def _on_set(self, message: Set) -> None:
-        """Overwrite the main copies here; forward the rest to its owners.
-
-        A worker sends a `Set` to its own manager first, which overwrites the node's replica and forwards it. So the
-        `Set` reaches the owner after the `Deltas` that the node has sent to it before, which would otherwise be added
-        to the new value. Guarantees a `SetDone` to the worker's manager after the main copy is overwritten.
-        """
-        state = self.states[message.segment]
-        missing = state.set_rows(message.rows, message.values)
-        held = missing[state.replica_owner[message.rows[missing]] != NO_NODE]
-        if held.size and message.node == self.node:
-            state.rows.overwrite(message.rows[held], message.values[held])
-        here = complement(missing, message.rows.size)
-        if here.size:
-            done = new(
-                SetDone, segment=message.segment, origin=message.origin, ticket=message.ticket, rows=message.rows[here]
-            )
-            if message.node == self.node:
-                self._on_set_done(done)
-            else:
-                self._send(message.node, done)
-        self._router.route(message, missing)
-
-    def _on_set_done(self, message: SetDone) -> None:
-        """Complete a worker's ``set`` once the owners have overwritten the rows.
-
-        Called on the worker's node. If a row is replicated here, the answer waits for a whole round: a `Refresh` in
-        transit, read before the row was overwritten, may put the old value back into the replica. Relies on `SetDone`
-        arriving after a `Replicate` that the same owner sent before it.
-        """
-        state, number = self.states[message.segment], message.rows.size
-        if (state.replica_owner[message.rows] != NO_NODE).any():
-            self._rounds.after_next_round(lambda: self._done(message.origin, message.ticket, number))
-        else:
-            self._done(message.origin, message.ticket, number)
+    # Requests of this node's workers
 
     def _on_intent(self, message: Intent) -> None:
         """Register an intent and request the rows it needs soon; under ``relocation`` it is an async localize."""

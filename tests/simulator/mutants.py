@@ -56,7 +56,7 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "a push to a replicated row stays at the owner", "manager.py",
+        "a push to a replicated row stays at the owner", "service.py",
         "if held.any():\n            back",
         "if False:\n            back",
     ),
@@ -66,12 +66,12 @@ MUTANTS = (
         "outdated",
     ),
     Mutant(
-        "set leaves the replica of its node as it is", "manager.py",
-        "if held.size and message.node == self.node:",
+        "set leaves the replica of its node as it is", "service.py",
+        "if held.size and message.node == self._node:",
         "if False:",
     ),
     Mutant(
-        "set is done before replicas show it", "manager.py",
+        "set is done before replicas show it", "service.py",
         "if (state.replica_owner[message.rows] != NO_NODE).any():",
         "if False:",
     ),
@@ -282,7 +282,7 @@ MUTANTS = (
         "len((state.number, message.rows",
     ),
     Mutant(
-        "drops wait while pushes come back", "manager.py",
+        "drops wait while pushes come back", "service.py",
         "            self._rounds.send_drops()  # else",
         "            # else",
     ),
