@@ -29,6 +29,9 @@ _ROW_INDEX_BYTES = 45  # bookkeeping of every node for each row of a table, wher
 _CHUNK_BYTES = 1 << 24  # a node reserves memory for rows in chunks of this size (lapse_elmo/ps/node_state.py)
 _CHUNK_TARGETS = 256  # targets whose logits are in memory at the same time
 _STATE_ARRAYS = {"adam": 2, "adagrad": 1, "sgd": 0}  # numbers of the dense optimizer per parameter
+# Numbers that a position keeps per cell for the backward pass: gates and cells, in float32; AllenNLP's LSTM keeps more.
+_CELL_NUMBERS = {"fused": 5, "allennlp": 8}
+_COMPILED_BYTES = 40 << 20  # code that oneDNN compiles for the shapes of products, and what the allocator keeps
 _CGROUPS = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60
 
@@ -66,7 +69,7 @@ class Estimate:
         shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and, if a
             node's ranks share them, dense parameters with optimizer state, and copies of all gradients.
         dense: Dense gradients of this rank, and the parameters with optimizer state if it has copies of its own.
-        activations: Activations of a long batch, with the rows it pulls.
+        activations: Activations of a long batch, with the rows it pulls, and what libraries compile for it.
         copy: The copy that a checkpoint is written from, until it is written.
         libraries: What the process had allocated before.
     """
@@ -100,14 +103,15 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     room = _room_bytes(config, num_classes, positions, world)
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
     shared += nodes_here * in_node * 4 * copies * num_dense
-    lstm = positions * 2 * model.num_layers * (8 * model.cell_size + 4 * size)
+    lstm = positions * 2 * model.num_layers * (_CELL_NUMBERS[model.lstm] * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + positions) + min(num_classes, positions)
     # The ranks of a node share copies of their gradients.
     shared += in_node * world.host_size * 4 * (num_dense + 9 * pulled * (size + 1) // 8)
     row_copies = 3 + config.training.accumulate
     softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + row_copies * pulled * (size + 1)
     return Estimate(
-        rows, shared, 4 * num_dense * (1 if in_node else 2 + 2 * copies), 4 * (lstm + softmax + 8 * positions * size),
+        rows, shared, 4 * num_dense * (1 if in_node else max(2 + copies, 4)),
+        4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES,
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 

@@ -13,6 +13,7 @@ from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.memory import check_memory, dense_size, estimate
+from lapse_elmo.model.optimizers import DenseRule
 from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import build_model
 from lapse_elmo.ps import node_state
@@ -25,6 +26,11 @@ from tests.training.corpora import TINY, Prepared, prepare, random_sentences
 @pytest.fixture
 def shards(small: Prepared) -> ShardSet:  # noqa: F811
     return ShardSet.open(small.shards)
+
+
+@pytest.mark.parametrize("kind", memory._STATE_ARRAYS)
+def test_the_state_of_the_dense_optimizer_is_counted_as_it_is(kind: str) -> None:
+    assert memory._STATE_ARRAYS[kind] == len(DenseRule(kind).initial_state)
 
 
 def config_of(*options: str) -> Config:
