@@ -41,5 +41,7 @@ launch() {
   done
   trap - USR1 TERM
   if (($(stalls) > before)); then status=76; fi
+  # A warning that reaches the launcher or a rank before it handles USR1 ends it (128 + 10); nothing had been trained yet.
+  if ((warned && status == 138)); then status=75; fi
   return "$status"
 }
