@@ -69,7 +69,8 @@ class Estimate:
         shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and, if a
             node's ranks share them, dense parameters with optimizer state, and copies of all gradients.
         dense: Dense gradients of this rank, and the parameters with optimizer state if it has copies of its own.
-        activations: Activations of a long batch, with the rows it pulls, and what libraries compile for it.
+        activations: Activations of a long batch, with the rows it pulls, what libraries compile for it, and the rank's
+            sentences if they are kept in memory.
         copy: The copy that a checkpoint is written from, until it is written.
         libraries: What the process had allocated before.
     """
@@ -111,7 +112,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + row_copies * pulled * (size + 1)
     return Estimate(
         rows, shared, 4 * num_dense * (1 if in_node else max(2 + copies, 4)),
-        4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES,
+        4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES + shards.kept_bytes(world.size),
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 

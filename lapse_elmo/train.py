@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lapse_elmo import checkpoint
 from lapse_elmo.ahead import read_ahead
+from lapse_elmo.batches import WorkerPart
 from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
@@ -116,6 +118,7 @@ class Training:
         self.stop = stop
         self.run_dir = Path(config.run.run_dir)
         self.cursor = Cursor(config, world, data.train, start.cursor)
+        self._keep_sentences()
         self.state = world.together(lambda: RunState.of(start.manifest["state"]) if start.manifest else RunState())
         if math.isinf(self.state.watch.bound):
             unigram = unigram_perplexity(data.train, data.heldout, config.data.boundaries, world)
@@ -134,6 +137,16 @@ class Training:
         self.saver = open_saver(self.run_dir, world, start, config.run.keep_checkpoints)
         self.saved_s = time.monotonic()
         self.start = start
+
+    def _keep_sentences(self) -> None:
+        """Read this rank's sentences of both splits into memory, unless there are very many of them.
+
+        A run that has them needs no shard any more, except where it resumes within an epoch with another number of
+        ranks, which share out what is left of it.
+        """
+        heldout = WorkerPart.of(self.data.heldout.num_sentences, self.world.rank, self.world.size)
+        for shards, part in ((self.data.train, self.cursor.part), (self.data.heldout, heldout)):
+            self.world.together(partial(shards.keep, part.first, part.end, self.world.size))
 
     def announce(self, memory: tuple[str, ...]) -> None:
         """Log who does what, and what is about to be trained."""

@@ -6,14 +6,16 @@ Sentences are numbered globally, in the order of the shards: first those of shar
 from __future__ import annotations
 
 import glob
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, shard_name
+from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, ranges, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
 from lapse_elmo.errors import CorpusError
 
@@ -23,8 +25,28 @@ if TYPE_CHECKING:
 __all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "find_shards", "shard_name"]
 
 _COUNT_TOKENS = 1 << 20  # tokens per read when counting
+_MOST_KEPT_BYTES = 1 << 28  # of a rank's part of the corpus: two ranks that share a billion words read them from files
 
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Sentences in memory: number ``first + i`` is ``tokens[offsets[i]:offsets[i + 1]]``."""
+
+    first: int
+    tokens: np.ndarray  # int32
+    offsets: np.ndarray  # int64
+
+    def has(self, indices: np.ndarray) -> bool:
+        """Return whether all of ``indices`` (n,), ascending and not empty, are here."""
+        return bool(self.first <= indices[0] and indices[-1] < self.first + len(self.offsets) - 1)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what :meth:`ShardSet.read` does."""
+        starts = self.offsets[indices - self.first]
+        lengths = self.offsets[indices - self.first + 1] - starts
+        return self.tokens[ranges(starts, lengths)], np.cumsum(np.concatenate([[0], lengths]))
 
 
 class ShardSet:
@@ -54,6 +76,7 @@ class ShardSet:
         self.vocabulary_sha256 = headers[0].vocabulary_sha256
         self.set_sha256 = headers[0].set_sha256
         self._starts = np.cumsum([0] + [header.num_sentences for header in headers])
+        self._kept: _Kept | None = None
 
     @classmethod
     def open(
@@ -129,6 +152,8 @@ class ShardSet:
             assert indices.min() >= 0, "negative sentence number"
             assert indices.max() < self.num_sentences, "sentence number out of range"
             assert (np.diff(indices) >= 0).all(), "sentence numbers must ascend"
+            if self._kept is not None and self._kept.has(indices):
+                return self._kept.read(indices)
         cuts = np.searchsorted(indices, self._starts)
         tokens, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
         for number, file in enumerate(self._files):
@@ -139,6 +164,28 @@ class ShardSet:
                 lengths.append(shard_lengths)
         return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
 
+    def keep(self, first: int, end: int, num_parts: int) -> None:
+        """Read this rank's part of the set into memory, so that later reads of it need no file.
+
+        Does nothing if :meth:`kept_bytes` is 0.
+
+        Args:
+            first: First sentence of the part. The parts of all ranks make up the set.
+            end: End of the part.
+            num_parts: Number of ranks, which have parts of nearly the same size.
+
+        Raises:
+            CorpusError: The data of a file, which the message names, is damaged.
+        """
+        if self.kept_bytes(num_parts):
+            self._kept = _Kept(first, *self.read(np.arange(first, end)))
+            self.close()
+
+    def kept_bytes(self, num_parts: int) -> int:
+        """Return the memory that one of ``num_parts`` equal parts of the set takes; 0 if it is too much to be kept."""
+        num_bytes = (4 * self.num_tokens + 8 * self.num_sentences) // num_parts
+        return num_bytes if num_bytes <= _MOST_KEPT_BYTES else 0
+
     def shards_of(self, first: int, end: int) -> range:
         """Return the numbers of the shards that hold the sentences [``first``, ``end``)."""
         if first >= end:
@@ -148,7 +195,7 @@ class ShardSet:
         )
 
     def unigram_counts(self, world: World) -> np.ndarray:
-        """Count how often each id occurs (collective). Each rank counts a part of the tokens.
+        """Count how often each id occurs (collective). Each rank counts a part, the one that it keeps if any.
 
         Returns:
             The counts, (V + 1,) int64, equal on all ranks.
@@ -157,16 +204,17 @@ class ShardSet:
             CorpusError: The data of a file, which the message names, is damaged.
         """
         counts = np.zeros(self.vocabulary_size + 1, np.int64)
-        number = 0
-        for file in self._files:
-            for start in range(0, file.header.num_tokens, _COUNT_TOKENS):
-                if number % world.size == world.rank:
-                    tokens = file.tokens(start, min(start + _COUNT_TOKENS, file.header.num_tokens))
-                    counts += np.bincount(tokens, minlength=len(counts))
-                    world.progress.work_done()
-                number += 1
+        for tokens in (self._kept.tokens,) if self._kept is not None else self._chunks_of(world):
+            counts += np.bincount(tokens, minlength=len(counts))
+            world.progress.work_done()
         world.sum_(counts)
         return counts
+
+    def _chunks_of(self, world: World) -> Iterator[np.ndarray]:
+        """Read every chunk of ``_COUNT_TOKENS`` tokens on one of the ranks."""
+        chunks = ((file, start) for file in self._files for start in range(0, file.header.num_tokens, _COUNT_TOKENS))
+        for file, start in itertools.islice(chunks, world.rank, None, world.size):
+            yield file.tokens(start, min(start + _COUNT_TOKENS, file.header.num_tokens))
 
     def close(self) -> None:
         """Close all files. A later read opens them again."""

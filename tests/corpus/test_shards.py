@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapse_elmo.corpus import shard_file
+from lapse_elmo.corpus import shards as shards_module
 from lapse_elmo.corpus.shards import Header, ShardFile, ShardSet, ShardWriter, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CorpusError
@@ -75,6 +76,14 @@ def test_round_trip(
             assert dict(enumerate(shards.unigram_counts(solo()).tolist())) == {n: expected[n] for n in range(8)}
             for path in shards.paths:
                 ShardFile(path).verify()
+            first = data.draw(st.integers(0, len(ordered) - 1))
+            end = data.draw(st.integers(first, len(ordered)))
+            shards.keep(first, end, 1)
+            again = shards.read(np.array(wanted, np.int64))
+            assert [array.tolist() for array in again] == [tokens.tolist(), offsets.tolist()]
+            assert [array.dtype for array in again] == [np.int32, np.int64]
+            kept = Counter(token for sentence in ordered[first:end] for token in sentence)
+            assert dict(enumerate(shards.unigram_counts(solo()).tolist())) == {n: kept[n] for n in range(8)}
 
 
 def test_same_calls_same_bytes(tmp_path: Path) -> None:
@@ -240,6 +249,14 @@ def test_a_rank_that_is_told_the_headers_opens_what_it_reads(tmp_path: Path, mon
         for _ in range(2):
             assert shards.read(np.array([3]))[0].tolist() == [7]
         assert opened == [shards.paths[3]]
+        shards.keep(2, 4, 8)
+        assert opened == [shards.paths[3], shards.paths[2]]
+        shards.close()
+        for _ in range(2):
+            assert shards.read(np.array([2, 3]))[0].tolist() == [6, 7]
+        assert len(opened) == 2, "what is kept was read from a file"
+        monkeypatch.setattr(shards_module, "_MOST_KEPT_BYTES", 5)
+        assert shards.kept_bytes(8) == 0 < shards.kept_bytes(16)
     write_set(tmp_path / "set", [[4], [4], [4], [4]], num_shards=4, name="another")
     with pytest.raises(CorpusError, match=r"train-00001-of-00004.h5 has been replaced by a shard of another set"):
         shards.read(np.array([1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -77,6 +78,17 @@ def test_a_signal_saves_and_the_run_goes_on(
     manifest = checkpoint.read_manifest(checkpoints(run_dir)[-1])
     assert 5 <= manifest["step"] < 26 and len(checkpoints(run_dir)) <= 3
     with train_job(2, small, run_dir, *OPTIONS) as job:
+        ended = job.wait(LIMIT_S)
+    assert ended.returncode == 0, ended.output
+    assert_same_run(undisturbed, run_dir)
+
+
+def test_a_run_needs_its_shards_only_at_the_start(small: Prepared, undisturbed: Path, tmp_path: Path) -> None:
+    shards, run_dir = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(small.shards, shards)
+    with train_job(2, dataclasses.replace(small, shards=shards), run_dir, *OPTIONS) as job:
+        wait_until(has_checkpoint(run_dir, 5), job)
+        shutil.rmtree(shards)
         ended = job.wait(LIMIT_S)
     assert ended.returncode == 0, ended.output
     assert_same_run(undisturbed, run_dir)
