@@ -1,4 +1,4 @@
-"""Every C source under AddressSanitizer and UndefinedBehaviorSanitizer, in the tests that compare it with its twin."""
+"""Every C source under AddressSanitizer and UndefinedBehaviorSanitizer, in tests that compare it with the fallback."""
 
 from __future__ import annotations
 

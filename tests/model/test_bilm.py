@@ -143,10 +143,10 @@ def test_initial_values(scheme: str) -> None:
     same = [BiLM(replace(options, lstm=lstm), torch.Generator().manual_seed(2)) for lstm in ("fused", "allennlp")]
     assert torch.equal(before, torch.random.get_rng_state())
     other = BiLM(options, torch.Generator().manual_seed(3))
-    for (name, value), twin, third in zip(
+    for (name, value), second, third in zip(
         same[0].named_parameters(), same[1].parameters(), other.parameters(), strict=True
     ):
-        assert torch.equal(value, twin), name
+        assert torch.equal(value, second), name
         if value.dim() == 1:
             assert torch.equal(value, (torch.arange(256) // 64 == 1).float())
         else:

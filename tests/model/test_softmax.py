@@ -105,11 +105,11 @@ def test_all_rows_as_samples_are_the_full_softmax() -> None:
     context, weight, bias = leaves(30, 25)
     loss = sampled_softmax_nll(context, weight, bias, target, every, None, chunk=7)
     loss.backward()
-    twins = leaves(30, 25)
-    expected = torch.nn.functional.cross_entropy(twins[0] @ twins[1].t() + twins[2], target, reduction="sum")
+    copies = leaves(30, 25)
+    expected = torch.nn.functional.cross_entropy(copies[0] @ copies[1].t() + copies[2], target, reduction="sum")
     expected.backward()
     found = [loss.detach(), context.grad, weight.grad, bias.grad]
-    torch.testing.assert_close(found, [expected.detach(), *(v.grad for v in twins)], **TOLERANCE)
+    torch.testing.assert_close(found, [expected.detach(), *(v.grad for v in copies)], **TOLERANCE)
 
 
 def test_gradcheck() -> None:

@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "adaptive-2-1": ("adaptive", 2, 1, {}),
     "adaptive-4-1": ("adaptive", 4, 1, {}),
     # rows under kernel locks, without rows.c; every rank is worker and manager
-    "adaptive-2-2-twin": ("adaptive", 2, 2, {"env": {SWITCH: "0"}}),
+    "adaptive-2-2-no-kernels": ("adaptive", 2, 2, {"env": {SWITCH: "0"}}),
     # workers and a manager in different ranks, and a rendezvous for messages above some tens of KB
     "adaptive-4-2-no-cma": ("adaptive", 4, 2, {"env": CMA_OFF}),
     # rows that move between more than two nodes, so that requests are forwarded
