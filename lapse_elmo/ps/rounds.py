@@ -63,6 +63,7 @@ class Rounds:
         self.clock_s = 0.0  # seconds that the slowest worker's last clock took
         self._advanced_s = transport.now()
         self._snapshot = clocks.copy()
+        self._snapshot_bytes = self._snapshot.tobytes()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
         self._expiring: list[list[np.ndarray]] = [[] for _ in states]  # rows sent as `Expiring` in this round
         self._kept: list[np.ndarray] = [np.empty(0, np.int64) for _ in states]  # of those, rows that were not dropped
@@ -92,6 +93,7 @@ class Rounds:
         if clocks.min() > self._snapshot.min():
             self.clock_s, self._advanced_s = now - self._advanced_s, now
         self._running, self._started_s, self._snapshot = True, now, clocks
+        self._snapshot_bytes = clocks.tobytes()
         self._actions, self._next_actions = self._next_actions, []
         self.send_drops()
         replicas = self._replicas_by_owner()
@@ -112,11 +114,14 @@ class Rounds:
         since = self._transport.now() - self._started_s
         if since < _SHORTEST_S:
             return False
-        if self._next_actions or since >= self._pause_s or self._clocks.min() > self._snapshot.min():
+        if self._next_actions or since >= self._pause_s:
+            return True
+        if self._clocks.tobytes() == self._snapshot_bytes:  # called at every poll: much cheaper than the reductions below
+            return False
+        if self._clocks.min() > self._snapshot.min():
             return True
         shortest_s, longest_s = _STRAGGLERS_S
-        wait_s = min(max(_STRAGGLER_SHARE * self.clock_s, shortest_s), longest_s)
-        return since >= wait_s and bool((self._clocks != self._snapshot).any())
+        return since >= min(max(_STRAGGLER_SHARE * self.clock_s, shortest_s), longest_s)
 
     def _replicas_by_owner(self) -> dict[int, list[tuple[SegmentState, np.ndarray]]]:
         """Return the replicas on this node: by owner, the segments and their rows."""
