@@ -144,6 +144,9 @@ def forecast_lines(config: Config, world: World, data: TrainingData, device: Dev
             f"{shape.local_size} ranks: plan fewer"
         ).on_every_rank()
     memory = estimate(config, data.vocabulary.size, data.train, shape)  # before the trial, which takes memory itself
+    if shape.num_nodes > 1 and world.size > 1:
+        # As several nodes, so that managers and the sums between nodes take their share of the processors here, too.
+        world.split(min(max(world.size // shape.local_size, 2), shape.num_nodes))
     trial = run_trial(config, world, data, device)
     return tuple(_lines(config, forecast(config, data, shape, trial, memory), trial))
 
@@ -155,7 +158,8 @@ def _lines(config: Config, plan: Forecast, trial: Trial) -> list[str]:
     bound = "" if plan.step_s > plan.network_s else "; the network is the limit"
     return [
         f"plan for {plan.shape.num_nodes} nodes of {ranks} ranks, {config.plan.network_gbit:g} Gbit/s and "
-        f"{config.plan.network_us:g} us between nodes, from {trial.num_steps} steps of {trial.num_ranks} ranks here:",
+        f"{config.plan.network_us:g} us between nodes, from {trial.num_steps} steps of {trial.num_ranks} ranks here"
+        f"{f' as {trial.num_nodes} nodes' if trial.num_nodes > 1 else ''}:",
         f"  memory per node: {plan.node_bytes / 1e9:.2f} GB: {memory.shared / 1e9:.2f} shared, {ranks} ranks "
         f"with {memory.dense / 1e9:.2f} dense, {memory.activations / 1e9:.2f} activations, {memory.copy / 1e9:.2f} for "
         f"checkpoints, {memory.libraries / 1e9:.2f} libraries each",

@@ -28,6 +28,7 @@ class Trial:
 
     Attributes:
         num_ranks: Ranks of the trial, all on one machine.
+        num_nodes: Nodes that they were split into.
         num_steps: Steps that were measured.
         seconds: Seconds by phase: pull, compute, agree, push, and other (between the steps); those that grow with the
             batch (all but ``agree`` and ``other``) are scaled from the words of each step to ``tokens``.
@@ -35,6 +36,7 @@ class Trial:
     """
 
     num_ranks: int
+    num_nodes: int
     num_steps: int
     seconds: dict[str, float]
     tokens: float
@@ -68,7 +70,7 @@ def run_trial(config: Config, world: World, data: TrainingData, device: Device) 
     parameters.server.close()
     tokens = training.batch_size * training.accumulate * sentence_tokens(config, data.train)
     measured = results[_WARM_UP_STEPS:]
-    return Trial(world.size, len(measured), _mean_seconds(measured, world, tokens), tokens)
+    return Trial(world.size, world.num_nodes, len(measured), _mean_seconds(measured, world, tokens), tokens)
 
 
 def _mean_seconds(results: list[StepResult], world: World, tokens: float) -> dict[str, float]:

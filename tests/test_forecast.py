@@ -23,7 +23,7 @@ from lapse_elmo.trial import Trial
 from tests.mpi import mpirun
 from tests.training.corpora import TINY, Prepared, prepare, random_sentences
 
-TRIAL = Trial(1, 5, {"pull": 0.1, "compute": 1.0, "agree": 0.2, "push": 0.1, "other": 0.0}, 200.0)
+TRIAL = Trial(1, 1, 5, {"pull": 0.1, "compute": 1.0, "agree": 0.2, "push": 0.1, "other": 0.0}, 200.0)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,13 @@ def test_a_slow_network_is_the_limit(data: TrainingData) -> None:
 
 
 def test_tables_are_divided_among_the_nodes(data: TrainingData) -> None:
-    """Rows and their copies in checkpoints; gradients and activations are there per rank."""
+    """Rows, their copies in checkpoints, and sentences; gradients and activations are there per rank."""
     config = Config(model=ModelConfig("original"))
     data = dataclasses.replace(data, vocabulary=dataclasses.replace(data.vocabulary, size=800_000))
     one, many = (of(config, data, PlannedShape(nodes, 4)).memory for nodes in (1, 64))
     assert many.rows == one.rows and many.shared < one.shared / 3
-    assert (many.dense, many.activations) == (one.dense, one.activations)
+    kept = data.train.kept_bytes(4) - data.train.kept_bytes(4 * 64)
+    assert kept > 0 and (many.dense, many.activations + kept) == (one.dense, one.activations)
 
 
 def test_max_steps_bound_the_run(data: TrainingData) -> None:
@@ -94,7 +95,7 @@ def test_the_plan_is_printed_and_nothing_written(corpus: Prepared, tmp_path: Pat
     job = mpirun(2, ["bin/train", *options, "--plan-nodes", "8"])
     assert job.returncode == 0, job.output
     assert "plan for 8 nodes of 2 ranks, 100 Gbit/s and 10 us between nodes" in job.stdout
-    assert "from 20 steps of 2 ranks here:" in job.stdout
+    assert "from 20 steps of 2 ranks here as 2 nodes:" in job.stdout
     step = re.search(r"seconds per step: ([\d.]+): (.*); the link", job.stdout)
     assert step, job.output
     phases = dict(re.findall(r"([a-z ]+) (-?[\d.]+)(?:, |$)", step[2]))
