@@ -116,7 +116,7 @@ class Rounds:
             return False
         if self._next_actions or since >= self._pause_s:
             return True
-        if self._clocks.tobytes() == self._snapshot_bytes:  # called at every poll: much cheaper than the reductions below
+        if self._clocks.tobytes() == self._snapshot_bytes:  # at every poll: cheaper than what follows
             return False
         if self._clocks.min() > self._snapshot.min():
             return True
