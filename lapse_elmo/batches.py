@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lapse_elmo.corpus.shard_file import select
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
 from lapse_elmo.growth import BatchGrowth
@@ -328,11 +329,3 @@ def evaluation_batches(
     for first in range(part.first, part.end, batch_size):
         numbers = np.arange(first, min(first + batch_size, part.end))
         yield make_batch(*shards.read(numbers), numbers, max_length, boundaries)
-
-
-def select(tokens: np.ndarray, offsets: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens and offsets of the sentences ``members``, in the order of ``members``."""
-    lengths = offsets[members + 1] - offsets[members]
-    ends = np.cumsum(lengths)
-    places = np.arange(int(lengths.sum())) + np.repeat(offsets[members] - (ends - lengths), lengths)
-    return tokens[places], np.concatenate([[0], ends])

@@ -334,6 +334,13 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
+def select(tokens: np.ndarray, offsets: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and offsets of the sentences ``members``, in the order of ``members``."""
+    starts = offsets[members]
+    lengths = offsets[members + 1] - starts
+    return tokens[ranges(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)])
+
+
 def _header(file: h5py.File, path: str) -> Header:
     """Read and check the header of an open file. Errors of h5py pass through; the caller handles them."""
     remake = "make the shards again with bin/preprocess shards"

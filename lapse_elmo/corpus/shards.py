@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, ranges, shard_name
+from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, select, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
 from lapse_elmo.errors import CorpusError
 
@@ -44,9 +44,7 @@ class _Kept:
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return what :meth:`ShardSet.read` does."""
-        starts = self.offsets[indices - self.first]
-        lengths = self.offsets[indices - self.first + 1] - starts
-        return self.tokens[ranges(starts, lengths)], np.cumsum(np.concatenate([[0], lengths]))
+        return select(self.tokens, self.offsets, indices - self.first)
 
 
 class ShardSet:
@@ -204,14 +202,18 @@ class ShardSet:
             CorpusError: The data of a file, which the message names, is damaged.
         """
         counts = np.zeros(self.vocabulary_size + 1, np.int64)
-        for tokens in (self._kept.tokens,) if self._kept is not None else self._chunks_of(world):
+        for tokens in self._chunks_of(world):
             counts += np.bincount(tokens, minlength=len(counts))
             world.progress.work_done()
         world.sum_(counts)
         return counts
 
     def _chunks_of(self, world: World) -> Iterator[np.ndarray]:
-        """Read every chunk of ``_COUNT_TOKENS`` tokens on one of the ranks."""
+        """Yield the tokens that this rank counts, at most ``_COUNT_TOKENS`` at a time: those it keeps, if any."""
+        if self._kept is not None:
+            for start in range(0, len(self._kept.tokens), _COUNT_TOKENS):
+                yield self._kept.tokens[start : start + _COUNT_TOKENS]
+            return
         chunks = ((file, start) for file in self._files for start in range(0, file.header.num_tokens, _COUNT_TOKENS))
         for file, start in itertools.islice(chunks, world.rank, None, world.size):
             yield file.tokens(start, min(start + _COUNT_TOKENS, file.header.num_tokens))

@@ -96,9 +96,7 @@ class Manager:
             states, node, len(leaders), technique, transport, self._send, self._start, self._router, self._rounds,
             self._intents, clocks, self._done,
         )
-        service = Service(
-            states, node, leaders[node], mailbox, self._send, self._router, self._rounds, self._done
-        )
+        service = Service(states, node, leaders[node], mailbox, self._send, self._router, self._rounds, self._done)
         self._handlers: dict[type[Message], Callable[[Any], None]] = {
             Intent: self._on_intent, Localize: self._moves.on_localize, Set: service.on_set, Flush: self._on_flush,
             Freeze: self._on_freeze, Stop: self._on_stop,

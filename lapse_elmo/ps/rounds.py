@@ -63,7 +63,6 @@ class Rounds:
         self.clock_s = 0.0  # seconds that the slowest worker's last clock took
         self._advanced_s = transport.now()
         self._snapshot = clocks.copy()
-        self._snapshot_bytes = self._snapshot.tobytes()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
         self._expiring: list[list[np.ndarray]] = [[] for _ in states]  # rows sent as `Expiring` in this round
         self._kept: list[np.ndarray] = [np.empty(0, np.int64) for _ in states]  # of those, rows that were not dropped
@@ -93,7 +92,6 @@ class Rounds:
         if clocks.min() > self._snapshot.min():
             self.clock_s, self._advanced_s = now - self._advanced_s, now
         self._running, self._started_s, self._snapshot = True, now, clocks
-        self._snapshot_bytes = clocks.tobytes()
         self._actions, self._next_actions = self._next_actions, []
         self.send_drops()
         replicas = self._replicas_by_owner()
@@ -116,7 +114,7 @@ class Rounds:
             return False
         if self._next_actions or since >= self._pause_s:
             return True
-        if self._clocks.tobytes() == self._snapshot_bytes:  # at every poll: cheaper than what follows
+        if self._clocks.tobytes() == self._snapshot.tobytes():  # at every poll: cheaper than what follows
             return False
         if self._clocks.min() > self._snapshot.min():
             return True

@@ -133,8 +133,7 @@ def test_job_warned_before_it_starts_goes_back_into_the_queue(cluster: Cluster, 
 def test_job_whose_ranks_cannot_handle_the_warning_yet_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
     """Python takes a moment to start, in which USR1 kills it."""
     program = root / "bin" / "train"
-    late = program.read_text().replace("(signal.SIGUSR1, signal.SIGTERM)", "(signal.SIGTERM,)")
-    program.write_text(late)
+    program.write_text(program.read_text().replace("(signal.SIGUSR1, signal.SIGTERM)", "(signal.SIGTERM,)"))
     number = submit(cluster, root, "--", "wait")
     until_started(cluster, number, root)
     cluster.run("scancel", "--batch", "--signal=USR1", str(number))
