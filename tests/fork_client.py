@@ -33,6 +33,8 @@ def main(address: str, arguments: list[str]) -> int:
     cores = sorted(os.sched_getaffinity(0))
     request = json.dumps([arguments, os.getcwd(), dict(os.environ), cores, files]).encode()
     header = NUMBER.pack(len(request))
+    # Signals wait until they can be forwarded: the program may be running, and be seen to be, before this process is.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
     connection.sendall(request)
     (pid,) = NUMBER.unpack(connection.recv(NUMBER.size, socket.MSG_WAITALL))
@@ -44,6 +46,7 @@ def main(address: str, arguments: list[str]) -> int:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         with contextlib.suppress(OSError):  # those of the C library
             signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     answer = connection.recv(NUMBER.size, socket.MSG_WAITALL)
     if len(answer) < NUMBER.size:
         return 1  # the server has ended, and the program with it
