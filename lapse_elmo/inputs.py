@@ -30,11 +30,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     # O_NONBLOCK: do not wait for the other end of a pipe.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        mode = os.fstat(handle).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is a pipe or a device, not a regular file; copy it to one", os.fspath(path))
+        _require_mode(os.fstat(handle).st_mode, path)
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -45,9 +41,16 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     """Check a file that a library is going to open itself.
 
     Raises:
-        OSError: Where :func:`open_regular` does.
+        OSError: Where :func:`open_regular` does, unless only reading is not allowed.
     """
-    open_regular(path).close()
+    _require_mode(os.stat(path).st_mode, path)  # without opening it: opens of thousands of ranks load a file server
+
+
+def _require_mode(mode: int, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a regular file; copy it to one", os.fspath(path))
 
 
 def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:

@@ -66,11 +66,11 @@ class Estimate:
 
     Attributes:
         rows: All rows of the job, with their accumulators.
-        shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, and, if a
-            node's ranks share them, dense parameters with optimizer state, and copies of all gradients.
+        shared: The machine's share of the rows, replicas of other nodes' rows, the bookkeeping of its nodes, its ranks'
+            sentences if they are kept in memory, and, if a node's ranks share them, dense parameters with optimizer
+            state, and copies of all gradients.
         dense: Dense gradients of this rank, and the parameters with optimizer state if it has copies of its own.
-        activations: Activations of a long batch, with the rows it pulls, what libraries compile for it, and the rank's
-            sentences if they are kept in memory.
+        activations: Activations of a long batch, with the rows it pulls, and what libraries compile for it.
         copy: The copy that a checkpoint is written from, until it is written.
         libraries: What the process had allocated before.
     """
@@ -106,13 +106,14 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     shared += nodes_here * in_node * 4 * copies * num_dense
     lstm = positions * 2 * model.num_layers * (_CELL_NUMBERS[model.lstm] * model.cell_size + 4 * size)
     pulled = min(num_classes, config.softmax.num_samples + positions) + min(num_classes, positions)
+    shared += world.host_size * shards.kept_bytes(world.size)
     # The ranks of a node share copies of their gradients.
     shared += in_node * world.host_size * 4 * (num_dense + 9 * pulled * (size + 1) // 8)
     row_copies = 3 + config.training.accumulate
     softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + row_copies * pulled * (size + 1)
     return Estimate(
         rows, shared, 4 * num_dense * (1 if in_node else max(2 + copies, 4)),
-        4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES + shards.kept_bytes(world.size),
+        4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES,
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 

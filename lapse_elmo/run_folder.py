@@ -48,12 +48,14 @@ class ResumePoint:
         manifest: Its manifest.
         cursor: This rank's position in the corpus.
         notes: Lines for the log.
+        files: The files of the checkpoint that this rank has verified, still open.
     """
 
     path: Path | None = None
     manifest: Manifest = field(default_factory=dict)
     cursor: SavedCursor | None = None
     notes: tuple[str, ...] = ()
+    files: checkpoint.OpenFiles | None = None
 
     @property
     def step(self) -> int:
@@ -146,10 +148,11 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
     else:
         path = world.agree(lambda: checkpoint.find(Path(run.resume)))
         world.agree(lambda: _refuse_later(path, run_dir, run.overwrite))
-        chosen = path, checkpoint.verified(path, world)
+        files = checkpoint.OpenFiles(path)
+        chosen = path, checkpoint.verified(path, world, files), files
     if chosen is None:
         return ResumePoint()
-    path, manifest = chosen
+    path, manifest, files = chosen
     changed = world.agree(lambda: require_same(path, manifest, config, data))
     notes += [f"other options than before: {', '.join(changed)}"] if changed else []
     if any(option.startswith("--row-accumulators") for option in changed):
@@ -162,15 +165,19 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
             f"before, give --dense-optimizer {before})"
         )
     cursor = checkpoint.read_cursor(path, manifest, data.train.num_sentences, world)
-    return ResumePoint(path, manifest, cursor, tuple(notes))
+    return ResumePoint(path, manifest, cursor, tuple(notes), files)
 
 
-def _newest_whole(found: list[Path], notes: list[str], world: World) -> tuple[Path, Manifest] | None:
+def _newest_whole(
+    found: list[Path], notes: list[str], world: World
+) -> tuple[Path, Manifest, checkpoint.OpenFiles] | None:
     """Return the first of ``found`` that is whole, if any; append a line to ``notes`` for each one that is not."""
     for path in found:
+        files = checkpoint.OpenFiles(path)
         try:
-            return path, checkpoint.verified(path, world)
+            return path, checkpoint.verified(path, world, files), files
         except CheckpointError as error:
+            files.close()
             notes.append(f"skipped {path.name}: {error}")
     return None
 
@@ -269,10 +276,16 @@ def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int)
         start: Where the run starts.
         num_newest: How many of the newest checkpoints are kept.
     """
-    if start.path is None or start.path.parent.parent.resolve() != run_dir.resolve():
-        return checkpoint.Saver(run_dir, world, num_newest=num_newest)
-    best = start.manifest["best"]
-    path = checkpoint.path_of(run_dir, best["step"]) if best else None
-    known = (best["perplexity"], path) if path is not None and path.is_dir() else None
-    kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other.name <= start.path.name]
-    return checkpoint.Saver(run_dir, world, kept[-num_newest:], known, num_newest)
+
+    def earlier() -> tuple[list[Path], tuple[float, Path] | None]:
+        """Return the checkpoints that the run keeps, and its best one with its perplexity."""
+        if start.path is None or start.path.parent.parent.resolve() != run_dir.resolve():
+            return [], None
+        best = start.manifest["best"]
+        path = checkpoint.path_of(run_dir, best["step"]) if best else None
+        known = (best["perplexity"], path) if path is not None and path.is_dir() else None
+        kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other.name <= start.path.name]
+        return kept[-num_newest:], known
+
+    kept, known = world.agree(earlier)
+    return checkpoint.Saver(run_dir, world, kept, known, num_newest)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from lapse_elmo import checkpoint
 from lapse_elmo.ahead import read_ahead
-from lapse_elmo.batches import WorkerPart
 from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
+from lapse_elmo.corpus.node_sentences import keep_sentences
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.divergence import MARGIN_NATS, advice
@@ -92,7 +91,7 @@ def train(
     world.agree(lambda: prepare(run_dir, config, start))
     if start.path is not None:
         world.progress.enter("start, reading the checkpoint")
-        checkpoint.restore(start.path, start.manifest, parameters, world)
+        checkpoint.restore(start.path, start.manifest, parameters, world, start.files)
     training = Training(config, world, data, parameters, device, start, stop)
     training.announce(memory)
     status = training.run()
@@ -117,8 +116,8 @@ class Training:
         self.device = device
         self.stop = stop
         self.run_dir = Path(config.run.run_dir)
+        keep_sentences([data.train, data.heldout], world)  # first, so that what follows opens no shard
         self.cursor = Cursor(config, world, data.train, start.cursor)
-        self._keep_sentences()
         self.state = world.together(lambda: RunState.of(start.manifest["state"]) if start.manifest else RunState())
         if math.isinf(self.state.watch.bound):
             unigram = unigram_perplexity(data.train, data.heldout, config.data.boundaries, world)
@@ -137,16 +136,6 @@ class Training:
         self.saver = open_saver(self.run_dir, world, start, config.run.keep_checkpoints)
         self.saved_s = time.monotonic()
         self.start = start
-
-    def _keep_sentences(self) -> None:
-        """Read this rank's sentences of both splits into memory, unless there are very many of them.
-
-        A run that has them needs no shard any more, except where it resumes within an epoch with another number of
-        ranks, which share out what is left of it.
-        """
-        heldout = WorkerPart.of(self.data.heldout.num_sentences, self.world.rank, self.world.size)
-        for shards, part in ((self.data.train, self.cursor.part), (self.data.heldout, heldout)):
-            self.world.together(partial(shards.keep, part.first, part.end, self.world.size))
 
     def announce(self, memory: tuple[str, ...]) -> None:
         """Log who does what, and what is about to be trained."""

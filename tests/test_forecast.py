@@ -75,13 +75,12 @@ def test_a_slow_network_is_the_limit(data: TrainingData) -> None:
 
 
 def test_tables_are_divided_among_the_nodes(data: TrainingData) -> None:
-    """Rows, their copies in checkpoints, and sentences; gradients and activations are there per rank."""
+    """Rows and their copies in checkpoints are; gradients and activations are there per rank."""
     config = Config(model=ModelConfig("original"))
     data = dataclasses.replace(data, vocabulary=dataclasses.replace(data.vocabulary, size=800_000))
     one, many = (of(config, data, PlannedShape(nodes, 4)).memory for nodes in (1, 64))
     assert many.rows == one.rows and many.shared < one.shared / 3
-    kept = data.train.kept_bytes(4) - data.train.kept_bytes(4 * 64)
-    assert kept > 0 and (many.dense, many.activations + kept) == (one.dense, one.activations)
+    assert (many.dense, many.activations) == (one.dense, one.activations)
 
 
 def test_max_steps_bound_the_run(data: TrainingData) -> None:

@@ -27,7 +27,7 @@ The directory is written under a hidden name, flushed and renamed, so that a dir
 ``RUN/best`` is a symbolic link to the checkpoint with the lowest held-out perplexity.
 """
 
-from lapse_elmo.checkpoint.checksums import check_files, verified
+from lapse_elmo.checkpoint.checksums import OpenFiles, check_files, verified
 from lapse_elmo.checkpoint.folder import BEST, FOLDER, candidates, find, path_of, prune
 from lapse_elmo.checkpoint.manifest import (
     MANIFEST,
@@ -44,7 +44,7 @@ from lapse_elmo.checkpoint.saver import Saver, save
 from lapse_elmo.checkpoint.sentences import read_cursor
 
 __all__ = [
-    "BEST", "FOLDER", "MANIFEST", "Manifest", "SavedModel", "SavedTable",
+    "BEST", "FOLDER", "MANIFEST", "Manifest", "OpenFiles", "SavedModel", "SavedTable",
     "Saver", "candidates", "check_files",
     "config_of", "find", "path_of", "prune", "read_cursor", "read_manifest", "require_vocabulary", "restore", "save",
     "verified", "vocabulary_path",

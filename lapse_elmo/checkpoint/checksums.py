@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from io import FileIO
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -77,37 +79,88 @@ def divide(sizes: Sequence[int], num_parts: int) -> list[list[tuple[int, int, in
     ]
 
 
+class OpenFiles:
+    """The files of a checkpoint that this process has read from, still open for the next reader.
+
+    A resume reads a file twice, to verify it and for its content. Thousands of ranks that open each file twice load a
+    file server for nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, FileIO] = {}
+
+    def get(self, name: str) -> FileIO:
+        """Return the file ``name``, at an undefined position.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        if name not in self._files:
+            self._files[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115 (close() does)
+        return self._files[name]
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def shares(manifest: Manifest, num_parts: int) -> list[list[tuple[str, int, int]]]:
+    """Return (file, start, end) for each reader's share of all files, see :func:`divide`.
+
+    A reader has the same share when it verifies a checkpoint and when it restores from it. Rank 0 begins with the
+    dense parameters, which it alone restores.
+    """
+    names = sorted(manifest["files"])
+    sizes = [manifest["files"][name]["bytes"] for name in names]
+    return [[(names[file], start, end) for file, start, end in share] for share in divide(sizes, num_parts)]
+
+
 def shares_of_pieces(manifest: Manifest, num_parts: int) -> list[list[Piece]]:
     """Return each reader's share of the pieces of all files: those that begin in its bytes."""
-    names = sorted(manifest["files"])
-    pieces = [pieces_of(manifest, name) for name in names]
-    starts = [[piece.start for piece in found] for found in pieces]
+    pieces = {name: pieces_of(manifest, name) for name in manifest["files"]}
+    starts = {name: [piece.start for piece in found] for name, found in pieces.items()}
     return [
         [
             piece
-            for file, start, end in share
-            for piece in pieces[file][bisect_left(starts[file], start) : bisect_left(starts[file], end)]
+            for name, start, end in share
+            for piece in pieces[name][bisect_left(starts[name], start) : bisect_left(starts[name], end)]
         ]
-        for share in divide([manifest["files"][name]["bytes"] for name in names], num_parts)
+        for share in shares(manifest, num_parts)
     ]
 
 
-def verified(path: Path, world: World) -> Manifest:
+def verified(path: Path, world: World, files: OpenFiles | None = None) -> Manifest:
     """Check all files of a checkpoint, which the ranks share, and return its manifest (collective).
 
     The manifest comes without the checksums: there are some for every rank that wrote, and no rank needs all of them.
+
+    Args:
+        path: The checkpoint.
+        world: The ranks.
+        files: Where the files stay open; None closes them.
 
     Raises:
         CheckpointError: On every rank, if a file is missing or damaged.
     """
     known: list[Manifest] = []
 
-    def shares() -> list[list[Piece]]:
+    def pieces_by_rank() -> list[list[Piece]]:
         known.append(read_manifest(path))
         return shares_of_pieces(known[0], world.size)
 
-    own = world.deal(shares)
-    world.together(lambda: check_pieces(path, own, world.progress.work_done))
+    own = world.deal(pieces_by_rank)
+    with contextlib.ExitStack() as stack:
+        opened = files if files is not None else stack.enter_context(OpenFiles(path))
+        world.together(lambda: check_pieces(opened, own, world.progress.work_done))
 
     def without_checksums() -> Manifest:
         files = {name: {"bytes": entry["bytes"]} for name, entry in known[0]["files"].items()}
@@ -127,14 +180,15 @@ def check_files(path: Path, manifest: Manifest) -> None:
         CheckpointError: A file cannot be read, or its checksum differs.
     """
     (pieces,) = shares_of_pieces(manifest, 1)
-    check_pieces(path, pieces, lambda: None)
+    with OpenFiles(path) as files:
+        check_pieces(files, pieces, lambda: None)
 
 
-def check_pieces(path: Path, pieces: Sequence[Piece], done: Callable[[], None]) -> None:
-    """Verify checksums; a file whose pieces follow each other is opened once.
+def check_pieces(files: OpenFiles, pieces: Sequence[Piece], done: Callable[[], None]) -> None:
+    """Verify checksums.
 
     Args:
-        path: The checkpoint.
+        files: The files of the checkpoint.
         pieces: What to verify.
         done: Called after each block.
 
@@ -142,20 +196,19 @@ def check_pieces(path: Path, pieces: Sequence[Piece], done: Callable[[], None]) 
         CheckpointError: A file cannot be read, or its checksum differs.
     """
     block = memoryview(bytearray(min(_BLOCK_BYTES, max((piece.size for piece in pieces), default=0))))
-    for name, found in groupby(pieces, key=lambda piece: piece.file):
+    for piece in pieces:
+        path = files.path / piece.file
         try:
-            with open(path / name, "rb", buffering=0) as file:
-                for piece in found:
-                    digest, left = hashlib.sha256(), piece.size
-                    file.seek(piece.start)
-                    while left and (size := file.readinto(block[: min(left, len(block))])):  # releases the GIL
-                        digest.update(block[:size])
-                        left -= size
-                        done()
-                    if digest.hexdigest() != piece.sha256:
-                        raise CheckpointError(
-                            f"{path / name} is damaged (its checksum differs from that in {MANIFEST}); use another "
-                            "checkpoint"
-                        )
+            file = files.get(piece.file)
+            digest, left = hashlib.sha256(), piece.size
+            file.seek(piece.start)
+            while left and (size := file.readinto(block[: min(left, len(block))])):  # releases the GIL
+                digest.update(block[:size])
+                left -= size
+                done()
         except OSError as error:
-            raise CheckpointError(f"cannot read {path / name}: {error.strerror}; use another checkpoint") from None
+            raise CheckpointError(f"cannot read {path}: {error.strerror}; use another checkpoint") from None
+        if digest.hexdigest() != piece.sha256:
+            raise CheckpointError(
+                f"{path} is damaged (its checksum differs from that in {MANIFEST}); use another checkpoint"
+            )

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import torch
 
-from lapse_elmo.checkpoint.checksums import divide
+from lapse_elmo.checkpoint.checksums import OpenFiles, shares
 from lapse_elmo.checkpoint.manifest import DENSE, Manifest, config_of, row_files
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
@@ -26,16 +26,31 @@ T = TypeVar("T")
 _CHUNK_ROWS = 16384  # rows per read
 
 
-def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World) -> None:
+def restore(
+    path: Path, manifest: Manifest, parameters: Parameters, world: World, files: OpenFiles | None = None
+) -> None:
     """Restore tables, model and optimizer from a verified checkpoint of any number of ranks (collective).
 
     Every rank reads its share of the rows and sends them to where they belong. The dense parameters are read once, by
     rank 0.
 
+    Args:
+        path: The checkpoint.
+        manifest: Its manifest.
+        parameters: Where to restore.
+        world: The ranks.
+        files: Its files, as far as they are open from their verification. All are closed in the end.
+
     Raises:
         CheckpointError: On every rank, if the checkpoint cannot be read or does not have every row.
     """
-    own = world.together(lambda: _guarded(path, lambda: _restore_rows(path, manifest, parameters, world)))
+    with files if files is not None else OpenFiles(path) as opened:
+        _restore(opened, manifest, parameters, world)
+
+
+def _restore(files: OpenFiles, manifest: Manifest, parameters: Parameters, world: World) -> None:
+    path = files.path
+    own = world.together(lambda: _guarded(path, lambda: _restore_rows(files, manifest, parameters, world)))
     counts = world.sum_(own)
     for table, count in zip(parameters.tables, counts.tolist(), strict=True):
         if count != table.segment.num_rows:
@@ -44,15 +59,15 @@ def restore(path: Path, manifest: Manifest, parameters: Parameters, world: World
                 "use another checkpoint"
             ).on_every_rank()
     keeps_state = config_of(manifest, path).dense_optimizer == parameters.config.dense_optimizer
-    _restore_dense(path / DENSE, parameters, world, keeps_state)
+    _restore_dense(files, parameters, world, keeps_state)
     parameters.sync_parameters()
 
 
-def _restore_rows(path: Path, manifest: Manifest, parameters: Parameters, world: World) -> np.ndarray:
+def _restore_rows(files: OpenFiles, manifest: Manifest, parameters: Parameters, world: World) -> np.ndarray:
     """Set this rank's share of the rows; return how many there were of each table, (tables,) int64."""
     counts = np.zeros(len(parameters.tables), np.int64)
     for name, groups, start, end in rows_to_read(manifest, parameters.tables, world.rank, world.size):
-        with h5py.File(path / name, "r") as file:
+        with h5py.File(files.get(name), "r") as file:
             for number, table in enumerate(parameters.tables):
                 if table.segment.name in groups:
                     group = file[groups[table.segment.name]]
@@ -68,19 +83,19 @@ def rows_to_read(
     Returns:
         (file, groups, start, end) for each file: which part of the rows in its HDF5 ``groups``, given by table.
     """
-    files: dict[str, dict[str, str]] = {}
+    groups: dict[str, dict[str, str]] = {}
     for table in tables:
         for name, group in row_files(manifest, table.segment.name).items():
-            files.setdefault(name, {})[table.segment.name] = group
-    names = list(files)
-    missing = [name for name in names if name not in manifest["files"]]
-    if missing:
-        raise CheckpointError(f"the checkpoint has no file {missing[0]}; use another checkpoint")
-    sizes = [manifest["files"][name]["bytes"] for name in names]
-    return [
-        (names[file], files[names[file]], Fraction(start, sizes[file]), Fraction(end, sizes[file]))
-        for file, start, end in divide(sizes, num_parts)[part]
-    ]
+            groups.setdefault(name, {})[table.segment.name] = group
+    for name in groups:
+        if name not in manifest["files"]:
+            raise CheckpointError(f"the checkpoint has no file {name}; use another checkpoint")
+    found = []
+    for name, start, end in shares(manifest, num_parts)[part]:
+        if name in groups:
+            size = manifest["files"][name]["bytes"]
+            found.append((name, groups[name], Fraction(start, size), Fraction(end, size)))
+    return found
 
 
 def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Fraction, world: World) -> int:
@@ -98,11 +113,14 @@ def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Frac
 
 
 @torch.no_grad()
-def _restore_dense(path: Path, parameters: Parameters, world: World, keeps_state: bool) -> None:
+def _restore_dense(files: OpenFiles, parameters: Parameters, world: World, keeps_state: bool) -> None:
     """Set the dense parameters and their optimizer's state, if kept; rank 0 reads them one by one for all ranks."""
+    path = files.path / DENSE
     with contextlib.ExitStack() as stack:
         opened: list[h5py.File] = []
-        world.agree(lambda: _guarded(path, lambda: opened.append(stack.enter_context(h5py.File(path, "r")))))
+        world.agree(
+            lambda: _guarded(path, lambda: opened.append(stack.enter_context(h5py.File(files.get(DENSE), "r"))))
+        )
         for name, tensor in parameters.dense_tensors().items():
             if not (keeps_state or name.startswith("parameters/")):
                 continue

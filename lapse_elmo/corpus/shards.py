@@ -31,7 +31,7 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class _Kept:
+class KeptSentences:
     """Sentences in memory: number ``first + i`` is ``tokens[offsets[i]:offsets[i + 1]]``."""
 
     first: int
@@ -59,6 +59,8 @@ class ShardSet:
         vocabulary_size: V, the number of classes; ids are 1 to V.
         vocabulary_sha256: Checksum of the vocabulary file that the ids refer to.
         set_sha256: Identifies the set; the same text, vocabulary and options give the same value.
+        starts: (shards + 1,) int64, the number of each shard's first sentence, and in the end the number of sentences.
+        kept: Sentences in memory, of which reads need no file; None at first. Files that hold others stay usable.
     """
 
     def __init__(self, files: Sequence[ShardFile]) -> None:
@@ -73,8 +75,8 @@ class ShardSet:
         self.vocabulary_size = headers[0].vocabulary_size
         self.vocabulary_sha256 = headers[0].vocabulary_sha256
         self.set_sha256 = headers[0].set_sha256
-        self._starts = np.cumsum([0] + [header.num_sentences for header in headers])
-        self._kept: _Kept | None = None
+        self.starts = np.cumsum([0] + [header.num_sentences for header in headers])
+        self.kept: KeptSentences | None = None
 
     @classmethod
     def open(
@@ -150,38 +152,21 @@ class ShardSet:
             assert indices.min() >= 0, "negative sentence number"
             assert indices.max() < self.num_sentences, "sentence number out of range"
             assert (np.diff(indices) >= 0).all(), "sentence numbers must ascend"
-            if self._kept is not None and self._kept.has(indices):
-                return self._kept.read(indices)
-        cuts = np.searchsorted(indices, self._starts)
+            if self.kept is not None and self.kept.has(indices):
+                return self.kept.read(indices)
+        cuts = np.searchsorted(indices, self.starts)
         tokens, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
         for number, file in enumerate(self._files):
             if cuts[number] < cuts[number + 1]:
-                local = indices[cuts[number] : cuts[number + 1]] - self._starts[number]
+                local = indices[cuts[number] : cuts[number + 1]] - self.starts[number]
                 shard_tokens, shard_lengths = file.read(local)
                 tokens.append(shard_tokens)
                 lengths.append(shard_lengths)
         return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
 
-    def keep(self, first: int, end: int, num_parts: int) -> None:
-        """Read this rank's part of the set into memory, so that later reads of it need no file.
-
-        Does nothing if :meth:`kept_bytes` is 0.
-
-        Args:
-            first: First sentence of the part. The parts of all ranks make up the set.
-            end: End of the part.
-            num_parts: Number of ranks, which have parts of nearly the same size.
-
-        Raises:
-            CorpusError: The data of a file, which the message names, is damaged.
-        """
-        if self.kept_bytes(num_parts):
-            self._kept = _Kept(first, *self.read(np.arange(first, end)))
-            self.close()
-
     def kept_bytes(self, num_parts: int) -> int:
         """Return the memory that one of ``num_parts`` equal parts of the set takes; 0 if it is too much to be kept."""
-        num_bytes = (4 * self.num_tokens + 8 * self.num_sentences) // num_parts
+        num_bytes = (4 * self.num_tokens + 12 * self.num_sentences) // num_parts
         return num_bytes if num_bytes <= _MOST_KEPT_BYTES else 0
 
     def shards_of(self, first: int, end: int) -> range:
@@ -189,7 +174,7 @@ class ShardSet:
         if first >= end:
             return range(0)
         return range(
-            int(np.searchsorted(self._starts, first, "right")) - 1, int(np.searchsorted(self._starts, end, "left"))
+            int(np.searchsorted(self.starts, first, "right")) - 1, int(np.searchsorted(self.starts, end, "left"))
         )
 
     def unigram_counts(self, world: World) -> np.ndarray:
@@ -210,9 +195,9 @@ class ShardSet:
 
     def _chunks_of(self, world: World) -> Iterator[np.ndarray]:
         """Yield the tokens that this rank counts, at most ``_COUNT_TOKENS`` at a time: those it keeps, if any."""
-        if self._kept is not None:
-            for start in range(0, len(self._kept.tokens), _COUNT_TOKENS):
-                yield self._kept.tokens[start : start + _COUNT_TOKENS]
+        if self.kept is not None:
+            for start in range(0, len(self.kept.tokens), _COUNT_TOKENS):
+                yield self.kept.tokens[start : start + _COUNT_TOKENS]
             return
         chunks = ((file, start) for file in self._files for start in range(0, file.header.num_tokens, _COUNT_TOKENS))
         for file, start in itertools.islice(chunks, world.rank, None, world.size):

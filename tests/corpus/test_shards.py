@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lapse_elmo.corpus import shard_file
 from lapse_elmo.corpus import shards as shards_module
-from lapse_elmo.corpus.shards import Header, ShardFile, ShardSet, ShardWriter, shard_name
+from lapse_elmo.corpus.shards import Header, KeptSentences, ShardFile, ShardSet, ShardWriter, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.mpi.world import World, solo
@@ -78,7 +78,7 @@ def test_round_trip(
                 ShardFile(path).verify()
             first = data.draw(st.integers(0, len(ordered) - 1))
             end = data.draw(st.integers(first, len(ordered)))
-            shards.keep(first, end, 1)
+            shards.kept = KeptSentences(first, *shards.read(np.arange(first, end)))
             again = shards.read(np.array(wanted, np.int64))
             assert [array.tolist() for array in again] == [tokens.tolist(), offsets.tolist()]
             assert [array.dtype for array in again] == [np.int32, np.int64]
@@ -249,7 +249,7 @@ def test_a_rank_that_is_told_the_headers_opens_what_it_reads(tmp_path: Path, mon
         for _ in range(2):
             assert shards.read(np.array([3]))[0].tolist() == [7]
         assert opened == [shards.paths[3]]
-        shards.keep(2, 4, 8)
+        shards.kept = KeptSentences(2, *shards.read(np.array([2, 3])))
         assert opened == [shards.paths[3], shards.paths[2]]
         shards.close()
         for _ in range(2):

@@ -92,9 +92,10 @@ def restore(folder: Path, world: World) -> dict[str, Any]:
     path = checkpoint.find(folder)
     before = read_bytes()
     with Opens(path) as opens:
-        manifest = checkpoint.verified(path, world)
+        files = checkpoint.OpenFiles(path)
+        manifest = checkpoint.verified(path, world, files)
         cursor = checkpoint.read_cursor(path, manifest, NUM_SENTENCES, world)
-        checkpoint.restore(path, manifest, parameters, world)
+        checkpoint.restore(path, manifest, parameters, world, files)
     num_bytes = read_bytes() - before
     save(folder.with_name(f"{folder.name}.again"), parameters, world)
     parameters.server.close()
@@ -128,7 +129,8 @@ class Opens:
 
         class File(h5py.File):
             def __init__(self, name: Any, *arguments: Any, **options: Any) -> None:
-                note(name)
+                if isinstance(name, str | os.PathLike):  # not a file that is open already
+                    note(name)
                 super().__init__(name, *arguments, **options)
 
         h5py.File = File
