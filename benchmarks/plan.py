@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"no hosts can be emulated here: {reason}")
     latencies, own = options.latency_us, argv[cut + 1 :]
     if reason := cannot_delay():
-        print(f"without latencies, since the kernel refuses netem: {reason}", flush=True)
+        print(f"without latencies: {reason}", flush=True)
         latencies = (0.0,)
     print("| nodes | Gbit/s | us | planned tokens/s | measured | error | planned MB of rows a step | measured |")
     print("|---" * 8 + "|", flush=True)

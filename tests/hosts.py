@@ -6,18 +6,21 @@ Needs root and iproute2. The machine's own network is not changed, and nothing i
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mpi import MPIRUN
+from tests.mpi import MPIRUN, ROOT
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _CABLE = "lapse0"
+_CABLE_US = 15.0  # the latency that a virtual cable has by itself on an idle machine
 # MPICH's launcher calls this in the place of ssh: options, a host, and what to run there. Each has its own host name.
 _AGENT = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
@@ -60,18 +63,24 @@ def why_not() -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """A host's link to the switch, in each direction: bandwidth, and half of the latency between hosts."""
+    """A host's link to the switch: bandwidth in each direction, and latency added to what the host sends."""
 
     gbit: float
     latency_us: float = 0.0
 
 
-def cannot_delay() -> str:
-    """Return why links cannot have a latency here; empty if they can (the kernel has ``netem``)."""
+@functools.cache
+def _has_netem() -> bool:
     with _namespaces([f"lapse-trial-{os.getpid()}"]) as (space,):
         command = ["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-    return made.stderr.strip() if made.returncode else ""
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def cannot_delay() -> str:
+    """Return why links cannot have a latency here; empty if they can (by ``netem``, or by TAP devices)."""
+    if _has_netem() or os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return ""
+    return "the kernel has neither netem nor /dev/net/tun"
 
 
 @contextlib.contextmanager
@@ -92,19 +101,41 @@ def switched_hosts(count: int, ranks_a_host: int, link: Link) -> Iterator[Hosts]
     """Make ``count`` hosts at one switch, each by a link of its own, which can reach nobody else."""
     name = f"lapse-{os.getpid()}-switched"  # two_hosts may be there at the same time
     addresses = [f"10.77.0.{number + 1}" for number in range(count)]
-    with _namespaces([*(f"{name}-{address}" for address in addresses), f"{name}-switch"]) as (*spaces, switch):
+    with contextlib.ExitStack() as stack:
+        *spaces, switch = stack.enter_context(
+            _namespaces([*(f"{name}-{address}" for address in addresses), f"{name}-switch"])
+        )
         _output(["ip", "-n", switch, "link", "add", "switch", "type", "bridge"])
         _output(["ip", "-n", switch, "link", "set", "switch", "up"])
         for number, (space, address) in enumerate(zip(spaces, addresses, strict=True)):
             port = f"port{number}"
-            peer = ["peer", "name", port, "netns", switch]
-            _output(["ip", "link", "add", "name", _CABLE, "netns", space, "type", "veth", *peer])
+            in_software = link.latency_us > _CABLE_US and not _has_netem()
+            if in_software:
+                stack.enter_context(_delayed_cable(space, switch, port, link.latency_us))
+            else:
+                peer = ["peer", "name", port, "netns", switch]
+                _output(["ip", "link", "add", "name", _CABLE, "netns", space, "type", "veth", *peer])
             _output(["ip", "-n", switch, "link", "set", port, "master", "switch", "up"])
             _connect(space, address)
-            _shape(space, _CABLE, link)
+            _shape(space, _CABLE, link if _has_netem() else Link(link.gbit))
             _shape(switch, port, Link(link.gbit))
-        with _launcher(name, addresses, ranks_a_host) as command:
-            yield Hosts(["ip", "netns", "exec", spaces[0], *command], spaces)
+        command = stack.enter_context(_launcher(name, addresses, ranks_a_host))
+        yield Hosts(["ip", "netns", "exec", spaces[0], *command], spaces)
+
+
+@contextlib.contextmanager
+def _delayed_cable(space: str, switch: str, port: str, latency_us: float) -> Iterator[None]:
+    """Join a host and the switch by a process that delays what the host sends."""
+    command = [sys.executable, "-m", "tests.delayed_link", _CABLE, port, f"{latency_us:g}"]
+    process = subprocess.Popen(
+        ["ip", "netns", "exec", space, *command], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None
+    with process, process.stdin, process.stdout:
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError("no TAP devices could be made")
+        _output(["ip", "-n", space, "link", "set", port, "netns", switch])
+        yield
 
 
 def _shape(space: str, device: str, link: Link) -> None:
