@@ -3,10 +3,15 @@
 A source is one C file without includes of its own. The system's ``cc`` compiles it for the processor at hand into a
 cache folder (``$LAPSE_ELMO_CACHE``, else ``$XDG_CACHE_HOME/lapse-elmo``, else ``~/.cache/lapse-elmo``). The name of the
 library contains a hash of the source, the compiler and its version, its options, the C library and the processor's
-features, so machines of different kinds may share the folder. ``LAPSE_ELMO_NATIVE=0`` turns native code off.
+features, so machines of different kinds may share the folder. A library ends with a digest of itself, so a damaged one
+is recognised and built again. ``LAPSE_ELMO_NATIVE=0`` turns native code off.
 
 For nodes without a compiler, ``python -m lapse_elmo.native`` (``make native``) compiles every source ahead, for this
-machine and for common instruction sets; such a node loads the best library that it can run.
+machine and for common instruction sets; such a node loads the best library that it can run, and of several the one
+that was built with its own C library.
+
+A compiler that hangs is waited for once in a job: the process that found out leaves a file in the cache folder, and
+for some minutes no process that shares the folder tries that compiler again.
 
 The compiler options preserve NaN, infinity and the order of operations, except for sums and maxima marked by
 ``#pragma omp simd reduction``. ``-ffast-math`` is not used: when linked, it sets flush-to-zero for the whole process,
@@ -25,9 +30,11 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -53,8 +60,10 @@ _TARGETS: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
     ("avx2", ("-march=x86-64-v3",), _V3),
     ("any", (), frozenset()),
 )
-_COMPILER_TIME_S = 60
-_SHOWS_VERSION_S = 10
+_COMPILER_TIME_S = 60  # each source takes a second
+_SHOWS_VERSION_S = 20
+_HANGS_FOR_S = 600  # how long a compiler that hung is not tried again: longer than a job takes to start
+_DIGEST_BYTES = 32
 
 
 def load(source: Path) -> ctypes.CDLL | None:
@@ -87,37 +96,32 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
     compiler = find_compiler()
     reason = "there is no C compiler (cc, gcc or clang), and no library compiled ahead (make native) runs here"
     if compiler is not None:
-        candidates = [
-            (folder / f"{source.stem}-{_key(source, compiler, options)}.so", options)
-            for options in ((*_OPTIONS, *variant) for variant in _VARIANTS)
-        ]
-        library, reason = _first_that_loads(source, candidates, compiler)
+        library, reason = _load_compiled(source, folder, compiler)
         if library is not None:
             return library, ""
-    features = processor_features()
-    ahead = [_path_ahead(folder, source, name) for name, _, needed in _TARGETS if needed <= features]
-    library, _ = _first_that_loads(source, [(path, ()) for path in ahead if path.exists()], None)
-    return library, "" if library is not None else reason
+    for name, _, needed in _TARGETS:
+        for path in _paths_ahead(folder, source, name) if needed <= processor_features() else ():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path)), ""
+    return None, reason
 
 
-def _first_that_loads(
-    source: Path, candidates: Sequence[tuple[Path, tuple[str, ...]]], compiler: str | None
-) -> tuple[ctypes.CDLL | None, str]:
-    """Load the first of (library, options) that loads, compiling missing ones; also return why the first one failed."""
+def _load_compiled(source: Path, folder: Path, compiler: str) -> tuple[ctypes.CDLL | None, str]:
+    """Load the first variant that compiles and loads, compiling missing ones; else return why the first one failed."""
     reason = ""
-    for path, options in candidates:
+    for variant in _VARIANTS:
+        options, built = (*_OPTIONS, *variant), False
         try:
-            if not path.exists() and compiler is not None:
+            path = folder / f"{source.stem}-{_key(source, compiler, options)}.so"
+            if not _is_whole(path):
                 _build(source, path, compiler, options)
-        except (subprocess.SubprocessError, OSError) as error:
-            reason = reason or f"{compiler} cannot build {source.name}: {_first_line(error)}"
-            if isinstance(error, subprocess.TimeoutExpired):
-                break  # it would probably hang with other options, too
-            continue
-        try:
+            built = True
             return ctypes.CDLL(str(path)), ""
-        except OSError as error:
-            reason = reason or f"the library of {source.name} does not load: {error}"
+        except (subprocess.SubprocessError, OSError) as error:
+            problem = f"the library of {source.name} does not load" if built else f"{source.name} is not compiled"
+            reason = reason or f"{problem}: {_first_line(error)}"
+            if isinstance(error, TimeoutError):
+                break  # it would hang with other options, too
     return None, reason
 
 
@@ -147,17 +151,16 @@ def build_ahead(source: Path) -> dict[str, str]:
         raise OSError("there is no C compiler (cc, gcc or clang)")
     folder, reasons = cache_folder(), {}
     for name, target, _ in _TARGETS:
-        path = _path_ahead(folder, source, name)
-        reasons[name] = ""
+        path, reason = _path_ahead(folder, source, name, compiler), ""
         for threads in ("-fopenmp", "-fopenmp-simd"):
             try:
-                if not path.exists():
+                if not _is_whole(path):
                     _build(source, path, compiler, (*_OPTIONS, *target, threads))
+                reason = ""
                 break
             except (subprocess.SubprocessError, OSError) as error:
-                reasons[name] = reasons[name] or _first_line(error)
-        if path.exists():
-            reasons[name] = ""
+                reason = reason or _first_line(error)
+        reasons[name] = reason
     return reasons
 
 
@@ -195,27 +198,47 @@ def share_openmp() -> None:
 
 def _key(source: Path, compiler: str, options: tuple[str, ...]) -> str:
     text = source.read_text(encoding="utf-8")
-    parts = (text, compiler, _version(compiler), *options, platform.machine(), _processor(), *platform.libc_ver())
+    return _hash(text, compiler, _version(compiler), *options, platform.machine(), _processor(), *platform.libc_ver())
+
+
+def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _path_ahead(folder: Path, source: Path, target: str) -> Path:
-    """Return the path of a library that any machine with the target's instructions may load."""
-    parts = (source.read_text(encoding="utf-8"), *_OPTIONS, target, platform.machine())
-    return folder / f"{source.stem}-{target}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+def _stem_ahead(source: Path, target: str) -> str:
+    """Return how the name of each library begins that any machine with the target's instructions may load."""
+    key = _hash(source.read_text(encoding="utf-8"), *_OPTIONS, target, platform.machine())
+    return f"{source.stem}-{target}-{key}-"
+
+
+def _path_ahead(folder: Path, source: Path, target: str, compiler: str) -> Path:
+    """Return where ``compiler`` puts its library for ``target``: another compiler or C library builds another one."""
+    return folder / f"{_stem_ahead(source, target)}{_libc()}-{_hash(compiler, _version(compiler))}.so"
+
+
+def _paths_ahead(folder: Path, source: Path, target: str) -> list[Path]:
+    """Return the whole libraries for ``target``: first those built with this machine's C library, then the newest."""
+    stem = _stem_ahead(source, target)
+    found = [path for path in folder.glob(f"{stem}*.so") if _is_whole(path)]
+    own = f"{stem}{_libc()}-"
+    return sorted(found, key=lambda path: (path.name.startswith(own), path.stat().st_mtime), reverse=True)
+
+
+def _libc() -> str:
+    return "".join(platform.libc_ver()) or "libc"
 
 
 @functools.cache
 def _version(compiler: str) -> str:
-    """Return the compiler's version; empty if it does not print one."""
+    """Return the compiler's version; empty if it does not print one.
+
+    Raises:
+        TimeoutError: It hangs.
+    """
     try:
-        run = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=_SHOWS_VERSION_S,
-            check=False, stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.SubprocessError):
+        return _run([compiler, "--version"], _SHOWS_VERSION_S)
+    except subprocess.SubprocessError:
         return ""
-    return run.stdout
 
 
 @functools.cache
@@ -239,18 +262,69 @@ def _build(source: Path, library: Path, compiler: str, options: tuple[str, ...])
     """Compile and link, atomically; of several processes that call this, one does the work.
 
     Linking is a separate step without ``-fopenmp``, which would load a second OpenMP library in addition to torch's.
+
+    Raises:
+        subprocess.CalledProcessError: The compiler fails.
+        TimeoutError: It hangs, or did so in another process a short time ago.
     """
     with _only_one(library.with_suffix(".lock")):
-        if library.exists():
+        if _is_whole(library):
             return
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built, linked = f"{scratch}/object.o", f"{scratch}/library.so"
-            for command in ([*options, "-c", str(source), "-o", built], ["-shared", built, "-o", linked, "-lm"]):
-                subprocess.run(
-                    [compiler, *command], check=True, capture_output=True, text=True, errors="replace",
-                    timeout=_COMPILER_TIME_S, stdin=subprocess.DEVNULL,
-                )
+            built, linked = Path(scratch, "object.o"), Path(scratch, "library.so")
+            for command in ([*options, "-c", str(source), "-o", str(built)], ["-shared", built, "-o", linked, "-lm"]):
+                _run([compiler, *map(str, command)], _COMPILER_TIME_S)
+            digest = hashlib.sha256(linked.read_bytes()).digest()
+            with open(linked, "ab") as file:  # the loader ignores what follows the sections
+                file.write(digest)
             os.replace(linked, library)
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether a library exists and is as it was written: to load a damaged one may crash the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _run(command: Sequence[str], seconds: float) -> str:
+    """Run a compiler and return what it prints; end it with all its children if it takes longer than ``seconds``.
+
+    Raises:
+        subprocess.CalledProcessError: It fails.
+        TimeoutError: It takes too long, or did so a short time ago, in any process that shares the cache folder.
+    """
+    mark = _mark_of_hanging(command[0], command[1])
+    with contextlib.suppress(FileNotFoundError):
+        if abs(time.time() - mark.stat().st_mtime) < _HANGS_FOR_S:
+            raise TimeoutError(f"{command[0]} hung a short time ago (to try it again now, remove {mark})")
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        errors="replace", start_new_session=True,
+    ) as process:
+        try:
+            output, messages = process.communicate(timeout=seconds)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            with contextlib.suppress(OSError):
+                mark.touch()
+            raise TimeoutError(f"{command[0]} has not finished within {seconds:.0f} s") from None
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output, messages)
+    return output
+
+
+def _mark_of_hanging(compiler: str, purpose: str) -> Path:
+    """Return the file whose date says when a compiler hung: another one for another version of its program."""
+    state = os.stat(compiler)
+    kind = "version" if purpose == "--version" else "build"
+    key = _hash(os.path.realpath(compiler), str(state.st_size), str(state.st_mtime_ns))
+    return cache_folder() / f"{kind}-{key}.hung"
 
 
 @contextlib.contextmanager
@@ -266,6 +340,8 @@ def main() -> int:
     """Compile every C source of the package (``make native``); return 1 if one fails for this machine, else 0."""
     status = 0
     print(f"compiled code goes to {cache_folder()}")
+    for mark in cache_folder().glob("*.hung"):
+        mark.unlink(missing_ok=True)
     for source in sorted(Path(__file__).parent.rglob("*.c")):
         if load(source) is None:
             status, why = 1, problem(source)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,20 @@ int threads(void) {
 }
 """
 LOADED = "from lapse_elmo import native; from pathlib import Path; import sys; "
+# Prints the library of each source, after the reason if there is none; a hanging compiler is waited for 2 s.
+NAMED = f"""{LOADED}
+native._COMPILER_TIME_S = 2
+for source in map(Path, sys.argv[1:]):
+    library = native.load(source)
+    print(library._name if library else native.problem(source))
+"""
+# A compiler that says which version it has, counts what it compiles, and hangs with a child if it is told to.
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "some version $VERSION"; exit; fi
+echo compiles >> "$0.log"
+[ -z "$HANGS" ] || { sleep 300 & echo $! > "$0.child"; wait; }
+exec cc "$@"
+"""
 
 
 @pytest.fixture
@@ -113,7 +129,7 @@ def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, libr
     found = subprocess.run(command, env=bare, cwd=ROOT, timeout=60, check=True, capture_output=True, text=True).stdout
     features = native.processor_features()
     runs_here = [name for name, _, needed in native._TARGETS if needed <= features and not reasons[name]]
-    assert Path(found.strip()) == native._path_ahead(source.parent / "cache", source, runs_here[0])
+    assert [Path(found.strip())] == native._paths_ahead(source.parent / "cache", source, runs_here[0])
     source.write_text(f"{SOURCE}\n")  # another source: what was built of the old one is not taken
     assert subprocess.run(command, env=bare, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout == "None\n"
 
@@ -126,4 +142,107 @@ def test_make_native_builds_every_source(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in (ROOT / "lapse_elmo").rglob("*.c"):
-        assert native._path_ahead(tmp_path, path, "any").exists()
+        assert native._paths_ahead(tmp_path, path, "any")
+
+
+@pytest.fixture
+def compiler(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler of the test, named by CC."""
+    path = tmp_path / "some-cc"
+    path.write_text(COMPILER)
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    return path
+
+
+def plain(folder: Path, name: str) -> Path:
+    """Write a source without OpenMP, for which torch need not be imported."""
+    path = folder / name
+    path.write_text(f"int answer(void) {{ return {len(name)}; }}\n")
+    return path
+
+
+def start(*sources: Path, **change: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", NAMED, *map(str, sources)]
+    return subprocess.Popen(command, env={**os.environ, **change}, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def named(*sources: Path, **change: str) -> list[str]:
+    """Load in a process of its own: a process loads a path only once."""
+    with start(*sources, **change) as job:
+        output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0
+    return output.splitlines()
+
+
+def test_a_compiler_that_hangs_is_waited_for_once(compiler: Path, tmp_path: Path) -> None:
+    """By two processes with two sources; some minutes later it is tried again."""
+    sources, log = [plain(tmp_path, "a.c"), plain(tmp_path, "bc.c")], Path(f"{compiler}.log")
+    jobs = [start(*sources, HANGS="1") for _ in range(2)]
+    outputs = [job.communicate(timeout=60)[0].splitlines() for job in jobs]
+    said = [line for lines in outputs for line in lines]
+    assert len(said) == 4 and log.read_text() == "compiles\n", said
+    assert sum("has not finished within 2 s" in line for line in said) == 1, said
+    assert sum("hung a short time ago" in line for line in said) == 3, said
+    child = Path("/proc", Path(f"{compiler}.child").read_text().strip())
+    assert not child.exists() or ") Z " in (child / "stat").read_text(), "the compiler's child goes on"
+    assert "hung a short time ago" in named(sources[0])[0]
+    (mark,) = (tmp_path / "cache").glob("*.hung")
+    old = time.time() - native._HANGS_FOR_S - 1
+    os.utime(mark, (old, old))
+    assert all(name.endswith(".so") for name in named(*sources))
+
+
+def test_a_compiler_that_hangs_without_work_is_waited_for_once(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.write_text('#!/bin/sh\necho asked >> "$0.log"\nsleep 300\n')
+    monkeypatch.setattr(native, "_SHOWS_VERSION_S", 1)
+    assert native.load(plain(tmp_path, "a.c")) is None
+    assert native.load(plain(tmp_path, "bc.c")) is None
+    assert Path(f"{compiler}.log").read_text() == "asked\n"
+    compiler.write_text(COMPILER)  # another program: the mark is not of this one
+    assert native.load(plain(tmp_path, "def.c")) is not None
+
+
+def test_another_compiler_or_c_library_means_another_library(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = plain(tmp_path, "a.c"), tmp_path / "cache"
+    first, again, newer = named(source), named(source), named(source, VERSION="2")
+    assert first == again != newer
+    options = native._OPTIONS
+    key = native._key(source, str(compiler), options)
+    built = native.build_ahead(source)
+    old = native._path_ahead(folder, source, "any", str(compiler))
+    assert not built["any"] and old.exists()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "9.99"))
+    assert native._key(source, str(compiler), options) != key
+    assert native._paths_ahead(folder, source, "any") == [old], "one of another C library is better than none"
+    native.build_ahead(source)
+    new = native._path_ahead(folder, source, "any", str(compiler))
+    os.utime(new, (0, 0))
+    assert native._paths_ahead(folder, source, "any") == [new, old]
+    native._version.cache_clear()
+    monkeypatch.setenv("VERSION", "3")
+    native.build_ahead(source)
+    assert len(native._paths_ahead(folder, source, "any")) == 3
+    native._version.cache_clear()
+
+
+def test_a_damaged_library_is_built_again(compiler: Path, tmp_path: Path) -> None:
+    source = plain(tmp_path, "a.c")
+    (name,) = named(source)
+    whole = Path(name).read_bytes()
+    for damaged in (whole[:4096], b"", whole[:-40] + bytes(40), whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        Path(name).write_bytes(damaged)
+        assert named(source) == [name]
+        assert native._is_whole(Path(name))
+    assert not native.build_ahead(source)["any"]
+    bare = {"PATH": "", "CC": "no-such-compiler"}
+    for path in native._TARGETS:
+        for library in native._paths_ahead(tmp_path / "cache", source, path[0]):
+            library.write_bytes(whole[:4096])
+    assert "there is no C compiler" in named(source, **bare)[0]
+    native.build_ahead(source)
+    assert named(source, **bare)[0].endswith(".so")
