@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,30 @@ def test_what_is_said_to_fit_fits(shards: ShardSet, monkeypatch: pytest.MonkeyPa
         check_memory(config_of(), 10**7, shards, solo())
     classes = int(str(refused.value).split("a vocabulary of ")[1].split()[0].replace(",", ""))
     check_memory(config_of(), classes, shards, solo())
+
+
+class TwoHosts(TwoNodes):
+    """Every rank needs as much; ``rooms`` are the free memory and shared memory of the two hosts."""
+
+    def __init__(self, *rooms: tuple[int, int]) -> None:
+        super().__init__()
+        self.rooms = rooms
+
+    def allgather(self, value: Any) -> list[Any]:
+        own = value[1]
+        return [(f"host{number}", own, *room) for number, room in enumerate(self.rooms) for _ in range(self.local_size)]
+
+
+@pytest.mark.parametrize(("short", "kind"), [((10**12, 10**6), "shared memory"), ((10**8, 10**12), "memory")])
+def test_each_host_must_have_room(shards: ShardSet, short: tuple[int, int], kind: str) -> None:
+    """Also where rank 0's host and most others have enough."""
+    enough = (10**12, 10**12)
+    lines = check_memory(config_of(), 100_000, shards, TwoHosts(enough, enough))
+    assert [line.partition(":")[0] for line in lines] == ["memory on host0", "memory on host1"]
+    for rooms, host in (((enough, short), "host1"), ((short, enough), "host0")):
+        with pytest.raises(ConfigError, match=rf"GB of {kind} on {host}, where 0\.\d+ GB are free: ") as refused:
+            check_memory(config_of(), 100_000, shards, TwoHosts(*rooms))
+        assert refused.value.everywhere and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -34,11 +35,25 @@ def _break_manager(server: EmbeddedServer) -> None:
     server._manager.mailbox.receive = _raise  # type: ignore[method-assign]
 
 
+def _fill_memory(server: EmbeddedServer) -> None:
+    """Let the node's manager need memory for more rows, and /dev/shm have none left."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert server._manager is not None
+    os.posix_fallocate = full
+    for state in server._manager.states:
+        state._replica_slots._capacity += 1
+        state._replica_slots._chunk = 1 << 40
+
+
 FAILURES: dict[str, Callable[[EmbeddedServer], object]] = {
     "exception": _raise,
     "exit": lambda _: sys.exit(0),
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "manager": _break_manager,
+    "full-memory": _fill_memory,
 }
 
 
@@ -73,6 +88,10 @@ def run_and_check(kind: str, rank: int, nodes: int, folder: Path, ranks: int = R
     assert ended.survivors == ()
     if kind in ("exception", "manager"):
         assert f"[rank {rank}/{ranks} " in ended.stderr and "this breaks" in ended.stderr, ended.output
+    if kind == "full-memory":
+        lines = [line for line in ended.stderr.splitlines() if "failing_program.py" in line]
+        assert ended.returncode == 2 and len(lines) == 1 and "Traceback" not in ended.stderr, ended.output
+        assert f"[rank {rank}/{ranks} " in lines[0] and "of shared memory but /dev/shm has" in lines[0], ended.output
 
 
 if __name__ == "__main__":

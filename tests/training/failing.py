@@ -15,6 +15,7 @@ from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import files, saver
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
+from lapse_elmo.row_update import _SharedGradients
 from lapse_elmo.step import AnnouncedBatch, TrainingStep
 from lapse_elmo.step_report import StepResult
 
@@ -40,8 +41,20 @@ def full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def full_memory() -> None:
+    """Let this rank need more shared memory than before, and /dev/shm have none left."""
+    once = _SharedGradients._reserve
+
+    def again(self: _SharedGradients, number: int) -> None:
+        self._reserved = 0
+        once(self, number)
+
+    _SharedGradients._reserve = again  # type: ignore[method-assign]
+    os.posix_fallocate = full
+
+
 AT_STEP: dict[str, Callable[..., None]] = {
-    "exception": fail, "exit-0": leave, "kill": die, "thread": in_thread,
+    "exception": fail, "exit-0": leave, "kill": die, "thread": in_thread, "full-memory": full_memory,
 }
 IN_SAVE: dict[str, Callable[..., None]] = {"kill-in-save": die, "full-disk": full}
 

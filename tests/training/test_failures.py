@@ -18,11 +18,11 @@ from tests.training.test_bad_input import damage_tokens
 PROGRAM = Path(__file__).with_name("failing.py")
 START_S, END_S = 60, 30
 OPTIONS = ("--sync", "--epochs", "2", "--batch-size", "8", "--save-every-steps", "4")
-STATUS = {"exception": 1, "exit-0": 1, "thread": 1, "full-disk": 2, "not-finite": 2}
+STATUS = {"exception": 1, "exit-0": 1, "thread": 1, "full-disk": 2, "full-memory": 2, "not-finite": 2}
 CAUSE = {
     "exception": "RuntimeError: this breaks", "exit-0": "left the job: sys.exit(0)",
     "thread": "RuntimeError: this breaks", "full-disk": "No space left on device",
-    "not-finite": "is not finite at step",
+    "full-memory": "GB of shared memory but /dev/shm has", "not-finite": "is not finite at step",
 }
 
 
@@ -47,6 +47,7 @@ def test_failure_of_one_rank(small: Prepared, tmp_path: Path, kind: str, rank: i
     if kind in STATUS:
         assert job.returncode == STATUS[kind], job.output
         assert f"[rank {rank}/2 {socket.gethostname()}]" in job.stderr and CAUSE[kind] in job.stderr, job.output
+        assert STATUS[kind] == 1 or "Traceback" not in job.stderr, job.output
     assert newest_whole(run_dir)["step"] >= 4
     left = [path.name for path in checkpoints(run_dir) if path.name.startswith(".")]
     # An error of one rank alone ends the others too, which may be saving; the next start clears away what is left.
