@@ -31,7 +31,7 @@ from lapse_elmo.watchdog.report import describe, own_stacks, stack_lines
 from lapse_elmo.watchdog.view import ProgressChannel, View
 
 REPORT_FILE_VARIABLE = "LAPSE_ELMO_STALLS"  # environment variable: file to append reports to, besides stderr
-_REPORT_TIMEOUT_S = 3.0  # for writing that file, whose file system may be what hangs
+_REPORT_TIMEOUT_S = 3.0  # for each of these two
 _TICKS_PER_LIMIT = 20  # checks per limit of time
 _MIN_TICK_S, _MAX_TICK_S = 0.1, 2.0
 _SILENT_TICKS, _SILENT_FRACTION = 4, 0.25  # ticks, and fraction of the limit, without a heartbeat: the rank is silent
@@ -109,21 +109,25 @@ class Watchdog:
             f"be reached; the job ends with status {STALLED}"
         )
         text = "\n".join([head, *stack_lines([rank], [own_stacks()])])
-        log_line(text)
-        _append_report(text)
+        _report(text)
         os._exit(STALLED)  # the launcher ends the other ranks
 
 
-def _append_report(text: str) -> None:
-    """Append ``text`` to the file that the environment names, unless that takes more than a few seconds."""
-    path = os.environ.get(REPORT_FILE_VARIABLE)
-    if path:
-        thread = threading.Thread(target=_append, args=(path, text), daemon=True)
+def _report(text: str) -> None:
+    """Write ``text`` to stderr and to the file that the environment names; each may take a few seconds, and then fails.
+
+    What hangs may be the launcher, which reads stderr, or the file's file system.
+    """
+    for write in (log_line, _append):
+        thread = threading.Thread(target=write, args=(text,), daemon=True)
         thread.start()
         thread.join(_REPORT_TIMEOUT_S)
 
 
-def _append(path: str, text: str) -> None:
+def _append(text: str) -> None:
+    path = os.environ.get(REPORT_FILE_VARIABLE)
+    if not path:
+        return
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
         file.write(f"{text}\n")
 
@@ -232,8 +236,7 @@ class _Group:
             *describe(self._view, silent, known, self._hosts, self._here),
             *stack_lines(alive, [stacks[rank] for rank in alive]),
         ]
-        log_line("\n".join(lines))
-        _append_report("\n".join(lines))
+        _report("\n".join(lines))
         if self._channel is not None:
             self._keep_beating(_ABORT_GRACE_S + _SILENT_TICKS * self._tick_s)  # let other nodes report, too
         killer = threading.Timer(_ABORT_TIMEOUT_S, os._exit, [STALLED])  # the MPI library may be what hangs

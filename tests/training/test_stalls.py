@@ -19,11 +19,12 @@ from lapse_elmo.config.training import parse_train
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.signals import STALLED
 from lapse_elmo.mpi.world import solo
-from lapse_elmo.watchdog import Watchdog
+from lapse_elmo.watchdog import REPORT_FILE_VARIABLE, Watchdog
 from lapse_elmo.watchdog.report import format_ranks, own_stacks, stack_lines
 from lapse_elmo.watchdog.view import View
 from tests import mpi
-from tests.training.corpora import TINY, Prepared, records, train_job
+from tests.training.corpora import TINY, Prepared, records, train_alone, train_job
+from tests.training.stalling import LAUNCHER
 from tests.training.test_failures import newest_whole
 
 PROGRAM = Path(__file__).with_name("stalling.py")
@@ -35,27 +36,39 @@ CASES = [
     ("step", "stop", 0, 4, 2), ("evaluation", "stop", 2, 4, 2),  # the ranks of the nodes' managers
     ("save", "stop", 3, 4, 2),  # the last one, which is_collector
 ]
+# Parts of the start, and a rank that only works, with a lower limit.
+SHORT_LIMIT_S = 5
+SHORT_CASES = [
+    ("corpus", "read", 0, 2, 1), ("parameters", "loop", 1, 2, 1), ("restore", "read", 1, 2, 1),
+    ("step", "stop", 1, 4, 2),
+]
 
 
-@pytest.mark.parametrize(("place", "how", "rank", "num_ranks", "num_nodes"), CASES)
+@pytest.mark.parametrize(("place", "how", "rank", "num_ranks", "num_nodes"), [*CASES, *SHORT_CASES])
 def test_a_rank_that_hangs(
     small: Prepared, tmp_path: Path, place: str, how: str, rank: int, num_ranks: int, num_nodes: int
 ) -> None:
     run_dir = tmp_path / "run"
-    argv = [*patient(small, run_dir, place, how, rank), "--nodes", str(num_nodes)]
-    job = mpi.mpirun(num_ranks, argv, timeout=START_S + LIMIT_S + END_S, fork=False)
+    if place == "restore":
+        train_alone(small, run_dir, *OPTIONS, "--max-steps", "4")
+    short = (place, how, rank, num_ranks, num_nodes) in SHORT_CASES
+    argv = [*patient(small, run_dir, place, how, rank, SHORT_LIMIT_S if short else LIMIT_S), "--nodes", str(num_nodes)]
+    job = mpi.mpirun(num_ranks, argv, timeout=START_S + LIMIT_S + END_S, fork=short)
     assert job.returncode == STALLED and not job.survivors, job.output
     if place == "start":
         assert f"MPI has not started on all {num_ranks} ranks" in job.stderr and "in start" in job.stderr, job.output
         return
-    assert checkpoint.candidates(run_dir), job.output
-    assert newest_whole(run_dir)["step"] >= 4
+    if place in ("corpus", "parameters"):
+        assert not run_dir.exists() or not checkpoint.candidates(run_dir), job.output
+    else:
+        assert newest_whole(run_dir)["step"] >= 4
     state = {"stop": "silent", "loop": "busy", "read": "busy"}[how]
     named = [line for line in job.stderr.splitlines() if line.startswith(("  silent: ", "  busy: "))]
     assert set(map(who, named)) == {(state, rank)}, job.output
     assert f"rank {rank}/{num_ranks} on {HOST} (pid " in named[0], job.output
     assert ("stopped by a signal" in named[0]) == (how == "stop"), job.output
-    where = r"  waiting for others in (step|save at|evaluation at|last save, after) .*: \d ranks?, \d"
+    phase = r"(step|save at|evaluation at|last save, after|start, (opening|making|reading) the)"
+    where = rf"  waiting for others in {phase} .*: \d ranks?, \d"
     assert re.search(where, job.stderr), job.output
     calls = job.stderr[job.stderr.index("MainThread") :]
     assert "in wait\n" in calls, job.output
@@ -63,10 +76,28 @@ def test_a_rank_that_hangs(
         assert f"in {how}\n" in calls, job.output
 
 
-def patient(small: Prepared, run_dir: Path, place: str = "nowhere", how: str = "stop", rank: int = 0) -> list[str]:
-    """Start a run whose watchdog is inactive until the first checkpoint."""
+def test_a_launcher_that_hangs(small: Prepared, tmp_path: Path) -> None:
+    """It reads nothing any more, and ends no rank: the ranks end themselves, and the report is in the file."""
+    pid, report = tmp_path / "launcher", tmp_path / "report"
+    env = {LAUNCHER: str(pid), REPORT_FILE_VARIABLE: str(report)}
+    with mpi.start(2, patient(small, tmp_path / "run", "step", "write", 1, SHORT_LIMIT_S), env=env) as job:
+        deadline = time.monotonic() + START_S + END_S
+        while not pid.exists() or job.rank_pids():
+            assert job.running() and time.monotonic() < deadline, job.text()
+            time.sleep(0.1)
+        os.kill(int(pid.read_text()), signal.SIGCONT)
+        ended = job.wait(END_S)
+    assert ended.returncode == STALLED, ended.output
+    assert f"  busy: rank 1/2 on {HOST} (pid " in report.read_text()
+    assert newest_whole(tmp_path / "run")["step"] >= 4
+
+
+def patient(
+    small: Prepared, run_dir: Path, place: str = "nowhere", how: str = "stop", rank: int = 0, limit_s: float = LIMIT_S
+) -> list[str]:
+    """Return a run whose watchdog is patient until the rank hangs."""
     words = [str(PROGRAM), place, how, str(rank), *small.options, *TINY, "--run-dir", str(run_dir), *OPTIONS]
-    return [*words, "--stall-minutes", str(LIMIT_S / 60)]
+    return [*words, "--stall-minutes", str(limit_s / 60)]
 
 
 def who(line: str) -> tuple[str, int]:
