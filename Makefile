@@ -12,7 +12,10 @@
 #   make clean   remove .venv, .venv-docs and site/ (data/ and runs/ stay)
 
 PYTHON ?= python3
-RANKS ?= $(shell nproc)
+# Preprocessing runs on cores. Training has one rank per GPU where there are GPUs, else one per core; it is counted
+# when it is used, as .venv must be there first.
+PREPROCESS_RANKS ?= $(shell nproc)
+RANKS ?= $(if $(findstring --device cpu,$(TRAIN_OPTIONS)),$(PREPROCESS_RANKS),$(shell .venv/bin/python -m lapse_elmo.mpi.host))
 MPIRUN ?= .venv/bin/mpirun
 TRAIN_OPTIONS ?= --max-minutes 5
 TEST_OPTIONS ?=
@@ -45,13 +48,13 @@ dev: .venv/.installed-dev
 	@touch $@
 
 data/demo-text: | .venv/.installed
-	$(MPIRUN) -n $(RANKS) bin/preprocess demo-text --output $@
+	$(MPIRUN) -n $(PREPROCESS_RANKS) bin/preprocess demo-text --output $@
 
 data/vocab.txt: | data/demo-text
 	bin/preprocess vocab 'data/demo-text/train-*' --output $@
 
 data/shards: | data/vocab.txt
-	$(MPIRUN) -n $(RANKS) bin/preprocess shards 'data/demo-text/train-*' --heldout 'data/demo-text/heldout-*' --vocab data/vocab.txt --output $@
+	$(MPIRUN) -n $(PREPROCESS_RANKS) bin/preprocess shards 'data/demo-text/train-*' --heldout 'data/demo-text/heldout-*' --vocab data/vocab.txt --output $@
 
 train: .venv/.installed | data/shards
 	$(MPIRUN) -n $(RANKS) bin/train $(TRAIN_OPTIONS)

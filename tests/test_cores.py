@@ -1,8 +1,10 @@
-"""How many cores the ranks of a machine have: by affinity, cgroup, Slurm and the launcher."""
+"""How many cores and GPUs the ranks of a machine have: by affinity, cgroup, Slurm, the launcher and nvidia-smi."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from io import StringIO
@@ -11,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.mpi import host
-from lapse_elmo.mpi.host import usable_cores
+from lapse_elmo.mpi.host import ranks_for_training, usable_cores, usable_gpus
 from lapse_elmo.mpi.launcher import oversubscribed
-from tests.mpi import LAUNCHER_PREFIXES, mpirun
+from tests.mpi import LAUNCHER_PREFIXES, ROOT, mpirun
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,70 @@ def test_usable_cores_follow_the_allocation(monkeypatch: pytest.MonkeyPatch, all
     monkeypatch.setattr(host, "open", lambda *_, **__: StringIO("max 100000"), raising=False)
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", allotted)
     assert usable_cores(range(8)) == expected
+
+
+FOUR_GPUS = "".join(f"GPU {number}: NVIDIA H200 (UUID: GPU-{number}{number}aa)\n" for number in range(4))
+MIG = "GPU 0: NVIDIA H200 (UUID: GPU-00aa)\n  MIG 1g.18gb     Device  0: (UUID: MIG-00bb)\n"
+
+
+def fake_gpus(folder: Path, listed: str | None, torch: str = "2.13.0") -> dict[str, str]:
+    """Return an environment with an nvidia-smi that lists GPUs (fails if None), and with a version of torch."""
+    said = f"printf '{listed}'" if listed is not None else "echo 'no devices were found' >&2; exit 9"
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n[ \"$*\" = -L ] || exit 5\n{said}\n")
+    program.chmod(0o755)
+    about = folder / f"torch-{torch}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n")
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("listed", "visible", "expected"),
+    [
+        (FOUR_GPUS, None, 4), (FOUR_GPUS, "2,0", 2), (FOUR_GPUS, "GPU-11aa, GPU-33aa", 2), (FOUR_GPUS, "", 0),
+        (FOUR_GPUS, "-1", 0), (FOUR_GPUS, "0,7,1", 1), (MIG, None, 1), (MIG, "MIG-00bb", 1), ("", None, 0),
+        (None, None, 0),
+    ],
+)
+def test_usable_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, visible: str | None, expected: int
+) -> None:
+    monkeypatch.setenv("PATH", fake_gpus(tmp_path, listed)["PATH"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert usable_gpus() == expected
+
+
+def test_without_nvidia_smi_there_is_a_rank_per_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert usable_gpus() == 0
+    assert ranks_for_training() == usable_cores()
+
+
+@pytest.mark.parametrize(
+    ("listed", "torch", "options", "expected"),
+    [
+        (FOUR_GPUS, "2.13.0", "", 4), (FOUR_GPUS, "2.13.0", "TRAIN_OPTIONS=--device cpu", None),
+        (FOUR_GPUS, "2.13.0", "RANKS=3", 3), (FOUR_GPUS, "2.13.0+cpu", "", None), (None, "2.13.0", "", None),
+    ],
+)
+def test_make_train_starts_a_rank_per_gpu(
+    tmp_path: Path, listed: str | None, torch: str, options: str, expected: int | None
+) -> None:
+    """None stands for one rank per core."""
+    if shutil.which("make") is None or not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("make or .venv is missing")
+    environment = fake_gpus(tmp_path, listed, torch)
+    for name in ("CUDA_VISIBLE_DEVICES", "RANKS", "PREPROCESS_RANKS", "TRAIN_OPTIONS", "MAKEFLAGS", "MAKELEVEL"):
+        environment.pop(name, None)
+    # All targets are out of date, so that the recipes of preprocessing are printed, too; nothing runs.
+    command = ["make", "--dry-run", "--always-make", "train", *filter(None, [options])]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for number, name in re.findall(r"-n (\d+) (bin/train|bin/preprocess shards)", said)}
+    nproc = int(subprocess.check_output(["nproc"], text=True))
+    assert found == {"bin/train": expected or usable_cores(), "bin/preprocess shards": nproc}
 
 
 def slurm(cores: int, node: int, tasks: str) -> dict[str, str]:

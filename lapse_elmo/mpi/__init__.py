@@ -12,7 +12,7 @@ module           contents
 ``start``        load and initialise the MPI library
 ``family``       which MPI library it is, and whether a launcher fits it
 ``launcher``     what mpirun or srun put into the environment
-``host``         this machine: its usable CPU cores and its address
+``host``         this machine: its usable CPU cores and GPUs, its address
 ``signals``      requests to stop, and the exit statuses of all programs
 ``stdio``        the standard streams
 ===============  ====================================================================================

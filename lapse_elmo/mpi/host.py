@@ -1,14 +1,20 @@
-"""This machine: the CPU cores that its ranks may use, and its address."""
+"""This machine: the CPU cores and GPUs that its ranks may use, and its address.
+
+``python -m lapse_elmo.mpi.host`` prints how many ranks should train here; ``make train`` starts that many.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import subprocess
 from collections.abc import Collection
+from importlib import metadata
 
 _LOOPBACK = "127.0.0.1"
 _UNROUTED = ("192.0.2.1", 9)  # reserved for documentation by RFC 5737; any address outside the local networks would do
+_NVIDIA_SMI_TIME_S = 30  # it loads the driver where that is not resident; with a broken driver it may hang
 
 
 def usable_cores(cores: Collection[int] | None = None) -> int:
@@ -29,6 +35,37 @@ def usable_cores(cores: Collection[int] | None = None) -> int:
     return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
+def usable_gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use, by nvidia-smi and ``CUDA_VISIBLE_DEVICES``, without torch.
+
+    It is 0 if there is no nvidia-smi, or if it fails.
+    """
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=_NVIDIA_SMI_TIME_S
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    installed = sum(line.startswith("GPU ") for line in listed.splitlines())  # lines of MIG devices are indented
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return installed
+    count = 0
+    for name in (part.strip() for part in visible.split(",")):
+        if not (name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < installed)):
+            break  # CUDA ignores what follows the first invalid entry
+        count += 1
+    return min(count, installed)
+
+
+def ranks_for_training() -> int:
+    """Return one rank per usable GPU, or one per usable core without a GPU or with a torch without CUDA."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if metadata.version("torch").endswith("+cpu"):
+            return usable_cores()
+    return usable_gpus() or usable_cores()
+
+
 def own_address(hosts: Collection[str]) -> str | None:
     """Return an IPv4 address at which other ranks reach this host without MPI, or None if there is none.
 
@@ -43,3 +80,7 @@ def own_address(hosts: Collection[str]) -> str | None:
     with contextlib.suppress(OSError):
         return socket.gethostbyname(socket.gethostname())
     return None
+
+
+if __name__ == "__main__":
+    print(ranks_for_training())
