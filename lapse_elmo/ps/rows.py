@@ -24,6 +24,7 @@ PRESENT, REPLICA, DIRTY = 2, 4, 8  # flags of a row's entry, as in rows.c
 MAIN, COPY = PRESENT, PRESENT | REPLICA  # a row's main copy is here, or a replica
 MAIN_ROWS, REPLICA_ROWS = " main", " replica"  # suffixes of array names; their memory is reserved as slots are used
 SOURCE = Path(__file__).parent / "rows.c"
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 
 
 def array_shapes(segment: Segment, several_nodes: bool) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -150,7 +151,10 @@ class Rows(ABC):
 
 
 class NativeRows(Rows):
-    """Rows through rows.c, whose functions run without the interpreter's lock."""
+    """Rows through rows.c, whose functions run without the interpreter's lock.
+
+    Before a pointer is passed to C, dtype, shape and contiguity of its array are asserted.
+    """
 
     def __init__(self, memory: NodeMemory, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment)
@@ -160,38 +164,44 @@ class NativeRows(Rows):
 
     def all_owned(self, rows: np.ndarray) -> bool:
         """Return whether the main copies of all ``rows`` are here, without a temporary array."""
+        assert rows.dtype == _INT64, rows.dtype
         return self._call("owned", self.entries, rows, rows.size) == rows.size
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Call rows_pull."""
-        assert out.shape[1] <= self.row_width
+        assert out.ndim == 2 and out.shape[1] <= self.row_width, out.shape
+        _check(rows, out, out.shape[1])
         return self._list("pull", (self.entries, self.main, self.replica, self.row_width, out.shape[1]), rows, out)
 
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
         """Call rows_add."""
-        assert deltas.shape[1] == self.row_width
+        _check(rows, deltas, self.row_width)
         return self._list("add", (self.entries, self.main, self.replica, self.row_width), rows, deltas, int(mark))
 
     def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
-        assert gradients.shape[1] == self.width
+        _check(rows, gradients, self.width)
         before = (self.entries, self.main, self.replica, self.row_width, self.width, rule.code)
         return self._list("step", before, rows, gradients, float(rate), float(rule.epsilon), int(mark))
 
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Call rows_set."""
+        _check(rows, values, self.row_width)
         return self._list("set", (self.entries, self.main, self.row_width), rows, values)
 
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
         """Call rows_put."""
+        _check(rows, values, self.row_width, slots)
         before = (self.entries, self.main, self.replica, self.row_width)
         self._call("put", *before, rows, rows.size, slots, values, int(as_replica))
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Call rows_take."""
+        _check(rows, out, self.row_width)
         self._call("take", self.entries, self.main, self.row_width, rows, rows.size, out)
 
     def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
         """Call rows_promote."""
+        _check(rows, values, self.row_width, slots)
         self._call("promote", self.entries, self.main, self.replica, self.row_width, rows, rows.size, slots, values)
 
     def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
@@ -208,10 +218,12 @@ class NativeRows(Rows):
 
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Call rows_refresh."""
+        _check(rows, values, self.row_width)
         self._call("refresh", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Call rows_overwrite."""
+        _check(rows, values, self.row_width)
         self._call("overwrite", self.entries, self.replica, self.row_width, rows, rows.size, values)
 
     def release(self, rows: np.ndarray) -> np.ndarray:
@@ -222,6 +234,7 @@ class NativeRows(Rows):
         self, name: str, before: tuple[np.ndarray | int, ...], rows: np.ndarray, *more: np.ndarray | float
     ) -> np.ndarray:
         """Call a function of rows.c that lists indices into ``rows`` in its last argument; return them."""
+        assert rows.dtype == _INT64 and rows.ndim == 1, (rows.dtype, rows.shape)
         listed = np.empty(rows.size, np.int64)
         number = self._call(name, *before, rows, rows.size, *more, listed)
         return listed[:number]
@@ -231,8 +244,16 @@ class NativeRows(Rows):
         passed: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
-                assert argument.flags.c_contiguous
+                assert argument.flags.c_contiguous, argument.strides
                 passed.append(ctypes.c_void_p(argument.ctypes.data))
             else:
                 passed.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
         return getattr(self._library, f"rows_{name}")(*passed)
+
+
+def _check(rows: np.ndarray, values: np.ndarray, width: int, slots: np.ndarray | None = None) -> None:
+    """Assert that ``values`` (n, width) and ``slots`` (n,) belong to ``rows`` (n,), with the dtypes that rows.c has."""
+    assert rows.dtype == _INT64 and rows.ndim == 1, (rows.dtype, rows.shape)
+    shape = (rows.size, width)
+    assert values.dtype == _FLOAT32 and values.shape == shape, (values.dtype, values.shape, shape)
+    assert slots is None or (slots.dtype == _INT64 and slots.shape == rows.shape), (slots, rows.shape)

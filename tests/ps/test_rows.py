@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lapse_elmo import native
 from lapse_elmo.mpi.node_memory import NodeMemory
@@ -55,12 +58,11 @@ class Pair:
         np.testing.assert_allclose(a.replica, b.replica, rtol=2e-6, atol=1e-6)
 
 
-@pytest.fixture(params=[(name, width) for name in RULES for width in WIDTHS], ids=str)
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    name, width = request.param
+@contextmanager
+def opened(rule: str, width: int) -> Iterator[Pair]:
     library = native.load(SOURCE)
     assert library is not None, native.problem(SOURCE)
-    segment = Layout.of(("before", 3, 2), ("rows", ROWS, width, RULES[name]))["rows"]
+    segment = Layout.of(("before", 3, 2), ("rows", ROWS, width, RULES[rule]))["rows"]
     memories = [NodeMemory(solo(), array_shapes(segment, True)) for _ in range(2)]
     pair = Pair(
         segment, (NativeRows(memories[0], segment, library), LockedRows(memories[1], segment)), np.random.default_rng(1)
@@ -73,6 +75,61 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     for rows, memory in zip(pair.both, memories, strict=True):
         rows.close()
         memory.close()
+
+
+@pytest.fixture(params=[(name, width) for name in RULES for width in WIDTHS], ids=str)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    with opened(*request.param) as pair:
+        yield pair
+
+
+@given(
+    rule=st.sampled_from(sorted(RULES)), width=st.one_of(st.integers(1, 70), st.integers(200, 300)), data=st.data(),
+    rows=st.lists(st.integers(0, ROWS - 1), max_size=40).map(lambda rows: np.array(rows, np.int64)),
+)
+def test_any_width_and_rows(rule: str, width: int, data: st.DataObject, rows: np.ndarray) -> None:
+    """Tails of every width, in any order of rows and with repeats; nothing behind the last row is written."""
+    with opened(rule, width) as pair:
+        used = data.draw(st.integers(1, pair.segment.row_width))
+        gradients, deltas = pair.values(rows.size, width), abs(pair.values(rows.size, pair.segment.row_width))
+        outs = [np.full((rows.size + 1, used), 7, np.float32) for _ in pair.both]
+        for call in (
+            lambda some, out: some.push(rows, gradients, RATE), lambda some, out: some.add(rows, deltas),
+            lambda some, out: some.pull(rows, out[:-1]),
+        ):
+            equal(call(some, out) for some, out in zip(pair.both, outs, strict=True))
+        pair.same()
+        np.testing.assert_allclose(outs[0], outs[1], rtol=2e-6, atol=1e-6)
+        assert all((out[-1] == 7).all() for out in outs)
+
+
+@pytest.mark.parametrize("pair", [("adagrad", 7)], indirect=True)
+def test_wrong_arrays_do_not_reach_c(pair: Pair) -> None:
+    """In place of rows, values and slots: arrays of another dtype, another size, or with gaps."""
+    some, width = pair.both[0], pair.segment.row_width
+    rows, slots, values = MAINS[:4], MAINS[-4:], np.ones((4, width), np.float32)
+    replicas = COPIES[:4]
+    calls: list[tuple[Callable, list[np.ndarray]]] = [
+        (some.pull, [rows, values]), (some.push, [rows, values[:, :7].copy()]), (some.add, [rows, values]),
+        (some.set, [rows, values]), (some.put, [ABSENT[:4], slots, values]), (some.take, [rows, values]),
+        (some.promote, [replicas, slots, values]), (some.refresh, [replicas, values]),
+        (some.overwrite, [replicas, values]), (some.clear_dirty, [rows]), (some.release, [replicas]),
+        (some.all_owned, [rows]),
+    ]
+    before = some.entries.copy(), some.main.copy(), some.replica.copy()
+    for call, arrays in calls:
+        rest = (False,) if call == some.put else ()
+        for place, array in enumerate(arrays):
+            bad = [array.astype(np.int32 if array.ndim == 1 else np.float64), np.repeat(array, 2, axis=0)[::2]]
+            if len(arrays) > 1:
+                bad.append(array[:-1])
+            if array.ndim == 2:
+                bad += [np.concatenate([array, array], 1), np.asfortranarray(array), array.reshape(-1)]
+            for other in bad:
+                with pytest.raises(AssertionError):
+                    call(*arrays[:place], other, *arrays[place + 1 :], *rest)
+    for old, new in zip(before, (some.entries, some.main, some.replica), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 def test_pull(pair: Pair) -> None:
