@@ -14,6 +14,7 @@ from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.memory import check_memory, dense_size, estimate
+from lapse_elmo.model import packed
 from lapse_elmo.model.optimizers import DenseRule
 from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import build_model
@@ -187,11 +188,16 @@ def test_cgroup_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ve
     assert memory.free_memory_bytes() == 2_075_000
 
 
-def test_a_dry_run_writes_nothing(small: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_dry_run_writes_nothing(
+    small: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str  # noqa: F811
+) -> None:
     from lapse_elmo import train
 
-    argv = [*small.options, *TINY, "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    argv = [*small.options, *TINY, "--run-dir", str(tmp_path / "run"), "--precision", precision, "--dry-run"]
     assert train.main(argv, solo) == 0
     said = capsys.readouterr().out
     assert all(text in said for text in ("server+worker", "memory on", "14 in all", "nothing was started"))
+    chosen = [line for line in said.splitlines() if line.startswith("products of the LSTM's steps")]
+    assert chosen == [packed.describe(precision)] and "forward by" in chosen[0] and "backward by" in chosen[0]
     assert not (tmp_path / "run").exists()
