@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.metrics.run_log import table
@@ -15,6 +16,8 @@ from lapse_elmo.model.packed import PREPACKED_MATMUL
 
 FOLDER = "profile"
 WARM_UP = 3  # steps before profiling starts: they allocate buffers and fill caches
+_MOST_ROWS = 30
+_WIDEST = 80  # characters; names of C++ kernels have hundreds
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::addmv_", "aten::bmm", PREPACKED_MATMUL)
 
 
@@ -23,7 +26,7 @@ class StepProfile:
 
     ``rank-00000.json`` is the trace, ``rank-00000.txt`` the table. The table has the self time of each kind of work, in
     seconds per step and as a share of the steps' wall time. Since two threads work in parallel, the shares add up to
-    more than 1.
+    more than 1. With a GPU, there are tables of the time on it, too.
     """
 
     def __init__(self, run_dir: Path, num_steps: int, rank: int) -> None:
@@ -63,22 +66,51 @@ class StepProfile:
 
 
 def summary(events: Any) -> str:
-    """Return the table of a profile's events (the result of torch's ``key_averages()``) as text."""
-    by_name = {event.key: event for event in events}
-    steps = by_name["step"]
-    rows = []
-    matmul_us = sum(by_name[name].self_cpu_time_total for name in _PRODUCTS if name in by_name)
-    if matmul_us:
-        rows.append(("matrix products", matmul_us, sum(by_name[n].count for n in _PRODUCTS if n in by_name)))
-    rows += [(event.key, event.self_cpu_time_total, event.count) for event in events if event.key not in _PRODUCTS]
+    """Return the tables of a profile's events (the result of torch's ``key_averages()``) as text.
+
+    With a GPU, tables of the time on it come first: by operation of torch, and by kernel. The time of an operation on
+    the host is then that of launching its kernels, or of waiting.
+    """
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    # Labels (record_function) occur a second time as ranges on the device: from their first kernel to their last.
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    steps = next(event for event in host if event.key == "step")
+    head = f"{steps.count} steps of {steps.cpu_time_total / steps.count / 1e6:.3f} s"
+    own_time = "self time of each kind of work"
+    own = _table([(event.key, event.self_cpu_time_total, event.count) for event in host], steps)
+    busy_us = sum(event.self_device_time_total for event in kernels)
+    if not busy_us:
+        return f"{head}; {own_time}\n\n{own}"
+    of_kernels, launched = (
+        [(event.key, event.self_device_time_total, event.count) for event in some if event.self_device_time_total]
+        for some in (kernels, host)
+    )
+    rest_us = busy_us - sum(time for _, time, _ in launched)
+    if rest_us > 0:
+        launched.append(("kernels of no operation", rest_us, 0))
+    return "\n\n".join((
+        f"{head}; the device computes or copies for {busy_us / steps.cpu_time_total:.1%} of them",
+        "time on the device of each kind of work", _table(launched, steps),
+        "time on the device of each kernel", _table(of_kernels, steps),
+        f"{own_time} on the host", own,
+    ))
+
+
+def _table(rows: list[tuple[str, float, int]], steps: Any) -> str:
+    """Return a table of the largest of ``rows``: name, microseconds, calls. All matrix products are one row."""
+    products = [row for row in rows if row[0] in _PRODUCTS]
+    rows = [row for row in rows if row[0] not in _PRODUCTS]
+    if products:
+        rows.append(("matrix products", sum(time for _, time, _ in products), sum(count for *_, count in products)))
     rows.sort(key=lambda row: -row[1])
     lines = [
-        (name, f"{time / steps.count / 1e6:.4f}", f"{time / steps.cpu_time_total:.1%}", f"{count / steps.count:,.1f}")
-        for name, time, count in rows[:30]
+        (
+            name if len(name) <= _WIDEST else f"{name[:_WIDEST]}...", f"{time / steps.count / 1e6:.4f}",
+            f"{time / steps.cpu_time_total:.1%}", f"{count / steps.count:,.1f}",
+        )
+        for name, time, count in rows[:_MOST_ROWS]
     ]
-    step_s = steps.cpu_time_total / steps.count / 1e6
-    head = f"{steps.count} steps of {step_s:.3f} s; self time of each kind of work"
-    return f"{head}\n\n{table([('work', 's/step', 'share', 'calls/step'), *lines])}"
+    return table([("work", "s/step", "share", "calls/step"), *lines])
 
 
 def _profiler() -> Any:
