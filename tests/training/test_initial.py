@@ -12,6 +12,7 @@ import pytest
 import lapse_elmo
 from lapse_elmo import export, train
 from lapse_elmo.config.training import parse_train
+from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError, CorpusError, UserError
 from lapse_elmo.mpi.world import solo
 from tests.training.conftest import Drive
@@ -123,6 +124,48 @@ def test_given_word_vectors(other: Prepared, model: Path, drive: Drive, tmp_path
         trained.stored.embedding.weights(np.array(trained.vocabulary.encode(shared)) - 1) for trained in (old, new)
     ]
     np.testing.assert_array_equal(tables[0], tables[1])
+
+
+PHRASES = [["new york", "next"], ["NEW YORK", "b"], ["vitamin a", "b"], ["new yor", "b"], ["s\u00e3o paulo", "b"],
+           ["b", "two  blanks"], ["b", "a b c d"], ["b", "new york city", "c"]]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["gensim", "word2vec"])
+def test_words_with_blanks(tmp_path: Path, end: bytes) -> None:
+    """In text they are read; in binary files, where the reader would lose its place, they are refused."""
+    rng = np.random.default_rng(1)
+    tables = [rng.standard_normal((3, 16)) * scale for scale in (0.01, 1, 10) for _ in range(5)]
+    tables += [np.zeros((3, 16)), np.ones((3, 16)), np.rint(tables[-1])]
+    for words in PHRASES:
+        for table in tables:
+            rows = table[: len(words)].astype("<f4")
+            head = f"{len(words)} 16\n".encode()
+            lines = [word.encode() + b" " + row.tobytes() + end for word, row in zip(words, rows, strict=True)]
+            (tmp_path / "vectors.bin").write_bytes(head + b"".join(lines))
+            with pytest.raises(CorpusError, match="give the vectors as word2vec text") as caught:
+                list(read_word_vectors(tmp_path / "vectors.bin", 16))
+            assert len(str(caught.value).splitlines()) == 1
+        with open(tmp_path / "vectors.txt", "wb") as file:
+            file.write(head)
+            np.savetxt(file, np.column_stack([np.array(words, object), rows]), "%s" + " %.9g" * 16, encoding="utf-8")
+        found = list(read_word_vectors(tmp_path / "vectors.txt", 16))
+        assert [word for word, _ in found] == words
+        np.testing.assert_array_equal([vector for _, vector in found], rows)
+
+
+def test_vectors_that_look_like_words_are_read(tmp_path: Path) -> None:
+    """Among 20,000 vectors many begin with bytes that could be letters and a blank; some have tiny numbers."""
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((20_000, 8)).astype("<f4")
+    rows[::7, 3:] *= np.float32(1e-20)
+    assert sum(b" " in row.tobytes()[:4] for row in rows) > 100
+    lines = [f"w{number} ".encode() + row.tobytes() for number, row in enumerate(rows)]
+    (tmp_path / "vectors.bin").write_bytes(b"20000 8\n" + b"".join(lines))
+    found = list(read_word_vectors(tmp_path / "vectors.bin", 8))
+    np.testing.assert_array_equal([vector for _, vector in found], rows)
+    (tmp_path / "vectors.bin").write_bytes(b"19999 8\n" + b"".join(lines))
+    with pytest.raises(CorpusError, match="more bytes than the 19,999 words"):
+        list(read_word_vectors(tmp_path / "vectors.bin", 8))
 
 
 def test_refusals(small: Prepared, model: Path, tmp_path: Path) -> None:
