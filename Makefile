@@ -18,6 +18,8 @@ PREPROCESS_RANKS ?= $(shell nproc)
 RANKS ?= $(if $(findstring --device cpu,$(TRAIN_OPTIONS)),$(PREPROCESS_RANKS),$(shell .venv/bin/python -m lapse_elmo.mpi.host))
 MPIRUN ?= .venv/bin/mpirun
 TRAIN_OPTIONS ?= --max-minutes 5
+# The first run of `make train` is runs/first, which the README opens. Later ones leave it alone: bin/train names them by time.
+RUN_DIR ?= $(if $(wildcard runs/first/checkpoints/*),,runs/first)
 TEST_OPTIONS ?=
 MINUTES ?= 10
 TRANSPORTS_OPTIONS ?=
@@ -57,7 +59,7 @@ data/shards: | data/vocab.txt
 	$(MPIRUN) -n $(PREPROCESS_RANKS) bin/preprocess shards 'data/demo-text/train-*' --heldout 'data/demo-text/heldout-*' --vocab data/vocab.txt --output $@
 
 train: .venv/.installed | data/shards
-	$(MPIRUN) -n $(RANKS) bin/train $(TRAIN_OPTIONS)
+	$(MPIRUN) -n $(RANKS) bin/train $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(TRAIN_OPTIONS)
 
 native: .venv/.installed
 	.venv/bin/python -m lapse_elmo.native

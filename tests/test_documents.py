@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from lapse_elmo import train
+from lapse_elmo.mpi.world import solo
+from lapse_elmo.trained import SentenceScore
 from tests.command_lines import called, fenced, known_options, strings_of
 from tests.mpi import ROOT
-from tests.training.corpora import prepare, train_alone
+from tests.training.corpora import TINY, prepare
 
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -29,10 +34,23 @@ def label(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose vocabulary has the words of the snippets."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `make train` leaves it, except that text and model are tiny."""
     folder = tmp_path_factory.mktemp("documents")
-    return train_alone(prepare(folder, SENTENCES, SENTENCES), folder / "run", "--max-steps", "2")
+    prepare(folder / "data", SENTENCES, SENTENCES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(arguments_of_make_train(folder, *TINY, "--max-steps", "2"), solo)
+    return folder
+
+
+def arguments_of_make_train(folder: Path, *options: str) -> list[str]:
+    """Return what `make train` in ``folder`` passes to bin/train, with ``options`` instead of a limit of minutes."""
+    make = ["make", "--dry-run", "--old-file=.venv/.installed", f"--file={ROOT / 'Makefile'}"]
+    command = [*make, "train", f"TRAIN_OPTIONS={' '.join(options)}"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "RUN_DIR"))}
+    done = subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.splitlines()[-1].partition(" bin/train ")[2].split()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=label)
@@ -96,17 +114,27 @@ def test_command_lines_are_found() -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/using-a-model.md"])
-def test_snippets_run(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's Python blocks, one after another in one namespace, with a tiny model as runs/first."""
-    shutil.copytree(model, tmp_path / "runs" / "first", symlinks=True)
-    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
-    monkeypatch.chdir(tmp_path)
+def test_snippets_run_after_make_train(name: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's Python blocks, one after another in one namespace."""
+    (made / "text.txt").write_text("\n".join(SENTENCES))
+    monkeypatch.chdir(made)
     blocks = fenced((ROOT / name).read_text(encoding="utf-8"), "python")
-    assert blocks
-    namespace: dict[str, object] = {}
-    exec(compile("".join(blocks), name, "exec"), namespace)
-    vectors = namespace["vectors"]
-    assert isinstance(vectors, list | np.ndarray) and vectors[0].dtype == np.float32
+    found: dict[str, Any] = {}
+    exec(compile("".join(blocks), name, "exec"), found)
+    vectors = found["vectors"][0] if name == "README.md" else found["vectors"]  # the guide ends in a loop over a text
+    assert vectors.shape[::2] == (3, 32) and vectors.dtype == np.float32 and vectors.any()
+    (score,) = found["scores"]
+    assert isinstance(score, SentenceScore) and not score.unknown.any()
+    assert (score.forward < 0).all() and (score.backward < 0).all()
+    neighbours, cosines = zip(*found["neighbours"], strict=True)
+    assert "words" not in neighbours and set(neighbours) < set(" ".join(SENTENCES).split())
+    assert sorted(cosines, reverse=True) == list(cosines) and -1 <= cosines[-1] < cosines[0] <= 1
+
+
+def test_make_train_leaves_an_earlier_run_alone(made: Path, tmp_path: Path) -> None:
+    assert arguments_of_make_train(made, "--epochs", "1") == ["--epochs", "1"]
+    (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)  # of a run that ended before its first save
+    assert arguments_of_make_train(tmp_path, "--epochs", "1")[:2] == ["--run-dir", "runs/first"]
 
 
 def phrases() -> list[str]:
