@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,6 +31,7 @@ else:
 T = TypeVar("T")
 _MAX_INTEGER = 1 << 53  # the largest that is exact in a float64
 _MAX_FLOAT = 3.4e38  # the largest float32
+_POWERS = {"k": 3, "m": 6, "g": 9, "b": 9}  # of ten, by the suffix of an integer
 
 
 def option(
@@ -185,7 +188,9 @@ def _add(target: argparse._ActionsContainer, field: dataclasses.Field, hint: Any
     if base is bool:
         kwargs["action"] = argparse.BooleanOptionalAction
     else:
-        kwargs["type"] = {int: _integer, float: _float, str: _text}[base]
+        parse_value: Callable[[str], Any] = {int: _integer, float: _float, str: _text}[base]
+        # Names of files may contain commas, so only numbers are separated by them.
+        kwargs["type"] = _separated_by_commas(parse_value) if many and base is not str else parse_value
         kwargs["metavar"] = meta["metavar"] or (None if meta["choices"] else field.name.split("_")[-1].upper())
         if many:
             kwargs["nargs"] = "+" if required else "*"
@@ -209,8 +214,23 @@ def _default_text(default: Any) -> str | None:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
+def _separated_by_commas(parse_value: Callable[[str], Any]) -> Callable[[str], list]:
+    """Return a parser of one or more numbers, as in ``1,2,3``; a comma at the end is ignored."""
+
+    def parse_values(text: str) -> list:
+        return [parse_value(part) for part in text.removesuffix(",").split(",")]
+
+    parse_values.__name__ = parse_value.__name__
+    return parse_values
+
+
 def _integer(text: str) -> int:
-    """Parse an integer, which may be written as 1_000_000 or 1e6."""
+    """Parse an integer, which may be written as 1_000_000, 1e6 or 1M.
+
+    The suffixes are K, M and G (or B) for thousands, millions and billions, in either case.
+    """
+    if suffix := re.fullmatch(r"(.*[\d.])([kmgb])", text, re.I):
+        text = f"{suffix[1]}e{_POWERS[suffix[2].lower()]}"  # exact also for 2.3M, unlike a product of floats
     try:
         value = int(text.replace("_", ""))
     except ValueError:
@@ -272,7 +292,10 @@ def _build(schema: type[T], namespace: argparse.Namespace) -> T:
     values = _read_file(schema, Path(path)) if path else {}
     for group, field, hint in options_of(schema):
         if field.name in given:
-            value = tuple(given[field.name]) if _element_type(hint)[0] else given[field.name]
+            many, base = _element_type(hint)
+            value = given[field.name]
+            if many:
+                value = tuple(value if base is str else itertools.chain.from_iterable(value))
             (values.setdefault(group, {}) if group else values)[field.name] = value
     hints = typing.get_type_hints(schema)
     for name, hint in hints.items():

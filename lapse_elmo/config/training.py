@@ -224,7 +224,8 @@ class RunConfig:
     )
     save_at_tokens: tuple[int, ...] = option(
         (), metavar="N",
-        help="save a checkpoint after N trained tokens and never delete it, for learning curves (default: none)"
+        help="save a checkpoint after N trained tokens and never delete it, for learning curves: 1M,10M,100M (default: "
+        "none)",
     )
     stall_minutes: float = option(
         20.0, metavar="N",
@@ -304,7 +305,9 @@ def parse_train(argv: Sequence[str]) -> Config:
     return parse(
         Config, argv, prog="bin/train",
         description="Train a sparse ELMo on the shards that bin/preprocess makes: mpirun -n RANKS bin/train. The "
-        "options below can also be given in a TOML file (--config), with one table per group of options.",
+        "options below can also be given in a TOML file (--config), with one table per group of options. Large "
+        "integers may be written as 1_000_000, and on the command line as 1e6 or 1M (K, M and G for thousands, "
+        "millions and billions).",
     )
 
 

@@ -82,6 +82,18 @@ def test_every_option_arrives_from_command_line_and_file(tmp_path: Path, group: 
     assert parse_train(["--config", str(path)]) == by_flag
 
 
+def test_numbers_of_tokens_as_people_write_them(tmp_path: Path) -> None:
+    wanted = (1_000_000, 10_000_000, 100_000_000)
+    for given in (["1M,10M,100M"], ["1e6", "10m", "100_000K"]):
+        assert parse_train(["--save-at-tokens", *given]).run.save_at_tokens == wanted
+    (tmp_path / "config.toml").write_text("[run]\nsave_at_tokens = [1_000_000, 10_000_000, 100_000_000]\n")
+    assert parse_train(["--config", str(tmp_path / "config.toml")]).run.save_at_tokens == wanted
+    with pytest.raises(ConfigError, match=r"^argument --save-at-tokens: invalid int value: '1M,10X' \(see .*--help\)$"):
+        parse_train(["--save-at-tokens", "1M,10X"])
+    with pytest.raises(ConfigError, match=r"--save-at-tokens is .*expected numbers above 0"):
+        parse_train(["--save-at-tokens", "0M,1M"])
+
+
 def test_saved_config_of_many_options_reads_back(tmp_path: Path) -> None:
     argv = [
         word for group, item, _ in options_of(Config) if item.name not in ALONE
