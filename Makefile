@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`. No root, no compiler.
 #
-#   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy, shellcheck, codespell
+#   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy, shellcheck, codespell, import-linter
 #   make train   a first model, on English found on this machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare to the bit
 #   make quick   the tests without MPI jobs, about a minute: run them after each change
@@ -90,6 +90,7 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy
 	.venv/bin/shellcheck --external-sources slurm/*.s* slurm/sites/* slurm/others/* .ci/run
 	.venv/bin/codespell
+	.venv/bin/lint-imports
 
 bench: .venv/.installed-dev
 	.venv/bin/python -m benchmarks
