@@ -1,16 +1,21 @@
-"""MkDocs hook: add the documents that lie outside docs/ to the site.
+"""MkDocs hook: add the documents that lie outside docs/ and the diagrams' program to the site.
 
 A relative link in a document is one between files of the repository, so that it works on a code host. Here each is
 turned into a link between pages of the site. A file that is no page, for instance a source file, loses its link.
+
+Diagrams are Mermaid source. The theme would fetch mermaid.js from elsewhere when a page is opened, unless the page has
+loaded it already: so that the site works without a network, pages with a diagram load a copy of the package mermaidx.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,13 +23,19 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.md"))]
 OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *BENCHMARKS]
 PAGES = {path: "index.md" if path == "README.md" else path for path in OUTSIDE}
+MERMAID = "assets/mermaid.min.js"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages from outside docs/."""
+    """Add the pages from outside docs/, and mermaid.js."""
     for path, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
+    package = importlib.util.find_spec("mermaidx")
+    if package is None or package.origin is None:
+        raise PluginError("mermaidx is not installed: install requirements-docs.txt")
+    program = Path(package.origin).parent / "assets" / "mermaid.js"
+    files.append(File.generated(config, MERMAID, abs_src_path=str(program)))
     return files
 
 
@@ -46,3 +57,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{image}[{text}]({posixpath.relpath(name, posixpath.dirname(here) or '.')}{anchor or ''})"
 
     return _LINK.sub(replace, markdown)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Load mermaid.js where the page has diagrams."""
+    diagrams = page.markdown.count("```mermaid")
+    if output.count('<pre class="mermaid">') != diagrams:
+        raise PluginError(f"{page.file.src_uri} would show its diagrams as text: see custom_fences in mkdocs.yml")
+    if not diagrams:
+        return output
+    address = posixpath.relpath(MERMAID, posixpath.dirname(page.file.dest_uri) or ".")
+    return output.replace("</head>", f'<script src="{address}"></script></head>', 1)
