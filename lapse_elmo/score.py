@@ -3,7 +3,8 @@
 The table has one line per word, tab-separated, after a line of column names: ``sentence`` and ``position`` (both from
 0), ``word``, ``forward_bits`` and ``backward_bits`` (surprisal, -log2 p(word | words before) and (word | words after)),
 and ``unknown``, 1 for a word that is not in the vocabulary: its surprisal is then that of ``<UNK>``. A value is ``nan``
-where nothing predicts the word (in a model without boundaries). The totals include the ends of sentences.
+where nothing predicts the word (in a model without boundaries). The totals include the ends of sentences, and their
+bits per character also what it takes to spell the unknown words (:class:`~lapse_elmo.trained.scores.Totals`).
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     if world.rank == 0:
         speed = totals.num_words / (time.perf_counter() - start)
         for name, value in summary(totals).items():
-            print(f"{name:<22}{value:,.4f}" if isinstance(value, float) else f"{name:<22}{value:,}")
-        print(f"{'speed':<22}{speed:,.0f} words/s")
+            print(f"{name:<29}{value:,.4f}" if isinstance(value, float) else f"{name:<29}{value:,}")
+        print(f"{'speed':<29}{speed:,.0f} words/s")
 
 
 def _open(options: ScoreConfig, stack: contextlib.ExitStack) -> IO[str]:
@@ -108,4 +109,5 @@ def summary(totals: Totals) -> dict[str, float | int]:
         "targets_a_direction": totals.num_targets, "forward_perplexity": totals.forward_perplexity,
         "backward_perplexity": totals.backward_perplexity, "perplexity": totals.perplexity,
         "bits_per_character": totals.bits_per_character,
+        "spelling_bits_per_character": totals.spelling_bits_per_character,
     }

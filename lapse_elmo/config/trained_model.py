@@ -164,7 +164,9 @@ def parse_score(argv: Sequence[str]) -> ScoreConfig:
     return parse(
         ScoreConfig, argv, prog="bin/score",
         description="Compute the surprisal of each word of a text in both directions, its perplexity, its fraction of "
-        "unknown words and its bits per character: mpirun -n RANKS bin/score RUN TEXT... --output FILE.tsv.",
+        "unknown words and its bits per character: mpirun -n RANKS bin/score RUN TEXT... --output FILE.tsv. Bits per "
+        "character compare models of different vocabularies: they include the bits that spell each unknown word, "
+        "log2(A + 1) per character and for its end, for a text of A distinct characters.",
     )
 
 

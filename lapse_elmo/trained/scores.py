@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -67,8 +67,32 @@ class Totals:
 
     Targets are the words and, for a model with boundaries, one ``</S>`` (forward) or ``<S>`` (backward) per sentence.
     Characters are those of the words plus one space or line break after each word, so their number does not depend on
-    the vocabulary. An unknown word counts with all its characters although only ``<UNK>`` was predicted, so compare
-    bits per character only together with the share of unknown words.
+    the vocabulary.
+
+    The model predicts only ``<UNK>`` for an unknown word. So that a small vocabulary gains nothing by that,
+    :attr:`bits_per_character` includes the bits of spelling the word: log2(A + 1) for each of its characters and for
+    its end, where A is the number of distinct characters in the words of all sentences. This is a code from which the
+    text can be restored, so models of different vocabularies compare on the same sentences. Compare only models that
+    were all trained with boundaries, or all without: without them the first word costs nothing.
+
+    Attributes:
+        num_sentences: Sentences.
+        num_words: Words.
+        num_unknown: Words that are not in the vocabulary.
+        num_characters: Characters of the text.
+        num_targets: Targets per direction.
+        forward_nll: In nats, by the forward direction, without spelling.
+        backward_nll: The same for the backward direction.
+        num_spelled: Characters and ends of the unknown words.
+        alphabet: The distinct characters of all words.
+
+    >>> totals = Totals()
+    >>> for score in load(MODEL).score(["w01 unheard-of", "w05 w00"]):
+    ...     totals.add(score)
+    >>> totals.num_words, totals.unknown_share, totals.num_characters, totals.num_spelled, len(totals.alphabet)
+    (4, 0.25, 23, 11, 14)
+    >>> totals.bits_per_character > totals.spelling_bits_per_character > 0
+    True
     """
 
     num_sentences: int = 0
@@ -78,6 +102,8 @@ class Totals:
     num_targets: int = 0
     forward_nll: float = 0.0
     backward_nll: float = 0.0
+    num_spelled: int = 0
+    alphabet: set[str] = field(default_factory=set)
 
     def add(self, score: SentenceScore) -> None:
         """Add one sentence."""
@@ -86,6 +112,8 @@ class Totals:
         self.num_words += len(score.words)
         self.num_unknown += int(score.unknown.sum())
         self.num_characters += sum(map(len, score.words)) + max(len(score.words), 1)
+        self.num_spelled += sum(len(score.words[i]) + 1 for i in np.flatnonzero(score.unknown))
+        self.alphabet.update(*score.words)
         self.num_targets += int(np.isfinite(forward).sum())
         self.forward_nll -= float(np.nansum(forward))
         self.backward_nll -= float(np.nansum(backward))
@@ -112,8 +140,16 @@ class Totals:
 
     @property
     def bits_per_character(self) -> float:
-        """Bits per character, averaged over both directions; nan without text."""
-        bits = (self.forward_nll + self.backward_nll) / 2 / LN_2
+        """Bits per character, mean of both directions, including those that spell unknown words; nan without text."""
+        if not self.num_characters:
+            return math.nan
+        predicted = (self.forward_nll + self.backward_nll) / 2 / LN_2
+        return predicted / self.num_characters + self.spelling_bits_per_character
+
+    @property
+    def spelling_bits_per_character(self) -> float:
+        """The part of :attr:`bits_per_character` that spells unknown words; nan without text."""
+        bits = self.num_spelled * math.log2(len(self.alphabet) + 1)
         return bits / self.num_characters if self.num_characters else math.nan
 
     def _perplexity(self, nll: float, directions: int) -> float:

@@ -99,7 +99,9 @@ def test_score(small: Prepared, run: Path, drive: Drive, tmp_path: Path) -> None
     assert found["unknown_share"] == pytest.approx(2 / len(rows)) and found["words"] == len(rows)
     assert found["characters"] == len(heldout.read_text())
     bits = np.log2([found["forward_perplexity"], found["backward_perplexity"]]).mean() * found["targets_a_direction"]
-    assert found["bits_per_character"] == pytest.approx(bits / found["characters"])
+    spelled = (len("unheard") + 1 + len("of") + 1) * np.log2(len(set("".join(heldout.read_text().split()))) + 1)
+    assert found["spelling_bits_per_character"] == pytest.approx(spelled / found["characters"])
+    assert found["bits_per_character"] == pytest.approx((bits + spelled) / found["characters"])
     heldout.write_text("\n".join(small.heldout) + "\n")
     score.main([str(run), str(heldout), "--totals", str(totals), "--overwrite", *ALONE], solo)
     wanted = evaluate_alone(run, tmp_path / "result.json")

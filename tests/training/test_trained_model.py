@@ -19,7 +19,7 @@ import lapse_elmo
 from lapse_elmo import embed, export
 from lapse_elmo.errors import CheckpointError, CorpusError, UserError
 from lapse_elmo.mpi.world import solo
-from lapse_elmo.trained import Totals, model, module
+from lapse_elmo.trained import SentenceScore, Totals, model, module, scores
 from tests.mpi import ROOT
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, evaluate_alone, train_alone
@@ -51,7 +51,7 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_doctests(runs: dict[str, Path]) -> None:
-    for tested in (model, module):
+    for tested in (model, module, scores):
         result = doctest.testmod(tested, extraglobs={"MODEL": str(runs["top"]), "load": lapse_elmo.load})
         assert result.failed == 0 and result.attempted >= 2
 
@@ -103,6 +103,23 @@ def test_scores_make_the_perplexity_of_bin_evaluate(
     assert totals.backward_perplexity == pytest.approx(wanted["backward_perplexity"], rel=1e-5)
     assert totals.perplexity == pytest.approx(wanted["mean_perplexity"], rel=1e-5)
     assert totals.num_characters == sum(len(line) + 1 for line in small.heldout)
+
+
+def test_bits_per_character_of_different_vocabularies() -> None:
+    """By hand: 7 distinct characters and an end of word are log2(8) = 3 bits each; the text has 3 + 6 characters."""
+    def totals(unknown: list[bool], probabilities: list[float], end: float) -> Totals:
+        logs, found = np.log(probabilities), Totals()
+        found.add(SentenceScore(("ab", "cdefg"), np.array(unknown), logs, logs, float(np.log(end)), float(np.log(end))))
+        return found
+
+    known = totals([False, False], [1 / 4, 1 / 16], 1 / 2)
+    assert known.spelling_bits_per_character == 0 and known.bits_per_character == pytest.approx((2 + 4 + 1) / 9)
+    half = totals([False, True], [1 / 4, 1 / 2], 1 / 2)
+    assert half.spelling_bits_per_character == pytest.approx((5 + 1) * 3 / 9)
+    assert half.bits_per_character == pytest.approx((2 + 1 + 1 + 18) / 9)
+    nothing = totals([True, True], [1, 1], 1)  # a model that knows no word, and is sure of that
+    assert nothing.perplexity == 1 and nothing.bits_per_character == pytest.approx((3 + 6) * 3 / 9)
+    assert np.isnan(Totals().bits_per_character) and np.isnan(Totals().spelling_bits_per_character)
 
 
 def test_vectors_depend_neither_on_neighbours_nor_on_earlier_calls(runs: dict[str, Path]) -> None:
