@@ -2,23 +2,36 @@
 
 Sentence i of the whole text goes to shard i mod K, so that all shards are nearly equal in size and alike in content.
 A rank that encodes chunk p does not know how many sentences precede it. It therefore groups the sentences of each block
-by their index in the chunk modulo K (the *residue*) and writes the groups one after another to two raw files; the
-counts by block and residue stay in memory. Once all chunks are counted, a shard is assembled by reading one group of
-every block. The text and the files are each read once, and memory holds one block.
+by their index in the chunk modulo K (the *residue*) and writes the groups one after another to two raw files, tokens
+and lengths (both int32). The counts by block and residue stay in memory. Once all chunks are counted, a shard is
+assembled by reading one group of every block. The text and the files are each read once, and memory holds one block.
+
+A third file, the record, gets its name last. It holds the counts and the checksum, so that a run after a kill can use
+the files (:func:`load_chunk`). They are not flushed to the disk, which would cost time in every run; instead they are
+compared with the checksum when they are used again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+import lapse_elmo
+from lapse_elmo.corpus import text
+from lapse_elmo.corpus.shard_file import ranges
 from lapse_elmo.corpus.text import TextChunk, read_blocks
 from lapse_elmo.corpus.words import WordEncoder
+
+_FORMAT = 1  # of the three files; another number gives them other names
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -39,16 +52,37 @@ class EncodedChunk:
         return int(self.counts[:, :, 0].sum())
 
 
-def chunk_paths(directory: Path, split: str, number: int) -> tuple[Path, Path]:
-    """Return the files of the tokens (int32) and of the sentence lengths (int32) of chunk ``number``."""
-    return directory / f"{split}-{number}.tokens", directory / f"{split}-{number}.lengths"
+class ChunkPaths(NamedTuple):
+    """The files of one encoded chunk."""
+
+    tokens: Path
+    lengths: Path
+    record: Path
+
+
+def chunk_paths(directory: Path, chunk: TextChunk, vocabulary_sha256: str, num_shards: int) -> ChunkPaths:
+    """Return the files of ``chunk``. Their name is a checksum of all that their content depends on.
+
+    A text file counts as changed if its size or its time of modification differs, so call this before reading it.
+
+    Raises:
+        OSError: The text file is gone.
+    """
+    status = os.stat(chunk.path)
+    inputs = [
+        _FORMAT, lapse_elmo.__version__, text.BLOCK_BYTES, os.path.realpath(chunk.path), status.st_size,
+        status.st_mtime_ns, chunk.start, chunk.end, vocabulary_sha256, num_shards,
+    ]
+    name = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    return ChunkPaths(*(directory / f"{name}.{kind}" for kind in ChunkPaths._fields))
 
 
 def encode_chunk(
     chunk: TextChunk,
     encoder: WordEncoder,
     num_shards: int,
-    paths: tuple[Path, Path],
+    paths: ChunkPaths,
+    work: Path,
     on_block: Callable[[int], object],
 ) -> EncodedChunk:
     """Encode one chunk of text.
@@ -58,6 +92,7 @@ def encode_chunk(
         encoder: Turns words into ids.
         num_shards: K, the number of groups.
         paths: The files to write, see :func:`chunk_paths`.
+        work: A folder on the same file system, for the files until they are complete.
         on_block: Called after each block with the number of bytes read.
 
     Raises:
@@ -65,17 +100,70 @@ def encode_chunk(
         OSError: The files cannot be written.
     """
     counts, checksum, num_sentences = [], 0, 0
-    with open(paths[0], "wb") as tokens_file, open(paths[1], "wb") as lengths_file:
+    hidden = ChunkPaths(*(work / path.name for path in paths))
+    with open(hidden.tokens, "wb") as tokens_file, open(hidden.lengths, "wb") as lengths_file:
         for block in read_blocks(chunk):
             tokens, lengths = encoder.encode(block)
-            checksum = zlib.crc32(lengths.data, zlib.crc32(tokens.data, checksum))
+            checksum = _checksum(tokens, lengths, checksum)
             tokens, lengths, counts_of_block = encoder.group(tokens, lengths, num_sentences, num_shards)
             num_sentences += len(lengths)
             tokens_file.write(tokens.data)
             lengths_file.write(lengths.data)
             counts.append(counts_of_block)
             on_block(block.num_bytes)
-    return EncodedChunk(np.array(counts, np.int64).reshape(-1, num_shards, 3), checksum)
+    encoded = EncodedChunk(np.array(counts, np.int64).reshape(-1, num_shards, 3), checksum)
+    numbers = np.append(encoded.counts, checksum).tobytes()
+    hidden.record.write_bytes(hashlib.sha256(numbers).digest() + numbers)
+    for complete, path in zip(hidden, paths, strict=True):  # the record is the last one
+        os.replace(complete, path)
+    return encoded
+
+
+def load_chunk(paths: ChunkPaths, num_shards: int, on_block: Callable[[], object]) -> EncodedChunk | None:
+    """Check the files of a chunk that an earlier run encoded.
+
+    Args:
+        paths: The files.
+        num_shards: K, the number of groups.
+        on_block: Called after each block.
+
+    Returns:
+        What :func:`encode_chunk` returned; None if a file is missing, cut short or damaged.
+    """
+    try:
+        record = paths.record.read_bytes()
+        numbers = record[_DIGEST_BYTES:]
+        if hashlib.sha256(numbers).digest() != record[:_DIGEST_BYTES]:
+            return None
+        *_, expected = values = np.frombuffer(numbers, np.int64)
+        encoded = EncodedChunk(values[:-1].reshape(-1, num_shards, 3), int(expected))
+        checksum, num_sentences = 0, 0
+        with open(paths.tokens, "rb") as tokens_file, open(paths.lengths, "rb") as lengths_file:
+            for size_of_lengths, size_of_tokens, _ in encoded.counts.sum(axis=1).tolist():
+                tokens = np.frombuffer(tokens_file.read(4 * size_of_tokens), np.int32)
+                lengths = np.frombuffer(lengths_file.read(4 * size_of_lengths), np.int32)
+                if len(lengths) != size_of_lengths or not len(tokens) == size_of_tokens == lengths.sum():
+                    return None
+                checksum = _checksum(*_ungroup(tokens, lengths, num_sentences, num_shards), checksum)
+                num_sentences += len(lengths)
+                on_block()
+    except (OSError, ValueError):  # missing, or not a whole number of integers
+        return None
+    return encoded if checksum == encoded.checksum else None
+
+
+def _checksum(tokens: np.ndarray, lengths: np.ndarray, before: int) -> int:
+    return zlib.crc32(lengths.data, zlib.crc32(tokens.data, before))
+
+
+def _ungroup(tokens: np.ndarray, lengths: np.ndarray, first: int, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Undo :meth:`WordEncoder.group`: return tokens and lengths in the order of the text."""
+    order = np.argsort((first + np.arange(len(lengths))) % num_groups, kind="stable")
+    starts = np.empty(len(lengths), np.int64)
+    starts[order] = np.cumsum(lengths, dtype=np.int64) - lengths
+    in_text = np.empty_like(lengths)
+    in_text[order] = lengths
+    return tokens[ranges(starts, in_text)], in_text
 
 
 def residue_of(shard: int, start: int, num_shards: int) -> int:
@@ -83,15 +171,13 @@ def residue_of(shard: int, start: int, num_shards: int) -> int:
     return (shard - start) % num_shards
 
 
-def read_group(
-    encoded: EncodedChunk, paths: tuple[Path, Path], residue: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_group(encoded: EncodedChunk, paths: ChunkPaths, residue: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the sentences of one residue, block by block, as tokens and lengths (both int32)."""
     ends = encoded.counts[:, :, :2].reshape(-1, 2).cumsum(axis=0)
     num_shards = encoded.counts.shape[1]
     sizes = encoded.counts[:, residue, :2]
     starts = ends[residue::num_shards] - sizes
-    with open(paths[0], "rb") as tokens_file, open(paths[1], "rb") as lengths_file:
+    with open(paths.tokens, "rb") as tokens_file, open(paths.lengths, "rb") as lengths_file:
         for (num_sentences, num_tokens), (sentence, token) in zip(sizes.tolist(), starts.tolist(), strict=True):
             if num_sentences:
                 tokens = os.pread(tokens_file.fileno(), 4 * num_tokens, 4 * token)

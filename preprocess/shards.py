@@ -1,29 +1,37 @@
-"""``shards``: encode training and held-out text into HDF5 shards; the bytes are the same for any number of ranks."""
+"""``shards``: encode training and held-out text into HDF5 shards; the bytes are the same for any number of ranks.
+
+All chunks of text are encoded first (encoded_chunks.py), then the shards are written. Both get their names when they
+are complete. A run after a kill uses what was complete, once it has verified it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from lapse_elmo.config.preprocessing import ShardsOptions
 from lapse_elmo.corpus.files import write_failed
-from lapse_elmo.corpus.shards import Header, ShardWriter, shard_name
+from lapse_elmo.corpus.shards import Header, ShardFile, ShardWriter, shard_name
 from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, split_into_chunks
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import WordEncoder, fallback_reason, new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError
 from lapse_elmo.mpi.world import World
 
-from .encoded_chunks import EncodedChunk, chunk_paths, encode_chunk, read_group, residue_of
+from .encoded_chunks import ChunkPaths, EncodedChunk, chunk_paths, encode_chunk, load_chunk, read_group, residue_of
 from .progress import print_once, progress_bar
 from .staging import Staging
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,23 @@ class _Split:
     texts: list[str]
     chunks: list[TextChunk]
     num_shards: int
+
+    def shard_names(self) -> list[str]:
+        """Return the file names of the shards."""
+        return [shard_name(self.name, shard, self.num_shards) for shard in range(self.num_shards)]
+
+    def sources(self) -> list[str]:
+        """Return the names of the texts to store in shards: local paths mean nothing elsewhere."""
+        return [os.path.basename(text) for text in self.texts]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of text to encode, with the number of groups and the files for the result."""
+
+    chunk: TextChunk
+    num_shards: int
+    paths: ChunkPaths
 
 
 def make_shards(options: ShardsOptions, world: World) -> None:
@@ -46,12 +71,18 @@ def make_shards(options: ShardsOptions, world: World) -> None:
     """
     started = time.perf_counter()
     splits = world.agree(lambda: _plan(options))
-    with Staging(world, options.output, options.overwrite) as staging:
+    with Staging(world, options.output, options.overwrite, kept=("chunks", "new")) as staging:
         vocabulary = staging.phase(lambda: Vocabulary.load(options.vocab) if world.rank == 0 else None)[0]
         assert vocabulary is not None
-        world.agree(lambda: _make_directories(staging.directory))
-        encoder = new_word_encoder(vocabulary)
-        summary = [_make_split(split, options, vocabulary, encoder, world, staging) for split in splits]
+        parts, work = world.agree(lambda: _prepare(splits, vocabulary, staging.directory))
+        every = [part for some in parts for part in some]
+        encoded = _encode(every, new_word_encoder(vocabulary), work, world, staging)
+        done = [[(encoded[part.paths], part.paths) for part in some] for some in parts]
+        world.agree(lambda: _check_texts(splits, done))
+        summary = [
+            _write_shards(split, chunks, options, vocabulary, work, world, staging)
+            for split, chunks in zip(splits, done, strict=True)
+        ]
         staging.publish("new")
     if reason := fallback_reason():
         print_once(world, reason)
@@ -72,68 +103,135 @@ def _plan(options: ShardsOptions) -> list[_Split]:
     ]
 
 
-def _make_directories(directory: Path) -> None:
+def _prepare(splits: Sequence[_Split], vocabulary: Vocabulary, directory: Path) -> tuple[list[list[_Part]], Path]:
+    """Make the folders, and remove files of a killed run that had other text, another vocabulary or other options.
+
+    Returns:
+        The parts to encode, for each split, and the folder for files that are not complete. No other run knows its
+        name, because ranks of a killed run may survive for a while on other nodes.
+    """
+    folder, new = directory / "chunks", directory / "new"
     try:
-        (directory / "chunks").mkdir()
-        (directory / "new").mkdir()
+        work = Path(tempfile.mkdtemp(prefix="work-", dir=directory))
+        folder.mkdir(exist_ok=True)
+        new.mkdir(exist_ok=True)
+        parts = [
+            [
+                _Part(chunk, split.num_shards, chunk_paths(folder, chunk, vocabulary.sha256, split.num_shards))
+                for chunk in split.chunks
+            ]
+            for split in splits
+        ]
+        wanted = {path for some in parts for part in some for path in part.paths}
+        wanted |= {new / name for split in splits for name in split.shard_names()}
+        stale = [path for path in (*folder.iterdir(), *new.iterdir()) if path not in wanted]
+        for path in stale:
+            path.unlink()
     except OSError as error:
         raise write_failed(directory, error) from None
+    if stale:
+        print("files of a killed run with other text, vocabulary or options are removed", flush=True)
+    return parts, work
 
 
-def _make_split(
-    split: _Split, options: ShardsOptions, vocabulary: Vocabulary, encoder: WordEncoder, world: World, staging: Staging
-) -> str:
-    """Encode the text of one split and write its shards (collective); returns a summary line."""
-    work = assign_chunks(split.chunks, world.size)
-    mine = work[world.rank]
-    folder = staging.directory / "chunks"
+def _encode(
+    parts: Sequence[_Part], encoder: WordEncoder, work: Path, world: World, staging: Staging
+) -> dict[ChunkPaths, EncodedChunk]:
+    """Encode all parts but those that a killed run has left complete (collective)."""
+    found = world.agree(lambda: [part for part in parts if part.paths.record.exists()])
 
-    def encode() -> dict[int, EncodedChunk]:
-        with progress_bar(world, sum(split.chunks[n].size for n in mine), "B", f"encoding {split.name}") as progress:
+    def load(part: _Part) -> EncodedChunk | None:
+        return load_chunk(part.paths, part.num_shards, staging.check)
 
+    loaded = _shared_out(found, load, world, staging) if found else {}
+    encoded = {paths: chunk for paths, chunk in loaded.items() if chunk is not None}
+    if found:
+        print_once(world, f"resumes: {len(encoded)} of {len(parts)} chunks of text are encoded already")
+    left = [part for part in parts if part.paths not in encoded]
+    total = sum(part.chunk.size for part in _share(left, world))
+    with progress_bar(world, total, "B", "encoding") as progress:
+
+        def encode(part: _Part) -> EncodedChunk:
             def on_block(num_bytes: int) -> None:
                 progress.update(num_bytes)
                 staging.check()
 
-            encoded = {}
-            for n in mine:
-                paths = chunk_paths(folder, split.name, n)
-                encoded[n] = encode_chunk(split.chunks[n], encoder, split.num_shards, paths, on_block)
-            return encoded
+            return encode_chunk(part.chunk, encoder, part.num_shards, part.paths, work, on_block)
 
-    by_number = {n: chunk for chunks in staging.phase(encode) for n, chunk in chunks.items()}
-    encoded = [by_number[n] for n in range(len(split.chunks))]
-    world.agree(lambda: _check_text(split, encoded))
+        return encoded | _shared_out(left, encode, world, staging)
+
+
+def _share(parts: Sequence[_Part], world: World) -> list[_Part]:
+    """Return the parts of this rank."""
+    return [parts[n] for n in assign_chunks([part.chunk for part in parts], world.size)[world.rank]]
+
+
+def _shared_out(
+    parts: Sequence[_Part], function: Callable[[_Part], T], world: World, staging: Staging
+) -> dict[ChunkPaths, T]:
+    """Call ``function`` for all parts, each on one rank, and return the results on all of them (collective)."""
+    results = staging.phase(lambda: {part.paths: function(part) for part in _share(parts, world)})
+    return {paths: result for some in results for paths, result in some.items()}
+
+
+def _write_shards(
+    split: _Split,
+    chunks: Sequence[tuple[EncodedChunk, ChunkPaths]],
+    options: ShardsOptions,
+    vocabulary: Vocabulary,
+    work: Path,
+    world: World,
+    staging: Staging,
+) -> str:
+    """Write the shards of one split, but for those that a killed run has left (collective); returns a summary line."""
+    encoded = [chunk for chunk, _ in chunks]
     set_sha256 = _set_sha256(split, encoded, vocabulary)
     starts = np.cumsum([0] + [chunk.num_sentences for chunk in encoded]).tolist()
+    names = split.shard_names()
 
-    def assemble() -> list[Header]:
+    def write() -> list[tuple[Header, bool]]:
         shards = range(world.rank, split.num_shards, world.size)
         with progress_bar(world, len(shards), "shard", f"writing {split.name}") as progress:
-            headers = []
+            written = []
             for shard in shards:
                 residues = [residue_of(shard, start, split.num_shards) for start in starts[:-1]]
                 header = _header(split, shard, encoded, residues, vocabulary, set_sha256, options)
-                path = staging.directory / "new" / shard_name(split.name, shard, split.num_shards)
-                groups = [chunk_paths(folder, split.name, n) for n in range(len(encoded))]
-                _write_shard(path, header, split, zip(encoded, groups, residues, strict=True), staging.check)
-                headers.append(header)
+                path = staging.directory / "new" / names[shard]
+                is_here = path.exists() and _is_shard(path, header, split.sources())
+                if not is_here:
+                    groups = ((*chunk, residue) for chunk, residue in zip(chunks, residues, strict=True))
+                    _write_shard(path, work / names[shard], header, split, groups, staging.check)
+                written.append((header, is_here))
                 progress.update(1)
-            return headers
+            return written
 
-    headers = [header for some in staging.phase(assemble) for header in some]
-    staging.phase(lambda: _remove([path for n in mine for path in chunk_paths(folder, split.name, n)]))
-    tokens = sum(header.num_tokens for header in headers)
-    unknown = sum(header.num_unknown for header in headers)
+    written = [one for some in staging.phase(write) for one in some]
+    if num_here := sum(is_here for _, is_here in written):
+        print_once(world, f"resumes: {num_here} of {split.num_shards} {split.name} shards are written already")
+    tokens = sum(header.num_tokens for header, _ in written)
+    unknown = sum(header.num_unknown for header, _ in written)
     return (
-        f"{len(headers)} {split.name} shard{'s' if len(headers) > 1 else ''} with {starts[-1]:,} sentences, "
+        f"{len(written)} {split.name} shard{'s' if len(written) > 1 else ''} with {starts[-1]:,} sentences, "
         f"{tokens:,} tokens ({unknown / tokens:.2%} unknown)"
     )
 
 
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        path.unlink()
+def _is_shard(path: Path, header: Header, sources: list[str]) -> bool:
+    """Return whether ``path`` is whole and what would be written: the header has a checksum of the set's content."""
+    try:
+        shard = ShardFile(path)
+        try:
+            shard.verify()
+            return shard.header == header and shard.sources() == sources
+        finally:
+            shard.close()
+    except CorpusError:
+        return False
+
+
+def _check_texts(splits: Sequence[_Split], done: Sequence[Sequence[tuple[EncodedChunk, ChunkPaths]]]) -> None:
+    for split, chunks in zip(splits, done, strict=True):
+        _check_text(split, [chunk for chunk, _ in chunks])
 
 
 def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
@@ -187,15 +285,16 @@ def _header(
 
 def _write_shard(
     path: Path,
+    hidden: Path,
     header: Header,
     split: _Split,
-    groups: Iterable[tuple[EncodedChunk, tuple[Path, Path], int]],
+    groups: Iterable[tuple[EncodedChunk, ChunkPaths, int]],
     check: Callable[[], None],
 ) -> None:
-    """Assemble one shard. Only base names of the sources are stored: local paths mean nothing elsewhere."""
+    """Assemble one shard, under the name ``hidden`` until it is complete."""
     writer = None
     try:
-        writer = ShardWriter(path, header, [os.path.basename(text) for text in split.texts])
+        writer = ShardWriter(hidden, header, split.sources())
         for chunk, paths, residue in groups:
             for tokens, lengths in read_group(chunk, paths, residue):
                 writer.append(tokens, lengths)
@@ -204,3 +303,4 @@ def _write_shard(
     finally:
         if writer is not None:
             writer.abandon()
+    os.replace(hidden, path)

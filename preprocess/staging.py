@@ -1,7 +1,8 @@
 """Build an output of many ranks in a hidden directory next to it, and publish it by one rename.
 
-If a rank fails, the output is not created and the hidden directory is removed. A killed job leaves the directory
-behind; the next run with the same output removes it, because nobody holds its lock.
+If a rank fails with a UserError, the output is not created and the hidden directory is removed. A killed or interrupted
+job leaves the directory behind. The next run with the same output finds that nobody holds its lock, and removes it or
+takes it over, with those of its files that it asks for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -33,13 +34,15 @@ class _Stopped(UserError):
 class Staging:
     """A context manager for the hidden directory. All methods but :meth:`check` are collective."""
 
-    def __init__(self, world: World, output: str, overwrite: bool) -> None:
-        """Create the hidden directory.
+    def __init__(self, world: World, output: str, overwrite: bool, kept: Sequence[str] = ()) -> None:
+        """Create the hidden directory, or take over that of a killed run.
 
         Args:
             world: The ranks.
             output: The path of the output.
             overwrite: Whether an existing output is replaced.
+            kept: What to keep of the hidden directory of a killed run, if there is one; all the rest is removed. The
+                caller must verify what it finds there.
 
         Raises:
             OutputError: On all ranks: ``output`` exists and must not be replaced, or cannot be written.
@@ -49,15 +52,18 @@ class Staging:
         self.output = Path(os.path.realpath(output))
         self._display_name = output
         self._overwrite = overwrite
+        self._kept = kept
         self.directory = world.agree(self._create)
         self._flag = self.directory / "failed"
 
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._world.rank == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            is_resumable = self._kept and kind is not None and not issubclass(kind, UserError)
+            if not is_resumable:
+                shutil.rmtree(self.directory, ignore_errors=True)
             if self._lock is not None:
                 self._lock.close()
 
@@ -105,11 +111,20 @@ class Staging:
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             prefix = f".{self.output.name}.tmp-"
+            directory = None
             for left in glob.glob(os.path.join(glob.escape(str(self.output.parent)), glob.escape(prefix) + "*")):
-                _remove_if_dead(left)
-            directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
-            self._lock = open(directory / "lock", "wb")  # noqa: SIM115 (held until the end)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (lock := _lock_if_dead(left)) is None:
+                    continue
+                if self._kept and directory is None:
+                    directory, self._lock = Path(left), lock
+                    _remove_all_but(directory, {"lock", *self._kept})
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+                    lock.close()
+            if directory is None:
+                directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
+                self._lock = open(directory / "lock", "wb")  # noqa: SIM115 (held until the end)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise write_failed(self._display_name, error) from None
         return directory
@@ -149,11 +164,23 @@ def _check_replaceable(directory: Path, display_name: str) -> None:
         )
 
 
-def _remove_if_dead(directory: str) -> None:
-    """Remove the hidden directory of a killed run; a run that is still active holds the lock."""
-    try:
-        with open(os.path.join(directory, "lock"), "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory, ignore_errors=True)
-    except OSError:
-        pass
+def _lock_if_dead(directory: str) -> BinaryIO | None:
+    """Lock the hidden directory of a killed run; return None if a run that is still active holds the lock."""
+    path = os.path.join(directory, "lock")
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(path, "r+b"))  # some network file systems lock only what may be written
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):  # not removed in the meantime
+            stack.pop_all()
+            return lock
+    return None
+
+
+def _remove_all_but(directory: Path, names: set[str]) -> None:
+    for path in directory.iterdir():
+        if path.name in names:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()

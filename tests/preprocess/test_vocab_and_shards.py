@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -148,25 +147,6 @@ def test_outputs_are_replaced_only_when_asked(corpus: tuple[list[Path], Path], t
     with pytest.raises(OutputError, match=r"does not make.*mine\.txt"):
         shards([train], [heldout], v, out, num_shards=2, overwrite=True)
     assert len(tree(out)) == 5
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_killed_run_is_cleaned_up_by_the_next(
-    corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (train, *_), heldout = corpus
-    v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
-    script = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from preprocess import shards, cli; "
-        "from lapse_elmo.mpi.world import solo; "
-        "shards.read_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL); cli.main(sys.argv[2:], solo)"
-    )
-    arguments = ["shards", train, "--heldout", heldout, "--vocab", v, "--output", out, "--num-shards", "2"]
-    ended = subprocess.run([sys.executable, "-c", script, ROOT, *map(str, arguments)], timeout=60, check=False)
-    assert ended.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
-    shards([train], [heldout], v, out, num_shards=2)
     assert not list(tmp_path.glob(".*"))
 
 
