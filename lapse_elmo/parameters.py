@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lapse_elmo.config.server import ServerConfig
 from lapse_elmo.config.training import Config, ModelConfig
 from lapse_elmo.dense_node import NodeDense, NodeUpdate
 from lapse_elmo.dense_update import DenseUpdate, RankUpdate, ServerUpdate
+from lapse_elmo.errors import ConfigError
 from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
@@ -20,7 +23,8 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Distribution, Sampler
-from lapse_elmo.rng import torch_stream
+from lapse_elmo.ps.trace import TracedServer
+from lapse_elmo.rng import stream, torch_stream
 from lapse_elmo.row_update import RowUpdate
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 
@@ -30,6 +34,23 @@ def build_model(config: ModelConfig, seed: int, initialised: bool = True) -> BiL
     wanted = {field.name for field in dataclasses.fields(BiLMOptions)}
     options = {name: value for name, value in dataclasses.asdict(config).items() if name in wanted}
     return BiLM(BiLMOptions(**options), torch_stream(seed, "initial lstm") if initialised else None)
+
+
+def traced_rows(config: ServerConfig, num_classes: int, seed: int) -> np.ndarray:
+    """Return the distinct rows of ``--trace-rows``, (n,) int64, ascending; the random ones depend on the seed.
+
+    Raises:
+        ConfigError: On all ranks, if the tables, of ``num_classes`` rows, have fewer.
+    """
+    ranges, num_random = config.traced
+    most = max([last + 1 for _, last in ranges] + [num_random])
+    if most > num_classes:
+        raise ConfigError(
+            f"--trace-rows {' '.join(config.trace_rows)} asks for {most:,} rows, but the vocabulary has "
+            f"{num_classes:,}: name rows below {num_classes:,}"
+        ).on_every_rank()
+    drawn = stream(seed, "traced rows").choice(num_classes, num_random, replace=False)
+    return np.unique(np.concatenate([drawn, *(np.arange(first, last + 1) for first, last in ranges)]))
 
 
 class Parameters:
@@ -68,6 +89,9 @@ class Parameters:
         options: dict[str, Any] = {"technique": server.technique_for(config.training.sync)}
         if server.ps == "embedded":
             options["staleness"] = server.staleness
+        if server.trace_rows:
+            rows = traced_rows(server, num_classes, config.training.seed)
+            options["traced"] = np.concatenate([layout[name].keys(rows) for name in ("embedding", "softmax")])
         self.server = make_server(server.ps, world, layout, ("softmax", self._sampler()), first_sample, **options)
         initial = optimizer.initial_accumulator
         self.embedding = RowTable(self.server, layout["embedding"], initial)
@@ -127,6 +151,11 @@ class Parameters:
         self.server.quiesce()
         self.refresh_dense()
         self.server.barrier()
+
+    def start_trace(self, folder: Path) -> None:
+        """Begin the trace of ``--trace-rows`` in ``folder``, if there is one."""
+        if isinstance(self.server, TracedServer):
+            self.server.start_trace(folder)
 
     def open_dense_update(self, device: torch.device) -> DenseUpdate:
         """Open what averages the dense gradients and updates the dense parameters (collective)."""

@@ -27,6 +27,7 @@ from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
 from lapse_elmo.training_data import TrainingData
 
+TRACE = "trace"  # the folder of --trace-rows
 # Options that must not change when a run resumes: they determine the shapes or the meaning of the parameters.
 _FIXED = {
     "data": ("boundaries",), "model": ("projection_size", "cell_size", "num_layers", "context"),
@@ -256,7 +257,8 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
             checkpoint.prune(run_dir, set(checkpoint.candidates(run_dir)) - later)
         else:
             checkpoint.prune(run_dir, set())
-            shutil.rmtree(run_dir / EVENTS, ignore_errors=True)
+            for name in (EVENTS, TRACE):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
             for name in (METRICS, checkpoint.BEST):
                 (run_dir / name).unlink(missing_ok=True)
         (run_dir / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)

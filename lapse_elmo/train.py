@@ -31,7 +31,7 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.perplexity import measure_perplexity, unigram_perplexity
 from lapse_elmo.plan import plan_lines, show_plan
-from lapse_elmo.run_folder import ResumePoint, RunLock, find_resume_point, name_run, open_saver, prepare
+from lapse_elmo.run_folder import TRACE, ResumePoint, RunLock, find_resume_point, name_run, open_saver, prepare
 from lapse_elmo.run_state import EpochResult, RunState
 from lapse_elmo.schedule import Schedule
 from lapse_elmo.step import TrainingStep
@@ -92,6 +92,7 @@ def train(
     if start.path is not None:
         world.progress.enter("start, reading the checkpoint")
         checkpoint.restore(start.path, start.manifest, parameters, world, start.files)
+    world.together(lambda: parameters.start_trace(run_dir / TRACE))
     training = Training(config, world, data, parameters, device, start, stop)
     training.announce(memory)
     status = training.run()

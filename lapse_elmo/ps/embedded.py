@@ -66,14 +66,15 @@ class EmbeddedServer(ParameterServer):
         ConfigError: If a node's share of the rows does not fit into its shared memory.
     """
 
+    _new_state = SegmentState
+
     def __init__(
         self, world: World, layout: Layout, sampled: tuple[str, Sampler] | None = None, first_sample: int = 0, *,
         technique: str = "adaptive", staleness: int = 4, platform: Platform | None = None,
     ) -> None:
         super().__init__(layout, sampled, first_sample)
         assert technique in TECHNIQUES and staleness >= 2 and world.num_nodes <= MAX_NODES
-        self._world = world
-        self._technique = technique
+        self._world, self._technique = world, technique
         self._slack = staleness // 2 - 1
         self._replicates = technique in REPLICATING and world.num_nodes > 1
         self._manager: Manager | None = None
@@ -116,7 +117,7 @@ class EmbeddedServer(ParameterServer):
                         self._memory.reserve(name, 0, len(array))
                 for number, segment in enumerate(self.layout.segments):
                     rows = self._platform.rows(self._memory, segment)
-                    state = SegmentState(number, segment, self._memory, rows, world.node, world.num_nodes)
+                    state = self._new_state(number, segment, self._memory, rows, world.node, world.num_nodes)
                     state.occupy()
                     states.append(state)
 

@@ -47,6 +47,10 @@ def make_server(
         from lapse_elmo.ps.adapm_package import AdapmServer
 
         return AdapmServer(world, layout, sampled, first_sample, **options)
+    if "traced" in options:
+        from lapse_elmo.ps.trace import TracedServer
+
+        return TracedServer(world, layout, sampled, first_sample, **options)
     from lapse_elmo.ps.embedded import EmbeddedServer
 
     return EmbeddedServer(world, layout, sampled, first_sample, **options)

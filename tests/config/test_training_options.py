@@ -34,9 +34,13 @@ OTHER = {
     "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job", "row_accumulators": "row",
     "optimizer": "sgd", "dense_optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
     "ps": "lapse", "technique": "static", "schedule": "linear", "init_accumulators": "kept", "save_at_tokens": (5, 7),
+    "trace_rows": ("3", "5-7", "random:2"),
 }
 # What contradicts other options.
-ALONE = ("plan_nodes", "dense", "precision", "num_tries", "replacement", "distribution", "sync", "init_embedding")
+ALONE = (
+    "plan_nodes", "dense", "precision", "num_tries", "replacement", "distribution", "sync", "init_embedding",
+    "trace_rows",
+)
 # What an option needs in addition to be taken: another option of its group.
 NEEDS = {"decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"}}
 
@@ -269,6 +273,10 @@ def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str
         (["--sync", "--technique", "replication"], "--sync needs rows with one copy"),
         (["--sync", "--ps", "adapm"], "--sync needs rows with one copy, and --ps adapm makes replicas"),
         (["--nodes", "2", "--ps", "lapse"], "--nodes is for the embedded server"),
+        (["--trace-rows", "1", "--ps", "lapse"], "--trace-rows is for the embedded server"),
+        (["--trace-rows", "9-", "3"], "--trace-rows is 9-, expected a row number, a range as 0-99, or random:N"),
+        (["--trace-rows", "9-8"], "--trace-rows is 9-8, expected a range from low to high"),
+        (["--trace-rows", "0-9999", "random:1"], "--trace-rows is 10,001 rows, expected at most 10,000"),
         (["--staleness", "1"], "--staleness is 1, expected 2 or more"),
         (["--frequent-rows", "-2"], "--frequent-rows is -2, expected -1 or more"),
         (["--frequent-rows", "5", "--ps", "lapse"], "--frequent-rows is for the embedded server, not for --ps lapse"),

@@ -26,6 +26,7 @@ from tests import collective
 from tests.ps.checks_of_moves import Moves
 from tests.ps.checks_of_rules import Rules
 from tests.ps.checks_of_tickets import Tickets
+from tests.ps.checks_of_traces import Traces
 from tests.ps.layout import HOT, LAYOUT, NUM_SAMPLED, WIDTH, every_key, pulled
 from tests.ps.native_engines import EXCEPTIONS, OnOneNode
 from tests.ps.refusals import REFUSALS, check_refusal
@@ -41,10 +42,11 @@ ONLY = {  # checks of what only some engines promise, with those engines
     "localized_rows_are_local": {*ENGINES, *NATIVE} - STATIC,
     "a_push_carries_gradients_alone": {*ENGINES},
     "intended_rows_become_local": {*ENGINES, *NATIVE} - STATIC,
+    "a_trace_has_calls_and_moves": {*ENGINES},
 }
 
 
-class Contract(Moves, Tickets, Rules):
+class Contract(Moves, Tickets, Rules, Traces):
     """Each check gets a new server whose rows are all 0."""
 
     def __init__(self, world: World, engine: str) -> None:
@@ -283,7 +285,8 @@ class Contract(Moves, Tickets, Rules):
 
 
 def names(engine: str) -> list[str]:
-    own = [name for part in (Contract, Moves, Tickets, Rules) for name in vars(part) if not name.startswith("_")]
+    parts = (Contract, Moves, Tickets, Rules, Traces)
+    own = [name for part in parts for name in vars(part) if not name.startswith("_")]
     own = [name for name in own if name not in ("checks", "close") and engine in ONLY.get(name, {engine})]
     own = [name for name in own if (engine, name) not in EXCEPTIONS]
     return own + [f"refuses {name}" for name in REFUSALS]

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lapse_elmo.errors import ConfigError
 from lapse_elmo.native import SWITCH
+from lapse_elmo.ps.trace import read_trace
+from lapse_elmo.run_folder import TRACE
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, checkpoints, records, saved_arrays, train_alone
@@ -82,8 +85,19 @@ def test_the_ranks_of_a_node_repeat_to_the_bit(
 
 def test_synchronous_nodes_repeat_to_the_bit(small: Prepared, drive: Drive, tmp_path: Path) -> None:
     argv = [*small.options, *OPTIONS, "--sync", "--nodes", "2", "--run-dir"]
-    drive(3, [("train", [*argv, str(tmp_path / name)]) for name in "ab"])
+    traced = ["--trace-rows", "0", "5-6", "random:4"]
+    drive(3, [("train", [*argv, str(tmp_path / "a")]), ("train", [*argv, str(tmp_path / "b"), *traced])])
     expect_equal_bits(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "a" / TRACE).exists()
+    events = read_trace(tmp_path / "b" / TRACE)
+    assert {0, 5, 6} <= {event.row for event in events} and 4 <= len({event.row for event in events}) <= 7
+    assert {event.segment for event in events} == {"embedding", "softmax"}
+    assert {event.event for event in events} >= {"alloc", "intent", "pull", "push"}
+
+
+def test_a_trace_of_unknown_rows_is_refused(small: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--trace-rows 2 43 asks for 44 rows, but the vocabulary has 43"):
+        train_alone(small, tmp_path, "--trace-rows", "2", "43")
 
 
 def test_initial_values_do_not_depend_on_the_number_of_ranks(small: Prepared, drive: Drive, tmp_path: Path) -> None:
