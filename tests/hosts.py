@@ -25,17 +25,26 @@ _CABLE_US = 15.0  # the latency that a virtual cable has by itself on an idle ma
 _AGENT = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
 host=$1; shift
-exec ip netns exec "%s-$host" unshare --uts sh -c "hostname $host; $*"
+exec ip netns exec "%s-$host" unshare --uts --mount sh -c "%s; $*"
 """
+_ADDRESS_AS_NAME = "hostname $host"
+# As Debian does it, a host's own name has a loopback address; the other hosts' names have theirs.
+_OWN_NAME = "mount --bind %s/$host /etc/hosts && hostname node-$host"
 # Without the name, a rank sometimes took the loopback, if it started right after its host was made.
 ENVIRONMENT = {"FI_PROVIDER": "tcp", "FI_TCP_IFACE": _CABLE}
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Return ``launcher`` for :func:`tests.mpi.start`."""
+    """Return ``launcher`` for :func:`tests.mpi.start`.
+
+    Attributes:
+        launcher: A command for mpirun, by which the hosts are named by their addresses.
+        named: The same, but the hosts have the names ``node-ADDRESS``, and take their own for the loopback's.
+    """
 
     launcher: list[str]
+    named: list[str]
     namespaces: list[str]
 
     def sent_bytes(self) -> int:
@@ -92,8 +101,8 @@ def two_hosts(ranks_a_host: int) -> Iterator[Hosts]:
         _output(["ip", "link", "add", "name", _CABLE, "netns", spaces[0], "type", "veth", *peer])
         for space, address in zip(spaces, ADDRESSES, strict=True):
             _connect(space, address)
-        with _launcher(name, ADDRESSES, ranks_a_host) as command:
-            yield Hosts(["ip", "netns", "exec", spaces[0], *command], spaces)
+        with _launchers(name, ADDRESSES, ranks_a_host) as commands:
+            yield Hosts(*commands, spaces)
 
 
 @contextlib.contextmanager
@@ -119,8 +128,8 @@ def switched_hosts(count: int, ranks_a_host: int, link: Link) -> Iterator[Hosts]
             _connect(space, address)
             _shape(space, _CABLE, link if _has_netem() else Link(link.gbit))
             _shape(switch, port, Link(link.gbit))
-        command = stack.enter_context(_launcher(name, addresses, ranks_a_host))
-        yield Hosts(["ip", "netns", "exec", spaces[0], *command], spaces)
+        commands = stack.enter_context(_launchers(name, addresses, ranks_a_host))
+        yield Hosts(*commands, spaces)
 
 
 @contextlib.contextmanager
@@ -157,14 +166,22 @@ def _connect(space: str, address: str) -> None:
 
 
 @contextlib.contextmanager
-def _launcher(name: str, addresses: Sequence[str], ranks_a_host: int) -> Iterator[list[str]]:
-    """Yield an mpirun that starts ranks in the namespaces ``name-ADDRESS``."""
+def _launchers(name: str, addresses: Sequence[str], ranks_a_host: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield both commands of :class:`Hosts`, which start ranks in the namespaces ``name-ADDRESS``."""
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
-        agent = Path(folder, "agent")
-        agent.write_text(_AGENT % name)
-        agent.chmod(0o755)
-        where = ["-hosts", ",".join(addresses), "-ppn", str(ranks_a_host)]
-        yield [str(MPIRUN), "-launcher", "ssh", "-launcher-exec", str(agent), *where]
+        for own in addresses:
+            lines = [f"{'127.0.1.1' if address == own else address} node-{address}\n" for address in addresses]
+            Path(folder, own).write_text("".join(lines))
+        commands = []
+        for number, naming in enumerate((_ADDRESS_AS_NAME, _OWN_NAME % folder)):
+            agent = Path(folder, f"agent{number}")
+            agent.write_text(_AGENT % (name, naming))
+            agent.chmod(0o755)
+            where = ["-hosts", ",".join(addresses), "-ppn", str(ranks_a_host)]
+            commands.append([str(MPIRUN), "-launcher", "ssh", "-launcher-exec", str(agent), *where])
+        enter = ["ip", "netns", "exec", f"{name}-{addresses[0]}"]
+        own_name = f"host={addresses[0]}; {naming}; exec \"$0\" \"$@\""  # mpirun starts the ranks of its host itself
+        yield [*enter, *commands[0]], [*enter, "unshare", "--uts", "--mount", "sh", "-c", own_name, *commands[1]]
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ import subprocess
 from collections.abc import Collection
 from importlib import metadata
 
-_LOOPBACK = "127.0.0.1"
-_UNROUTED = ("192.0.2.1", 9)  # reserved for documentation by RFC 5737; any address outside the local networks would do
+_LOOPBACK, _LOOPBACK_NET = "127.0.0.1", "127."
+_ANY_PORT = 9
+_UNROUTED = "192.0.2.1"  # reserved for documentation by RFC 5737; any address outside the local networks would do
+_MAX_ASKED = 3  # hosts whose names are looked up: without a name server, each may take seconds
 _NVIDIA_SMI_TIME_S = 30  # it loads the driver where that is not resident; with a broken driver it may hang
 
 
@@ -69,16 +71,22 @@ def ranks_for_training() -> int:
 def own_address(hosts: Collection[str]) -> str | None:
     """Return an IPv4 address at which other ranks reach this host without MPI, or None if there is none.
 
+    Without a default route, the interface towards another host is taken. The address of this host's own name is the
+    last resort, but never a loopback address, which Debian gives that name.
+
     Args:
         hosts: The host names of all ranks, including this one. If they are all the same, the loopback address serves.
     """
     if len(set(hosts)) == 1:
         return _LOOPBACK
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(_UNROUTED)  # sends nothing: selects the interface of the default route
-        return str(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
+    own = socket.gethostname()
+    others = [host for host in dict.fromkeys(hosts) if host != own]
+    for host in (_UNROUTED, *others[:_MAX_ASKED], own):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect((host, _ANY_PORT))  # sends nothing: selects an interface
+            address = str(probe.getsockname()[0])
+            if not address.startswith(_LOOPBACK_NET):
+                return address
     return None
 
 

@@ -151,6 +151,12 @@ class _Group:
         self._view = View(world.size)
         self._ending_s = 0.0  # how long another rank of the node has been ending the job
         self._channel = ProgressChannel(world, self._hosts) if world.num_nodes > 1 else None
+        if world.rank == 0 and self._channel is not None and self._channel.unreachable:
+            log_line(
+                f"{prog}: warning: no address is known at which other hosts reach "
+                f"{' and '.join(self._channel.unreachable)}: a job that hangs ends all the same, but its report lacks "
+                "these nodes; add the hosts' names and addresses to /etc/hosts or to the name server"
+            )
         mine = slice(world.local_rank, world.local_rank + 1)
         world.progress.move_to(self._arrays["progress"][world.local_rank], self._arrays["phases"][mine])
         world.barrier()

@@ -67,6 +67,10 @@ class ProgressChannel:
         self._addresses = [world.bcast(address, root) for root in self._collectors]
         self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._sender.setblocking(False)
+        #: The hosts of collectors without an address that other hosts reach.
+        self.unreachable = sorted(
+            {hosts[rank] for rank, known in zip(self._collectors, self._addresses, strict=True) if known is None}
+        )
 
     def _open(self, hosts: Sequence[str]) -> tuple[str, int] | None:
         """Open the receiving socket of a collector; returns its address, or None if there is none."""

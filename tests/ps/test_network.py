@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lapse_elmo.mpi.signals import STALLED
 from tests import collective
 from tests.hosts import ADDRESSES, ENVIRONMENT, Hosts, Link, cannot_delay, switched_hosts, two_hosts, why_not
 from tests.mpi import mpirun
@@ -58,6 +59,34 @@ def test_hosts_are_nodes(hosts: Hosts, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "rank"), [("kill", 3), ("manager", 0)])
 def test_a_failing_rank_ends_the_job_on_both_hosts(hosts: Hosts, tmp_path: Path, kind: str, rank: int) -> None:
     failing_program.run_and_check(kind, rank, 1, tmp_path, env=ENVIRONMENT, launcher=hosts.launcher)
+
+
+# The last rank stops. Within 3 s the watchdogs of both hosts have exchanged what they know.
+HANG = """
+import os, signal, sys, time
+from lapse_elmo.mpi.launch import launch
+from lapse_elmo.watchdog import Watchdog
+def main(argv, enter):
+    with Watchdog(0.05, "hang") as watchdog:
+        world = enter()
+        watchdog.join(world)
+        world.barrier()
+        world.progress.enter("stopping")
+        time.sleep(0.5)
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        world.barrier()
+launch(main, sys.argv[1:], prog="hang")
+"""
+
+
+def test_the_watchdogs_of_hosts_without_a_default_route_reach_each_other(hosts: Hosts) -> None:
+    """Although each host takes its own name for that of the loopback."""
+    job = mpirun(4, ["-c", HANG], env=ENVIRONMENT, launcher=hosts.named)
+    assert job.returncode == STALLED and not job.survivors, job.output
+    (by_rank_0,) = [report for report in job.stderr.split("hang: [") if report.startswith("rank 0/4 ")]
+    assert f"silent: rank 3/4 on node-{ADDRESSES[1]} (pid " in by_rank_0, job.output
+    assert "last seen in stopping" in by_rank_0 and "no address is known" not in job.stderr, job.output
 
 
 # Rank 0 sends 5 MB to the last rank; then they send a byte to and fro, 20 times.
