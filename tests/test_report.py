@@ -22,6 +22,8 @@ from lapse_elmo.metrics.server_meter import band_ends
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.report.charts import _draw_bands, _draw_local_share, _draw_owners, charts_of, figure_of
 from lapse_elmo.report.runs import Run, read_run
+from lapse_elmo.trained import load
+from tests.training.corpora import prepare, train_alone
 
 CONFIG = '[data]\nshards = "corpus/shards"\n[model]\nprojection_size = 16\n[training]\nseed = 7\n'
 
@@ -128,7 +130,18 @@ window.addEventListener("load", () => {
   document.title = JSON.stringify({
     boxes, inside: page.scrollWidth, whole: page.clientWidth,
     names: [...document.querySelectorAll("#runs tbody tr")].map(row => row.cells[0].textContent),
-    first: document.querySelector("figure svg").textContent,
+    charts: Object.fromEntries([...document.querySelectorAll("figure")].map(figure => [
+      figure.querySelector("h3").textContent, [...figure.querySelectorAll("svg text")].map(text => text.textContent)
+    ])),
+    neighbours: [...document.querySelectorAll(".neighbours")].map(
+      table => [...table.querySelectorAll("tbody tr")].map(row => [...row.cells].map(cell => cell.textContent))
+    ),
+    overlaps: [...document.querySelectorAll("figure")].filter(figure => {
+      const boxes = [...figure.querySelectorAll("[id*=tick] text")].map(text => text.getBoundingClientRect());
+      return boxes.some((one, i) => boxes.slice(i + 1).some(other =>
+        one.x < other.right && other.x < one.right && one.y + 2 < other.bottom && other.y + 2 < one.bottom
+      ));
+    }).map(figure => figure.querySelector("h3").textContent),
     requests: performance.getEntriesByType("resource").length,
   });
 });
@@ -154,19 +167,33 @@ def seen_by_chromium(page: Path, width: int) -> dict[str, Any]:
     return json.loads(html.unescape(title.group(1)))
 
 
+OPTIONS = ("--max-steps", "9", "--report-every", "3", "--batch-size", "4", "--accumulate", "2")
+SENTENCES = ["some people read long books about trees", "other people write them", "trees have many leaves"]
+
+
 def test_a_browser_shows_it(tmp_path: Path) -> None:
-    runs = [write(tmp_path / name, records(2)) for name in ("first", "second")]
-    report.main([*map(str, runs), "--output", str(tmp_path / "both.html")], solo)
+    """Two runs: the metrics of one of two nodes, and a model that was trained, with its batch and noise scale."""
+    first = write(tmp_path / "first", records(2))
+    corpus = prepare(tmp_path / "corpus", SENTENCES * 8, SENTENCES)
+    trained = train_alone(corpus, tmp_path / "second", *OPTIONS)
+    report.main([str(first), str(trained), "--output", str(tmp_path / "both.html")], solo)
     columns = {}
     for width in (500, 1400):
         seen = seen_by_chromium(tmp_path / "both.html", width)
         assert seen["inside"] <= seen["whole"], "the page is wider than the window"
-        assert len(seen["boxes"]) >= 12
+        assert len(seen["boxes"]) == len(seen["charts"]) >= 12
         assert all(wide > 250 and 100 < high < wide for _, wide, high in seen["boxes"])
         assert seen["names"] == ["first", "second"] and seen["requests"] == 0
-        assert "tokens trained" in seen["first"] and "loss (nats)" in seen["first"]
+        assert seen["overlaps"] == [], "numbers at an axis cover each other"
         columns[width] = len({x for x, _, _ in seen["boxes"]})
     assert columns[500] == 1 and columns[1400] >= 2
+    for title, label in (
+        ("Loss", "loss (nats)"), ("Learning rate", "learning rate"), ("Batch", "tokens"), ("Noise scale", "tokens")
+    ):
+        assert {"tokens trained", label, "second"} <= set(seen["charts"][title]), title
+    (table,) = seen["neighbours"]
+    words = load(trained).vocabulary.words
+    assert len(table) > 4 and all(word in words and len(found.split(" · ")) == 6 for word, found in table)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """Import single modules of AllenNLP without the rest of it; nothing else in lapse-elmo imports allennlp.
 
-``import allennlp.modules`` imports all of AllenNLP, spaCy, transformers and torchvision. It fails if torch is a CPU
-build and torchvision is PyPI's CUDA build (``operator torchvision::nms does not exist``). A training rank that uses
+``import allennlp.modules`` imports all of AllenNLP, spaCy, transformers and torchvision. A training rank that uses
 ElmoLstm needs none of these packages. :func:`modules` therefore imports only the files of the installed package that
 define the requested module. During the import, empty placeholder packages replace ``allennlp``, ``allennlp.modules``,
 ``allennlp.nn`` and ``allennlp.common`` in ``sys.modules``. Afterwards ``sys.modules`` is restored, so a later
-``import allennlp.modules`` works as usual (with a CPU build of torch, call :func:`declare_torchvision_operators`
-first).
+``import allennlp.modules`` works as usual.
 
 Two submodules with heavy dependencies, ``allennlp.common.util`` (spaCy) and ``allennlp.common.file_utils``
 (cached_path, lmdb), get placeholders that import the real module when one of its functions is first called. Of the
@@ -27,8 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from lapse_elmo.errors import ConfigError
 
@@ -79,29 +75,6 @@ def modules(name: str) -> ModuleType:
         ) from error
 
 
-@functools.cache
-def declare_torchvision_operators() -> torch.library.Library | None:
-    """Declare the operators that a CUDA build of torchvision expects, so that it can be imported with a CPU torch.
-
-    Returns:
-        The library that holds the declarations, or None if the operators exist. The declarations live as long as the
-        library, which is why the result is cached.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return None
-    with _quiet():
-        try:
-            importlib.import_module("torchvision")
-            return None
-        except (RuntimeError, ImportError, OSError):
-            for half_imported in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[half_imported]
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
 @contextmanager
 def _placeholders() -> Iterator[None]:
     """Put placeholder packages into ``sys.modules``; on exit, remove them and everything imported through them."""
@@ -148,7 +121,6 @@ class _Deferred(ModuleType):
         module_name = self.__name__
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            declare_torchvision_operators()
             with _quiet():
                 real = importlib.import_module(module_name)
             return getattr(real, name)(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the base names of the folders, or their full paths if two base names are equal."""
-    names = [folder.resolve().name for folder in folders]
+    """Return the base names of the folders, or if two are equal, their paths below the folder common to all."""
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath(paths)
+        names = [str(path.relative_to(common)) for path in paths]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import re
@@ -34,11 +35,13 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Return all charts for which the runs have values."""
     tokens = all(run.by_tokens for run in runs)
     x_label = "tokens trained" if tokens else "step"
+    if len(runs) == 1:  # its name is the page's title
+        runs = [dataclasses.replace(runs[0], name="")]
 
     def curves(name: str, y_label: str, *, log: bool = False, zero: bool = False) -> Callable[[Axes], None]:
         def draw(axis: Axes) -> None:
             for number, run in enumerate(runs):
-                axis.plot(*run.series(name, tokens=tokens), color=f"C{number % 10}", label=run.name)
+                axis.plot(*run.series(name, tokens=tokens), color=f"C{number % 10}", label=run.name or None)
             _finish(axis, x_label, y_label, log=log, zero=zero)
 
         return draw
@@ -117,10 +120,9 @@ def _finish(axis: Axes, x_label: str, y_label: str, *, log: bool = False, zero: 
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlim(left=0)
     if log:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.yaxis.set_minor_formatter(EngFormatter(sep=""))
+        _log_scale(axis)
     elif zero:
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
@@ -128,9 +130,29 @@ def _finish(axis: Axes, x_label: str, y_label: str, *, log: bool = False, zero: 
         axis.legend(fontsize="small")
 
 
+def _log_scale(axis: Axes) -> None:
+    """Make the y axis logarithmic, with few numbers on it; values of less than a factor of 2 keep a linear axis."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    low, high = axis.dataLim.intervaly
+    if not low > 0 or high < 2 * low:
+        return
+    axis.set_yscale("log")
+    decades = np.log10(high / low)
+    labelled = (2, 3, 4, 5, 6, 8) if decades < 0.7 else (2, 3, 5) if decades < 1.5 else (3,) if decades < 3 else ()
+    number = EngFormatter(sep="")
+
+    def minor(value: float, position: int | None) -> str:
+        digit = round(value / 10 ** np.floor(np.log10(value)))
+        return number(value, position) if digit in labelled else ""
+
+    axis.yaxis.set_major_formatter(number)
+    axis.yaxis.set_minor_formatter(FuncFormatter(minor))
+
+
 def _draw_loss(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
     for number, run in enumerate(runs):
-        axis.plot(*run.series("train/loss_nats", tokens=tokens), color=f"C{number % 10}", label=run.name)
+        axis.plot(*run.series("train/loss_nats", tokens=tokens), color=f"C{number % 10}", label=run.name or None)
         positions, perplexities = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
         axis.plot(positions, np.log(perplexities), "o", color=f"C{number % 10}")
     _finish(axis, x_label, "loss (nats)")
@@ -139,7 +161,7 @@ def _draw_loss(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> N
 def _draw_heldout(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
     for number, run in enumerate(runs):
         points = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
-        axis.plot(*points, "o-", color=f"C{number % 10}", label=run.name)
+        axis.plot(*points, "o-", color=f"C{number % 10}", label=run.name or None)
     _finish(axis, x_label, "perplexity", log=True)
 
 

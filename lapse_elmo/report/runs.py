@@ -157,6 +157,6 @@ def _neighbours(folder: Path) -> list[tuple[str, str]]:
         return []
     words = [word for word in model.vocabulary.words if word.isalpha() and len(word) >= _MIN_LETTERS]
     return [
-        (word, ", ".join(f"{other} {cosine:.2f}" for other, cosine in model.nearest(word, _NUM_NEIGHBOURS)))
+        (word, " · ".join(f"{other} {cosine:.2f}" for other, cosine in model.nearest(word, _NUM_NEIGHBOURS)))
         for word in words[:_NUM_WORDS]
     ]

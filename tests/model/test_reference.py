@@ -45,7 +45,6 @@ with h5py.File({str(tmp_path / "w.hdf5")!r}, "w") as file:
 warnings.simplefilter("ignore")
 lstm.load_weights({str(tmp_path / "w.hdf5")!r})
 assert lstm.forward_layer_0.state_linearity.bias.tolist() == [0.0] * 3 + [1.0] * 3 + [0.0] * 6
-reference.declare_torchvision_operators()
 import allennlp.modules
 from allennlp.modules.elmo_lstm import ElmoLstm
 assert ElmoLstm is not lean and ElmoLstm(2, 2, 3, 1).state_dict().keys() == lstm.state_dict().keys()

@@ -17,28 +17,22 @@ PROGRAM = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 folder = sys.argv[1]
-from lapse_elmo.model.reference import declare_torchvision_operators
-library = declare_torchvision_operators()
+from allennlp.modules.elmo_lstm import ElmoLstm  # before anything of ours: a plain import works
 import torch
 torch.set_num_threads(1)
 import lapse_elmo.allennlp_plugin as plugin
-from allennlp.common import Params
-from allennlp.commands.train import train_model
 from allennlp.models.archival import load_archive
 from allennlp.modules.elmo import Elmo
-import allennlp.models.simple_tagger, allennlp.data.dataset_readers.sequence_tagging
-model = train_model(Params.from_file(folder + "/tagger.json"), folder + "/tagger", force=True)
 metrics = json.load(open(folder + "/tagger/metrics.json"))
-embedder = next(module for module in model.modules() if isinstance(module, plugin.LapseElmoEmbedder))
-mix = [parameter.tolist() for name, parameter in embedder.named_parameters() if "scalar_parameters" in name]
 again = load_archive(folder + "/tagger/model.tar.gz").model.eval()
+embedder = next(module for module in again.modules() if isinstance(module, plugin.LapseElmoEmbedder))
+mix = [parameter.tolist() for name, parameter in embedder.named_parameters() if "scalar_parameters" in name]
 import lapse_elmo
 trained = lapse_elmo.load(folder + "/run")
 elmo = Elmo(None, None, 2, dropout=0.0, module=plugin.AllenNlpModule(trained)).eval()
 ids = trained.module().ids(["w01 w02 w00", "w05"])
 found = elmo(ids)
 wanted = torch.from_numpy(trained.embed(["w01 w02 w00"], "average")[0])
-from allennlp.modules.elmo_lstm import ElmoLstm
 print(json.dumps({
     "accuracy": metrics["best_validation_accuracy"], "first": metrics["training_accuracy"], "mix": mix,
     "difference": float((found["elmo_representations"][1][0, :3] - wanted).abs().max()),
@@ -54,6 +48,17 @@ def tagged(line: str) -> str:
     before = ["w00", *words]
     tags = ("odd" if int(last[1:]) % 2 else "even" for last in before)
     return " ".join(f"{word}###{tag}" for word, tag in zip(words, tags, strict=False))
+
+
+def python(*arguments: str, home: Path) -> str:
+    """Return the output of Python, which finds our packages beside AllenNLP's."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500,
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(home)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
 
 
 def test_a_tagger_learns(small: Prepared, tmp_path: Path) -> None:
@@ -80,13 +85,9 @@ def test_a_tagger_learns(small: Prepared, tmp_path: Path) -> None:
         "random_seed": 1, "numpy_seed": 1, "pytorch_seed": 1,
     }
     (tmp_path / "tagger.json").write_text(json.dumps(config))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=500,
-        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    python("-m", "allennlp", "train", str(tmp_path / "tagger.json"), "--serialization-dir", str(tmp_path / "tagger"),
+           "--include-package", "lapse_elmo.allennlp_plugin", home=tmp_path)
+    found = json.loads(python("-c", PROGRAM, str(tmp_path), home=tmp_path).splitlines()[-1])
     tags = (tmp_path / "dev").read_text().replace("\n", " ").split()
     even = sum(tag.endswith("even") for tag in tags) / len(tags)
     assert found["accuracy"] > max(even, 1 - even) + 0.05, (found, even)  # always the commoner tag
