@@ -22,7 +22,7 @@ def test_mean(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="there is no GPU")
 def test_nccl(tmp_path: Path) -> None:
     report = collective.report_of(PROGRAM, ["cuda"], torch.cuda.device_count(), tmp_path, timeout=300)
     collective.expect(report, "over_nccl")
