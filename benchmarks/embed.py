@@ -1,11 +1,13 @@
 """Compare model.embed with AllenNLP's ElmoLstm, and measure the time to open a model and the memory of bin/embed.
 
-    python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME]
+    python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME] [--opening]
 
-Without RUN, a model with random weights, 793,471 words and the ``small`` sizes is made. Both sides embed the same
-batches on one thread with the same weights: they look up word vectors, compute all layers, and make an array per
-sentence. They take turns; the result is the median of the repeats. Times are CPU times of the process, which other
-programs on the machine hardly affect, except for those of bin/embed, which are wall-clock times.
+Without RUN, a model with random weights, 793,471 words and the ``small`` sizes is made. It is opened as a folder of
+every kind: bilm-tf's files, a Hugging Face folder, and the checkpoint of a run that starts from it. ``--opening``
+does only this. Both sides embed the same batches on one thread with the same weights: they look up word vectors,
+compute all layers, and make an array per sentence. They take turns; the result is the median of the repeats. Times
+are CPU times of the process, which other programs on the machine hardly affect, except for those of bin/embed, which
+are wall-clock times.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ import numpy as np
 import torch
 
 import lapse_elmo
+from lapse_elmo import train
+from lapse_elmo.config.preprocessing import ShardsOptions
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.export import elmo
+from lapse_elmo.export import elmo, huggingface
 from lapse_elmo.model import reference
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
+from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained import TrainedModel
 from lapse_elmo.trained.sentences import batches_of, windows
 from lapse_elmo.trained.stored import ArrayTable, StoredModel
+from preprocess.shards import make_shards
 
-SIZES = {"small": (128, 512), "original": (512, 4096)}
+SIZES = {"smallest": (16, 32), "small": (128, 512), "original": (512, 4096)}
 
 
 def main() -> None:
@@ -43,14 +49,19 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=793_471, help="vocabulary size of the random model")
     parser.add_argument("--sentences", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--opening", action="store_true", help="only measure how long opening takes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.run) if options.run else random_model(
             Path(folder) / "model", options.words, *SIZES[options.preset]
         )
-        print(f"opening {path.name}: {opening_s(path):.2f} s (lapse_elmo.load, torch imported before)")
         model = lapse_elmo.load(path)
+        for kind in (path,) if options.run else (path, *other_kinds(model, Path(folder), *SIZES[options.preset])):
+            cpu_s, wall_s = opening_s(kind)
+            print(f"opening {kind.name}: {cpu_s:.2f} CPU s, {wall_s:.2f} s (lapse_elmo.load, torch imported before)")
+        if options.opening:
+            return
         sentences = load_or_make_text(model, options.text, options.sentences)
         compare(model, sentences, options.repeats)
         for ranks in (1, 2):
@@ -72,14 +83,29 @@ def random_model(folder: Path, num_words: int, size: int, cell: int) -> Path:
     return folder
 
 
-def opening_s(path: Path) -> float:
-    """Measure the seconds of lapse_elmo.load in a new process; the fastest of three."""
+def other_kinds(model: TrainedModel, folder: Path, size: int, cell: int) -> tuple[Path, Path]:
+    """Write the model as a Hugging Face folder, and make a run that starts from it and saves a checkpoint."""
+    hub, run, few, heldout = folder / "huggingface", folder / "run", folder / "few", folder / "heldout"
+    huggingface.write(model.stored, hub, False)
+    for text in (few, heldout):
+        text.write_text("".join(f"w{number} w{number + 1}\n" for number in range(64)), encoding="utf-8")
+    shards, vocabulary = str(folder / "shards"), str(model.stored.path / "vocab.txt")
+    make_shards(ShardsOptions((str(few),), (str(heldout),), vocab=vocabulary, output=shards, num_shards=1), solo())
+    argv = ["--shards", shards, "--vocab", vocabulary, "--init-from", str(model.stored.path), "--run-dir", str(run)]
+    argv += ["--projection-size", str(size), "--cell-size", str(cell), "--max-steps", "1", "--progress", "none"]
+    train.main([*argv, "--threads", "1", "--device", "cpu"], solo)
+    return hub, run
+
+
+def opening_s(path: Path) -> tuple[float, float]:
+    """Measure the CPU and wall-clock seconds of lapse_elmo.load in a new process; the fastest of three."""
     code = (
-        "import sys, time, torch, lapse_elmo, lapse_elmo.trained; start = time.perf_counter();"
-        "lapse_elmo.load(sys.argv[1]); print(time.perf_counter() - start)"
+        "import sys, time, torch, lapse_elmo, lapse_elmo.trained; start = time.process_time(), time.perf_counter();"
+        "lapse_elmo.load(sys.argv[1]); print(time.process_time() - start[0], time.perf_counter() - start[1])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True) for _ in range(3)]
-    return min(float(run.stdout) for run in runs)
+    command = [sys.executable, "-c", code, str(path)]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    return min(float(cpu_s) for cpu_s, _ in runs), min(float(wall_s) for _, wall_s in runs)
 
 
 def load_or_make_text(model: TrainedModel, path: str | None, count: int) -> list[list[str]]:

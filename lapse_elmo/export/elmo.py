@@ -34,8 +34,8 @@ from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
 from lapse_elmo.corpus.hdf5 import Hdf5Output
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.export.folder import refuse_foreign
-from lapse_elmo.trained.elmo_files import OWN, OWN_VERSION, reordered
-from lapse_elmo.trained.stored import StoredModel, Table
+from lapse_elmo.trained.elmo_files import OWN_VERSION, reordered
+from lapse_elmo.trained.stored import OWN, StoredModel, Table
 
 OPTIONS, WEIGHTS, VOCABULARY, META = "options.json", "weights.hdf5", "vocab.txt", "meta.json"
 

@@ -3,7 +3,9 @@
 Both load it with ``trust_remote_code=True``. The folder holds ``config.json``, ``modeling_lapse_elmo.py`` (plain torch,
 independent of lapse-elmo), ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json`` (a word-level fast
 tokenizer that splits at white space), the model card ``README.md``, and two files of sentence-transformers.
-``AutoModel`` returns contextual vectors; ``AutoModelForCausalLM`` is the forward language model.
+``AutoModel`` returns contextual vectors; ``AutoModelForCausalLM`` is the forward language model. lapse-elmo itself
+reads the words from ``vocab.txt``, which is faster than ``tokenizer.json``; the table ``lapse_elmo`` of ``config.json``
+has the format's version and the checksum of ``vocab.txt``.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import numpy as np
 
 from lapse_elmo import __version__
 from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
-from lapse_elmo.corpus.vocabulary import PADDING_TOKEN, SPECIAL
+from lapse_elmo.corpus.vocabulary import PADDING_TOKEN, SPECIAL, Vocabulary
 from lapse_elmo.export.folder import refuse_foreign, softmax_of
-from lapse_elmo.trained.huggingface_files import CONFIG, MODEL_TYPE, TOKENIZER, WEIGHTS
-from lapse_elmo.trained.stored import StoredModel, Table
+from lapse_elmo.trained.huggingface_files import CONFIG, MODEL_TYPE, OWN_VERSION, TOKENIZER, VOCABULARY, WEIGHTS
+from lapse_elmo.trained.stored import OWN, StoredModel, Table
 
 MODELING = "modeling_lapse_elmo.py"
 CARD, TOKENIZER_CONFIG = "README.md", "tokenizer_config.json"
@@ -43,7 +45,8 @@ def refuse(folder: Path, overwrite: bool) -> None:
     Raises:
         OutputError: If it exists without ``overwrite``, or holds files that are not of an export.
     """
-    refuse_foreign(folder, overwrite, {CONFIG, MODELING, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD, MODULES, POOLING})
+    names = {CONFIG, MODELING, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, VOCABULARY, CARD, MODULES, POOLING}
+    refuse_foreign(folder, overwrite, names)
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
@@ -58,10 +61,12 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
     """
     softmax = softmax_of(stored)
     padding = _free_name(PADDING_TOKEN, stored)
+    vocabulary = Vocabulary.from_words(stored.vocabulary.words)
     with atomic_output(folder, overwrite) as temporary:
         temporary.mkdir()
         write_safetensors(temporary / WEIGHTS, list(_tensors(stored, softmax)))
-        atomic_write(temporary / CONFIG, _json(config_of(stored)))
+        atomic_write(temporary / CONFIG, _json(config_of(stored, vocabulary.sha256)))
+        vocabulary.save(temporary / VOCABULARY)
         atomic_write(temporary / TOKENIZER, _json(tokenizer_of(stored, padding)))
         atomic_write(temporary / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
         atomic_write(temporary / MODELING, (Path(__file__).parent / MODELING).read_bytes())
@@ -73,7 +78,7 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
     return [f"{folder}: a Hugging Face folder ({stored.vocabulary.size:,} words) of {stored.path}"]
 
 
-def config_of(stored: StoredModel) -> dict[str, Any]:
+def config_of(stored: StoredModel, vocabulary_sha256: str) -> dict[str, Any]:
     """Return the content of ``config.json``."""
     sizes = stored.options
     return {
@@ -87,7 +92,11 @@ def config_of(stored: StoredModel) -> dict[str, Any]:
         "projection_clip": sizes.projection_clip, "context": sizes.context, "boundaries": stored.boundaries,
         "hidden_size": 2 * sizes.projection_size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
         "tie_word_embeddings": False, "torch_dtype": "float32",
-        "num_train_tokens": stored.about.get("num_train_tokens"), "lapse_elmo_version": __version__,
+        "num_train_tokens": stored.about.get("num_train_tokens"),
+        OWN: {
+            "version": OWN_VERSION, "vocabulary_sha256": vocabulary_sha256, "written_by": __version__,
+            "step": stored.about.get("step"),
+        },
     }
 
 

@@ -23,10 +23,10 @@ from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.errors import CheckpointError, ConfigError
 from lapse_elmo.inputs import MOST_JSON_BYTES, read_small, require_regular
 from lapse_elmo.model.bilm import BiLMOptions
-from lapse_elmo.trained.stored import ArrayTable, StoredModel
+from lapse_elmo.trained.stored import ArrayTable, StoredModel, own_entries
 
-#: The table of ``options.json`` with lapse-elmo's own entries, for which bilm-tf has no options; and its version.
-OWN, OWN_VERSION = "lapse_elmo", 1
+#: The version of the table of ``options.json`` with lapse-elmo's own entries.
+OWN_VERSION = 1
 
 
 def holds_elmo_files(folder: Path) -> bool:
@@ -48,10 +48,11 @@ def open_elmo_files(
         CheckpointError: If a file is missing or ambiguous, a shape contradicts the options, the vocabulary belongs to
             another model, or the model has a character CNN.
     """
-    options = _read_options(_the_only(folder, "options.json", "*options*.json"))
+    options_file = _the_only(folder, "options.json", "*options*.json")
+    options = _read_options(options_file)
+    own = own_entries(options, OWN_VERSION, options_file)
     weights = _the_only(folder, "weights.hdf5", "*weights*.hdf5")
     vocabulary_file = Path(vocab) if vocab else _the_only(folder, "vocab.txt", "*vocab*.txt")
-    own = options.get(OWN, {})
     vocabulary = Vocabulary.load(vocabulary_file)
     if own.get("vocabulary_sha256", vocabulary.sha256) != vocabulary.sha256:
         raise CheckpointError(
@@ -106,12 +107,6 @@ def _read_options(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no table 'lstm': it is not the options of a bilm-tf model")
     if "char_cnn" in options:
         raise _characters(path.parent)
-    version = options.get(OWN, {}).get("version", OWN_VERSION)
-    if version > OWN_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer lapse-elmo: its format has version {version}, the newest supported version "
-            f"is {OWN_VERSION}"
-        )
     return options
 
 

@@ -15,6 +15,9 @@ from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 
+#: The table of ``options.json`` or ``config.json`` with lapse-elmo's own entries, for which the formats have none.
+OWN = "lapse_elmo"
+
 _CHUNK_ROWS = 16384
 
 
@@ -29,6 +32,29 @@ class Table(Protocol):
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield all rows in ascending chunks: (index of the first row, rows (n, size))."""
+
+
+def own_entries(content: dict[str, Any], newest: int, path: Path) -> dict[str, Any]:
+    """Return the table of lapse-elmo's own entries in a file's content; empty if there is none.
+
+    Args:
+        content: What the file holds.
+        newest: The newest version of the format that is supported.
+        path: The file, for error messages.
+
+    Raises:
+        CheckpointError: If the format is newer, or the table is damaged.
+    """
+    own = content.get(OWN, {})
+    version = own.get("version", newest) if isinstance(own, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} is damaged: its table {OWN!r} has no version; export the model again")
+    if version > newest:
+        raise CheckpointError(
+            f"{path} was written by a newer lapse-elmo: its format has version {version}, the newest supported version "
+            f"is {newest}; update lapse-elmo"
+        )
+    return own
 
 
 class ArrayTable:

@@ -330,6 +330,28 @@ def test_a_safetensors_file_that_lies(exported: dict[tuple[str, str], Path], tmp
     refused(folder, "of type 'bert'")
 
 
+def test_words_and_format_of_a_huggingface_folder(exported: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(exported["top", "huggingface"], folder)
+    words = list(lapse_elmo.load(folder).vocabulary.words)
+    lines = (folder / "vocab.txt").read_text().split()
+    assert lines == ["<S>", "</S>", "<UNK>", *words]
+    written(folder / "vocab.txt", [*lines[:3], *reversed(words)])
+    refused(folder, "not the vocabulary")
+    (folder / "vocab.txt").unlink()
+    assert list(lapse_elmo.load(folder).vocabulary.words) == words, "from tokenizer.json"
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 2}}}')
+    refused(folder, "ids with gaps")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "tokenizer.json: [Errno 2]")
+    written(folder / "vocab.txt", lines)
+    assert list(lapse_elmo.load(folder).vocabulary.words) == words, "from vocab.txt alone"
+    config = json.loads((folder / "config.json").read_text())
+    for own, says in (({"version": 2}, "newer lapse-elmo"), ({"version": "2"}, "has no version"), ([], "damaged")):
+        (folder / "config.json").write_text(json.dumps({**config, "lapse_elmo": own}))
+        refused(folder, says)
+
+
 def test_bilm_tfs_own_files(exported: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     """As dump_weights and dump_token_embeddings leave them: no softmax, a file of word vectors, specials anywhere."""
     source = exported["top", "elmo"]
