@@ -1,6 +1,7 @@
 """Use trained models: ``lapse_elmo.load(PATH)``, and the classes behind it that bin/embed and bin/score share."""
 
-from lapse_elmo.trained.model import LAYERS, TrainedModel, load
+from lapse_elmo.trained.loading import load
+from lapse_elmo.trained.model import LAYERS, TrainedModel
 from lapse_elmo.trained.scores import Candidate, SentenceScore, Totals
 from lapse_elmo.trained.stored import StoredModel
 

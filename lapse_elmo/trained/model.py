@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -14,13 +12,12 @@ from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
 from lapse_elmo.context import outputs_at_targets
-from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary
+from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.model.bilm import BiLM
 from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.model.products import PRECISIONS
-from lapse_elmo.trained.opening import open_stored
-from lapse_elmo.trained.scores import Candidate, SentenceScore
+from lapse_elmo.trained.scores import Candidate, SentenceScore, sentence_score, top_indices
 from lapse_elmo.trained.sentences import batches_of, by_position, mean_of_words, windows, words_of
 from lapse_elmo.trained.stored import StoredModel, Table
 
@@ -34,7 +31,7 @@ _NUM_SPECIAL = 3  # classes 0 to 2 are <S>, </S> and <UNK>
 
 
 class TrainedModel:
-    """A trained biLM, opened by :func:`load`. It computes in evaluation mode, so equal calls give equal results.
+    """A trained biLM, opened by ``lapse_elmo.load``. It computes in evaluation mode, so equal calls give equal results.
 
     Attributes:
         vocabulary: The :class:`~lapse_elmo.corpus.vocabulary.Vocabulary`. ``word in model.vocabulary`` tests whether a
@@ -64,7 +61,11 @@ class TrainedModel:
 
     @functools.cached_property
     def bilm(self) -> BiLM:
-        """The biLM, read from disk at first use."""
+        """The biLM, a torch.nn.Module without the word table, read from disk at first use.
+
+        >>> sum(parameter.numel() for parameter in load(MODEL).bilm.parameters()) < 20_000
+        True
+        """
         model = self.stored.bilm().to(self.device).requires_grad_(False)
         model.lstm.eval_precision = self.precision  # type: ignore[assignment]
         return model
@@ -95,6 +96,8 @@ class TrainedModel:
 
         Raises:
             TypeError: If ``sentences`` is a single string, or a sentence is not text.
+            ValueError: If ``layers`` is unknown.
+            CheckpointError: If a parameter of the biLM is missing or has another shape.
 
         >>> [array.shape for array in load(MODEL).embed(["w01 w02 w00", ["w05"], ""])]
         [(3, 3, 32), (3, 1, 32), (3, 0, 32)]
@@ -106,6 +109,14 @@ class TrainedModel:
     ) -> Iterator[np.ndarray]:
         """Yield the results of :meth:`embed` one by one; memory does not grow with the number of sentences.
 
+        Args:
+            sentences: As in :meth:`embed`; an open file, for instance. Read in windows while results are taken.
+            layers: As in :meth:`embed`.
+            batch_size: Number of sentences per batch.
+
+        Raises:
+            TypeError, ValueError, CheckpointError: As :meth:`embed`, once the result in question is taken.
+
         >>> sum(len(array) for array in load(MODEL).iter_embed(["w01 w02", "w00"] * 100, "top"))
         300
         """
@@ -115,7 +126,11 @@ class TrainedModel:
             yield from self.embed_window(window, layers, batch_size)
 
     def embed_window(self, window: Sequence[list[str]], layers: str, batch_size: int) -> list[np.ndarray]:
-        """Return the vectors of a window of sentences (lists of words) as :meth:`embed` does."""
+        """Return the vectors of a window of sentences (lists of words) as :meth:`embed` does.
+
+        >>> load(MODEL).embed_window([["w01", "w02"], ["w00"]], "top", batch_size=64)[0].shape
+        (2, 32)
+        """
         found: list[np.ndarray] = [np.empty(0)] * len(window)
         first = 1 if self.stored.boundaries else 0
         for numbers, batch in batches_of(window, batch_size, self.vocabulary, self.stored.boundaries):
@@ -144,6 +159,9 @@ class TrainedModel:
         Returns:
             Float32, one row per sentence; zeros for a sentence without words.
 
+        Raises:
+            TypeError, ValueError, CheckpointError: As :meth:`embed`.
+
         >>> load(MODEL).sentence_vectors(["w01 w02 w00", "w05"]).shape
         (2, 32)
         """
@@ -154,11 +172,16 @@ class TrainedModel:
     def score(self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64) -> list[SentenceScore]:
         """Return the log probability of every word in both directions, by the full softmax.
 
+        Args:
+            sentences: As in :meth:`embed`.
+            batch_size: Number of sentences per batch.
+
         Returns:
-            One :class:`~lapse_elmo.trained.scores.SentenceScore` per sentence.
+            One :class:`~lapse_elmo.trained.scores.SentenceScore` per sentence, in nats.
             :class:`~lapse_elmo.trained.scores.Totals` computes perplexity and bits per character from them.
 
         Raises:
+            TypeError: If ``sentences`` is a single string, or a sentence is not text.
             CheckpointError: If the model has no softmax (bilm-tf's ``dump_weights`` omits it).
 
         >>> score = load(MODEL).score(["w01 unheard-of"])[0]
@@ -170,12 +193,27 @@ class TrainedModel:
     def iter_score(
         self, sentences: Iterable[str | Sequence[str]], batch_size: int = 64
     ) -> Iterator[SentenceScore]:
-        """Yield the results of :meth:`score` one by one; memory does not grow with the number of sentences."""
+        """Yield the results of :meth:`score` one by one; memory does not grow with the number of sentences.
+
+        Args:
+            sentences: As in :meth:`embed`; an open file, for instance. Read in windows while results are taken.
+            batch_size: Number of sentences per batch.
+
+        Raises:
+            TypeError, CheckpointError: As :meth:`score`, once the result in question is taken.
+
+        >>> sum(len(score.words) for score in load(MODEL).iter_score(["w01 w02", "w00"] * 100))
+        300
+        """
         for window in windows(words_of(sentences), batch_size):
             yield from self.score_window(window, batch_size)
 
     def score_window(self, window: Sequence[list[str]], batch_size: int) -> list[SentenceScore]:
-        """Return the scores of a window of sentences (lists of words); reads the softmax table once."""
+        """Return the scores of a window of sentences (lists of words); reads the softmax table once.
+
+        >>> load(MODEL).score_window([["w01", "w02"], ["w00"]], batch_size=64)[1].words
+        ('w00',)
+        """
         softmax = self._softmax()
         batches = list(batches_of(window, batch_size, self.vocabulary, self.stored.boundaries))
         contexts = [self._context_vectors(batch) for _, batch in batches]
@@ -191,7 +229,8 @@ class TrainedModel:
             tables = by_position(batch, nll[start : start + batch.num_targets])
             start += batch.num_targets
             for row, number in enumerate(numbers):
-                found[number] = self._sentence_score(window[number], batch.ids[row], *(t[row] for t in tables))
+                place = batch.ids[row], *(table[row] for table in tables)
+                found[number] = sentence_score(window[number], *place, boundaries=self.stored.boundaries)
         return [score for score in found if score is not None]
 
     def nearest(
@@ -210,6 +249,7 @@ class TrainedModel:
         Raises:
             CorpusError: If the word is not in the vocabulary.
             ValueError: If ``table`` is unknown or the vector has another shape.
+            CheckpointError: If the softmax is asked for and the model has none.
 
         >>> [word for word, _ in load(MODEL).nearest("w01", count=2)]  # doctest: +ELLIPSIS
         ['w...', 'w...']
@@ -234,7 +274,7 @@ class TrainedModel:
             cosines = np.nan_to_num(products / norms / np.linalg.norm(vector), nan=-2.0)
         if excluded >= 0:
             cosines[excluded] = -2.0
-        best = _top_indices(cosines[_NUM_SPECIAL:], min(count, len(cosines) - _NUM_SPECIAL - (excluded >= 0)))
+        best = top_indices(cosines[_NUM_SPECIAL:], min(count, len(cosines) - _NUM_SPECIAL - (excluded >= 0)))
         return [(self.vocabulary.words[i], float(cosines[_NUM_SPECIAL + i])) for i in best]
 
     def fill(self, sentence: str | Sequence[str], position: int, count: int = 10) -> list[Candidate]:
@@ -269,7 +309,7 @@ class TrainedModel:
             both += 0.0 if direction is None else direction
         both -= both.max()
         both -= np.log(np.exp(both).sum())
-        best = _top_indices(both[_NUM_SPECIAL:], min(count, len(both) - _NUM_SPECIAL))
+        best = top_indices(both[_NUM_SPECIAL:], min(count, len(both) - _NUM_SPECIAL))
         probabilities = [np.exp(logs) if logs is not None else None for logs in (both, forward, backward)]
         return [
             Candidate(
@@ -280,14 +320,34 @@ class TrainedModel:
         ]
 
     def module(self, layers: str = "all", requires_grad: bool = False) -> ElmoModule:
-        """Return the model as a :class:`torch.nn.Module`; see :class:`~lapse_elmo.trained.module.ElmoModule`."""
+        """Return the model as a :class:`torch.nn.Module`; see :class:`~lapse_elmo.trained.module.ElmoModule`.
+
+        Args:
+            layers: ``all``, ``average`` or ``top``, as in :meth:`embed`.
+            requires_grad: Whether to fine-tune the LSTM.
+
+        Raises:
+            ValueError: If ``layers`` is unknown.
+            CheckpointError: If a parameter of the biLM is missing or has another shape.
+
+        >>> layer = load(MODEL).module("average")
+        >>> layer(layer.ids(["w01 w02 w00", "w05"])).shape
+        torch.Size([2, 3, 32])
+        """
         from lapse_elmo.trained.module import ElmoModule
 
         return ElmoModule(self.stored, layers=layers, requires_grad=requires_grad).to(self.device)
 
     @torch.no_grad()
     def layer_vectors(self, batch: Batch) -> Tensor:
-        """Return all layers (L + 1, B, T, 2D) of a batch, including boundaries."""
+        """Return all layers (L + 1, B, T, 2D) of a batch, including boundaries.
+
+        >>> from lapse_elmo.trained.sentences import batches_of
+        >>> model = load(MODEL)
+        >>> [(_, batch)] = batches_of([["w01", "w02"]], 64, model.vocabulary, boundaries=True)
+        >>> model.layer_vectors(batch).shape
+        torch.Size([3, 1, 4, 32])
+        """
         return self.bilm.layers(self._embedded(batch), torch.from_numpy(batch.mask))
 
     def _embedded(self, batch: Batch) -> Tensor:
@@ -318,17 +378,6 @@ class TrainedModel:
             self._norms[table] = np.concatenate([np.linalg.norm(w[:, :size], axis=1) for _, w in rows.chunks()])
         return self._norms[table]
 
-    def _sentence_score(
-        self, words: list[str], ids: np.ndarray, forward: np.ndarray, backward: np.ndarray
-    ) -> SentenceScore:
-        """Return the score of a sentence from its row of the batch: ids (T',) and log probabilities (T',) or nan."""
-        first, size = (1 if self.stored.boundaries else 0), len(words)
-        inside = slice(first, first + size)
-        end, begin = (float(forward[size + 1]), float(backward[0])) if first else (np.nan, np.nan)
-        return SentenceScore(
-            tuple(words), ids[inside] == UNKNOWN, forward[inside].copy(), backward[inside].copy(), end, begin
-        )
-
     def _log_probabilities(self, words: list[str], position: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return log p of all classes (V,) at a position, forward and backward; None if it is not predicted."""
         softmax = self._softmax()
@@ -346,42 +395,3 @@ class TrainedModel:
             logits = torch.cat([rows[:, :-1] @ vector + rows[:, -1] for _, rows in self._on_device(softmax)])
             found.append(torch.log_softmax(logits.double(), 0).cpu().numpy())
         return found[0], found[1]
-
-
-def _top_indices(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the indices of the ``count`` largest values, largest first, ties in ascending order of the index."""
-    count = max(count, 0)
-    if count < len(values):
-        candidates = np.argpartition(-values, count)[: count + 1]
-        candidates = np.flatnonzero(values >= values[candidates].min())
-    else:
-        candidates = np.arange(len(values))
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
-
-
-def load(
-    path: str | os.PathLike[str], *, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = "",
-    device: str | torch.device = "cpu", precision: str = "fp32", verify: bool = False,
-) -> TrainedModel:
-    """Open a trained model, without MPI, server or compiler; its tables are memory-mapped.
-
-    Args:
-        path: A run (opens its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder that
-            ``bin/export`` wrote in the format ``elmo`` or ``huggingface``, or a model of word vectors by bilm-tf.
-        vocab: The vocabulary file, if it is not in the model's folder.
-        embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, if it is not in the model's folder.
-        device: The torch device on which the LSTM and the softmax compute.
-        precision: ``bf16`` multiplies in bfloat16 within the LSTM, which is faster on processors and GPUs that can, and
-            changes vectors by 0.1 to 1 %; states and sums stay float32.
-        verify: Whether to verify a checkpoint's checksums first, which reads all of it.
-
-    Raises:
-        CheckpointError: If there is no model, a file is missing or damaged, shapes or vocabulary do not match, or it
-            is a character-CNN model.
-        CorpusError: If the vocabulary file is malformed.
-
-    >>> model = load(MODEL)
-    >>> model.embed(["w01 w02 w00"], layers="average")[0].shape
-    (3, 32)
-    """
-    return TrainedModel(open_stored(Path(path), vocab=vocab, embedding=embedding, verify=verify), device, precision)

@@ -25,6 +25,10 @@ class ElmoModule(nn.Module):
         layers: Output layers: ``all`` returns (L + 1, B, T, 2D), ``average`` and ``top`` return (B, T, 2D).
         requires_grad: Whether to fine-tune the LSTM.
 
+    Raises:
+        ValueError: If ``layers`` is unknown.
+        CheckpointError: If a parameter of the biLM is missing or has another shape.
+
     Attributes:
         num_layers: L + 1, the number that AllenNLP's ``Elmo(None, None, n, module=...)`` expects.
         output_dim: 2D.
@@ -45,13 +49,31 @@ class ElmoModule(nn.Module):
         self.output_dim = 2 * stored.options.projection_size
 
     def train(self, mode: bool = True) -> ElmoModule:
-        """Set the mode of this module; the biLM stays in evaluation mode."""
+        """Set the mode of this module; the biLM stays in evaluation mode.
+
+        >>> load(MODEL).module().train().bilm.training
+        False
+        """
         super().train(mode)
         self.bilm.eval()
         return self
 
     def ids(self, sentences: Sequence[str | Sequence[str]]) -> Tensor:
-        """Return the ids (B, T) int64 of sentences as in :meth:`TrainedModel.embed`, padded with 0."""
+        """Return the ids of sentences, for :meth:`forward`.
+
+        Args:
+            sentences: B strings, which are split at white space, or lists of words.
+
+        Returns:
+            (B, T) int64 for sentences of at most T words: 3 for an unknown word, 0 after the end of a sentence.
+
+        Raises:
+            TypeError: If ``sentences`` is a single string, or a sentence is not text.
+
+        >>> layer = load(MODEL).module()
+        >>> layer.ids(["w00 unheard-of", ["w00"]]).tolist() == [[layer.stored.vocabulary.encode(["w00"])[0], 3], [4, 0]]
+        True
+        """
         encoded = [self.stored.vocabulary.encode(words) for words in words_of(sentences)]
         out = torch.full((len(encoded), max(map(len, encoded), default=0)), PADDING)
         for row, ids in enumerate(encoded):
@@ -65,8 +87,16 @@ class ElmoModule(nn.Module):
             ids: (B, T) int64 without ``<S>`` and ``</S>``, which are added here. 0 is padding (after the words of a
                 sentence), 3 is ``<UNK>``, and words in the order of the vocabulary follow.
 
+        Returns:
+            Float32, (L + 1, B, T, 2D) for ``all``, else (B, T, 2D), on the device of the LSTM.
+
         Raises:
-            ValueError: If an id is out of range, or padding precedes a word.
+            ValueError: If the ids are not integers (B, T), one is out of range, or padding precedes a word.
+
+        >>> layer = load(MODEL).module()
+        >>> vectors = layer(layer.ids(["w01 w02 w00", "w05"]))
+        >>> vectors.shape, bool(vectors[:, 1, 1:].any())
+        (torch.Size([3, 2, 3, 32]), False)
         """
         vectors = self._layers(ids)[0]
         if self.stored.boundaries:
@@ -80,6 +110,14 @@ class ElmoModule(nn.Module):
         """Return all layers including boundary tokens (L + 1, B, T + 2, 2D), and the mask (B, T + 2) bool.
 
         For AllenNLP's ``Elmo``, which removes the boundaries itself.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+
+        >>> layer = load(MODEL).module()
+        >>> vectors, mask = layer.activations(layer.ids(["w01 w02 w00", "w05"]))
+        >>> vectors.shape, mask.sum(1).tolist()
+        (torch.Size([3, 2, 5, 32]), [5, 3])
         """
         return self._layers(ids)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lapse_elmo.corpus.vocabulary import UNKNOWN
+
 LN_2 = 0.6931471805599453  # nats per bit
 
 
@@ -19,6 +21,10 @@ class Candidate:
         probability: Its probability by both directions combined.
         forward: Its probability by the forward direction alone; nan if that does not predict the position.
         backward: The same for the backward direction.
+
+    >>> best, second = load(MODEL).fill("w01 ___ w00", 1, count=2)
+    >>> best.probability >= second.probability, 0 < best.forward < 1, 0 < best.backward < 1
+    (True, True, True)
     """
 
     word: str
@@ -41,6 +47,12 @@ class SentenceScore:
         backward: (T,) float64, log p(word | words after it).
         end: log p(``</S>`` | all words), by the forward direction.
         begin: log p(``<S>`` | all words), by the backward direction.
+
+    >>> score = load(MODEL).score(["w01 unheard-of w00"])[0]
+    >>> score.words, score.unknown.tolist(), score.forward.shape
+    (('w01', 'unheard-of', 'w00'), [False, True, False], (3,))
+    >>> bool((score.forward_bits > 0).all() and (score.backward_bits > 0).all()), score.end < 0, score.begin < 0
+    (True, True, True)
     """
 
     words: tuple[str, ...]
@@ -59,6 +71,18 @@ class SentenceScore:
     def backward_bits(self) -> np.ndarray:
         """Surprisal (T,) in bits by the backward direction."""
         return -self.backward / LN_2
+
+
+def sentence_score(
+    words: list[str], ids: np.ndarray, forward: np.ndarray, backward: np.ndarray, *, boundaries: bool
+) -> SentenceScore:
+    """Return the score of a sentence from its row of a batch: ids (T',) and log probabilities (T',) or nan."""
+    first, size = int(boundaries), len(words)
+    inside = slice(first, first + size)
+    end, begin = (float(forward[size + 1]), float(backward[0])) if boundaries else (np.nan, np.nan)
+    return SentenceScore(
+        tuple(words), ids[inside] == UNKNOWN, forward[inside].copy(), backward[inside].copy(), end, begin
+    )
 
 
 @dataclass
@@ -157,3 +181,14 @@ class Totals:
             return math.nan
         loss = nll / (directions * self.num_targets)
         return math.exp(loss) if loss < 700 else math.inf
+
+
+def top_indices(values: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of the ``count`` largest values, largest first, ties in ascending order of the index."""
+    count = max(count, 0)
+    if count < len(values):
+        candidates = np.argpartition(-values, count)[: count + 1]
+        candidates = np.flatnonzero(values >= values[candidates].min())
+    else:
+        candidates = np.arange(len(values))
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]

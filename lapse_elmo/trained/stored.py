@@ -97,6 +97,10 @@ class StoredModel:
         softmax: (V, D + 1), the bias in the last column; None if the files have no softmax.
         read_dense: Function that reads :attr:`dense` at first use, so that opening a large model is fast.
         about: Metadata, if known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
+
+    >>> stored = load(MODEL).stored
+    >>> stored.kind, stored.options.projection_size, stored.embedding.num_rows == stored.vocabulary.size
+    ('checkpoint', 16, True)
     """
 
     path: Path
@@ -128,6 +132,9 @@ class StoredModel:
 
         Raises:
             CheckpointError: If a parameter is missing or has another shape.
+
+        >>> load(MODEL).stored.bilm().training
+        False
         """
         model = BiLM(self.options, None)
         with torch.no_grad():

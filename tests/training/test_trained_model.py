@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import h5py
@@ -16,10 +17,10 @@ import pytest
 import torch
 
 import lapse_elmo
-from lapse_elmo import embed, export
+from lapse_elmo import embed, export, trained
 from lapse_elmo.errors import CheckpointError, CorpusError, UserError
 from lapse_elmo.mpi.world import solo
-from lapse_elmo.trained import SentenceScore, Totals, model, module, scores
+from lapse_elmo.trained import SentenceScore, Totals, loading, model, module, scores, stored
 from tests.mpi import ROOT
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, evaluate_alone, train_alone
@@ -50,10 +51,21 @@ def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-def test_doctests(runs: dict[str, Path]) -> None:
-    for tested in (model, module, scores):
-        result = doctest.testmod(tested, extraglobs={"MODEL": str(runs["top"]), "load": lapse_elmo.load})
-        assert result.failed == 0 and result.attempted >= 2
+@pytest.mark.parametrize("tested", [loading, model, module, scores, stored], ids=lambda tested: tested.__name__)
+def test_examples_of_docstrings(runs: dict[str, Path], tested: ModuleType) -> None:
+    result = doctest.testmod(tested, extraglobs={"MODEL": str(runs["top"]), "load": lapse_elmo.load})
+    assert result.failed == 0 and result.attempted > 0
+
+
+def test_every_public_class_and_method_has_an_example() -> None:
+    named = [getattr(trained, name) for name in trained.__all__ if name != "LAYERS"]
+    assert len(named) == 6
+    for owner in (trained.TrainedModel, module.ElmoModule):
+        found = {name: item for name, item in vars(owner).items() if not name.startswith("_") and item.__doc__}
+        assert len(found) > 3
+        named += [owner, *found.values()]
+    lacking = [item for item in named if ">>>" not in item.__doc__]
+    assert lacking == []
 
 
 def test_import_is_cheap_and_load_needs_no_mpi_no_server_and_no_compiler(runs: dict[str, Path]) -> None:
