@@ -38,9 +38,9 @@ def model(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Another corpus: half of its 40 words are those of ``small``, in another order of frequency."""
+    """Another corpus: 15 of its 30 words are among the 40 of ``small``, in another order of frequency."""
     def renamed(seed: int, count: int) -> list[str]:
-        lines = random_sentences(seed, count, 40, (1, 9))
+        lines = random_sentences(seed, count, 30, (1, 9))
         return [" ".join(w if int(w[1:]) % 2 else f"new{w[1:]}" for w in line.split()) for line in lines]
 
     return prepare(tmp_path_factory.mktemp("other"), renamed(3, 150), renamed(4, 30))
@@ -82,6 +82,14 @@ def test_rows_of_shared_words_are_taken_over(other: Prepared, model: Path, drive
         np.testing.assert_array_equal(tables[1].weights(np.arange(3)), tables[0].weights(np.arange(3)))
     for name, array in old.stored.dense.items():
         np.testing.assert_array_equal(new.stored.dense[name], array)
+
+
+def test_counts_of_words_are_printed(
+    other: Prepared, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_alone(other, tmp_path / "run", "--init-from", str(model), *NOTHING)
+    said = "15 of 30 words start with its rows, 15 are new, 25 of its words are left out; accumulators fresh"
+    assert f"--init-from {checkpoints(model)[-1]} (checkpoint): {said}\n" in capfd.readouterr().err
 
 
 def test_accumulators(small: Prepared, model: Path, tmp_path: Path) -> None:
