@@ -4,6 +4,7 @@ The text is repeated until there is enough of it; without TEXT it is random. ``v
 plain loops, which split each line and look up each word in a dict. Rates are MB (10^6 bytes) of uncompressed text per
 second of CPU time of one rank and of wall time, without the start of the interpreter; the best of three runs. Memory
 must grow only with the vocabulary, not with the text. The time to load a vocabulary of ELMo's size is measured too.
+``--short`` measures once, with less text.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +31,12 @@ from backports import zstd
 from lapse_elmo.corpus.compressed import compression_of, decompress
 from lapse_elmo.corpus.text import find_texts, read_blocks, split_into_chunks
 from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.words import new_word_counter
 
 ROOT = Path(__file__).resolve().parent.parent
 ELMO_LINES = 793_471
 TYPES = 50_000
-SIZES_MB = (8, 32, 128)  # for memory
-FULL_MB, LOOP_MB, SOME_MB, PART_MB = 256, 16, 32, 4
-REPEATS = 3
+PART_MB = 4  # of a compressed file, repeated
 _MB = 1_000_000
 
 # Each run is a process of its own, since peak memory is that of a whole process. An empty run shows the interpreter's.
@@ -50,6 +51,20 @@ seconds, used = time.perf_counter() - start, time.process_time() - used
 status = open("/proc/self/status").read()  # ru_maxrss would start at the parent's
 print(seconds, used, int(status.split("VmHWM:")[1].split()[0]) / 1024)
 """
+
+
+class Amounts(NamedTuple):
+    """Megabytes of text, and the number of runs."""
+
+    full_mb: int = 256  # for the C code
+    some_mb: int = 32  # for its fallback in Python, and of random text
+    loop_mb: int = 16  # for the plain loops
+    memory_mb: tuple[int, ...] = (8, 32, 128)
+    copies: int = 64  # of PART_MB, in a zstd file; fewer in the slower formats
+    repeats: int = 3
+
+
+SHORT = Amounts(64, 8, 8, (8, 32), 32, 1)
 
 
 class Cost(NamedTuple):
@@ -128,24 +143,24 @@ def _line(what: str, size: float, cost: Cost, loop: float) -> None:
     )
 
 
-def _speed(directory: Path, text: bytes) -> None:
-    part = _write(directory / "part", text, LOOP_MB)
+def _speed(directory: Path, text: bytes, amounts: Amounts) -> None:
+    part = _write(directory / "part", text, amounts.loop_mb)
     size = part.stat().st_size / _MB
-    counting = max(size / _processor_s(lambda: _count_plainly(part)) for _ in range(REPEATS))
+    counting = max(size / _processor_s(lambda: _count_plainly(part)) for _ in range(amounts.repeats))
     ids = {word: number for number, word in enumerate(_count_plainly(part), start=4)}
-    encoding = max(size / _processor_s(lambda: _encode_plainly(part, ids)) for _ in range(REPEATS))
+    encoding = max(size / _processor_s(lambda: _encode_plainly(part, ids)) for _ in range(amounts.repeats))
     print(f"plain loops: {counting:.1f} MB/s counting, {encoding:.1f} MB/s encoding")
     print("| | MB | MB/s of processor time | MB/s by the clock | to the plain loop | peak MB |")
     print("|---|---|---|---|---|---|")
-    for what, full_mb, native in (("C", FULL_MB, True), ("Python", SOME_MB, False)):
+    for what, full_mb, native in (("C", amounts.full_mb, True), ("Python", amounts.some_mb, False)):
         full, heldout = _write(directory / "full", text, full_mb), _write(directory / "heldout", text, 1)
         vocab, shards = str(directory / "vocab"), str(directory / "shards")
         size = full.stat().st_size
-        cost = _command(["vocab", str(full), "--output", vocab, "--overwrite"], native, REPEATS)
+        cost = _command(["vocab", str(full), "--output", vocab, "--overwrite"], native, amounts.repeats)
         _line(f"`vocab`, {what}", size, cost, counting)
         arguments = ["shards", str(full), "--heldout", str(heldout), "--vocab", vocab, "--output", shards]
         arguments.append("--overwrite")
-        _line(f"`shards`, {what}", size, _command(arguments, native, REPEATS), encoding)
+        _line(f"`shards`, {what}", size, _command(arguments, native, amounts.repeats), encoding)
 
 
 def _expand(path: Path) -> None:
@@ -154,28 +169,45 @@ def _expand(path: Path) -> None:
             pass
 
 
-def _compressed(directory: Path, text: bytes) -> None:
+def _count(path: Path) -> None:
+    counter = new_word_counter()
+    for chunk in split_into_chunks([str(path)]):
+        for block in read_blocks(chunk):
+            counter.count(block)
+
+
+def _rates(function: Callable[[], object], size_mb: float) -> np.ndarray:
+    """Return MB/s by the clock and of processor time of all threads."""
+    start, used = time.perf_counter(), time.process_time()
+    function()
+    return size_mb / np.array([time.perf_counter() - start, time.process_time() - used])
+
+
+def _compressed(directory: Path, text: bytes, amounts: Amounts) -> None:
+    """Compare expanding alone with expanding and counting, as ``vocab`` does, without what it does once per run."""
     part = _write(directory / "plain", text, PART_MB).read_bytes()
-    print("| format | expanding alone, MB/s | `vocab` by the clock, MB/s | share |\n|---|---|---|---|")
-    for name, copies, compress in (
-        ("gzip", 32, gzip.compress), ("zstd", 64, zstd.compress), ("xz", 16, lzma.compress), ("bzip2", 4, bz2.compress)
+    print("MB/s of text, by the clock and of processor time")
+    print("| format | MB | expanding alone | expanding and counting | share | counting alone |")
+    print("|---|---|---|---|---|---|")
+    for name, fewer, compress in (
+        ("gzip", 2, gzip.compress), ("zstd", 1, zstd.compress), ("xz", 4, lzma.compress), ("bzip2", 16, bz2.compress)
     ):
-        path, size = directory / name, copies * len(part) / _MB
+        copies = amounts.copies // fewer
+        path, plain, size = directory / name, directory / "plain", copies * len(part) / _MB
         path.write_bytes(copies * compress(part))  # frames one after another are one text
-        alone, command = [], []
-        for _ in range(REPEATS):  # taking turns
-            start = time.perf_counter()
-            _expand(path)
-            alone.append(time.perf_counter() - start)
-            command.append(_command(["vocab", str(path), "--output", str(directory / "v"), "--overwrite"]).wall_s)
-        fastest, with_vocab = size / min(alone), size / min(command)
-        print(f"| {name} | {fastest:.0f} | {with_vocab:.0f} | {with_vocab / fastest:.0%} |", flush=True)
+        plain.write_bytes(copies * part)
+        work = [partial(_expand, path), partial(_count, path), partial(_count, plain)]
+        turns = [[_rates(function, size) for function in work] for _ in range(amounts.repeats)]
+        alone, both, counting = np.max(turns, axis=0)
+        share = " / ".join(f"{ratio:.0%}" for ratio in np.median([turn[1] / turn[0] for turn in turns], axis=0))
+        cells = [f"{wall:.0f} / {processor:.0f}" for wall, processor in (alone, both, counting)]
+        print(f"| {name} | {size:.0f} | {cells[0]} | {cells[1]} | {share} | {cells[2]} |", flush=True)
 
 
-def _memory(directory: Path, text: bytes) -> None:
+def _memory(directory: Path, text: bytes, amounts: Amounts) -> None:
     print(f"interpreter and imports: peak {_command([]).peak_mb:.0f} MB")
     heldout = _write(directory / "heldout", text, 1)
-    for size in SIZES_MB:
+    for size in amounts.memory_mb:
         path = str(_write(directory / "text", text, size))
         vocab, shards = str(directory / "vocab"), str(directory / "shards")
         first = _command(["vocab", path, "--output", vocab, "--overwrite"])
@@ -183,11 +215,11 @@ def _memory(directory: Path, text: bytes) -> None:
         print(f"{size:4} MB: vocab peak {first.peak_mb:.0f} MB, shards peak {_command(arguments).peak_mb:.0f} MB")
 
 
-def _vocabulary(directory: Path) -> None:
+def _vocabulary(directory: Path, amounts: Amounts) -> None:
     path = directory / "elmo.txt"
     Vocabulary.from_words(f"word{number}" for number in range(ELMO_LINES - 3)).save(path)
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(amounts.repeats):
         start = time.perf_counter()
         Vocabulary.load(path)
         seconds.append(time.perf_counter() - start)
@@ -198,14 +230,16 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="*", metavar="TEXT")
-    paths = parser.parse_args().texts
-    text = _text(paths) if paths else _made_text(SOME_MB * _MB)
+    parser.add_argument("--short", action="store_true", help="measure once, with less text")
+    options = parser.parse_args()
+    amounts = SHORT if options.short else Amounts()
+    text = _text(options.texts) if options.texts else _made_text(amounts.some_mb * _MB)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        _vocabulary(directory)
-        _speed(directory, text)
-        _compressed(directory, text)
-        _memory(directory, text)
+        _vocabulary(directory, amounts)
+        _speed(directory, text, amounts)
+        _compressed(directory, text, amounts)
+        _memory(directory, text, amounts)
 
 
 if __name__ == "__main__":
