@@ -64,7 +64,7 @@ class GpuOptions:
     sentences: int = option(100_000, metavar="N", help="training sentences")
     samples: int = option(8192, metavar="S", help="negative samples per step")
     parts: tuple[str, ...] = option(
-        PARTS, metavar="NAME", help="parts beside the trainings, mean being that of gradients, ranks two of them: "
+        PARTS, metavar="NAME", help="parts in addition to the trainings, mean being that of gradients, ranks two of them: "
         f"{', '.join(PARTS)}"
     )
     device: str = option("cuda", choices=("cuda", "cpu"), help="cpu tries the program itself, without a GPU")
