@@ -1,10 +1,9 @@
 """Compare model.embed with AllenNLP's ElmoLstm, and measure the time to open a model and the memory of bin/embed.
 
-    python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME] [--opening]
+    python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME] [--only opening|speed|memory] [--megabytes MB ...]
 
 Without RUN, a model with random weights, 793,471 words and the ``small`` sizes is made. It is opened as a folder of
-every kind: bilm-tf's files, a Hugging Face folder, and the checkpoint of a run that starts from it. ``--opening``
-does only this. Both sides embed the same batches on one thread with the same weights: they look up word vectors,
+every kind: bilm-tf's files, a Hugging Face folder, and the checkpoint of a run that starts from it. Both sides embed the same batches on one thread with the same weights: they look up word vectors,
 compute all layers, and make an array per sentence. They take turns; the result is the median of the repeats. Times
 are CPU times of the process, which other programs on the machine hardly affect, except for those of bin/embed, which
 are wall-clock times.
@@ -49,7 +48,8 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=793_471, help="vocabulary size of the random model")
     parser.add_argument("--sentences", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--opening", action="store_true", help="only measure how long opening takes")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 10], help="sizes of the texts for memory")
+    parser.add_argument("--only", choices=("opening", "speed", "memory"), help="measure only this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,16 +57,18 @@ def main() -> None:
             Path(folder) / "model", options.words, *SIZES[options.preset]
         )
         model = lapse_elmo.load(path)
-        for kind in (path,) if options.run else (path, *other_kinds(model, Path(folder), *SIZES[options.preset])):
-            cpu_s, wall_s = opening_s(kind)
-            print(f"opening {kind.name}: {cpu_s:.2f} CPU s, {wall_s:.2f} s (lapse_elmo.load, torch imported before)")
-        if options.opening:
-            return
+        if options.only in (None, "opening"):
+            kinds = (path,) if options.run else (path, *other_kinds(model, Path(folder), *SIZES[options.preset]))
+            for kind in kinds:
+                cpu_s, wall_s = opening_s(kind)
+                print(f"opening {kind.name}: {cpu_s:.2f} CPU s, {wall_s:.2f} s (lapse_elmo.load, torch imported before)")
         sentences = load_or_make_text(model, options.text, options.sentences)
-        compare(model, sentences, options.repeats)
-        for ranks in (1, 2):
-            program(path, sentences, Path(folder), ranks)
-        memory(path, Path(folder), sentences)
+        if options.only in (None, "speed"):
+            compare(model, sentences, options.repeats)
+            for ranks in (1, 2):
+                program(path, sentences, Path(folder), ranks)
+        if options.only in (None, "memory"):
+            memory(path, Path(folder), sentences, options.megabytes)
 
 
 def random_model(folder: Path, num_words: int, size: int, cell: int) -> Path:
@@ -182,25 +184,33 @@ def program(path: Path, sentences: list[list[str]], folder: Path, ranks: int) ->
     print(f"bin/embed, {ranks} ranks: {done.stdout.strip().rpartition(';')[2].strip() or done.stderr.strip()}")
 
 
-def memory(path: Path, folder: Path, sentences: list[list[str]]) -> None:
-    """Print the peak resident memory of bin/embed --pool mean for 1 MB and 10 MB of text."""
-    line = "".join(" ".join(words) + "\n" for words in sentences)
-    peaks = {}
-    for megabytes in (1, 10):
-        text = folder / f"text{megabytes}"
-        text.write_text(line * (megabytes * 1_000_000 // len(line) + 1), encoding="utf-8")
-        code = (
-            "import sys, resource; from lapse_elmo import embed; from lapse_elmo.mpi.world import solo;"
-            "embed.main([*sys.argv[1:], '--pool', 'mean', '--overwrite', '--threads', '1'], solo);"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path), str(text), "--output", str(folder / "means.hdf5")],
-            capture_output=True, text=True,
-        )
-        peaks[megabytes] = int(done.stdout.split()[-1]) / 1024
-    for megabytes, peak in peaks.items():
-        print(f"memory of bin/embed --pool mean over {megabytes} MB of text: {peak:,.0f} MB")
+def memory(path: Path, folder: Path, sentences: list[list[str]], sizes: list[float]) -> None:
+    """Print the peak resident memory of bin/embed, for means of sentences and for chosen words, by size of text."""
+    lines = "".join(" ".join(words) + "\n" for words in sentences).encode()
+    (folder / "words").write_text("\n".join(sorted({words[0] for words in sentences})[:20]), encoding="utf-8")
+    kinds = {
+        "--pool mean": ["--pool", "mean", "--output", str(folder / "means.hdf5")],
+        "--words": ["--words", str(folder / "words"), "--output", str(folder / "words.npz")],
+    }
+    code = (
+        "import sys, resource; from lapse_elmo import embed; from lapse_elmo.mpi.world import solo;"
+        "embed.main([*sys.argv[1:], '--overwrite', '--threads', '1'], solo);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    for megabytes in sizes:
+        text = folder / "memory_text"
+        with open(text, "wb") as file:
+            while file.tell() < megabytes * 1e6:
+                file.write(lines)
+        for kind, options in kinds.items():
+            command = [sys.executable, "-c", code, str(path), str(text), *options]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            lines_of_output = done.stdout.splitlines()
+            speed = next(line for line in lines_of_output if line.endswith(" words/s"))
+            print(
+                f"memory of bin/embed {kind} over {text.stat().st_size / 1e6:,.1f} MB of text: "
+                f"{int(lines_of_output[-1]) / 1024:,.0f} MB; {speed.rpartition('; ')[2]}", flush=True,
+            )
 
 
 if __name__ == "__main__":

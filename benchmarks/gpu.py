@@ -64,8 +64,8 @@ class GpuOptions:
     sentences: int = option(100_000, metavar="N", help="training sentences")
     samples: int = option(8192, metavar="S", help="negative samples per step")
     parts: tuple[str, ...] = option(
-        PARTS, metavar="NAME", help="parts in addition to the trainings, mean being that of gradients, ranks two of them: "
-        f"{', '.join(PARTS)}"
+        PARTS, metavar="NAME", help="parts in addition to the trainings, mean being that of gradients, ranks two of "
+        f"them: {', '.join(PARTS)}"
     )
     device: str = option("cuda", choices=("cuda", "cpu"), help="cpu tries the program itself, without a GPU")
     collect: str | None = option(None, metavar="DIR", help="only download the wheels that a GPU machine may lack")
