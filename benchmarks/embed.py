@@ -3,10 +3,10 @@
     python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME] [--only opening|speed|memory] [--megabytes MB ...]
 
 Without RUN, a model with random weights, 793,471 words and the ``small`` sizes is made. It is opened as a folder of
-every kind: bilm-tf's files, a Hugging Face folder, and the checkpoint of a run that starts from it. Both sides embed the same batches on one thread with the same weights: they look up word vectors,
-compute all layers, and make an array per sentence. They take turns; the result is the median of the repeats. Times
-are CPU times of the process, which other programs on the machine hardly affect, except for those of bin/embed, which
-are wall-clock times.
+every kind: bilm-tf's files, a Hugging Face folder, and the checkpoint of a run that starts from it. Both sides embed
+the same batches on one thread with the same weights: they look up word vectors, compute all layers, and make an array
+per sentence. They take turns; the result is the median of the repeats. Times are CPU times of the process, which other
+programs on the machine hardly affect, except for those of bin/embed, which are wall-clock times.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
             kinds = (path,) if options.run else (path, *other_kinds(model, Path(folder), *SIZES[options.preset]))
             for kind in kinds:
                 cpu_s, wall_s = opening_s(kind)
-                print(f"opening {kind.name}: {cpu_s:.2f} CPU s, {wall_s:.2f} s (lapse_elmo.load, torch imported before)")
+                print(f"opening {kind.name}: {cpu_s:.2f} CPU s, {wall_s:.2f} s (torch imported before)")
         sentences = load_or_make_text(model, options.text, options.sentences)
         if options.only in (None, "speed"):
             compare(model, sentences, options.repeats)

@@ -33,8 +33,8 @@ from lapse_elmo.rng import stream
 
 T = TypeVar("T")
 
-BLOCK = 256
-POOL_BATCHES = 64
+BLOCK = 256  # a run of sentences that is read at once; smaller blocks mix better, and cost more reads
+POOL_BATCHES = 64  # enough to find sentences of similar length for each batch
 LENGTH_NOISE = 0.3  # standard deviation of the noise that is added to the logarithm of the length
 
 
@@ -102,6 +102,7 @@ def make_batch(
     if boundaries:
         ids[:, :1] = BEGIN
         ids[np.arange(lengths.size), widths - 1] = END
+    # Each distinct word is pulled once, however often the batch has it; `index` finds it again at each position.
     input_rows, inverse = np.unique(ids[mask] - 1, return_inverse=True)
     index = np.zeros(ids.shape, np.int64)
     index[mask] = inverse
@@ -229,6 +230,8 @@ class BatchStream:
 
     def trained_before(self, epoch: int, step: int) -> int:
         """Return the sentences that all workers have trained, in all epochs, before ``step`` of ``epoch``."""
+        # Within a pool, a full round of turns gives every worker one batch; of a round that has begun, the workers
+        # whose turns are over have theirs. Each turn has num_workers // turns of them, and the first turns one more.
         pools = self.pools(epoch)
         pool = pools[bisect_right(pools, step, key=lambda pool: pool.first_step) - 1]
         rounds, rest = divmod(step - pool.first_step, pool.turns)
@@ -279,8 +282,10 @@ class BatchStream:
     def _make_pools(self, epoch: int) -> list[Pool]:
         pools: list[Pool] = []
         first = first_step = 0
+        # All workers count by the longest part, so that they take the same steps; others may end with an empty batch.
         while first < self.longest:
             trained = self._before(epoch) + first * self.num_workers
+            # As if all workers had trained `first` sentences each: a number that every worker knows without asking.
             size, turns = min(self.growth.sentences(trained), self.longest), self.growth.turns(trained)
             # With many turns a pool has fewer batches, so that the global batch can grow after as many steps.
             num_batches = min(max(POOL_BATCHES // turns, 1), -(-(self.longest - first) // size))
@@ -292,6 +297,7 @@ class BatchStream:
     def _block_order(self, epoch: int) -> np.ndarray:
         """Return the part's sentence numbers, in shuffled blocks."""
         sentences = self.sentences
+        # Keyed by epoch and worker, not drawn from a running generator: an epoch can be resumed at any step.
         rng = stream(self.seed, "block order", epoch, self.worker)
         starts = rng.permutation(np.arange(0, sentences.size, BLOCK))
         blocks = [sentences[start : start + BLOCK] for start in starts]
@@ -301,6 +307,7 @@ class BatchStream:
         self, epoch: int, order: np.ndarray, pool: Pool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
         """Return a pool's sentence numbers (ascending), their tokens and offsets, and its batches as indices."""
+        # Ascending, so that the blocks are read as runs; the order of training is made by _pool_batches.
         numbers = np.sort(order[pool.first : pool.first + pool.size * pool.num_batches])
         tokens, offsets = self.shards.read(numbers)
         return numbers, tokens, offsets, self._pool_batches(epoch, pool, np.diff(offsets))
@@ -318,6 +325,8 @@ class BatchStream:
         batches = [rotated[i : i + size] for i in range(0, lengths.size, size)]
         full = [b for b in batches if b.size == size]
         rest = [b for b in batches if b.size < size]
+        # The incomplete batch comes last on every worker: their pools differ by one sentence at most, and so in this
+        # batch alone.
         return [full[i] for i in rng.permutation(len(full))] + rest
 
 

@@ -96,11 +96,13 @@ def collect(roots: Iterable[Path], world: World) -> list[str]:
     with progress_bar(world, len(paths), "file", "reading") as progress:
         for path in paths:
             for document in documents(path):
+                # Whole documents first: many packages bring copies of the same text, and extraction is slow.
                 key = _hash(document)
                 if key not in seen_documents:
                     seen_documents.add(key)
                     _keep_lowest_hash(found, sentences(document))
             progress.update(1)
+    # The ranks have read different files, which may hold near-duplicates of each other.
     for part in world.allgather(list(found.values()) if world.size > 1 else []):
         if world.rank == 0:
             _keep_lowest_hash(found, part)
@@ -136,6 +138,7 @@ def split(found: Sequence[str], max_tokens: int | None) -> tuple[list[str], list
 
 def _files(root: Path) -> Iterator[Path]:
     for directory, names, files in os.walk(root):
+        # Sorted, so that ranks agree on whose file is whose; in place, so that os.walk skips what is left out.
         names[:] = sorted(name for name in names if name not in _SKIPPED)
         for name in sorted(files):
             path = Path(directory, name)
@@ -149,6 +152,7 @@ def _is_taken(service: Path) -> bool:
 
 
 def _hash(text: str) -> bytes:
+    # Not Python's hash, which differs from process to process.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 

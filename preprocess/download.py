@@ -96,6 +96,7 @@ def _get(url: str, path: Path, options: DownloadOptions, sleep: Callable[[float]
                 f"the file from {url} has SHA-256 {digest}, expected {options.sha256.lower()}; it was removed: check "
                 "--sha256 and --url"
             )
+        # A file under the final name is whole: _store has synced its content.
         os.replace(part, path)
         sync_directory(path.parent)
         _validator(part).unlink(missing_ok=True)
@@ -137,11 +138,13 @@ def _fetch(url: str, part: Path) -> None:
     """
     offset = part.stat().st_size if part.exists() else 0
     validator = _validator(part)
+    # Uncompressed: offsets and lengths must be those of the file.
     headers = {"Accept-Encoding": "identity"}
     known = validator.read_text(encoding="latin-1") if offset and validator.exists() else ""
     if offset and known:
         headers |= {"Range": f"bytes={offset}-", "If-Range": known}
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as answer:
+        # Nothing is left to request: an earlier run was stopped after the last byte.
         if answer.status_code == 416 and _total(answer) == offset:
             return
         if answer.status_code == 416:
@@ -210,10 +213,12 @@ def _extract(archive: Path, output: Path) -> None:
         temporary.mkdir()
         try:
             with tarfile.open(archive, "r:*") as tar:
+                # The filter refuses names outside of the directory, links that lead out of it, and devices.
                 tar.extractall(temporary, filter="data")
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise CorpusError(f"archive {archive} is damaged or unsafe ({error}); remove it and retry") from None
         names = sorted(os.listdir(temporary))
+        # All are checked before the first is moved: half an archive must not mix with what is there.
         for name in names:
             if os.path.lexists(output / name):
                 raise OutputError(f"{output / name} already exists; move it away, or give another --output")

@@ -104,6 +104,7 @@ def encode_chunk(
     with open(hidden.tokens, "wb") as tokens_file, open(hidden.lengths, "wb") as lengths_file:
         for block in read_blocks(chunk):
             tokens, lengths = encoder.encode(block)
+            # Before grouping: the checksum is of the text, whatever the number of shards.
             checksum = _checksum(tokens, lengths, checksum)
             tokens, lengths, counts_of_block = encoder.group(tokens, lengths, num_sentences, num_shards)
             num_sentences += len(lengths)
@@ -173,6 +174,8 @@ def residue_of(shard: int, start: int, num_shards: int) -> int:
 
 def read_group(encoded: EncodedChunk, paths: ChunkPaths, residue: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the sentences of one residue, block by block, as tokens and lengths (both int32)."""
+    # The files hold block after block, and in a block residue after residue: the running sum over both is where each
+    # group ends. Column 0 counts sentences, which are entries of the lengths file, column 1 tokens.
     ends = encoded.counts[:, :, :2].reshape(-1, 2).cumsum(axis=0)
     num_shards = encoded.counts.shape[1]
     sizes = encoded.counts[:, residue, :2]
@@ -180,6 +183,7 @@ def read_group(encoded: EncodedChunk, paths: ChunkPaths, residue: int) -> Iterat
     with open(paths.tokens, "rb") as tokens_file, open(paths.lengths, "rb") as lengths_file:
         for (num_sentences, num_tokens), (sentence, token) in zip(sizes.tolist(), starts.tolist(), strict=True):
             if num_sentences:
+                # One read per group at a known place; a shard's groups are far apart, so a buffer would read in vain.
                 tokens = os.pread(tokens_file.fileno(), 4 * num_tokens, 4 * token)
                 lengths = os.pread(lengths_file.fileno(), 4 * num_sentences, 4 * sentence)
                 yield np.frombuffer(tokens, np.int32), np.frombuffer(lengths, np.int32)

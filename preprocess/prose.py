@@ -18,6 +18,7 @@ _ITEM = re.compile(r"\s*([-*•]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
 _FIELD = re.compile(r"\s*(:[a-z]+(?: [^:]*)?:|@\w+(?: \w+:)?|\*{0,2}`{0,2}\w+`{0,2}(?: ?\([^)]*\))?\s?(?::|--)) *")
 _PARAMETER = re.compile(r"\s*[*\w, .]+ : ")
 
+# Replaced in this order: roles and links, which contain backticks, before the backticks themselves.
 _MARKUP = (
     (re.compile(r"<[a-zA-Z/!][^<>]*>"), ""),
     (re.compile(r":[a-z:]+:`([^`<]*?)\s*(?:<[^`>]*>)?`"), r"`\1`"),
@@ -86,6 +87,7 @@ def _paragraphs(document: str) -> Iterator[str]:
     lines: list[str] = []
     skip_until_blank = fenced = False
     literal: int | None = None  # indentation of the line that announced a literal block
+    # The empty line that is appended ends the last paragraph.
     for line in [*document.expandtabs().split("\n"), ""]:
         indent = len(line) - len(line.lstrip())
         blank = not line.strip()
@@ -113,6 +115,7 @@ def _split(paragraph: str) -> Iterator[str]:
     start = 0
     for match in _END.finditer(paragraph):
         end = match.start() + len(match.group().rstrip())
+        # "e.g. The" and "Mr. Smith" look like ends of sentences.
         if not _ABBREVIATION.search(paragraph[start : match.start()]):
             yield paragraph[start:end]
             start = match.end()
@@ -126,6 +129,7 @@ def _reads_as_english(sentence: str) -> bool:
         return False
     if not sentence.rstrip('")').endswith((".", "!", "?")) or not sentence.isascii() or _SYMBOLS.search(sentence[:-1]):
         return False
+    # Lists of names, code and other languages have few of English's function words, prose has many.
     words = re.findall(r"[A-Za-z']+", sentence)
     letters = sum(map(len, words))
     common = sum(word.lower() in _FUNCTION_WORDS for word in words)

@@ -91,6 +91,7 @@ def make_shards(options: ShardsOptions, world: World) -> None:
 
 def _plan(options: ShardsOptions) -> list[_Split]:
     train, heldout = find_texts(options.texts), find_texts(options.heldout)
+    # By their real paths: the same file may be named in two ways, or by a link.
     both = {os.path.realpath(path) for path in train} & {os.path.realpath(path) for path in heldout}
     if both:
         raise ConfigError(
@@ -194,6 +195,7 @@ def _write_shards(
         with progress_bar(world, len(shards), "shard", f"writing {split.name}") as progress:
             written = []
             for shard in shards:
+                # The shard's group in a chunk depends on how many sentences precede the chunk, known only now.
                 residues = [residue_of(shard, start, split.num_shards) for start in starts[:-1]]
                 header = _header(split, shard, encoded, residues, vocabulary, set_sha256, options)
                 path = staging.directory / "new" / names[shard]
@@ -252,6 +254,7 @@ def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
 
 
 def _set_sha256(split: _Split, encoded: Sequence[EncodedChunk], vocabulary: Vocabulary) -> str:
+    # Only what determines the sentences and their order: not paths, times or ranks. Runs compare it when they resume.
     content = [[chunk.num_sentences, chunk.checksum] for chunk in encoded]
     identity = [split.name, split.num_shards, vocabulary.sha256, content]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -292,6 +295,7 @@ def _write_shard(
     check: Callable[[], None],
 ) -> None:
     """Assemble one shard, under the name ``hidden`` until it is complete."""
+    # abandon() closes the incomplete file after an error, and does nothing after close().
     writer = None
     try:
         writer = ShardWriter(hidden, header, split.sources())

@@ -87,9 +87,11 @@ class Staging:
             error = caught
             if not isinstance(error, _Stopped):
                 self._raise_flag()
+        # Every rank comes here, also after an error: a rank that left earlier would leave the others waiting.
         outcomes = self._world.allgather((result, error))
         errors = [error for _, error in outcomes if error is not None]
         if errors:
+            # A rank that stopped because of another's failure has nothing to tell.
             first = next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
             raise first.on_every_rank()
         return [result for result, _ in outcomes]  # type: ignore[misc]
@@ -110,6 +112,7 @@ class Staging:
             _check_replaceable(self.output, self._display_name)
         try:
             self.output.parent.mkdir(parents=True, exist_ok=True)
+            # Next to the output, since a rename works only within a file system.
             prefix = f".{self.output.name}.tmp-"
             directory = None
             for left in glob.glob(os.path.join(glob.escape(str(self.output.parent)), glob.escape(prefix) + "*")):
@@ -134,12 +137,16 @@ class Staging:
             self._flag.touch()
 
     def _publish(self, new: Path) -> None:
+        # Again, since the output may have appeared while the ranks were working.
         refuse_existing(self._display_name, self._overwrite)
         try:
+            # Its entries must be on the disk before the name is, or a crash could leave an output that is not whole.
             if new.is_dir():
                 sync_directory(new)
             if new.is_dir() and self.output.is_dir():
                 _check_replaceable(self.output, self._display_name)
+                # A directory cannot be replaced by one rename. The old one is moved aside, and back if the second
+                # rename fails; __exit__ removes it with the hidden directory.
                 old = self.directory / "old"
                 os.rename(self.output, old)
                 try:

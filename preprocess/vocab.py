@@ -74,10 +74,11 @@ def _check_words(chunks: Sequence[TextChunk], with_words: set[str]) -> None:
 
 def _save(counter: WordCounter, options: VocabOptions, path: Path) -> str:
     """Write the vocabulary; returns a summary line."""
+    # Only these leave the table: most distinct words of a corpus are rare.
     frequent = counter.frequent(options.threshold)
     special = [token.encode() for token in SPECIAL]
     words, num_known = most_frequent(frequent, special, options.max_size)
-    if not words:
+    if not words:  # look at all words, to say which threshold would do
         every = counter.frequent()
         most = max(
             (count for word, count in zip(every.words(), every.counts.tolist(), strict=True) if word not in special),

@@ -54,6 +54,8 @@ class Packing:
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask must be a (B, T) bool tensor, got {mask.dtype} of shape {tuple(mask.shape)}")
         device, num_positions = device or mask.device, mask.shape[1]
+        # All indices are computed on the host, which needs the step sizes as numbers anyway; a GPU would be waited for
+        # at each of them.
         mask = mask.cpu()
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("mask is true after a false: padding must come after the tokens of a sentence")
@@ -61,11 +63,14 @@ class Packing:
         num_sentences = int((lengths > 0).sum())
         lengths, order = lengths[:num_sentences], order[:num_sentences]
         longest = int(lengths[0]) if num_sentences else 0
+        # A packed row's number is the start of its step plus the sentence's place in the sorted batch: the sentences
+        # that have a step are the first ones of the order, so none changes its place from step to step.
         sizes = (lengths[None, :] > torch.arange(longest)[:, None]).sum(1)
         ends = torch.cumsum(sizes, 0)
         starts = ends - sizes
         position = torch.repeat_interleave(torch.arange(longest), sizes)
         sentence = torch.arange(len(position)) - starts[position]
+        # The same sentence at the position counted from its end.
         mirror = starts[lengths[sentence] - 1 - position] + sentence
         later = slice(num_sentences, None)
         return cls(

@@ -165,8 +165,11 @@ class _Problem:
         )
         self.d_context.addcmul_(self.d_target[:, None], self.target_weight)
         d_weight, d_bias = torch.zeros_like(self.weight), torch.zeros_like(self.bias_minus_log_q)
+        # The two threads' sums are added in this order, whichever was first, so the bits do not depend on timing. Rows
+        # that are both sample and target, or several targets, get all of their gradients: index_add_ adds repeats.
         d_weight.index_add_(0, self.sample_index, d_samples.add_(d_samples_1))
         d_bias.index_add_(0, self.sample_index, d_samples_bias.add_(d_samples_bias_1))
+        # target_weight is not needed any more and has the right shape for the targets' part.
         d_weight.index_add_(0, self.target_index, self.target_weight.copy_(self.context).mul_(self.d_target[:, None]))
         d_bias.index_add_(0, self.target_index, self.d_target)
         return self.nll.sum(), self.d_context, d_weight, d_bias
@@ -212,12 +215,17 @@ def _accidental_hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> 
         The targets' and the samples' indices of the pairs, ordered by target, and the bounds of each chunk of targets
         in them: chunk i has the pairs from bounds[i] to bounds[i + 1].
     """
+    # A comparison of all N targets with all S samples would be a matrix of the size that chunks avoid. In the sorted
+    # samples, those equal to a target are a run from `first` on, of `counts` samples: usually one or none, several if
+    # the samples were drawn with replacement.
     ordered, columns = torch.sort(sample_index, stable=True)
     first = torch.searchsorted(ordered, target_index)
     counts = torch.searchsorted(ordered, target_index, right=True) - first
+    # One entry per pair; `nth` counts the pairs of a target from 0.
     rows = torch.repeat_interleave(torch.arange(len(target_index), device=target_index.device), counts)
     ends = torch.cumsum(counts, 0)
     nth = torch.arange(len(rows), device=rows.device) - (ends - counts)[rows]
+    # As numbers on the host, once: to look up the bounds of each chunk on a GPU would wait for it each time.
     bounds = [0, *ends[chunk - 1 :: chunk].tolist()]
     if len(target_index) % chunk:
         bounds.append(len(rows))
