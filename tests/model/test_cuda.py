@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,45 @@ def test_rows_cross_whole(device: str) -> None:
         found = take()
         assert found.is_contiguous() and found.device.type == device
         assert torch.equal(found.cpu(), kept[:, columns])
+
+
+def test_a_copy_is_waited_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first table's event lies before the second copy, which it need not wait for; in a fake of CUDA's stream."""
+    queued: list[str] = []
+    waited: dict[str, list[str]] = {}
+
+    class Stream:
+        def record_event(self) -> list[str]:
+            return list(queued)  # all that is complete when this event is
+
+        def wait_event(self, event: list[str]) -> None:
+            waited[taking[0]] = event
+
+    class Rows:
+        shape, dtype = (2, 3), torch.float32
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def copy_(self, rows: Rows) -> Rows:
+            return rows
+
+        def to(self, device: torch.device, non_blocking: bool) -> Rows:
+            assert non_blocking
+            queued.append(self.name)
+            return self
+
+        def record_stream(self, stream: Stream) -> None:
+            assert stream is current
+
+    current, taking = Stream(), [""]
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Rows("pinned"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    uploader = Uploader(torch.device("cpu"))
+    uploader._stream = Stream()  # type: ignore[assignment]
+    takes = {name: uploader.start(Rows(name)) for name in ("softmax", "words")}  # type: ignore[arg-type]
+    for name, take in takes.items():
+        taking[0] = name
+        take()
+    assert waited == {"softmax": ["softmax"], "words": ["softmax", "words"]}
