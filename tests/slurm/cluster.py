@@ -91,7 +91,7 @@ class SlurmJob:
 
     @property
     def output(self) -> str:
-        """The log, for the message of an assertion."""
+        """The job's log, for messages of assertions."""
         text = self.log.read_text(errors="replace") if self.log.exists() else "(no log)"
         return f"job {self.number} {self.state}, status {self.status}, {self.restarts} restarts\n{text}"
 
@@ -182,7 +182,7 @@ class Cluster:
         return SlurmJob(number, fields["JobState"], int(status[1]), int(restarts[1]), Path(fields["StdOut"]))
 
     def wait(self, number: int, timeout: float) -> SlurmJob:
-        """The job once it is over.
+        """Wait until the job has ended; return its record.
 
         :raises TimeoutError: with its log, if that takes longer; it is cancelled then.
         """

@@ -21,6 +21,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """203 sentences of 40 words, 41 held out."""
+    """Return a corpus of 203 training sentences of 40 words, and 41 held-out ones."""
     train, heldout = random_sentences(1, 203, 40, (1, 12)), random_sentences(2, 41, 40, (1, 12))
     return prepare(tmp_path_factory.mktemp("corpus"), train, heldout)

@@ -61,7 +61,7 @@ def choose(root: Path, family: str, listed: str, works: str) -> subprocess.Compl
     ],
 )
 def test_the_first_that_works(root: Path, family: str, listed: str, works: str, chosen: str) -> None:
-    """``listed``: what srun lists; ``works``: under which of them, and of mpirun, ranks see each other."""
+    """The first launcher is chosen under which ranks see each other (``works``), of those ``listed`` by srun."""
     done = choose(root, family, listed, works)
     whole = f"{chosen} --kill-on-bad-exit=1 --cpus-per-task=3" if chosen.startswith("srun") else chosen
     assert done.stdout.splitlines()[-1:] == [f"chosen: {whole}"], done.stdout + done.stderr

@@ -41,7 +41,7 @@ PROBE = "#!/bin/sh\n[ $1 = world ] || echo mpich\n"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A repository of the batch scripts and a stand-in."""
+    """Make a repository with the batch scripts and a stand-in for bin/train."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / "bin").mkdir()
     for name, text in (("train", STAND_IN), ("preprocess", STAND_IN), ("_probe", PROBE)):
@@ -52,13 +52,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def submit(cluster: Cluster, root: Path, *words: str, script: str = "train") -> int:
-    """``words``: options of sbatch, ``--``, options of the program."""
+    """Submit a script; ``words`` are options of sbatch, ``--``, and options of the program."""
     split = words.index("--")
     return cluster.submit(f"--chdir={root}", *words[:split], str(root / f"slurm/{script}.sbatch"), *words[split + 1 :])
 
 
 def ranks(root: Path, restart: int = 0) -> list[dict]:
-    """What the ranks saw, once all that started have written it."""
+    """Return what each rank saw; call this after the ranks have written it."""
     paths = sorted(root.glob(f"{restart}-*.json"), key=lambda path: int(path.stem.partition("-")[2]))
     return [json.loads(path.read_text()) for path in paths]
 
@@ -100,7 +100,7 @@ def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Pat
     ("option", "visible"), [("--gpus-per-node=2", ["0,1", "0,1"]), ("--gpus-per-task=1", ["0", "1"])]
 )
 def test_gpus_are_those_of_the_allocation(cluster: Cluster, root: Path, option: str, visible: list[str]) -> None:
-    """bin/train deals those that a rank sees to the ranks of its node, or takes the one."""
+    """A rank sees the GPUs of its allocation, which bin/train shares out among the ranks of the node."""
     ended(cluster, submit(cluster, root, option, "--", "x"), "COMPLETED", 0)
     assert [rank["env"]["CUDA_VISIBLE_DEVICES"] for rank in ranks(root)] == visible
 
@@ -112,7 +112,7 @@ def test_status_of_the_program_is_that_of_the_job(cluster: Cluster, root: Path, 
 
 
 def test_warned_job_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
-    """On two nodes; the real warning, by the time limit, is in test_training.py."""
+    """A job of two nodes that is warned is requeued. (test_training.py waits for a real time limit.)"""
     number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=1", "--", "wait")
     until_started(cluster, number, root)
     cluster.run("scancel", "--batch", "--signal=USR1", str(number))
@@ -123,7 +123,7 @@ def test_warned_job_goes_back_into_the_queue(cluster: Cluster, root: Path) -> No
 
 
 def test_job_warned_before_it_starts_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
-    """Slurm's warning can come while the launcher is still being looked for."""
+    """A job is requeued also if the warning comes while the script still looks for a launcher."""
     (root / "slurm" / "site.sh").write_text("[[ -n ${SLURM_RESTART_COUNT:-} ]] || kill -USR1 $$\n")
     job = ended(cluster, submit(cluster, root, "--", "x"), "COMPLETED", 0, restarts=1)
     assert job.log.read_text().count("a rank starts") == 2
@@ -131,7 +131,7 @@ def test_job_warned_before_it_starts_goes_back_into_the_queue(cluster: Cluster, 
 
 
 def test_job_whose_ranks_cannot_handle_the_warning_yet_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
-    """Python takes a moment to start, in which USR1 kills it."""
+    """A job is requeued also if the warning kills ranks, which happens while Python starts."""
     program = root / "bin" / "train"
     program.write_text(program.read_text().replace("(signal.SIGUSR1, signal.SIGTERM)", "(signal.SIGTERM,)"))
     number = submit(cluster, root, "--", "wait")
@@ -188,7 +188,7 @@ def test_killed_rank_ends_the_job(launcher: str, cluster: Cluster, root: Path) -
 
 
 def test_mpirun_inside_the_allocation(cluster: Cluster, root: Path) -> None:
-    """Where site.sh asks for it: it finds the tasks by itself, and passes the warning on."""
+    """If site.sh asks for mpirun, it finds the tasks of the allocation and forwards the warning."""
     use_mpirun(root)
     number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=2", "--", "wait")
     until_started(cluster, number, root, 4)

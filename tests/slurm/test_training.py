@@ -86,13 +86,13 @@ class Endless:
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, corpus: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Endless:
-    """It runs into its limit while the other tests run."""
+    """Start a job that reaches its time limit while the other tests run."""
     return Endless(cluster, corpus, tmp_path_factory.mktemp("limited"), "--job-name=limited", *LIMIT)
 
 
 @pytest.fixture(params=["mpich", "openmpi"])
 def site(request: pytest.FixtureRequest) -> str:
-    """What slurm/site.sh says, for each family."""
+    """Return the content of slurm/site.sh for an MPI family."""
     if request.param == "mpich":
         return ""
     if reason := open_mpi.why_not():
@@ -127,7 +127,7 @@ def test_open_mpi_passes_the_warning_on(cluster: Cluster, corpus: Prepared, tmp_
 
 @pytest.mark.usefixtures("limited")
 def test_an_error_on_all_ranks_has_its_status(cluster: Cluster, corpus: Prepared, tmp_path: Path) -> None:
-    """The loss is soon not finite: every rank leaves MPI while its node's manager could still be calling it."""
+    """If the loss is not finite, all ranks leave MPI in order, although managers may still be calling it."""
     words = [*options(corpus, tmp_path / "run"), "--learning-rate", "1e38", "--clip-norm", "0"]
     job = cluster.wait(cluster.submit("--nodes=2", "--ntasks-per-node=2", TRAIN, *words), LONG_S)
     assert (job.state, job.status) == ("FAILED", 2), job.output
