@@ -19,7 +19,7 @@ STORAGES = {"fp32": ("fp32", tl.float32), "bf16": ("fp32", tl.float32), "fp64": 
 
 
 def sources(name: str) -> Iterator[ASTSource]:
-    """The kernel in every storage dtype, with and without what is optional."""
+    """Yield the source of a kernel for every storage dtype, with and without its optional arguments."""
     kernel, (pointers, option) = getattr(pointwise_triton, name), KERNELS[name]
     for storage, (wide, dtype) in STORAGES.items():
         for there in (False, True):

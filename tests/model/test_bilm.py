@@ -29,7 +29,7 @@ def embedded(*shape: int) -> Tensor:
 
 
 def result(bilm: BiLM, seed: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Both outputs, and the gradients of a fixed function of them."""
+    """Return both outputs, and the gradients of a fixed function of them."""
     inputs = embedded().requires_grad_()
     both = torch.stack(bilm(inputs, MASK, torch.Generator().manual_seed(seed)))
     bilm.zero_grad()

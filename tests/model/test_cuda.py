@@ -20,7 +20,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"
 
 
 def step(device: str, dtype: torch.dtype, precision: str = "fp32") -> dict[str, Tensor]:
-    """Loss and gradients of a training step, and nll under the full softmax, all brought to the host."""
+    """Return the loss and gradients of a training step and the nll of the full softmax, on the CPU."""
     options = BiLMOptions(SIZE, 48, 2, dropout=0.1, recurrent_dropout=0.1, precision=precision)
     model = BiLM(options, torch.Generator().manual_seed(1)).to(device, dtype)
     shapes = ((12 * 8, SIZE), (61, SIZE + 1))
@@ -50,7 +50,7 @@ def test_equals_the_cpu(dtype: torch.dtype, bound: float) -> None:
 
 @GPU
 def test_steps_are_kernels() -> None:
-    """What test_equals_the_cpu compares are Triton's kernels, where Triton is installed."""
+    """Steps on a GPU use Triton's kernels if Triton is installed, so test_equals_the_cpu compares these."""
     pytest.importorskip("triton")
     assert not triton_problem(torch.device("cuda", 0))
 
@@ -64,7 +64,7 @@ def test_bf16_gradients() -> None:
 
 @GPU
 def test_the_time_loop_never_waits_for_the_host() -> None:
-    """From packed rows to outputs and back, torch reports no synchronisation."""
+    """Forward and backward passes over packed rows never synchronise with the GPU."""
     from lapse_elmo.model.packing import Packing
 
     lstm = BiLM(BiLMOptions(SIZE, 48, 2), torch.Generator().manual_seed(1)).to("cuda").lstm
@@ -81,7 +81,7 @@ def test_the_time_loop_never_waits_for_the_host() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_rows_cross_whole(device: str) -> None:
-    """Strided parts of rows arrive contiguous, also where their memory is used anew before they are taken."""
+    """Strided rows are uploaded whole and contiguous, even if their memory is reused before they are used."""
     uploader = Uploader(torch.device(device))
     rows = torch.from_numpy(np.arange(50_000 * 8, dtype=np.float32).reshape(-1, 8))
     kept = rows.clone()

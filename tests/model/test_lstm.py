@@ -149,7 +149,7 @@ def test_state_stays_in_its_batch_and_mode() -> None:
 
 
 class Recomputed(torch.autograd.Function):
-    """The fused LSTM with its forward pass run anew for each backward: gradcheck goes backward more than once."""
+    """The fused LSTM, which repeats its forward pass before each backward pass, as gradcheck needs it."""
 
     @staticmethod
     def forward(ctx: Any, lstm: FusedElmoLstm, mask: Tensor, inputs: Tensor, *parameters: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ RULES = [DenseRule("adam", epsilon=EPSILON), DenseRule("sgd"), *ADAGRADS]
 
 
 def torchs(rule: DenseRule, values: list[Tensor]) -> torch.optim.Optimizer:
-    """The same optimizer as torch has it."""
+    """Return torch's optimizer for the same rule."""
     if rule.kind == "adam":
         return torch.optim.Adam(values, lr=RATE, eps=rule.epsilon, foreach=False)
     if rule.kind == "sgd":

@@ -51,7 +51,7 @@ def compiled() -> Callable[[torch.dtype], Pointwise]:
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Callable[[torch.dtype], Pointwise]:
-    """By parameter in C or in Triton."""
+    """Return the kernels in C or in Triton, as the parameter says."""
     if request.param == "C":
         return request.getfixturevalue("compiled")
     if torch.cuda.is_available():
@@ -204,7 +204,7 @@ def test_column_sums_of_all_shapes(compiled: Callable, storage: torch.dtype, num
 
 
 def test_exponentials_are_exact_to_the_last_places(compiled: Callable) -> None:
-    """Through the only doors that there are: the softmax's exp_logits, the gates and the cell output."""
+    """Exponentials, as seen in the softmax's exp_logits, the gates and the cell output, are exact to a few ulps."""
     x = torch.cat([torch.linspace(-104.0, 0.0, 400_001), torch.linspace(-1e-3, 0.0, 4_001)])
     exp_logits, out = x[None].clone(), [torch.empty(1) for _ in range(3)]
     compiled(torch.float32).softmax_rows(exp_logits, torch.zeros_like(x), torch.zeros(1), *out, torch.zeros_like(x))
@@ -265,7 +265,7 @@ def test_wrong_tensors_do_not_reach_c(compiled: Callable, storage: torch.dtype) 
 @pytest.mark.parametrize("kernels", ["C", "Triton"], indirect=True)
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_nan_passes_through(kernels: Callable, storage: torch.dtype) -> None:
-    """A model that has diverged must be seen to: no clip, maximum or mask may hide it."""
+    """No clip, maximum or mask replaces NaN by a number, which would hide that a model has diverged."""
     wide, kind = wide_dtype(storage), kernels(storage)
     nan = torch.full((1, 5), math.nan)
     gates, cells, cell_output = torch.zeros(1, 20), torch.empty(1, 5, dtype=wide), torch.empty(1, 5, dtype=storage)
@@ -291,7 +291,7 @@ def test_nan_passes_through(kernels: Callable, storage: torch.dtype) -> None:
 
 
 def test_kernels_become_machine_code() -> None:
-    """For Ampere and Hopper; the compiler refuses what the interpreter lets pass."""
+    """The kernels compile for Ampere and Hopper; Triton's interpreter accepts code that its compiler refuses."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.model.compile_kernels", "80", "90"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -302,7 +302,7 @@ def test_kernels_become_machine_code() -> None:
 
 
 def test_what_triton_cannot_do_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no GPU, a compiler that fails is one line in the log, and nothing else."""
+    """If Triton cannot compile, torch replaces the kernels, and the log has one line about it."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     why = triton_problem(torch.device("cuda"))

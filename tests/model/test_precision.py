@@ -26,7 +26,7 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def step(precision: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A training step's loss and all its gradients, of a biLM below a sampled softmax."""
+    """Return the loss and all gradients of a training step of a biLM with a sampled softmax."""
     options = BiLMOptions(SIZE, 48, 2, dropout=0.1, recurrent_dropout=0.1, precision=precision)
     model = BiLM(options, torch.Generator().manual_seed(1)).to(dtype)
     rows, softmax = (random(n, w, seed=n).to(dtype).requires_grad_() for n, w in ((12 * 8, SIZE), (61, SIZE + 1)))
@@ -43,7 +43,7 @@ def step(precision: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 
 
 def errors(precision: str) -> dict[str, float]:
-    """Each gradient's distance from float64's, relative to its length."""
+    """Return each gradient's distance from that in float64, relative to its norm."""
     exact = step("fp32", torch.float64)
     return {
         name: float((value.double() - exact[name]).norm() / exact[name].norm())
@@ -53,7 +53,7 @@ def errors(precision: str) -> dict[str, float]:
 
 @pytest.fixture(params=[False, True], ids=["multiplied in float32", "multiplied in bfloat16"])
 def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways of computing bf16 products; torch's own are right, if slow, on processors without them too."""
+    """Pretend that the processor has or lacks bf16 instructions; torch's products are right in both cases."""
     monkeypatch.setattr(products, "cpu_multiplies_bf16", lambda: request.param)
     return request.param
 

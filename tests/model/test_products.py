@@ -20,7 +20,7 @@ KINDS = {"float32": torch.float32, "bfloat16 vectors": torch.bfloat16, "bfloat16
 
 @pytest.fixture(params=KINDS, scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Those of a storage and kind of instructions for which there is compiled code on this machine."""
+    """Return the kernels for a storage dtype and an instruction set; skip the test if this machine has none."""
     found = packed.kernels(KINDS[request.param])
     if found is None:
         pytest.skip(native.problem(PACKED_SOURCE) or "this processor has no products of bfloat16")
@@ -43,7 +43,7 @@ def random(*shape: int, seed: int, storage: torch.dtype) -> Tensor:
 
 
 def assert_close(found: Tensor, first: Tensor, second: Tensor, start: Tensor | float = 0.0) -> None:
-    """Within the worst case of float32 sums in any order, and for bfloat16 of rounding them to 8 bits once."""
+    """Check against the worst-case error of float32 sums in any order, rounded to 8 bits once for bfloat16."""
     exact = first.double() @ second.double() + start
     magnitude = first.double().abs() @ second.double().abs() + torch.as_tensor(start).abs()
     allowed = 2.0**-24 * (len(second) + 2) * magnitude
@@ -74,7 +74,7 @@ def test_products_of_all_shapes(
 
 
 def test_a_row_has_the_same_bits_whatever_comes_with_it(kernels: Kernels) -> None:
-    """So results depend neither on the batch around a sentence nor on the number of threads."""
+    """A row's bits depend neither on the other rows of the batch nor on the number of threads."""
     storage = storage_of(kernels)
     for num_terms in (256, 2100):
         prepacked = PrepackedWeight(kernels, random(num_terms, 1000, seed=1, storage=storage))
@@ -122,7 +122,7 @@ def test_torch_takes_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class TestChoice:
-    """Between packed.c and torch, by the number of rows."""
+    """The number of rows decides whether packed.c or torch multiplies."""
 
     @pytest.fixture(autouse=True)
     def compiled(self) -> None:
@@ -193,7 +193,7 @@ def test_products_over_a_varying_number_of_rows(matmul: Matmul, num_rows: int) -
 
 
 def test_few_numbers_of_rows_are_multiplied() -> None:
-    """And together they are at most a sixteenth more than there are."""
+    """Few distinct numbers of rows are multiplied, with at most a sixteenth of additional rows."""
     seen = set()
     for num_rows in range(10_000):
         parts = split_rows(num_rows)

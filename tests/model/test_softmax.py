@@ -36,7 +36,7 @@ def plain_nll(
     context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor,
     log_expected: Tensor | None,
 ) -> Tensor:
-    """What sampled_softmax_nll computes, by autograd over the whole (N, S) matrix."""
+    """Compute sampled_softmax_nll by autograd over the whole (N, S) matrix."""
     bias_minus_log_q = bias if log_expected is None else bias - log_expected
     true = (context * weight[target_index]).sum(1) + bias_minus_log_q[target_index]
     logits = context @ weight[sample_index].t() + bias_minus_log_q[sample_index]
