@@ -17,7 +17,7 @@ Drive = Callable[..., list[list[dict[str, Any]]]]
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """203 sentences of 40 words, which no number of ranks divides; 41 held out."""
+    """Return a corpus of 40 words: 203 sentences, not divisible by 2, 3 or 4 ranks, and 41 held-out ones."""
     return prepare(
         tmp_path_factory.mktemp("small"), random_sentences(1, 203, 40, (1, 12)), random_sentences(2, 41, 40, (1, 12))
     )
@@ -25,7 +25,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 @pytest.fixture(scope="session")
 def drive(tmp_path_factory: pytest.TempPathFactory) -> Drive:
-    """``drive(num_ranks, cases)``: the runs ``(program, argv)`` in one job; for each case what every rank reported."""
+    """Return ``drive(num_ranks, cases)``, which runs cases ``(program, argv)`` in one job and returns the reports."""
 
     def run(num_ranks: int, cases: list[tuple[str, list[str]]], timeout: float = 120) -> list[list[dict[str, Any]]]:
         folder = tmp_path_factory.mktemp("drive")

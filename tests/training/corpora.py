@@ -39,7 +39,7 @@ class Prepared:
 
 
 def prepare(folder: Path, train_text: Sequence[str], heldout_text: Sequence[str], num_shards: int = 3) -> Prepared:
-    """Vocabulary and shards of the sentences, every word in the vocabulary."""
+    """Make a vocabulary with every word of the sentences, and their shards."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, sentences in (("train.txt", train_text), ("heldout.txt", heldout_text)):
         (folder / name).write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")

@@ -49,7 +49,7 @@ class MarkovChain:
         return found
 
     def perplexities(self, sentences: Sequence[Sequence[int]]) -> tuple[float, float]:
-        """(forward, backward) perplexity of the sentences under the chain itself, their ends predicted too."""
+        """Return the (forward, backward) perplexity of the sentences and their ends under the chain itself."""
         nll, targets = np.zeros(2), 0
         for sentence in sentences:
             path = [self.num_words, *sentence, self.num_words]
@@ -60,5 +60,5 @@ class MarkovChain:
 
 
 def as_text(sentences: Sequence[Sequence[int]]) -> list[str]:
-    """The sentences with a word for each state."""
+    """Return the sentences with a word for each state."""
     return [" ".join(f"w{word:02d}" for word in sentence) for sentence in sentences]

@@ -38,7 +38,7 @@ EXTRAS = (
 
 
 def run_in_other_python(program: str, arguments: Any) -> Any:
-    """What ``program`` leaves in ``result``, by way of JSON; it finds ``arguments``."""
+    """Run ``program`` with the variable ``arguments``; return its variable ``result``, passed as JSON."""
     code = "\n".join([
         f"import sys; sys.path.append({str(shared_packages())!r})", "import json",
         "arguments = json.loads(sys.stdin.read())", textwrap.dedent(program), "print('\\n' + json.dumps(result))",
@@ -72,7 +72,7 @@ def shared_packages() -> Path:
 
 @functools.cache
 def python() -> Path:
-    """The interpreter of the other environment; skips the test where there is none and none can be made."""
+    """Return the interpreter of the other environment; skip the test if it cannot be made."""
     given = os.environ.get("LAPSE_ELMO_TEST_VENV")
     if given:
         return Path(given) / "bin" / "python"

@@ -108,7 +108,7 @@ def restore(folder: Path, world: World) -> dict[str, Any]:
 
 
 class Opens:
-    """The names of the files of ``folder`` that this process opens, within the context, by Python or by HDF5."""
+    """A context that records which files of ``folder`` this process opens, by Python or by HDF5."""
 
     def __init__(self, folder: Path) -> None:
         self.names: list[str] = []

@@ -26,7 +26,7 @@ from lapse_elmo.watchdog import _Group
 
 
 def stop() -> None:
-    """As a debugger, a batch system or a machine that is out of memory does."""
+    """Stop this process, as a debugger, a batch system or a machine without free memory does."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -36,7 +36,7 @@ def loop() -> None:
 
 
 def read() -> None:
-    """From a file that never answers, as on a file system that is away."""
+    """Read from a file that never answers, as on an unreachable file system."""
     path = Path(tempfile.mkdtemp()) / "fifo"
     os.mkfifo(path)
     path.read_bytes()

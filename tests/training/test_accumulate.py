@@ -37,7 +37,7 @@ def run(num_ranks: int, corpus: Prepared, run_dir: Path, *options: str) -> Path:
 def test_few_ranks_compute_what_many_do(
     small: Prepared, tmp_path_factory: pytest.TempPathFactory, few: int, parts: int, first_batch: str
 ) -> None:
-    """Also if the ranks take turns, since the first batch has fewer sentences than there are ranks."""
+    """K parts on few ranks give the result of many ranks, also while ranks take turns at small batches."""
     folder = tmp_path_factory.mktemp("accumulate")
     many = run(4, small, folder / "many", "--first-batch", first_batch)
     less = run(few, small, folder / "few", "--accumulate", str(parts), "--first-batch", first_batch)

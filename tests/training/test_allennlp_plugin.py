@@ -43,7 +43,7 @@ print(json.dumps({
 
 
 def tagged(line: str) -> str:
-    """The tag of a word is the parity of the word before it: vectors without context cannot tell."""
+    """Tag each word with the parity of the word before it, which vectors without context cannot predict."""
     words = line.split()
     before = ["w00", *words]
     tags = ("odd" if int(last[1:]) % 2 else "even" for last in before)

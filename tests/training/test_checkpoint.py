@@ -177,7 +177,7 @@ def test_an_error_stops_a_save_under_way(
 def test_what_was_saved_is_of_the_moment_of_the_start(
     parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training continues while a slow save writes."""
+    """A checkpoint has the state at the start of its save, although training continues while it is written."""
     before = parameters.embedding.read(0, 43).numpy().copy()
     go_on, write = threading.Event(), files._pwrite_all
     monkeypatch.setattr(files, "_pwrite_all", lambda *rest: (go_on.wait(20), write(*rest)))
@@ -247,7 +247,7 @@ def test_damage_is_told_in_one_line(
 
 
 def rewrite(file: Path, change: Callable[[h5py.File], object]) -> None:
-    """Change a file, and the checksums that vouch for it."""
+    """Change a file, and its checksums in the manifest."""
     with h5py.File(file, "r+") as opened:
         change(opened)
     data, manifest = file.read_bytes(), json.loads((file.parent / "manifest.json").read_bytes())
@@ -274,7 +274,7 @@ LIES: dict[str, tuple[str, Callable[[h5py.File], object], str]] = {
 
 @pytest.mark.parametrize("name", LIES)
 def test_a_file_that_lies(parameters: Parameters, cursor: Cursor, tmp_path: Path, name: str) -> None:
-    """Its checksums are right."""
+    """A file with right checksums but wrong content is refused."""
     pattern, change, says = LIES[name]
     path = save(tmp_path, parameters, cursor)
     (file,) = path.glob(pattern)
@@ -311,7 +311,7 @@ def test_a_file_size_limit_is_reported(parameters: Parameters, cursor: Cursor, t
 def test_the_newest_two_and_the_best_are_kept(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five epochs of two steps; the second has the best perplexity."""
+    """The two newest checkpoints and the best are kept: of five epochs, the second has the best perplexity."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 250.0, 255.0)])
     monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
     run_dir = train_alone(small, tmp_path / "run", "--epochs", "5", "--batch-size", "102")
@@ -339,7 +339,7 @@ def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """The file system has 64 KiB."""
+    """Return a folder on a file system of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = os.geteuid() == 0 and not subprocess.run(
@@ -352,7 +352,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
-    """Config, vocabulary and metrics fit on the disk, but the model does not."""
+    """A job ends with one line if its model does not fit on the disk (its config and vocabulary do)."""
     argv = ["bin/train", *small.options, *TINY, "--run-dir", str(tiny_disk / "run"), "--max-steps", "2"]
     job = mpi.mpirun(2, argv, timeout=60)
     ours = [line for line in job.stderr.splitlines() if line.startswith("bin/train: ")]

@@ -90,7 +90,7 @@ def test_the_same_ranks_take_the_same_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [GROWING, (*GROWING, "--accumulate", "2")])
 def test_the_same_ranks_take_the_same_growing_batches(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """In the middle of a pool, at its seam, and in the second epoch."""
+    """Resuming on as many ranks gives the same batches, within a pool, between pools and in the second epoch."""
     corpus = prepare(tmp_path, random_sentences(4, 1501, 20, (1, 9)), ["w00 w01"])
     config = [*corpus.options, *TINY, *options, "--epochs", "2"]
     with ShardSet.open(corpus.shards) as shards:

@@ -12,7 +12,7 @@ from tests.training.corpora import Prepared, checkpoints, records, train_alone, 
 
 
 def test_a_diverging_job_says_so_in_one_line(small: Prepared, tmp_path: Path) -> None:
-    """All ranks alike: the line comes once, and the status is not 0."""
+    """A job that diverges prints one line, although all ranks raise the error, and its status is not 0."""
     with train_job(2, small, tmp_path / "run", "--learning-rate", "30", "--epochs", "6", "--batch-size", "4") as job:
         ended = job.wait(90)
     assert ended.returncode == 2, ended.output
@@ -26,7 +26,7 @@ def test_a_diverging_job_says_so_in_one_line(small: Prepared, tmp_path: Path) ->
 
 
 def test_the_best_checkpoint_is_kept(small: Prepared, tmp_path: Path) -> None:
-    """Models that are going bad do not push it out, however often the run saves, and it leads on to a good end."""
+    """Checkpoints of a diverging model do not replace the best one, from which a run can be resumed."""
     run_dir = train_alone(small, tmp_path / "run", "--epochs", "1", "--batch-size", "4")
     (good,) = checkpoints(run_dir)
     options = ("--epochs", "20", "--batch-size", "4", "--save-every-steps", "1")

@@ -13,7 +13,7 @@ from tests.training.corpora import TINY, Prepared, checkpoints
 
 
 def holds_back(pid: int, number: int) -> bool:
-    """Whether the process has blocked the signal."""
+    """Return whether the process blocks the signal."""
     status = Path(f"/proc/{pid}/status").read_text()
     (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
     return bool(int(mask, 16) >> (number - 1) & 1)

@@ -37,7 +37,7 @@ def exported(run: Path, output: Path, kind: str, *options: str) -> Path:
 
 
 def read_word2vec(path: Path) -> dict[str, np.ndarray]:
-    """By the format's description alone."""
+    """Read a word2vec file by the description of the format, without our code."""
     data = path.read_bytes()
     head, _, rest = data.partition(b"\n")
     count, size = map(int, head.split())

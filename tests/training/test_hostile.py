@@ -79,7 +79,7 @@ def run_dir(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_that_lies(name: str, small: Prepared, run_dir: Path, tmp_path: Path) -> None:
-    """Its own checksum is right."""
+    """A manifest with wrong content but the right checksum is refused."""
     change, says = MANIFESTS[name]
     copy = shutil.copytree(run_dir, tmp_path / "run", symlinks=True)
     path = checkpoint.find(copy) / MANIFEST
@@ -131,7 +131,7 @@ def a_long_sentence(file: h5py.File) -> None:
 
 
 def compressed(file: h5py.File) -> None:
-    """A hundred million tokens in a few hundred kilobytes."""
+    """Replace the tokens by a hundred million, which compress to a few hundred kilobytes."""
     replace("tokens", shape=(10**8,), dtype=np.int32, chunks=(1 << 20,), compression="gzip", fillvalue=4)(file)
     file["tokens"][: 1 << 20] = 4
     file.attrs["num_tokens"] = 10**8
@@ -245,7 +245,7 @@ def test_a_number_without_sense(option: str, small: Prepared, tmp_path: Path) ->
 
 
 def run_program(*words: str, env: dict[str, str] | None = None, shell: str = "") -> mpi.Job:
-    """A program of bin/, by a shell with redirections ``shell``."""
+    """Run a program of bin/ by a shell, with the redirections ``shell``."""
     command = ["-c", "import os, sys; os.execv('/bin/sh', ['sh', '-c', sys.argv[1], *sys.argv[2:]])"]
     line = f'"$0" "$@" {shell}'
     return mpi.mpirun(1, [*command, line, sys.executable, *words], env=env, launcher=False)
@@ -270,7 +270,7 @@ def test_a_full_device_for_the_output(small: Prepared) -> None:
 
 
 def test_closed_standard_streams(small: Prepared, tmp_path: Path) -> None:
-    """Files must not take their places: what is printed would go into them."""
+    """With closed standard streams, no file gets their numbers; output would be printed into it."""
     run_dir = tmp_path / "run"
     argv = [*small.options, *TINY, "--run-dir", str(run_dir), "--max-steps", "1"]
     job = run_program("bin/train", *argv, shell="<&- >&- 2>&-")
@@ -298,7 +298,7 @@ def blocks(pid: int, number: signal.Signals) -> bool:
 
 
 def test_an_interrupt_while_modules_are_imported() -> None:
-    """The program ends as one that knows nothing of the signal, at once and without a traceback."""
+    """Ctrl-C during imports ends the program at once and without a traceback."""
     for wait_s in (0.0, 0.3, 1.0):
         process = subprocess.Popen(
             [sys.executable, "bin/nearest", "nowhere", "word"], cwd=mpi.ROOT, stdout=subprocess.DEVNULL,
@@ -318,7 +318,7 @@ def test_an_interrupt_while_modules_are_imported() -> None:
 def test_a_compiler_that_misbehaves(
     script: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It prints what is no text, never ends, or says nothing: native code is not had, for a reason of one line."""
+    """A compiler that prints bytes, hangs or fails silently leads to the fallback, with a reason of one line."""
     compiler, source = tmp_path / "cc", tmp_path / "some.c"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)

@@ -93,7 +93,7 @@ def test_counts_of_words_are_printed(
 
 
 def test_accumulators(small: Prepared, model: Path, tmp_path: Path) -> None:
-    """Kept ones are the model's; fresh ones start anew; a step adds next to nothing to either."""
+    """Kept accumulators equal the model's and fresh ones the initial value, since the step hardly changes them."""
     old = saved_arrays(checkpoints(model)[-1])
     parameter = "lstm.forward_layer_0.state_projection.weight"
     for choice in ("kept", "fresh"):

@@ -66,7 +66,7 @@ def test_the_rank_is_named(small: Prepared, drive: Drive, tmp_path: Path) -> Non
 
 
 def test_a_model_that_has_diverged_is_not_saved(small: Prepared, tmp_path: Path) -> None:
-    """The first step's loss is fine, and only the held-out text shows what its push has done."""
+    """A model whose first push was harmful is not saved: the evaluation finds it, before any loss does."""
     with pytest.raises(TrainingError, match="held-out perplexity is not finite at step 1"):
         train_alone(small, tmp_path / "run", "--max-steps", "1", "--learning-rate", "1e38")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

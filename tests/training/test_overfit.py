@@ -26,14 +26,14 @@ REPORTED = ("forward_perplexity", "backward_perplexity", "mean_perplexity")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """Twenty sentences, thirteen times over so that an epoch is not two steps; they are also what is held out."""
+    """Return twenty sentences, repeated so that an epoch has more than two steps; held-out text is the same."""
     sentences = random_sentences(5, 20, 60, (11, 14))
     return prepare(tmp_path_factory.mktemp("twenty"), 13 * sentences, sentences, num_shards=2)
 
 
 @pytest.fixture(scope="module")
 def runs(corpus: Prepared, drive: Drive, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each variant, trained on two ranks."""
+    """Train each variant on two ranks; return the run directories."""
     folder = tmp_path_factory.mktemp("overfit")
     cases = []
     for name, options in VARIANTS.items():
@@ -45,7 +45,7 @@ def runs(corpus: Prepared, drive: Drive, tmp_path_factory: pytest.TempPathFactor
 
 
 def reported(run_dir: Path) -> list[float]:
-    """The held-out perplexities that training reported last."""
+    """Return the held-out perplexities that training reported last."""
     return [records(run_dir, "epoch")[-1][f"heldout/{name}"] for name in REPORTED]
 
 

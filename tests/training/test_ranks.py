@@ -33,7 +33,7 @@ def start_run(num_ranks: int, corpus: Prepared, run_dir: Path, *options: str) ->
 
 @pytest.fixture(scope="module")
 def runs(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Two epochs by bin/train on each number of ranks."""
+    """Train two epochs on each number of ranks; return the run directories."""
     folder = tmp_path_factory.mktemp("ranks")
     return {n: start_run(n, small, folder / str(n)) for n in (1, 2, 3, 4)}
 

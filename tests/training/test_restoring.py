@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(folder: Path) -> Reports:
-    """What each rank read, by restored run. Three jobs do it all, since starting one costs most."""
+    """Return what each rank read, by restored run; three jobs restore all, since starting jobs is slow."""
     found: Reports = {}
 
     def job(num_ranks: int, *words: str) -> None:

@@ -55,7 +55,7 @@ def has_checkpoint(run_dir: Path, step: int) -> Callable[[], bool]:
 
 @pytest.fixture(scope="module")
 def undisturbed(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, 26 steps."""
+    """Train 26 steps on two ranks without interruption."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     with train_job(2, small, run_dir, *OPTIONS) as job:
         assert job.wait(LIMIT_S).returncode == 0
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on(small: Prepared, undisturbed: Path, tmp_path: Path
 
 
 def test_a_second_interrupt_stops_at_once(small: Prepared, tmp_path: Path) -> None:
-    """The first one cannot be heeded: the other rank is stopped and never comes to the step at which they agree."""
+    """A second interrupt ends the job at once; the first cannot, since a stopped rank never reaches the vote."""
     run_dir = tmp_path / "run"
     with train_job(2, small, run_dir, *OPTIONS) as job:
         wait_until(has_checkpoint(run_dir, 5), job)
@@ -138,7 +138,7 @@ def sentences_of(batches: Sequence[Batch]) -> list[int]:
 
 
 class Recorded:
-    """Notes the sentences of every batch that is trained in this process."""
+    """Records the sentences of every batch that is trained in this process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sentences: list[int] = []
@@ -173,7 +173,7 @@ def test_another_number_of_ranks_trains_what_is_left(
 def test_a_growing_run_that_a_signal_stopped_resumes_to_the_bit(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ramp, schedule and parts under way; the learning rate and the batch are told alike."""
+    """A growing run with a schedule and parts resumes to the bit, with the same learning rates and batches."""
     options = (
         *OPTIONS, "--first-batch", "4", "--growth-tokens", "200", "--accumulate", "2", "--warmup-tokens", "300",
         "--schedule", "cosine",
@@ -310,7 +310,7 @@ def test_from_an_older_checkpoint(small: Prepared, tmp_path: Path) -> None:
 def test_an_evaluation_that_a_signal_put_off(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal comes during the last step of the first epoch."""
+    """An evaluation that was due when a signal came, in the epoch's last step, is made by the resumed run."""
     whole = train_alone(small, tmp_path / "whole", *OPTIONS)
     once = step.TrainingStep.__call__
 

@@ -41,7 +41,7 @@ def runs(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module")
 def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """By variant and format."""
+    """Return the exported models by variant and format."""
     folder = tmp_path_factory.mktemp("formats")
     found = {}
     for name in ("top", "mix", "no boundaries", "one layer"):
@@ -170,7 +170,7 @@ def test_nearest_is_cosine(runs: dict[str, Path]) -> None:
 
 
 def test_the_rows_of_many_ranks(small: Prepared, drive: Drive, tmp_path: Path) -> None:
-    """A table that lies in several files, in any order, reads as the one that a job has."""
+    """A table in several files, in any order, reads like a table in one file."""
     argv = [*small.options, *TINY, "--max-steps", "3", "--run-dir", str(tmp_path / "run")]
     vectors = str(tmp_path / "vectors.hdf5")
     (tmp_path / "text").write_text("\n".join(LINES) + "\n")
@@ -246,7 +246,7 @@ def test_what_is_no_model(runs: dict[str, Path], tmp_path: Path) -> None:
 
 
 def changed(source: Path, target: Path, edit: Any) -> Path:
-    """A copy of an export in bilm-tf's files, with its weights changed."""
+    """Copy an export in bilm-tf's format, with changed weights."""
     shutil.copytree(source, target)
     with h5py.File(target / "weights.hdf5", "r+") as file:
         edit(file)
@@ -362,7 +362,7 @@ def test_bilm_tfs_own_files(exported: dict[tuple[str, str], Path], tmp_path: Pat
 
 
 def test_bilm_tf_without_a_projection(small: Prepared, tmp_path: Path) -> None:
-    """Where D is C bilm-tf has no W_P_0: the identity stands for it."""
+    """If D equals C, bilm-tf writes no W_P_0, and the identity replaces it."""
     run = train_alone(small, tmp_path / "run", "--max-steps", "1", "--cell-size", "16")
     export.main([str(run), "--output", str(tmp_path / "elmo")], solo)
 

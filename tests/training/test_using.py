@@ -35,7 +35,7 @@ LINES = [*random_sentences(9, 11, 50, (1, 9)), "", "w00", "w03 unheard of w00 <S
 
 @pytest.fixture(scope="module")
 def runs(small: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Briefly trained models; three steps are enough for no parameter to be what it was made as."""
+    """Return models trained for three steps, which change every parameter."""
     folder = tmp_path_factory.mktemp("used")
     options = ("--max-steps", "3")
     return {name: train_alone(small, folder / name, *options, *variant) for name, variant in VARIANTS.items()}
@@ -88,14 +88,14 @@ class Reader:
         self.lstm.eval()
 
     def classes(self, words: list[str], boundaries: bool) -> list[int]:
-        """Lines of the vocabulary; a special token inside a sentence is an unknown word."""
+        """Return the words' lines of the vocabulary; a special token inside a sentence is an unknown word."""
         known = {word: line for line, word in enumerate(self.words) if line > 2}
         inside = [known.get(word, 2) for word in words]
         return [0, *inside, 1] if boundaries else inside
 
     @torch.no_grad()
     def layers(self, classes: list[int]) -> np.ndarray:
-        """(L + 1, T, 2D), boundaries included."""
+        """Return the layers (L + 1, T, 2D), boundaries included."""
         tokens = torch.from_numpy(self.embedding[classes])[None]
         self.lstm.reset_states()
         outputs = self.lstm(tokens, torch.ones(1, len(classes), dtype=torch.bool))[:, 0]
@@ -248,7 +248,7 @@ def test_overwrite(runs: dict[str, Path], text: Path, tmp_path: Path) -> None:
 def test_a_full_disk(
     runs: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """One line and not a crash of HDF5, and nothing is left; whether it fills at once or while the file is closed."""
+    """A disk that is full at once or at the close of the file leads to one line, and no file is left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     open_together = opening.open_together
 
