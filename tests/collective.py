@@ -27,7 +27,11 @@ def run(
 
     A check that fails ends the job, since the other ranks may wait in it for this one.
 
-    :param local: of a check's name, whether it waits for no other rank: then the job goes on.
+    Args:
+        checks: The checks by name.
+        world: The ranks.
+        folder: Where each rank writes its results.
+        local: Returns whether the check of a name waits for no other rank; if it fails, the job continues.
     """
     with open(folder / f"{world.rank}.jsonl", "w", encoding="utf-8") as file:
         for name, check in checks.items():
@@ -71,9 +75,9 @@ def report_of(
     program: Path, arguments: Sequence[str], num_ranks: int, folder: Path, timeout: float,
     env: Mapping[str, str] | None = None, launcher: bool | Sequence[str] = True,
 ) -> dict[str, str]:
-    """What went wrong, by check and rank, in a job of ``program *arguments FOLDER``.
+    """Run ``program *arguments FOLDER``; return the failures of each check, with their ranks.
 
-    A check that ended well on every rank maps to ""; one that not all ranks came through to the job's output.
+    A check that passed on every rank maps to "", one that did not end on every rank to the job's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -98,7 +102,7 @@ def report_of(
 
 
 def expect(report: Mapping[str, str], name: str) -> None:
-    """Fail if the check failed, skip if another one's failure kept it from running."""
+    """Fail if the check failed; skip if it did not run because another one had failed."""
     if name not in report and any(problem for check, problem in report.items() if check):
         pytest.skip("not reached: another check ended the job")
     problem = report.get(name, f"not reached; the job: {report['']}")

@@ -21,7 +21,7 @@ NUMBERS = sum(torch.Size(shape).numel() for shape in SHAPES)
 
 
 class Checks:
-    """On every rank."""
+    """Checks that run on every rank."""
 
     def __init__(self, world: World, device: torch.device = CPU) -> None:
         self.world, self.device = world, device
@@ -31,7 +31,7 @@ class Checks:
         return [torch.randn(shape, generator=generator).to(self.device) for shape in SHAPES]
 
     def means(self, mean: DenseMean) -> None:
-        """Of three steps: the means, the same bits everywhere, and the gradients untouched."""
+        """At each of three steps, all ranks get the same bits of the right means, and gradients do not change."""
         for step in range(3):
             mine = self.gradients(self.world.rank, step)
             kept = [gradient.clone() for gradient in mine]
@@ -48,7 +48,7 @@ class Checks:
         self.means(MpiMean(self.world, CPU, NUMBERS))
 
     def over_torch(self) -> None:
-        """As over NCCL, with torch's own backend for CPUs; twice in a process."""
+        """The path for NCCL, run with torch's backend for CPUs, works twice in one process."""
         for _ in range(2):
             mean, why = open_torch_mean(self.world, CPU, NUMBERS, "gloo")
             assert mean is not None, why
@@ -70,7 +70,7 @@ class Checks:
         assert isinstance(mean, MpiMean) and not reason
 
     def with_gpus(self) -> None:
-        """NCCL is for ranks with a GPU each; where it fails, MPI does its work and the log says why."""
+        """NCCL serves ranks with a GPU each; where it fails, MPI replaces it and the log says why."""
         said = {}
         for name, gpu in (("own", self.world.rank), ("one", 0), ("shared", min(self.world.rank, 1))):
             dense_mean._gpu = lambda _, gpu=gpu: str(gpu)  # type: ignore[misc]
@@ -81,7 +81,7 @@ class Checks:
         assert ("ranks share a GPU" in said["shared"]) == (self.world.size > 2)
 
     def one_rank_fails(self) -> None:
-        """All hear of it and nobody waits for it."""
+        """If one rank cannot start the backend, all ranks learn of it and none waits."""
         last = self.world.size - 1
 
         def fail(*_: object, **__: object) -> None:

@@ -23,7 +23,7 @@ ADAM, ADAGRAD, SGD = map(DenseRule, ("adam", "adagrad", "sgd"))
 
 
 class Checks:
-    """On every rank."""
+    """Checks that run on every rank."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -76,7 +76,7 @@ class Checks:
         return [value.detach() for value in values], norms
 
     def updates(self, rule: DenseRule) -> None:
-        """Three steps: the expected parameters and norms, with the same bits on every rank."""
+        """Three steps give the expected parameters and norms, with the same bits on every rank."""
         parameters, optimizer, norms = self.node(rule)
         expected, squares = self.expected(rule)
         for found, wanted in zip(parameters, expected, strict=True):
@@ -108,7 +108,7 @@ class Checks:
             torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)
 
     def memory_is_shared(self) -> None:
-        """What one rank writes, the others of its node read, and no others."""
+        """A rank's write is read by the other ranks of its node only."""
         parameters = [nn.Parameter(value) for value in self.tensors(0)]
         dense = NodeDense(self.world, parameters, ADAGRAD)
         accumulators = dense.optimizer(RATE).state["accumulators"]

@@ -39,7 +39,7 @@ class Job:
 
     @property
     def output(self) -> str:
-        """Both streams, for the message of an assertion."""
+        """Standard output and standard error, for messages of assertions."""
         return f"status {self.returncode} after {self.seconds:.1f} s\n{_shown(self.stdout, self.stderr)}"
 
 
@@ -82,9 +82,10 @@ class RunningJob:
             _kill(pid)
 
     def wait(self, timeout: float) -> Job:
-        """The job's end.
+        """Wait until the job has ended; return how.
 
-        :raises TimeoutError: with all output, if it has not ended by itself in ``timeout`` seconds; it is killed then.
+        Raises:
+            TimeoutError: The job has not ended within ``timeout`` seconds. It is killed; the message has its output.
         """
         try:
             status = self._process.wait(timeout)
@@ -115,11 +116,14 @@ def start(
 ) -> RunningJob:
     """Start ``mpirun -n num_ranks python arguments...``.
 
-    :param arguments: a program of ours with its arguments (``["bin/train", "--epochs", "1"]``), a path alone, or what
-        else Python takes (``["-c", "..."]``, ``["-m", "module"]``).
-    :param env: in addition to this process's environment, without the variables of launchers and pytest.
-    :param launcher: false starts Python alone, without mpirun; a command is taken in mpirun's place.
-    :param fork: start Python by the fork server, if its options, ``env`` and the launcher permit it.
+    Args:
+        num_ranks: The number of ranks.
+        arguments: A program with its arguments (``["bin/train", "--epochs", "1"]``), a path alone, or other arguments
+            of Python (``["-c", "..."]``, ``["-m", "module"]``).
+        env: Variables in addition to this process's environment, from which those of launchers and pytest are removed.
+        cwd: The working directory.
+        launcher: False starts Python without mpirun; a command replaces mpirun.
+        fork: Whether to start Python by the fork server, if its arguments, ``env`` and the launcher permit it.
     """
     words = [os.fspath(word) for word in ([arguments] if isinstance(arguments, str | os.PathLike) else arguments)]
     command = [str(MPIRUN)] if isinstance(launcher, bool) else list(launcher)
@@ -137,7 +141,8 @@ def mpirun(
 ) -> Job:
     """Run a job as :func:`start` does, to its end.
 
-    :raises TimeoutError: with all output, if it takes longer than ``timeout`` seconds; all its processes are killed.
+    Raises:
+        TimeoutError: The job takes longer than ``timeout`` seconds. It is killed; the message has its output.
     """
     with start(num_ranks, arguments, env=env, cwd=cwd, launcher=launcher, fork=fork) as job:
         return job.wait(timeout)

@@ -25,7 +25,7 @@ NODES_ON_ONE_HOST = {
 
 
 def why_not() -> str:
-    """Why this machine cannot run jobs on it; empty if it can."""
+    """Return why this machine cannot run jobs on Open MPI; "" if it can."""
     return "" if shutil.which(_PROGRAM) else "Open MPI is not installed (Debian: openmpi-bin)"
 
 

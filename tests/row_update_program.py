@@ -23,7 +23,7 @@ STEPS = 3
 
 
 class Checks:
-    """On every rank, with one row that all parts of all ranks have, and others that some have."""
+    """Checks that run on every rank. All parts of all ranks have one row in common; some have other rows."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -94,11 +94,11 @@ class Checks:
         self.check(3)
 
     def ranks_on_their_own(self) -> None:
-        """As with the packages, whose ranks share no rows."""
+        """Updates are right if ranks share no rows, as with the native packages."""
         self.check(2, shared=False)
 
     def frequent_rows(self) -> None:
-        """Some rows, all rows, and fewer rows than there are ranks."""
+        """Updates are right if some rows, all rows, or fewer rows than ranks are frequent."""
         for number in (100, ROWS, 2):
             self.num_frequent = number
             self.check(2)

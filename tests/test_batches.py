@@ -55,7 +55,7 @@ def of_sentences(sentences: list[list[int]], max_length: int, boundaries: bool) 
 
 
 def lengths_of(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Like those of news text: mean 26 words, deviation 14, a tail."""
+    """Return sentence lengths like those of news text: mean 26 words, standard deviation 14, and a long tail."""
     return np.clip(rng.lognormal(3.15, 0.5, count), 1, 400).astype(np.int64)
 
 
@@ -84,7 +84,7 @@ def test_batch_is_what_a_loop_gives(sentences: list[list[int]], max_length: int,
 
 
 def decoded(batch: Batch, places: np.ndarray, rows: np.ndarray) -> list[tuple[int, int, int]]:
-    """(sentence, position, predicted id) of a direction's targets."""
+    """Return (sentence, position, predicted id) for each target of a direction."""
     width = batch.ids.shape[1]
     return [(place // width, place % width, row + 1) for place, row in zip(places.tolist(), rows.tolist(), strict=True)]
 
@@ -100,7 +100,7 @@ def test_input_index_leads_back_to_the_ids(sentences: list[list[int]], boundarie
 
 
 def test_batch_without_sentences() -> None:
-    """What a worker trains when it runs out of sentences before the others."""
+    """An empty batch, for a worker that has no sentences left, has no targets and no positions."""
     batch = of_sentences([], 10, True)
     assert (batch.num_targets, batch.num_tokens, batch.num_positions) == (0, 0, 0)
     assert batch.ids.shape == (0, 0)
@@ -118,7 +118,7 @@ def test_parts_cover_all_sentences_once(num_sentences: int, num_workers: int) ->
 
 @st.composite
 def growths(draw: st.DrawFn, num_workers: int) -> BatchGrowth:
-    """Any law of the batch's size: fixed, or growing from one or many sentences, slowly or at once."""
+    """Draw a batch growth: a fixed size, or growth from one or many sentences, slow or sudden."""
     first, per_tokens = draw(st.sampled_from([(0, 0.0), (1, 10.0), (5, 60.0), (40, 1.0), (3, 0.0), (9, 1000.0)]))
     return BatchGrowth(draw(st.integers(1, 9)), num_workers, first, per_tokens, 6.0)
 
@@ -311,7 +311,7 @@ def write_shards(folder: Path, texts: list[tuple[int, ...]], num_shards: int) ->
 
 
 def test_read_ahead_gives_the_same_batches_and_errors() -> None:
-    """In order, no more than ``depth`` ahead; an error comes where the batch would, and closing ends the thread."""
+    """Items come in order, at most ``depth`` are read ahead, errors arrive in place, and closing ends the thread."""
     made: list[int] = []
 
     def source() -> Iterator[Batch]:

@@ -41,7 +41,7 @@ def test_header_and_sections() -> None:
 
 @pytest.mark.parametrize("name", SHELL)
 def test_shell_code(name: str) -> None:
-    """Apptainer runs the sections with sh."""
+    """shellcheck accepts the sections as code for sh, with which Apptainer runs them."""
     linter = shutil.which("shellcheck", path=str(Path(sys.prefix) / "bin"))
     assert linter, "make dev installs it"
     command = [linter, "-s", "sh", "-"]

@@ -137,7 +137,7 @@ def slurm(cores: int, node: int, tasks: str) -> dict[str, str]:
     ],
 )
 def test_oversubscribed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool) -> None:
-    """On a machine of 8 cores, 4 of which this process is bound to."""
+    """Ranks are oversubscribed if they outnumber the cores that they may use: here 4 of a machine's 8."""
     monkeypatch.setattr(host, "open", lambda *_, **__: StringIO("max 100000"), raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)

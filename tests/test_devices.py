@@ -28,7 +28,7 @@ def test_the_other_library_is_taken_where_it_is_as_exact() -> None:
 
 
 def test_narrower_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor whose oneDNN takes bfloat16 for them."""
+    """The faster way to multiply float32 is refused if it computes in bfloat16, as oneDNN may."""
     product = torch.Tensor.__matmul__
 
     def narrow(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def test_exploding_norms() -> None:
 
 
 def test_held_out() -> None:
-    """An untrained model may be bad; one that is worse than any untrained model is not excused by few steps."""
+    """After few steps a bad perplexity is accepted, but not one that is worse than any untrained model's."""
     young, old = watch((UNIGRAM, 5.0)), watch(*[(UNIGRAM, 5.0)] * PATIENCE_STEPS)
     assert not old.seen_heldout(BOUND) and not young.seen_heldout(BOUND + ABSURD_NATS)
     assert "held-out perplexity is 6.03e+03, where word frequencies alone give 484.6" in old.seen_heldout(8.704)

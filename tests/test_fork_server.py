@@ -80,7 +80,7 @@ def test_what_is_read_at_the_start_of_python_needs_a_process_of_its_own() -> Non
 
 
 def test_a_forked_rank_that_stays_behind_is_found() -> None:
-    """The client's death ends it in any case, so look while the job runs."""
+    """A rank that outlives its job is found; look while the job runs, since the rank ends with its client."""
     with mpi.start(2, ["-c", "import time; print(1, flush=True); time.sleep(60)"], fork=True) as job:
         while job.text()[0] != "1\n1\n":
             assert job.running(), job.text()

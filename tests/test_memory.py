@@ -56,7 +56,7 @@ def test_rows_are_counted_with_their_accumulators(shards: ShardSet) -> None:
 
 
 class TwoNodes(World):
-    """Seen from one of two machines with 4 ranks each."""
+    """The world as a rank of one of two machines sees it, with 4 ranks on each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_replicas_are_counted_where_there_are_any(shards: ShardSet, monkeypatch:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """A vocabulary of 60,000 words, so that tables weigh."""
+    """Return a corpus with a vocabulary of 60,000 words, whose tables take much of the memory."""
     words = [f"w{word:02d}" for word in np.random.default_rng(0).permutation(60_000)]
     every = [" ".join(words[first : first + 20]) for first in range(0, len(words), 20)]
     text = every + random_sentences(1, 3000, len(words), (15, 25))

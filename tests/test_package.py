@@ -46,7 +46,7 @@ def build(kind: str, source: Path, output: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the source distribution."""
+    """Return the folder of the unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     shutil.copytree(mpi.ROOT, folder / "tree", ignore=NOT_SOURCES)
     with tarfile.open(build("sdist", folder / "tree", folder)) as archive:
@@ -151,7 +151,7 @@ def test_from_text_to_a_plan_of_training(installed: Installed, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_modules_of_commands_exist(name: str) -> None:
-    """They are named by strings, which mypy does not check."""
+    """Every module that a command names exists; mypy does not check it, since the names are strings."""
     assert importlib.util.find_spec(COMMANDS[name].module) is not None
     module, _, function = COMMANDS[name].parser.partition(":")
     assert not module or callable(getattr(importlib.import_module(module), function))

@@ -29,7 +29,7 @@ CONFIG = '[data]\nshards = "corpus/shards"\n[model]\nprojection_size = 16\n[trai
 
 
 def records(num_nodes: int) -> list[dict]:
-    """Metrics of two reports, as a run of ``num_nodes`` nodes writes them."""
+    """Return the metrics of two reports, as a run of ``num_nodes`` nodes writes them."""
     lines: list[dict] = []
     for step in (10, 20):
         train: dict = {"kind": "train", "step": step, "train/loss_nats": 6.0 - step / 10, "train/tokens_per_s": 100.0}
@@ -150,7 +150,7 @@ window.addEventListener("load", () => {
 
 
 def seen_by_chromium(page: Path, width: int) -> dict[str, Any]:
-    """What a headless Chromium shows in a window of ``width``; skips the test where there is none."""
+    """Return what a headless Chromium shows in a window of ``width``; skip the test if there is no Chromium."""
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("no chromium on this machine (Debian: chromium)")

@@ -35,7 +35,7 @@ def test_a_key_gives_its_stream(draw) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("index", [-1, 2**32])
 def test_indices_that_could_be_mistaken_are_refused(index: int) -> None:
-    """NumPy takes 2**32 for the two words 0, 1."""
+    """An index of 2**32 or more is refused, since NumPy would split it into two words, like two indices."""
     with pytest.raises(AssertionError):
         stream(1, "a", index)
 

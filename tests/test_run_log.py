@@ -48,7 +48,7 @@ def run_log(folder: Path, *, active: bool = True) -> None:
 
 
 def four_steps(folder: Path) -> None:
-    """A run that reports every second step, and shows its progress as fits stderr."""
+    """Log four steps with a report at every second one, and with progress in the form that suits stderr."""
     log = RunLog(folder, RunConfig(report_every=2), 4, True)
     meter = Meter()
     for step in range(1, 5):
@@ -63,7 +63,7 @@ def four_steps(folder: Path) -> None:
 
 
 def under_terminal(command: list[str]) -> str:
-    """What ``command`` writes to a terminal."""
+    """Return what ``command`` writes to a terminal."""
     master, slave = pty.openpty()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=ENVIRONMENT, cwd=ROOT)
     os.close(slave)
@@ -120,7 +120,7 @@ def test_the_slowest_rank_is_named(
 
 
 def test_every_line_is_standard_json(tmp_path: Path) -> None:
-    """NaN is none; readers in other languages refuse a file with it."""
+    """No line contains NaN, which is not JSON and which readers in other languages refuse."""
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
@@ -186,7 +186,7 @@ def test_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_terminal_is_seen_through_the_launcher() -> None:
-    """The ranks of an mpirun that runs on a terminal write into pipes."""
+    """A rank knows that mpirun runs on a terminal although its own output is a pipe."""
     assert "True" in under_terminal([str(MPIRUN), "-n", "1", sys.executable, "-c", IS_TERMINAL])
 
 
@@ -217,7 +217,7 @@ def test_versions() -> None:
 
 
 def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two writes of one rank a launcher may put another's."""
+    """Each line is a single write: a launcher may insert another rank's output between two writes."""
     writes: list[bytes] = []
 
     class Raw(io.RawIOBase):

@@ -27,7 +27,7 @@ TIME_S = 500
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """In which a Python process has the sanitizers' libraries; skips where there are none."""
+    """Return the environment that loads the sanitizers' libraries; skip the test if there are none."""
     compiler = native.find_compiler()
     if compiler is None:
         pytest.skip("there is no C compiler")
@@ -47,7 +47,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_a_write_past_the_end_is_found(environment: dict[str, str], tmp_path: Path) -> None:
-    """The sanitizers are at work, and see torch's memory."""
+    """A write past the end of a tensor is reported: the sanitizers are active and see torch's memory."""
     source = tmp_path / "wrong.c"
     source.write_text(PAST_ITS_END)
     code = (

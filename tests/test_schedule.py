@@ -54,7 +54,7 @@ def test_inverse_square_root() -> None:
     st.floats(0, 3e6), st.floats(1, 1e5),
 )
 def test_it_never_leaves_its_bounds(schedule: str, warmup: int, tokens: float, step: float) -> None:
-    """Nor rises once the warm-up is over, even where the run ends within it."""
+    """The rate stays between 0 and its maximum and never rises after the warm-up, even if the run is shorter."""
     law = Schedule(OptimizerConfig(learning_rate=0.4, schedule=schedule, warmup_tokens=warmup), RUN)
     assert 0 <= law.rate(tokens, step) <= 0.4
     if tokens >= warmup:

@@ -46,7 +46,7 @@ EVERYTHING = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 
 def module_of(path: Path) -> str:
-    """``ps.rows`` of lapse_elmo/ps/rows.py."""
+    """Return the name of a module within lapse_elmo: ``ps.rows`` for lapse_elmo/ps/rows.py."""
     parts = path.relative_to(ROOT / "lapse_elmo").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -56,7 +56,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imported(path: Path, *, types_too: bool = True) -> set[str]:
-    """Every module that ``path`` imports, at any depth; without ``types_too`` not those under TYPE_CHECKING."""
+    """Return the modules that ``path`` imports anywhere; without ``types_too``, not those under TYPE_CHECKING."""
     tree = tree_of(path)
     if not types_too:
         tree.body = [
@@ -74,7 +74,7 @@ def imported(path: Path, *, types_too: bool = True) -> set[str]:
 
 
 def own(path: Path, *, types_too: bool = True) -> set[str]:
-    """The modules of lapse_elmo that ``path`` imports, without the prefix and the names inside a module."""
+    """Return the modules of lapse_elmo that ``path`` imports, without the prefix ``lapse_elmo``."""
     modules = {module_of(other) for other in PACKAGE}
     found = set()
     for name in imported(path, types_too=types_too):
@@ -89,7 +89,7 @@ def within(module: str, names: set[str]) -> bool:
 
 
 def dotted(node: ast.expr) -> str:
-    """``np.random.seed`` of that expression; of a chain with calls in it the names after the last call."""
+    """Return an expression such as ``np.random.seed`` as text; in a chain of calls, the names after the last one."""
     if isinstance(node, ast.Attribute):
         before = dotted(node.value)
         return f"{before}.{node.attr}" if before else node.attr
@@ -147,7 +147,7 @@ def test_no_global_random_generator(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)
 def test_no_work_at_import(path: Path) -> None:
-    """Constants, definitions and types only, apart from what needs no file, no process and no time."""
+    """Importing a module runs only definitions, and calls that need no file, no process and no time."""
     for node in at_import(tree_of(path).body):
         for call in ast.walk(node):
             if isinstance(call, ast.Call):
@@ -156,7 +156,7 @@ def test_no_work_at_import(path: Path) -> None:
 
 
 def at_import(body: list[ast.stmt]) -> Iterator[ast.AST]:
-    """What a module's body runs, class bodies included; not functions, and not what only a program runs."""
+    """Yield what an import runs: module and class bodies, but neither functions nor the ``__main__`` part."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from itertools.chain(node.decorator_list, node.args.defaults)

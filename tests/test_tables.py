@@ -21,7 +21,7 @@ PER_ROW = OptimizerConfig(row_accumulators="row", initial_accumulator=0.5)
 
 
 def row_table(config: OptimizerConfig, num_rows: int = ROWS, size: int = SIZE) -> RowTable:
-    """A table in a server of its own, behind another segment."""
+    """Return a table of a new server, in which another segment precedes it."""
     layout = Layout.of(("other", 13, 5), ("table", num_rows, size, rule_of(config)))
     server = EmbeddedServer(solo(), layout)
     server.set_rate("table", config.learning_rate)
@@ -67,7 +67,7 @@ def test_steps_are_those_of_torch_on_sparse_gradients(config: OptimizerConfig) -
 
 
 def test_one_accumulator_per_row() -> None:
-    """It grows by the mean square of the row's gradient, and the whole row is divided by its root."""
+    """An accumulator per row grows by the gradient's mean square, and its root divides the whole step."""
     table = row_table(PER_ROW)
     table.initialise(0, 1, gaussian)
     before, gradient = table.read(0, ROWS), gaussian(0, 3) * 4
@@ -114,7 +114,7 @@ def test_untouched_rows_keep_their_bits() -> None:
 
 
 def test_pulled_rows_are_a_snapshot() -> None:
-    """They do not change with later pushes, and changing them does not change the server."""
+    """Pulled rows do not change with later pushes, and changing them does not change the server."""
     table = row_table(ADAGRAD)
     table.initialise(0, 1, gaussian)
     pulled = table.pull(np.array([1]))

@@ -71,7 +71,7 @@ def test_one_node_sends_nothing() -> None:
 
 
 def test_the_full_softmax_synchronises_every_row() -> None:
-    """Each node uses all V rows: none moves, each of the replicas is sent there and back."""
+    """If each node uses all V rows, no row moves, and each replica is sent to the owner and back."""
     use = NodeUse(100, 1, 1, 100)
     assert use.classes().tolist() == [1.0] * 100
     traffic = row_traffic(use, 4, (0, 0))

@@ -51,7 +51,7 @@ def test_failure_of_one_rank_ends_the_job(kind: str, size: int, rank: int) -> No
 
 @pytest.mark.parametrize("rank", range(2))
 def test_killed_rank_ends_the_job(rank: int) -> None:
-    """Nobody is left to name the rank: the launcher reports the signal."""
+    """If a rank is killed, the job ends; the launcher reports the signal, since the rank cannot."""
     job = mpirun(2, [PROGRAM, "fail", "kill", str(rank)], timeout=END_S)
     assert job.returncode not in (0, 2), job.output
     assert job.survivors == ()
@@ -71,7 +71,7 @@ def test_mistake_that_all_ranks_see_is_printed_once(command: str, line: str, siz
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_launcher_of_another_mpi_family(rank: int) -> None:
-    """Four processes that each see a world of one must not train four models over each other."""
+    """A launcher of another MPI family is refused: each rank would be alone and overwrite the others' files."""
     env = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": str(rank)}
     job = mpirun(1, [PROGRAM, "hello"], env=env, launcher=False, timeout=END_S)
     assert job.returncode == 2, job.output
@@ -81,7 +81,7 @@ def test_launcher_of_another_mpi_family(rank: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_status_of_an_orderly_end(size: int) -> None:
-    """Every time: a launcher that saw the ranks leave one by one would now and then report that it killed one."""
+    """Repeat the orderly end: if ranks left one by one, the launcher would sometimes report a killed one."""
     for _ in range(3):
         job = mpirun(size, [PROGRAM, "leave", "75"], timeout=END_S)
         assert job.returncode == 75, job.output

@@ -36,7 +36,7 @@ class Checks:
         assert str(world).startswith(f"rank {self.rank}/{self.size} ")
 
     def no_names_in_shared_memory(self) -> None:
-        """What is mapped has no name there any more, so that nothing of a killed job stays."""
+        """Mapped files have no name in /dev/shm, so that a killed job leaves none behind."""
         maps = Path("/proc/self/maps").read_text().splitlines()
         assert not [line for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
 
@@ -63,7 +63,7 @@ class Checks:
         assert called == [0] * (self.rank == 0)
 
     def merge(self) -> None:
-        """Every rank's part arrives once, in at most log2(size) rounds on a rank."""
+        """Every rank's part arrives once, and a rank receives at most log2(size) times."""
         mine, added, parts = {self.rank}, [], []
         self.world.merge(lambda: parts.append(len(mine)) or (mine, "x" * 5000), lambda part: added.append(part))  # type: ignore[func-returns-value]
         assert len(parts) == (self.rank > 0)

@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Order:
-    """``order``"""
+    """The options of the sub-command ``order``."""
 
     items: tuple[str, ...] = option(positional=True, metavar="ITEM", help="what to bring")
     table: int = option(help="where to")
