@@ -206,15 +206,15 @@ def main(num_nodes: int, num_ranks: int) -> None:
         f"{4 * dense / 1e9:.2f} GB; the copy of a node's rows during a save has {table_bytes / num_nodes / 1e6:.0f} MB"
     )
     narrow = {name: int(width * NARROW) for name, width in WIDTHS.items()}
-    whole = Job(num_nodes, num_ranks, NUM_CLASSES, narrow, int(dense * NARROW), NUM_SENTENCES)
+    every_node = Job(num_nodes, num_ranks, NUM_CLASSES, narrow, int(dense * NARROW), NUM_SENTENCES)
     num_classes, num_dense, num_sentences = (2 * number // num_nodes for number in (NUM_CLASSES, dense, NUM_SENTENCES))
     two = Job(2, num_ranks, num_classes, WIDTHS, num_dense, num_sentences)
-    for job, readers in ((whole, (size, size // 2, 2 * size)), (two, (2 * num_ranks,))):
+    for job, readers in ((every_node, (size, size // 2, 2 * size)), (two, (2 * num_ranks,))):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write(folder, job)
             manifest_bytes = (folder / MANIFEST).stat().st_size
-            widths = "narrow rows" if job is whole else f"rows of full width, 2 of the {num_nodes} nodes"
+            widths = "narrow rows" if job is every_node else f"rows of full width, 2 of the {num_nodes} nodes"
             print(f"{len(list(folder.iterdir()))} files, {widths}; the manifest has {manifest_bytes / 1e6:.2f} MB")
             for count in readers:
                 resume(folder, job, count)

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     if reason := cannot_delay():
         print(f"without latencies: {reason}", flush=True)
         latencies = (0.0,)
-    print("| nodes | Gbit/s | us | planned tokens/s | measured | error | planned MB of rows a step | measured |")
+    print("| nodes | Gbit/s | us | planned tokens/s | measured | error | planned MB of rows per step | measured |")
     print("|---" * 8 + "|", flush=True)
     for nodes, gbit, latency in itertools.product(options.nodes, options.gbit, latencies):
         if nodes == 1 and (gbit, latency) != (options.gbit[0], latencies[0]):

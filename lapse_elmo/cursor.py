@@ -1,7 +1,7 @@
 """The position of a worker in the corpus: steps, epochs, and which sentences of the epoch are still to be trained.
 
 A run that resumes with the same number of ranks takes the same batches as if it had not stopped. With another number of
-ranks, the remaining sentences of the epoch are divided among them anew, and each is trained once.
+ranks, the remaining sentences of the epoch are redistributed over them, and each is trained once.
 """
 
 from __future__ import annotations

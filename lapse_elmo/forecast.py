@@ -141,7 +141,7 @@ def forecast_lines(config: Config, world: World, data: TrainingData, device: Dev
     if data.train.num_sentences < shape.size * config.training.accumulate:
         raise ConfigError(
             f"{data.train.num_sentences:,} training sentences cannot be shared by {shape.num_nodes} x "
-            f"{shape.local_size} ranks: plan fewer"
+            f"{shape.local_size} ranks: lower --plan-nodes or --plan-ranks"
         ).on_every_rank()
     memory = estimate(config, data.vocabulary.size, data.train, shape)  # before the trial, which takes memory itself
     if shape.num_nodes > 1 and world.size > 1:

@@ -37,7 +37,7 @@ _NO_LIMIT = 1 << 60
 
 
 class Shape(Protocol):
-    """How the ranks of a job lie on its machines: a :class:`~lapse_elmo.mpi.world.World`, or one that is planned."""
+    """How ranks are placed on machines: a :class:`~lapse_elmo.mpi.world.World`, or one that is planned."""
 
     @property
     def rank(self) -> int:

@@ -135,7 +135,7 @@ def _sums(nll: torch.Tensor) -> np.ndarray:
 def unigram_perplexity(train: ShardSet, heldout: ShardSet, boundaries: bool, world: World) -> float:
     """Return the perplexity of the held-out text under the word frequencies of the training text (collective).
 
-    A model that has learnt more than frequencies is far below it. Targets are words and, with ``boundaries``, the end
+    A model that has learned more than frequencies is far below it. Targets are words and, with ``boundaries``, the end
     of each sentence; a class that does not occur in the training text counts as if it had occurred once.
     """
     counts, targets = (shards.unigram_counts(world).astype(np.float64) for shards in (train, heldout))

@@ -27,10 +27,10 @@ def plan_lines(
     numbers = data.train.shards_of(part.first, part.end)
     files = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
     row = (
-        str(world.rank), world.host, str(os.getpid()), str(world.node), "server+worker", str(world.rank), files,
-        str(device.device), str(device.threads),
+        str(world.rank), world.host, str(os.getpid()), str(world.node), files, str(device.device),
+        str(device.threads),
     )
-    head = ("rank", "host", "pid", "node", "role", "worker", "shards", "device", "threads")
+    head = ("rank", "host", "pid", "node", "shards", "device", "threads")
     lines = [table([head, *world.allgather(row)])]
     lines.append(
         f"{data.train.num_sentences:,} training sentences ({data.train.num_tokens:,} tokens, "
@@ -40,7 +40,7 @@ def plan_lines(
     )
     lines += start.notes
     if start.path is not None:
-        how = "with the same batches" if cursor.exact else "the rest of the epoch is divided among the ranks anew"
+        how = "with the same batches" if cursor.exact else "the rest of the epoch is redistributed over the ranks"
         lines.append(f"resumes from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
     own = [*model_fallbacks(config.model, device.device), *server_fallbacks(config.server.ps)]
     lines += lines_of_all(world, [*own, *product_lines(config.model, device.device)])
@@ -54,7 +54,7 @@ def plan_lines(
 
 
 def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
-    """Return a warning if a row may get so many pushes per step that frequent words would move too far."""
+    """Return a warning if rows may get too many pushes per step: those of frequent words would move too far."""
     pushers, what = (num_nodes, "nodes") if config.server.shares_rows else (num_ranks, "ranks")
     full = not config.training.first_batch
     summed = config.server.shares_rows and config.server.frequent_rows != 0

@@ -1,10 +1,10 @@
-"""Steps on the rows of a table with the gradients of all parts of a node.
+"""Optimizer steps on the rows of a table with the gradients of all parts of a node.
 
-Each part of a step has gradients for the rows that it pulled, and the parts' gradients for frequent words agree. If
-every part took a step of its own, from the same pulled weights, Adagrad would move such a row up to sqrt(R) times as
-far with R parts as with one, so training with many ranks would diverge. Therefore the gradients for a row are added up
-within the node, and the row makes one step per node. Those for frequent rows, which most nodes use in most steps, are
-added up over all nodes, each of which makes the same step on its own copy (``Segment.frequent``).
+Each part of a step has gradients for the rows that it pulled, and the parts' gradients for frequent words point in
+similar directions. If every part took a step of its own, from the same pulled weights, Adagrad would move such a row up
+to sqrt(R) times as far with R parts as with one, so training with many ranks would diverge. Therefore the gradients for
+a row are added up within the node, and the row makes one step per node. Those for frequent rows, which most nodes use
+in most steps, are added up over all nodes, each of which makes the same step on its own copy (``Segment.frequent``).
 """
 
 from __future__ import annotations

@@ -140,11 +140,11 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
     notes: list[str] = []
     if run.resume == "auto":
         found = world.agree(lambda: [p for p in checkpoint.candidates(run_dir) if p.is_dir()])
-        chosen = _newest_whole(found, notes, world)
+        chosen = _newest_intact(found, notes, world)
         if found and chosen is None:
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints of {run_dir} is whole ({'; '.join(notes)}): give --overwrite to "
-                "start from scratch"
+                f"none of the {len(found)} checkpoints of {run_dir} is intact ({'; '.join(notes)}): give --overwrite "
+                "to start from scratch"
             ).on_every_rank()
     else:
         path = world.agree(lambda: checkpoint.find(Path(run.resume)))
@@ -155,24 +155,27 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
         return ResumePoint()
     path, manifest, files = chosen
     changed = world.agree(lambda: require_same(path, manifest, config, data))
-    notes += [f"other options than before: {', '.join(changed)}"] if changed else []
+    notes += [f"options changed since the checkpoint: {', '.join(changed)}"] if changed else []
     if any(option.startswith("--row-accumulators") for option in changed):
-        how = "their row's mean" if config.optimizer.row_accumulators == "row" else "copies of their row's"
-        notes.append(f"the checkpoint's accumulators are converted: they become {how}")
+        if config.optimizer.row_accumulators == "row":
+            how = "one accumulator per row, initialised with the mean of its elements'"
+        else:
+            how = "one accumulator per element, each initialised from its row's"
+        notes.append(f"the checkpoint's accumulators are converted: {how}")
     before = checkpoint.config_of(manifest, path).dense_optimizer
     if before != config.dense_optimizer:
         notes.append(
-            f"the LSTM's optimizer starts anew: it was {before}, now it is {config.dense_optimizer} (to continue as "
+            f"the LSTM's optimizer is reset: it was {before}, now it is {config.dense_optimizer} (to continue as "
             f"before, give --dense-optimizer {before})"
         )
     cursor = checkpoint.read_cursor(path, manifest, data.train.num_sentences, world)
     return ResumePoint(path, manifest, cursor, tuple(notes), files)
 
 
-def _newest_whole(
+def _newest_intact(
     found: list[Path], notes: list[str], world: World
 ) -> tuple[Path, Manifest, checkpoint.OpenFiles] | None:
-    """Return the first of ``found`` that is whole, if any; append a line to ``notes`` for each one that is not."""
+    """Return the first of ``found`` that is intact, if any; append a line to ``notes`` for each one that is not."""
     for path in found:
         files = checkpoint.OpenFiles(path)
         try:

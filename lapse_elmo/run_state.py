@@ -32,7 +32,7 @@ class RunState:
 
     Attributes:
         meter: Sums since the last report.
-        whole: Sums since the start of the epoch.
+        epoch_meter: Sums since the start of the epoch.
         results: All evaluations so far.
         evaluation_due: Whether an evaluation was skipped because a signal stopped the run.
         trained_s: Seconds of training before this process.
@@ -42,7 +42,7 @@ class RunState:
     """
 
     meter: Meter = field(default_factory=Meter)
-    whole: Meter = field(default_factory=Meter)
+    epoch_meter: Meter = field(default_factory=Meter)
     results: list[EpochResult] = field(default_factory=list)
     evaluation_due: bool = False
     trained_s: float = 0.0
@@ -58,7 +58,7 @@ class RunState:
     def add(self, result: StepResult) -> None:
         """Count a step."""
         self.meter.add(result)
-        self.whole.add(result)
+        self.epoch_meter.add(result)
         self.watch.add(result.nll / max(result.num_targets, 1), result.gradient_norm)
 
     def out_of_patience(self, patience: int) -> bool:
@@ -69,10 +69,10 @@ class RunState:
     def plain(self) -> dict[str, Any]:
         """Return plain values for the manifest."""
         return {
-            "meter": self.meter.state(), "whole": self.whole.state(),
+            "meter": self.meter.state(), "whole": self.epoch_meter.state(),
             "results": [dataclasses.asdict(result) for result in self.results],
             "evaluation_due": self.evaluation_due, "trained_s": self.elapsed_s, "served": self.served,
-            "watch": dataclasses.asdict(self.watch),
+            "watch": self.watch.plain(),
         }
 
     @classmethod
@@ -92,5 +92,5 @@ class RunState:
         results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
         return cls(
             Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],
-            plain["served"], Watch(**plain.get("watch", {})),
+            plain["served"], Watch.of(plain.get("watch", {})),
         )

@@ -43,7 +43,7 @@ class AnnouncedBatch:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a part of the step has computed."""
+    """Results of one part (micro-batch) of a step."""
 
     batch: Batch
     nll: float
@@ -120,11 +120,11 @@ class TrainingStep:
         self._update = parameters.open_dense_update(device)
         self.dense_fallback = self._update.fallback
         self._row_updates = parameters.open_row_updates()
-        self._pushed: Callable[[], None] = world.start_node_barrier()
+        self._wait_for_pushes: Callable[[], None] = world.start_node_barrier()
 
     def close(self) -> None:
         """Release resources after the last step (collective)."""
-        self._pushed()
+        self._wait_for_pushes()
         self._update.close()
 
     def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
@@ -148,7 +148,7 @@ class TrainingStep:
             TrainingError: On every rank, before anything is pushed, if a loss or gradient is not finite.
         """
         timer = _Timer("pull", lambda phase: self.world.progress.enter(f"step {step}, {phase}"))
-        self._pushed()  # on one node, so that equal seeds give equal results
+        self._wait_for_pushes()  # on one node, so that equal seeds give equal results
         parts, gradients, square = self._parts(announced, step, timer)
         timer.next("agree")
         for number, update in enumerate(self._row_updates):
@@ -309,7 +309,7 @@ class TrainingStep:
                 self.world.barrier()
         else:
             push_rows()
-        self._pushed = self.world.start_node_barrier()
+        self._wait_for_pushes = self.world.start_node_barrier()
 
     def _row_factor(self, batch: Batch) -> float:
         """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
@@ -352,7 +352,8 @@ class TrainingStep:
 
         self.world.together(check)
         raise TrainingError(
-            f"the dense gradient norm is not finite at step {step}; nothing was pushed"
+            f"the dense gradient norm is not finite at step {step}; nothing was pushed; lower --learning-rate, "
+            "--loss-scale or --clip-norm"
         ).on_every_rank()
 
     def _to_device(self, array: np.ndarray) -> Tensor:

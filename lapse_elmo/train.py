@@ -285,8 +285,8 @@ class Training:
         Raises:
             TrainingError: On every rank, if it is not finite or shows that the run diverges.
         """
-        state, cursor, log, whole = self.state, self.cursor, self.log, self.state.whole
-        tokens_per_s = whole.tokens_per_s
+        state, cursor, log, epoch_meter = self.state, self.cursor, self.log, self.state.epoch_meter
+        tokens_per_s = epoch_meter.tokens_per_s
         self.world.progress.enter(f"evaluation at step {cursor.step}")
         self.parameters.sync_parameters()
         start = time.perf_counter()
@@ -304,26 +304,28 @@ class Training:
         log.write(
             "epoch", cursor.step,
             {
-                "epoch": math.ceil(cursor.epochs_done), "train/epoch_loss_nats": whole.loss,
-                "train/epoch_tokens": whole.num_tokens, "train/epoch_tokens_per_s": tokens_per_s,
+                "epoch": math.ceil(cursor.epochs_done), "train/epoch_loss_nats": epoch_meter.loss,
+                "train/epoch_tokens": epoch_meter.num_tokens, "train/epoch_tokens_per_s": tokens_per_s,
                 "train/trained_tokens": self.trained_tokens,
-                "train/cut_sentences": whole.num_cut,
+                "train/cut_sentences": epoch_meter.num_cut,
                 "heldout/forward_perplexity": heldout.forward, "heldout/backward_perplexity": heldout.backward,
                 "heldout/mean_perplexity": heldout.mean, "heldout/evaluation_s": time.perf_counter() - start,
             },
         )
         log.log_line(
-            f"step {cursor.step:,}, {cursor.epochs_done:.2f} epochs: loss {whole.loss:.3f}, held-out perplexity "
+            f"step {cursor.step:,}, {cursor.epochs_done:.2f} epochs: loss {epoch_meter.loss:.3f}, held-out perplexity "
             f"{heldout.mean:.1f} (forward {heldout.forward:.1f}, backward {heldout.backward:.1f})"
         )
-        if whole.num_cut:
-            log.log_line(f"{whole.num_cut:,} sentences were cut at --max-length {self.config.data.max_length}")
+        if epoch_meter.num_cut:
+            log.log_line(f"{epoch_meter.num_cut:,} sentences were cut at --max-length {self.config.data.max_length}")
         state.results.append(
-            EpochResult(cursor.step, cursor.epochs_done, whole.num_tokens, tokens_per_s, whole.loss, heldout)
+            EpochResult(
+                cursor.step, cursor.epochs_done, epoch_meter.num_tokens, tokens_per_s, epoch_meter.loss, heldout
+            )
         )
         state.evaluation_due = False
         if not cursor.within_epoch:
-            state.whole = Meter()
+            state.epoch_meter = Meter()
         return heldout.mean
 
 

@@ -56,11 +56,13 @@ def _check_defaults(data: DataConfig) -> None:
     if data.shards == DEFAULT_SHARDS and not Path(data.shards).exists():
         raise CorpusError(
             f"there are no shards at {DEFAULT_SHARDS} yet: run 'make train' for a first corpus, or bin/preprocess "
-            "vocab and bin/preprocess shards on your text (docs/getting-started.md), or name others by --shards and "
-            "--vocab"
+            "vocab and bin/preprocess shards on your text (docs/getting-started.md), or give others with --shards "
+            "and --vocab"
         )
     if data.vocab == DEFAULT_VOCAB and data.shards != DEFAULT_SHARDS and not Path(data.vocab).exists():
-        raise CorpusError(f"there is no vocabulary at {DEFAULT_VOCAB}: name that of {data.shards} by --vocab")
+        raise CorpusError(
+            f"there is no vocabulary at {DEFAULT_VOCAB}: give the vocabulary of {data.shards} with --vocab"
+        )
 
 
 def sentence_tokens(config: Config, shards: ShardSet) -> float:

@@ -38,7 +38,7 @@ def run(
             error, start = None, time.perf_counter()
             try:
                 check()
-            except Exception:  # (whatever a check raises is its result)
+            except Exception:  # (anything that a check raises is its result)
                 error = traceback.format_exc()
             file.write(json.dumps([name, error, round(time.perf_counter() - start, 3)]) + "\n")
             file.flush()

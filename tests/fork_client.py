@@ -1,6 +1,6 @@
 """Runs a Python program as a fork of a fork server: ``python -I -S fork_client.py SOCKET ARGUMENT ...``.
 
-Takes the place of the program for whoever has started it: forwards signals to it and ends with its status. See
+Takes the place of the program for the process that started it: forwards signals to it and ends with its status. See
 :mod:`tests.fork_server`, which starts the program with the environment and the open files of this process.
 """
 

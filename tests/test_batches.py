@@ -200,14 +200,14 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers() -> None:
 
 @given(st.integers(1, 900), st.integers(1, 9), st.data())
 def test_starting_later_skips(num_sentences: int, num_workers: int, data: st.DataObject) -> None:
-    """As a resumed run does, across pools too; what lies behind it are the sentences of the batches skipped."""
+    """A resumed run starts like this, also across pools; the sentences before it are those of the skipped batches."""
     assume(num_workers <= num_sentences)
     lengths = np.random.default_rng(7).integers(1, 12, num_sentences)
     stream = stream_of(lengths, num_workers - 1, num_workers, growth=data.draw(growths(num_workers)))
     first = data.draw(st.integers(0, stream.steps_of(2)))
     assert orders(stream, 2, first) == orders(stream, 2)[first:]
-    behind = sorted(number for batch in orders(stream, 2)[:first] for number in batch)
-    assert stream.sentences_before(2, first).tolist() == behind
+    before = sorted(number for batch in orders(stream, 2)[:first] for number in batch)
+    assert stream.sentences_before(2, first).tolist() == before
 
 
 def orders(stream: BatchStream, epoch: int, first_step: int = 0) -> list[list[int]]:
@@ -247,14 +247,14 @@ def test_order_is_random() -> None:
 
 
 def test_lengths_do_not_follow_the_step() -> None:
-    """Batches are of like length, but long and short ones alternate at random."""
+    """Batches are of similar length, but long and short ones alternate at random."""
     lengths = lengths_of(np.random.default_rng(1), 4 * POOL_BATCHES * 32)
     means = [batch.num_tokens / 32 for batch in stream_of(lengths, batch_size=32).epoch(0)]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25
 
 
 def test_workers_have_like_work_at_a_step() -> None:
-    """The batches of a step are of like length on all workers: they differ less than batches of random sentences."""
+    """The batches of a step are of similar length on all workers: they differ less than batches of random sentences."""
     lengths = lengths_of(np.random.default_rng(2), 8 * POOL_BATCHES * 32)
     work = [[b.num_positions for b in stream_of(lengths, w, 2, batch_size=32).epoch(0)] for w in (0, 1)]
     apart = np.abs(np.diff(work, axis=0)).mean() / np.mean(work)

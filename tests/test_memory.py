@@ -197,7 +197,7 @@ def test_a_dry_run_writes_nothing(
     argv = [*small.options, *TINY, "--run-dir", str(tmp_path / "run"), "--precision", precision, "--dry-run"]
     assert train.main(argv, solo) == 0
     said = capsys.readouterr().out
-    assert all(text in said for text in ("server+worker", "memory on", "14 in all", "nothing was started"))
+    assert all(text in said for text in ("device  threads", "memory on", "14 in all", "nothing was started"))
     chosen = [line for line in said.splitlines() if line.startswith("products of the LSTM's steps")]
     assert chosen == [packed.describe(precision)] and "forward by" in chosen[0] and "backward by" in chosen[0]
     assert not (tmp_path / "run").exists()

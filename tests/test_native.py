@@ -119,10 +119,10 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(source: Path, tmp_path
 
 
 def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, library: ctypes.CDLL) -> None:
-    """And never a library whose instructions the processor lacks."""
+    """The node never gets a library with instructions that its processor lacks."""
     reasons = native.build_ahead(source)
     assert not reasons["any"]
-    (source.parent / "cache" / "x").touch()  # whatever else lies there
+    (source.parent / "cache" / "x").touch()  # an unrelated file is ignored
     code = f"{LOADED} found = native.load(Path(sys.argv[1])); print(found._name if found else None)"
     command = [sys.executable, "-c", code, str(source)]
     bare = {**os.environ, "PATH": "", "CC": "no-such-compiler"}

@@ -125,8 +125,8 @@ def read_cursor(path: Path, manifest: Manifest, num_sentences: int, world: World
             raise CheckpointError(f"cannot read checkpoint {path}: {error}") from None
         if epoch.largest() >= num_sentences or left.largest() >= num_sentences:
             raise CheckpointError(
-                f"{path} is of a corpus with more than the {num_sentences:,} sentences of the shards; use another "
-                "checkpoint"
+                f"{path} was saved with a larger corpus than these shards ({num_sentences:,} sentences); give its "
+                "shards, or another checkpoint"
             )
         position = Position(*(int(manifest[name]) for name in ("step", "epoch", "step_in_epoch")))
         return deal_out(position, epoch, left, manifest["world_size"], world.size)

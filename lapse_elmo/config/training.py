@@ -166,7 +166,7 @@ class TrainingConfig:
     )
     dense: str = option(
         "allreduce", choices=("allreduce", "ps"),
-        help="LSTM parameters: a copy on each rank, kept equal by an all-reduce of the gradients, or rows in the "
+        help="LSTM parameters: one copy per node (per rank on GPUs), with gradients all-reduced; or rows in the "
         "parameter server",
     )
 
@@ -211,7 +211,7 @@ class RunConfig:
     )
     resume: str = option(
         "auto", metavar="WHAT",
-        help="auto: resume the run in --run-dir if there is one; never: start anew, and fail if there is one; "
+        help="auto: resume the run in --run-dir if there is one; never: start from scratch, and fail if there is one; "
         "otherwise the directory of a run or of a checkpoint to resume from",
     )
     overwrite: bool = option(False, help="replace the run in --run-dir instead of resuming it")

@@ -37,7 +37,7 @@ class Meter:
     Attributes:
         seconds: Seconds per phase, on rank 0.
         start: ``time.perf_counter()`` at the last report.
-        compute_s: (ranks,) seconds of computing of each rank. Unlike the other sums, it starts anew when a run resumes.
+        compute_s: (ranks,) seconds of computing of each rank. Unlike the other sums, it is reset when a run resumes.
         num_timed: Number of steps in ``compute_s``.
     """
 

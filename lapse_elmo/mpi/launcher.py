@@ -42,8 +42,8 @@ def check_launcher() -> None:
         value = os.environ.get(name, "0")
         if not _is_number(value):
             raise LaunchError(
-                f"the environment variable {name} is {value[:40]!r}, expected a number, which launchers set: unset it, "
-                "or start the program with mpirun or srun"
+                f"the environment variable {name} is {value[:40]!r}, expected an integer, as set by mpirun or srun: "
+                "unset it, or start the program with one of them"
             )
 
 

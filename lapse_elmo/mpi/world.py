@@ -77,7 +77,7 @@ class World(Collectives):
         """Return the ranks of all nodes that have this rank's position in their node (collective).
 
         Args:
-            per_node: Only the first so many ranks of each node take part.
+            per_node: Include only the first ``per_node`` ranks of each node.
 
         Returns:
             Their collective calls; None if this rank does not take part, or there is only one node.

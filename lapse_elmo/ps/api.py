@@ -157,7 +157,7 @@ class ParameterServer(ABC):
         self.require_open()
         segment = next((segment for segment in self.layout.segments if segment.name == name), None)
         if segment is None or segment.rule is None:
-            raise ServerError(f"name: there is no segment {name} with an update rule")
+            raise ServerError(f"segment {name!r} does not exist or has no update rule")
         if not (math.isfinite(rate) and rate >= 0):
             raise ServerError(f"rate: {rate} is not a finite number of 0 or more")
         self._rates[name] = float(rate)

@@ -7,7 +7,7 @@ scheme      what happens                                                  distri
 ==========  ============================================================  ==========================================
 ``naive``   drawn when pulled; rows may be anywhere                       exact
 ``preloc``  drawn when prepared, its intent announced                     exact
-``pool``    a pool of draws is used ``POOL_REUSE`` times, shuffled anew   exact for one sample; the samples of a pool
+``pool``    a pool of draws is used ``POOL_REUSE`` times, reshuffled      exact for one sample; the samples of a pool
                                                                           are dependent
 ``local``   drawn when pulled, from the rows that are on the node         conditional on being local: exact where the
                                                                           whole segment is

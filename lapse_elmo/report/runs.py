@@ -25,7 +25,7 @@ TOKENS = "train/trained_tokens"
 PHASES = ("pull", "compute", "agree", "push", "save")
 _NUM_WORDS, _NUM_NEIGHBOURS = 8, 6
 _MOST_METRICS_BYTES = 1 << 33
-_MIN_LETTERS = 4  # show neighbours only of words with so many letters: shorter ones are mostly function words
+_MIN_LETTERS = 4  # show neighbours only of words of at least this many letters: shorter ones are mostly function words
 
 
 @dataclass(frozen=True)

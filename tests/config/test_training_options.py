@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,11 @@ def test_saved_config_of_many_options_reads_back(tmp_path: Path) -> None:
     assert from_tables(json.loads(json.dumps(as_tables(config)))) == config  # as a checkpoint keeps it
 
 
+def unbroken(text: str) -> str:
+    """The text in one line, without the line breaks that argparse makes, also after hyphens."""
+    return re.sub(r"(?<=\w)- ", "-", " ".join(text.split()))
+
+
 @pytest.mark.parametrize(
     ("parse", "schema"),
     [(parse_train, Config), (parse_evaluate, EvaluateConfig), (parse_export, ExportConfig), (parse_embed, EmbedConfig)],
@@ -122,10 +128,10 @@ def test_help_shows_every_option_and_default(
     assert stop.value.code == 0
     lines = capsys.readouterr().out
     assert max(map(len, lines.splitlines())) <= 120
-    text = " ".join(lines.split())
+    text = unbroken(lines)
     for group, item, _ in options_of(schema):
         assert (item.metadata["metavar"] if item.metadata["positional"] else "--" + item.name.replace("_", "-")) in text
-        assert " ".join(item.metadata["help"].split()) in text
+        assert unbroken(item.metadata["help"]) in text
         if group:
             assert f"{group}: " in text
         if isinstance(item.default, float | int) and not isinstance(item.default, bool):

@@ -254,7 +254,7 @@ def test_a_rank_that_is_told_the_headers_opens_what_it_reads(tmp_path: Path, mon
         shards.close()
         for _ in range(2):
             assert shards.read(np.array([2, 3]))[0].tolist() == [6, 7]
-        assert len(opened) == 2, "what is kept was read from a file"
+        assert len(opened) == 2, "sentences in memory were read from a file"
         monkeypatch.setattr(shards_module, "_MOST_KEPT_BYTES", 5)
         assert shards.kept_bytes(8) == 0 < shards.kept_bytes(16)
     write_set(tmp_path / "set", [[4], [4], [4], [4]], num_shards=4, name="another")

@@ -24,7 +24,7 @@ def mask_of(lengths: Sequence[int], num_positions: int | None = None) -> Tensor:
 
 def pair(scale: float = 1.0, layers: int = 2, clip: float | None = 3.0, dropout: float = 0.0, stateful: bool = False,
          input_size: int = 5) -> tuple[FusedElmoLstm, Any]:
-    """A fused and a reference LSTM of equal parameters, ``scale`` times the usual ones."""
+    """A fused and a reference LSTM with the same parameters, the usual ones times ``scale``."""
     sizes = (input_size, 5, 7, layers)
     options: dict[str, Any] = {
         "recurrent_dropout_probability": dropout,

@@ -89,7 +89,7 @@ def test_the_watchdogs_of_hosts_without_a_default_route_reach_each_other(hosts: 
     assert "last seen in stopping" in by_rank_0 and "no address is known" not in job.stderr, job.output
 
 
-# Rank 0 sends 5 MB to the last rank; then they send a byte to and fro, 20 times.
+# Rank 0 sends 5 MB to the last rank; then they send a byte back and forth, 20 times.
 EXCHANGE = """
 import json, pathlib, sys, time
 from lapse_elmo.mpi.launch import enter

@@ -107,7 +107,7 @@ def test_gpus_are_those_of_the_allocation(cluster: Cluster, root: Path, option: 
 
 @pytest.mark.parametrize("status", [1, 2, SAVED])
 def test_status_of_the_program_is_that_of_the_job(cluster: Cluster, root: Path, status: int) -> None:
-    """Saved without a warning from Slurm, because a rank got a signal for instance: whoever sent it decides."""
+    """This holds for SAVED, too, unless Slurm sent a warning: the sender of any other signal decides what follows."""
     ended(cluster, submit(cluster, root, "--", f"exit{status}"), "FAILED", status)
 
 

@@ -73,7 +73,7 @@ class Endless:
             time.sleep(0.1)
 
     def completes(self) -> SlurmJob:
-        """The job at its end, which every step has led to once and none twice, and whose log is whole."""
+        """The job at its end, which every step has led to once and none twice, and whose log is complete."""
         job = self.cluster.wait(self.number, LONG_S)
         assert (job.state, job.status) == ("COMPLETED", 0) and job.restarts, job.output
         first = (self.root / "first.log").read_bytes()

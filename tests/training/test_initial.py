@@ -56,8 +56,8 @@ def test_the_same_corpus_goes_on_at_its_perplexity(small: Prepared, model: Path,
         assert found == pytest.approx(wanted, rel=1e-5), kind
     options = ("--epochs", "1", "--report-every", "7", "--dense-optimizer", "adagrad")
     longer = train_alone(small, tmp_path / "longer", "--init-from", str(tmp_path / "elmo"), *options)
-    anew = train_alone(small, tmp_path / "anew", *options)
-    losses = [records(run, "train")[0]["train/loss_nats"] for run in (longer, anew)]
+    fresh = train_alone(small, tmp_path / "fresh", *options)
+    losses = [records(run, "train")[0]["train/loss_nats"] for run in (longer, fresh)]
     assert losses[0] < losses[1] - 0.1, losses
 
 

@@ -220,7 +220,7 @@ def test_nothing_whole_is_refused(small: Prepared, tmp_path: Path) -> None:
     run_dir = train_alone(small, tmp_path / "run", *OPTIONS, "--max-steps", "2")
     for path in checkpoints(run_dir):
         (path / "manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* is whole .*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* is intact .*--overwrite"):
         train_alone(small, run_dir, *OPTIONS, "--max-steps", "4")
     train_alone(small, run_dir, *OPTIONS, "--max-steps", "4", "--overwrite")
     assert [path.name for path in checkpoints(run_dir)] == ["step-00000004"]
@@ -248,10 +248,13 @@ def test_other_options_are_told(small: Prepared, tmp_path: Path, capfd: pytest.C
     run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1")
     capfd.readouterr()
     train_alone(small, run_dir, "--max-steps", "2", "--learning-rate", "0.1", "--progress", "lines")
-    assert "other options than before: --learning-rate 0.2 (now 0.1)\n" in capfd.readouterr().err
+    assert "options changed since the checkpoint: --learning-rate 0.2 (now 0.1)\n" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("old", "new", "how"), [("element", "row", "their row's mean"), ("row", "element", "copies")])
+@pytest.mark.parametrize(
+    ("old", "new", "how"),
+    [("element", "row", "one accumulator per row, "), ("row", "element", "one accumulator per element, ")],
+)
 def test_other_accumulators_are_converted(
     small: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str], old: str, new: str, how: str
 ) -> None:
@@ -260,7 +263,7 @@ def test_other_accumulators_are_converted(
     capfd.readouterr()
     options = ["--row-accumulators", new, "--learning-rate", "1e-30", "--progress", "lines"]
     train_alone(small, run_dir, "--max-steps", "2", *options)
-    assert f"the checkpoint's accumulators are converted: they become {how}" in capfd.readouterr().err
+    assert f"the checkpoint's accumulators are converted: {how}" in capfd.readouterr().err
     after = saved_arrays(checkpoints(run_dir)[-1])["embedding"]
     size = min(before.shape[1], after.shape[1]) - 1
     assert {before.shape[1], after.shape[1]} == {size + 1, 2 * size}
@@ -275,7 +278,7 @@ def test_another_dense_optimizer_starts_anew(
     before = saved_arrays(checkpoints(run_dir)[0])
     capfd.readouterr()
     train_alone(small, run_dir, "--max-steps", "2", "--learning-rate", "1e-30", "--progress", "lines")
-    assert "the LSTM's optimizer starts anew: it was adagrad, now it is adam" in capfd.readouterr().err
+    assert "the LSTM's optimizer is reset: it was adagrad, now it is adam" in capfd.readouterr().err
     after = saved_arrays(checkpoints(run_dir)[-1])
     for name in (name for name in before if name.startswith("parameters/")):  # at this rate weights stay
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
