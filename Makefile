@@ -8,7 +8,7 @@
 #   make mutants   the same with each guard of the protocol removed in turn, which the simulator must notice
 #   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
 #   make docs    the documentation as a site, in site/
-#   make native  compile the C code ahead, for compute nodes without a compiler that share the cache folder
+#   make native  compile the C code ahead, for compute nodes without a compiler that share the cache directory
 #   make clean   remove .venv, .venv-docs and site/ (data/ and runs/ stay)
 
 PYTHON ?= python3

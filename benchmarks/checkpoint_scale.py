@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
 
 class Counter:
-    """Counts the files that Python and HDF5 open in a folder, within the context."""
+    """Counts the files that Python and HDF5 open in a directory, within the context."""
 
     def __init__(self, folder: Path) -> None:
         self.opens = 0

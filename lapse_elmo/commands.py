@@ -82,7 +82,7 @@ def _run(command: Command, argv: list[str], enter: Callable[[], World]) -> int |
 
 
 def _installed(module: str) -> str:
-    """Return where ``module`` is: the wheel has the repository's folder preprocess/ as ``lapse_elmo.preprocess``."""
+    """Return where ``module`` is: the wheel has the repository's directory preprocess/ as ``lapse_elmo.preprocess``."""
     package = module.partition(".")[0]
     within = importlib.util.find_spec(f"lapse_elmo.{package}") if package != "lapse_elmo" else None
     return f"lapse_elmo.{module}" if within else module

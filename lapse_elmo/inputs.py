@@ -25,7 +25,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading.
 
     Raises:
-        OSError: If it cannot be opened, or is a folder, a pipe, a socket or a device.
+        OSError: If it cannot be opened, or is a directory, a pipe, a socket or a device.
     """
     # O_NONBLOCK: do not wait for the other end of a pipe.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -92,7 +92,7 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
     try:
         folder = cache_folder()
     except OSError as error:
-        return None, f"no folder for compiled code: {error}"
+        return None, f"no directory for compiled code: {error}"
     compiler = find_compiler()
     reason = "there is no C compiler (cc, gcc or clang), and no library compiled ahead (make native) runs here"
     if compiler is not None:
@@ -144,7 +144,7 @@ def build_ahead(source: Path) -> dict[str, str]:
         For each target an empty string, or the reason why it was not compiled.
 
     Raises:
-        OSError: If there is no compiler or no cache folder.
+        OSError: If there is no compiler or no cache directory.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -165,7 +165,7 @@ def build_ahead(source: Path) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Return this user's folder for compiled code, and create it if it is missing.
+    """Return this user's directory for compiled code, and create it if it is missing.
 
     Raises:
         OSError: If it cannot be created, or if others may write to it: its contents are executed.

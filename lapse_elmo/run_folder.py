@@ -1,4 +1,4 @@
-"""The folder of a run: created, replaced, or resumed from a compatible checkpoint."""
+"""The directory of a run: created, replaced, or resumed from a compatible checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
 from lapse_elmo.training_data import TrainingData
 
-TRACE = "trace"  # the folder of --trace-rows
+TRACE = "trace"  # the directory of --trace-rows
 # Options that must not change when a run resumes: they determine the shapes or the meaning of the parameters.
 _FIXED = {
     "data": ("boundaries",), "model": ("projection_size", "cell_size", "num_layers", "context"),
@@ -65,7 +65,7 @@ class ResumePoint:
 
 
 def name_run(config: Config, world: World) -> Config:
-    """Return the config with a folder for the run: if none is given, that of --resume or one named by the time."""
+    """Return the config with a directory for the run: if none is given, that of --resume or one named by the time."""
     if config.run.run_dir:
         return config
     if config.run.resume in ("auto", "never"):
@@ -76,18 +76,18 @@ def name_run(config: Config, world: World) -> Config:
 
 
 class RunLock:
-    """Exclusive lock on the folder of a run, as a context (collective); removes the folder on exit if it is empty.
+    """Exclusive lock on the directory of a run, as a context (collective); removes an empty directory on exit.
 
-    The folder itself is locked, so no lock file is left behind, and the lock ends with the process in any case. File
-    systems that cannot lock folders give no protection.
+    The directory itself is locked, so no lock file is left behind, and the lock ends with the process in any case. File
+    systems that cannot lock directories give no protection.
 
     Args:
-        run_dir: The folder, created if it is missing.
+        run_dir: The directory, created if it is missing.
         world: The world; rank 0 holds the lock.
         active: False for a context that does nothing.
 
     Raises:
-        OutputError: On entry, if another job holds the lock or the folder cannot be written.
+        OutputError: On entry, if another job holds the lock or the directory cannot be written.
     """
 
     def __init__(self, run_dir: Path, world: World, *, active: bool = True) -> None:
@@ -119,7 +119,7 @@ class RunLock:
             raise OutputError(
                 f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
             ) from None
-        except OSError:  # the file system cannot lock folders
+        except OSError:  # the file system cannot lock directories
             pass
 
 
@@ -187,7 +187,7 @@ def _newest_intact(
 
 
 def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
-    """Refuse to resume from an older checkpoint in its own folder, which would lose the later ones."""
+    """Refuse to resume from an older checkpoint in its own directory, which would lose the later ones."""
     if path.parent.parent != run_dir.resolve() or overwrite:
         return
     later = [other.name for other in checkpoint.candidates(run_dir) if other.name > path.name]
@@ -238,10 +238,10 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tu
 
 
 def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
-    """Create the folder of a run with its resolved config, versions and vocabulary, or prepare it for resuming.
+    """Create the directory of a run with its resolved config, versions and vocabulary, or prepare it for resuming.
 
     Raises:
-        OutputError: If the folder holds a run that may be neither resumed nor overwritten, or cannot be written.
+        OutputError: If the directory holds a run that may be neither resumed nor overwritten, or cannot be written.
     """
     here = start.path is not None and start.path.parent.parent.resolve() == run_dir.resolve()
     holds_run = bool(checkpoint.candidates(run_dir)) or (run_dir / METRICS).exists()
@@ -276,7 +276,7 @@ def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int)
     """Return the saver of a run, which keeps the checkpoint that the run resumes from and the best one of the run.
 
     Args:
-        run_dir: The folder of the run.
+        run_dir: The directory of the run.
         world: The world.
         start: Where the run starts.
         num_newest: How many of the newest checkpoints are kept.

@@ -18,7 +18,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     Args:
         results: All evaluations of the run.
         unigram: Held-out perplexity of word frequencies alone.
-        run_dir: The folder of the run.
+        run_dir: The directory of the run.
     """
     head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
     rows = [

@@ -87,7 +87,7 @@ def train(
     parameters = Parameters(config, data.vocabulary.size, world, device.device, first_sample=first_sample)
     if start.path is None:
         memory = (*initialise(parameters, config, data.vocabulary, world), *memory)
-    # Writes to the run's folder for the first time: everything that can refuse the run has been checked by now.
+    # Writes to the run's directory for the first time: everything that can refuse the run has been checked by now.
     world.agree(lambda: prepare(run_dir, config, start))
     if start.path is not None:
         world.progress.enter("start, reading the checkpoint")

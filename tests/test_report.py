@@ -208,7 +208,7 @@ def test_what_is_not_a_run_is_refused(lines: str, message: str, tmp_path: Path) 
 
 
 def test_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read .*metrics\.jsonl: .*give the folder of a run"):
+    with pytest.raises(ConfigError, match=r"cannot read .*metrics\.jsonl: .*give the directory of a run"):
         report.main([str(tmp_path / "none")], solo)
 
 

@@ -104,7 +104,7 @@ def _find_defect_of_files(manifest: Manifest) -> str:
         if not by_rank and not _are_pieces(entry.get("pieces"), entry["bytes"]):
             return f"the entry of file {_short(name)} has no pieces with checksums, which add up to its bytes"
         if Path(name).name != name:
-            return f"file {_short(name)} is not in the checkpoint's folder"
+            return f"file {_short(name)} is not in the checkpoint's directory"
     # Few files are seen at once not to be enough: names are not made for as many nodes as a number pretends.
     if len(files) < count or not files.keys() >= {
         DENSE, *row_files(manifest, "embedding"), *row_files(manifest, "softmax")

@@ -50,7 +50,7 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
 def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden temporary name in the directory of ``path``; rename it to ``path`` when the block ends.
 
-    The block creates a file or a folder under the temporary name and flushes it to the disk. Readers of ``path``
+    The block creates a file or a directory under the temporary name and flushes it to the disk. Readers of ``path``
     therefore see either the complete new output or, after an error or a kill, the old one.
 
     Raises:
@@ -62,7 +62,7 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield hidden
-        if hidden.is_dir() and path.is_dir():  # rename() cannot replace a folder that is not empty
+        if hidden.is_dir() and path.is_dir():  # rename() cannot replace a directory that is not empty
             path.rename(old)
         os.replace(hidden, path)
         sync_directory(path.parent)

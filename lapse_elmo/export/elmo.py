@@ -41,7 +41,7 @@ OPTIONS, WEIGHTS, VOCABULARY, META = "options.json", "weights.hdf5", "vocab.txt"
 
 
 def refuse(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that must not be replaced.
+    """Refuse an output directory that must not be replaced.
 
     Raises:
         OutputError: If it exists without ``overwrite``, or holds files that are not of an export.
@@ -50,13 +50,13 @@ def refuse(folder: Path, overwrite: bool) -> None:
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
-    """Write the folder atomically.
+    """Write the directory atomically.
 
     Returns:
         Lines to print for the user.
 
     Raises:
-        OutputError: If the folder cannot be written.
+        OutputError: If the directory cannot be written.
     """
     vocabulary = Vocabulary.from_words(stored.vocabulary.words)
     with atomic_output(folder, overwrite) as temporary:

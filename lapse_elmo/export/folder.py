@@ -10,19 +10,19 @@ from lapse_elmo.trained.stored import StoredModel, Table
 
 
 def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
-    """Refuse an output folder that must not be replaced.
+    """Refuse an output directory that must not be replaced.
 
     Args:
-        folder: The output folder.
+        folder: The output directory.
         overwrite: Whether an earlier export may be replaced.
         names: The names of an export's files.
 
     Raises:
-        OutputError: If the folder exists without ``overwrite``, is a file, or holds files that are not of an export.
+        OutputError: If the directory exists without ``overwrite``, is a file, or holds files that are not of an export.
     """
     refuse_existing(folder, overwrite)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file: give the name of a folder as --output")
+        raise OutputError(f"{folder} is a file: give the name of a directory as --output")
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(present - names)
     if others:

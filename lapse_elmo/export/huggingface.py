@@ -1,4 +1,4 @@
-"""Export a model as a Hugging Face folder for transformers and sentence-transformers.
+"""Export a model as a Hugging Face directory for transformers and sentence-transformers.
 
 Both load it with ``trust_remote_code=True``. The folder holds ``config.json``, ``modeling_lapse_elmo.py`` (plain torch,
 independent of lapse-elmo), ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json`` (a word-level fast
@@ -40,7 +40,7 @@ TensorBlocks = tuple[str, tuple[int, ...], Iterator[np.ndarray]]
 
 
 def refuse(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that must not be replaced.
+    """Refuse an output directory that must not be replaced.
 
     Raises:
         OutputError: If it exists without ``overwrite``, or holds files that are not of an export.
@@ -50,13 +50,13 @@ def refuse(folder: Path, overwrite: bool) -> None:
 
 
 def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
-    """Write the folder atomically.
+    """Write the directory atomically.
 
     Returns:
         Lines to print for the user.
 
     Raises:
-        OutputError: If the folder cannot be written.
+        OutputError: If the directory cannot be written.
         CheckpointError: If the model has no softmax.
     """
     softmax = softmax_of(stored)
@@ -75,7 +75,7 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
         pooling = {"word_embedding_dimension": 2 * stored.options.projection_size, "pooling_mode_mean_tokens": True}
         atomic_write(temporary / POOLING / "config.json", _json(pooling))
         sync_directory(temporary)
-    return [f"{folder}: a Hugging Face folder ({stored.vocabulary.size:,} words) of {stored.path}"]
+    return [f"{folder}: a Hugging Face directory ({stored.vocabulary.size:,} words) of {stored.path}"]
 
 
 def config_of(stored: StoredModel, vocabulary_sha256: str) -> dict[str, Any]:

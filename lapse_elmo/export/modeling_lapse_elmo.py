@@ -1,4 +1,4 @@
-"""The model code of a lapse-elmo Hugging Face folder; it needs only torch and transformers.
+"""The model code of a lapse-elmo Hugging Face directory; it needs only torch and transformers.
 
 An ELMo over words (Peters et al. 2018, with a table of word vectors instead of the character CNN): two stacks of LSTMs
 with projection, one forward and one backward. With gates i, f, g, o, a layer computes

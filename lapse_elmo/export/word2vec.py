@@ -26,10 +26,10 @@ def refuse(path: Path, overwrite: bool) -> None:
     """Refuse an output file that must not be written.
 
     Raises:
-        OutputError: If it is a folder, or exists without ``overwrite``.
+        OutputError: If it is a directory, or exists without ``overwrite``.
     """
     if path.is_dir():
-        raise OutputError(f"{path} is a folder: word2vec vectors are one file, so give the name of a file as --output")
+        raise OutputError(f"{path} is a directory: word2vec vectors are one file, so give a file name as --output")
     refuse_existing(path, overwrite)
 
 

@@ -129,7 +129,7 @@ class RunLog:
     """Writes the log of a run; does nothing on ranks other than 0.
 
     Args:
-        run_dir: The run's folder, which must exist.
+        run_dir: The run's directory, which must exist.
         config: The options for reports and progress.
         num_steps: The run's last step.
         active: Whether this rank writes.

@@ -134,7 +134,7 @@ def read_metrics(run_dir: Path) -> Records:
     try:
         records = [json.loads(line) for line in read_small(path, _MOST_METRICS_BYTES).decode().splitlines()]
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; give the folder of a run of bin/train") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give the directory of a run of bin/train") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{path} does not hold the metrics of a run: a line is not JSON") from None
     if not any(isinstance(record, dict) and record.get("kind") == "train" for record in records):

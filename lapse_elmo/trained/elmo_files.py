@@ -1,10 +1,10 @@
 """Read models in bilm-tf's format: those that ``bin/export`` writes, and bilm-tf's own models of word vectors.
 
-A folder holds ``options.json``, ``weights.hdf5`` and ``vocab.txt``, or exactly one file of each of ``*options*.json``,
-``*weights*.hdf5`` and ``*vocab*.txt``. :mod:`lapse_elmo.export.elmo` describes the layout of the weights. Files of
-bilm-tf differ in three ways, which are supported: ``dump_weights`` omits the softmax, so the model can embed but not
-score; ``dump_token_embeddings`` writes ``embedding`` to a separate file (the only ``*embedding*.hdf5``); and there is
-no projection unless D is smaller than C.
+A directory holds ``options.json``, ``weights.hdf5`` and ``vocab.txt``, or exactly one file of each of
+``*options*.json``, ``*weights*.hdf5`` and ``*vocab*.txt``. :mod:`lapse_elmo.export.elmo` describes the layout of the
+weights. Files of bilm-tf differ in three ways, which are supported: ``dump_weights`` omits the softmax, so the model
+can embed but not score; ``dump_token_embeddings`` writes ``embedding`` to a separate file (the only
+``*embedding*.hdf5``); and there is no projection unless D is smaller than C.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def holds_elmo_files(folder: Path) -> bool:
 def open_elmo_files(
     folder: Path, vocab: str | os.PathLike[str] = "", embedding: str | os.PathLike[str] = ""
 ) -> StoredModel:
-    """Open the model in a folder.
+    """Open the model in a directory.
 
     Args:
-        folder: The folder.
-        vocab: The vocabulary file, if it is not in the folder.
-        embedding: The file of ``dump_token_embeddings``, if it is not in the folder.
+        folder: The directory.
+        vocab: The vocabulary file, if it is not in the directory.
+        embedding: The file of ``dump_token_embeddings``, if it is not in the directory.
 
     Raises:
         CheckpointError: If a file is missing or ambiguous, a shape contradicts the options, the vocabulary belongs to

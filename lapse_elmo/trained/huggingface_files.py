@@ -71,7 +71,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise CheckpointError("reading a Hugging Face folder needs safetensors: pip install safetensors") from None
+        raise CheckpointError("reading a Hugging Face directory needs safetensors: pip install safetensors") from None
     try:
         require_regular(path)
         with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Open a saved model of any kind: a run, a checkpoint, a model in bilm-tf's format or a Hugging Face folder."""
+"""Open a saved model of any kind: a run, a checkpoint, a model in bilm-tf's format or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def open_stored(
     """
     folder = Path(path)
     if not folder.exists():
-        raise CheckpointError(f"there is no model at {folder}: give the folder of a run, a checkpoint or an export")
+        raise CheckpointError(f"there is no model at {folder}: give the directory of a run, a checkpoint or an export")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: give the folder of a run, a checkpoint or an export")
+        raise CheckpointError(f"{folder} is a file: give the directory of a run, a checkpoint or an export")
     if (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir():
         return open_checkpoint(folder, vocab, verify)
     if holds_huggingface_files(folder):
@@ -55,7 +55,7 @@ def open_stored(
         return open_elmo_files(folder, vocab, embedding)
     raise CheckpointError(
         f"{folder} holds no model: expected a run ({FOLDER}/step-*), a checkpoint ({MANIFEST}), bilm-tf's files "
-        "(options.json, weights.hdf5, vocab.txt) or a Hugging Face folder (config.json, model.safetensors)"
+        "(options.json, weights.hdf5, vocab.txt) or a Hugging Face directory (config.json, model.safetensors)"
     )
 
 
@@ -65,7 +65,7 @@ def open_checkpoint(
     """Open the newest checkpoint of a run, or a single checkpoint.
 
     Args:
-        folder: The folder of the run or of the checkpoint.
+        folder: The directory of the run or of the checkpoint.
         vocab: The vocabulary file, if it has been moved.
         verify: Whether to check the checksums first, which reads the whole checkpoint.
         manifest: The manifest, if it has been read.

@@ -88,8 +88,8 @@ class StoredModel:
     """An opened model; rows of its tables are read from disk only when they are needed.
 
     Attributes:
-        path: The model's folder.
-        kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face folder``.
+        path: The model's directory.
+        kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face directory``.
         options: The model's hyperparameters.
         boundaries: Whether it was trained with ``<S>`` and ``</S>`` around each sentence.
         vocabulary: The model's vocabulary of V classes.

@@ -43,7 +43,7 @@ def read_targets(path: Path) -> list[str]:
 class TargetVectors:
     """Context manager that collects the vectors of each word and writes them to an ``.npz`` file on exit.
 
-    The vectors are buffered in temporary files in the folder of ``path``, so memory does not grow with the text.
+    The vectors are buffered in temporary files in the directory of ``path``, so memory does not grow with the text.
 
     Args:
         path: The archive to write. Its array of a word is (n, *shape) float32 for n occurrences.

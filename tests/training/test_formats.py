@@ -212,7 +212,7 @@ def test_a_projection_that_bilm_tf_leaves_out(
 def test_refusals(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("months of work")
-    with pytest.raises(OutputError, match="is a folder"):
+    with pytest.raises(OutputError, match="is a directory"):
         exported(runs["top"], tmp_path / "mine", "word2vec", "--overwrite")
     with pytest.raises(OutputError, match=r"thesis\.txt"):
         exported(runs["top"], tmp_path / "mine", "huggingface", "--overwrite")
