@@ -92,7 +92,7 @@ lint: .venv/.installed-dev
 	.venv/bin/codespell
 	.venv/bin/lint-imports
 
-bench: .venv/.installed-dev
+bench: .venv/.installed-dev | data/shards
 	.venv/bin/python -m benchmarks
 
 docs: .venv-docs/.installed
