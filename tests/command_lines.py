@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 from lapse_elmo.config import trained_model, training
 from lapse_elmo.config.cli import options_of
@@ -28,12 +26,12 @@ _END = re.compile(r"(?:;|&&|\|\|?|>|2>|#)")
 
 
 def fenced(text: str, *languages: str) -> list[str]:
-    """Return the contents of the fenced blocks in these languages."""
+    """The contents of the fenced blocks in these languages."""
     return [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if language in languages]
 
 
 def known_options(program: str) -> set[str]:
-    """Return all options of a program, such as ``train`` or ``preprocess shards``."""
+    """All options of a program; ``preprocess shards`` is one."""
     known = {"--help", "-h"}
     for group, field, hint in options_of(SCHEMAS[program]):
         if group:
@@ -45,7 +43,7 @@ def known_options(program: str) -> set[str]:
 
 
 def called(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (program, options given) for each command in the shell blocks of ``text``."""
+    """(program, options given) of each command in the shell blocks of ``text``."""
     for block in fenced(text, "sh", "console", "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = _words(line)
@@ -67,17 +65,10 @@ def _words(line: str) -> list[str]:
 
 
 def _program(word: str, rest: list[str]) -> str:
-    """Return the program that ``word`` starts; "" if it is none of this repository."""
+    """The program that ``word`` starts, "" if it starts none that we know."""
     name = word.removeprefix("bin/") if word.startswith("bin/") else SCRIPTS.get(word, "")
     if word == "lapse-elmo" and rest:
         name, rest = rest[0], rest[1:]
     if name == "preprocess" and rest and not rest[0].startswith("-"):
         name = f"preprocess {rest[0]}"
     return name if name in SCHEMAS else ""
-
-
-def strings_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) for each string in a Python file: docstrings, help texts, messages."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.lineno, node.value

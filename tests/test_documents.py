@@ -1,56 +1,37 @@
-"""The documents agree with the code: links, names of files, command lines, snippets, and the words they use."""
+"""The documents agree with the code: links, names of files and symbols, options, and the words they use."""
 
 from __future__ import annotations
 
-import os
+import ast
 import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from lapse_elmo import train
-from lapse_elmo.mpi.world import solo
-from lapse_elmo.trained import SentenceScore
-from tests.command_lines import called, fenced, known_options, strings_of
+from tests.command_lines import called, known_options
 from tests.mpi import ROOT
-from tests.training.corpora import TINY, prepare
 
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
+SOURCES = [
+    str(path.relative_to(ROOT)) for folder in ("lapse_elmo", "preprocess", "tests", "benchmarks")
+    for pattern in ("*.py", "*.c") for path in sorted((ROOT / folder).rglob(pattern))
+]
+OTHERS_FILES = {"train_elmo.py"}  # of bilm-tf
+NEWLINE = "\n"
+_WRITTEN = {".py", ".c", ".sh", ".sbatch", ".def", ".lsf", ".pbs", ".flux", ""}
 _PATH = re.compile(r"(?<![\w/.*-])(?:lapse_elmo|preprocess|tests|benchmarks|docs|slurm|bin)/[\w./-]*\w")
+# `Class.method` (`file.py`), or `Class` in `file.py`: what a document says to be in a file.
+_PLACED = re.compile(r"(?:((?:`[\w.]+(?:\(\))?`(?:, | and )?)+) \(|(`[\w.]+`) in )`([\w/]+\.(?:py|c))`")
 _LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]*))?\)")
-SENTENCES = ["the words of a sentence", "and of another", "a word list", "time people the list", "words and people"] * 4
 
 
 def label(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `make train` leaves it, except that text and model are tiny."""
-    folder = tmp_path_factory.mktemp("documents")
-    prepare(folder / "data", SENTENCES, SENTENCES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train.main(arguments_of_make_train(folder, *TINY, "--max-steps", "2"), solo)
-    return folder
-
-
-def arguments_of_make_train(folder: Path, *options: str) -> list[str]:
-    """Return what `make train` in ``folder`` passes to bin/train, with ``options`` instead of a limit of minutes."""
-    make = ["make", "--dry-run", "--old-file=.venv/.installed", f"--file={ROOT / 'Makefile'}"]
-    command = [*make, "train", f"TRAIN_OPTIONS={' '.join(options)}"]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "RUN_DIR"))}
-    done = subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout.splitlines()[-1].partition(" bin/train ")[2].split()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=label)
@@ -63,6 +44,40 @@ def test_named_files_exist(path: Path) -> None:
 def stands_for_others(name: str) -> bool:
     """Whether it is a module without its suffix, or has a placeholder in capitals: bin/PROGRAM."""
     return (ROOT / f"{name}.py").exists() or name.rpartition("/")[2].isupper()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=label)
+def test_named_symbols_are_in_their_files(path: Path) -> None:
+    wrong = [
+        f"{name} is not in {file}" for name, file in placed(path.read_text(encoding="utf-8"))
+        if file not in OTHERS_FILES and not any(has(candidate, name) for candidate in candidates(file))
+    ]
+    assert wrong == []
+
+
+def placed(text: str) -> list[tuple[str, str]]:
+    """All pairs of a name and the file that a document says it is in."""
+    pairs = _PLACED.findall(" ".join(text.split()))
+    return [(name, file) for several, one, file in pairs for name in re.findall(r"`([\w.]+)", several or one)]
+
+
+def candidates(file: str) -> list[str]:
+    """The source files that a document can mean by ``file``."""
+    return [path for path in SOURCES if f"/{path}".endswith(f"/{file}")]
+
+
+def has(path: str, name: str) -> bool:
+    """Whether the file defines the name, or begins a string with it; for Class.method both. An import is not enough."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    defined = r"(?:def|class) {0}\b|^\s*(?:self\.|[\w, ]*, )?{0}\b[\w, ]*[:=]|[\"']{0}\b|^\w[^=\n]* \*?{0}\("
+    return all(re.search(defined.format(part), text, re.M) for part in name.split("."))
+
+
+def test_symbols_are_found() -> None:
+    text = "`Saver.start` (`saver.py`) calls `a` and\n`b` (`step.py`, `c.py`); `NodeMemory` in `mpi/node_memory.py`"
+    memory = "mpi/node_memory.py"
+    assert placed(text) == [("Saver.start", "saver.py"), ("a", "step.py"), ("b", "step.py"), ("NodeMemory", memory)]
+    assert has("lapse_elmo/look_ahead.py", "look_ahead") and not has("lapse_elmo/train.py", "look_ahead")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=label)
@@ -113,51 +128,61 @@ def test_command_lines_are_found() -> None:
     assert "--lookahead" in known_options("train") and "--no-such" not in known_options("preprocess shards")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/using-a-model.md"])
-def test_snippets_run_after_make_train(name: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's Python blocks, one after another in one namespace."""
-    (made / "text.txt").write_text("\n".join(SENTENCES))
-    monkeypatch.chdir(made)
-    blocks = fenced((ROOT / name).read_text(encoding="utf-8"), "python")
-    found: dict[str, Any] = {}
-    exec(compile("".join(blocks), name, "exec"), found)
-    vectors = found["vectors"][0] if name == "README.md" else found["vectors"]  # the guide ends in a loop over a text
-    assert vectors.shape[::2] == (3, 32) and vectors.dtype == np.float32 and vectors.any()
-    (score,) = found["scores"]
-    assert isinstance(score, SentenceScore) and not score.unknown.any()
-    assert (score.forward < 0).all() and (score.backward < 0).all()
-    neighbours, cosines = zip(*found["neighbours"], strict=True)
-    assert "words" not in neighbours and set(neighbours) < set(" ".join(SENTENCES).split())
-    assert sorted(cosines, reverse=True) == list(cosines) and -1 <= cosines[-1] < cosines[0] <= 1
-
-
-def test_make_train_leaves_an_earlier_run_alone(made: Path, tmp_path: Path) -> None:
-    assert arguments_of_make_train(made, "--epochs", "1") == ["--epochs", "1"]
-    (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)  # of a run that ended before its first save
-    assert arguments_of_make_train(tmp_path, "--epochs", "1")[:2] == ["--run-dir", "runs/first"]
-
-
-def phrases() -> list[str]:
-    lines = (ROOT / "tests" / "forbidden_phrases.txt").read_text(encoding="utf-8").splitlines()
+def forbidden(name: str) -> list[str]:
+    lines = (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines()
     return [line.partition(" = ")[0] for line in lines if line and not line.startswith("#")]
 
 
-def pieces_of_text() -> Iterator[tuple[str, str]]:
-    """(place, text) of all that people read: documents, docstrings, help texts and messages."""
-    for path in DOCUMENTS:
-        for number, paragraph in enumerate(path.read_text(encoding="utf-8").split("\n\n"), 1):
-            yield f"{label(path)}, paragraph {number}", paragraph
-    for folder in ("lapse_elmo", "preprocess", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            for line, text in strings_of(path):
-                yield f"{label(path)}:{line}", text
+def texts() -> Iterator[tuple[Path, str]]:
+    """All documents and sources that people write and read."""
+    for path in (*DOCUMENTS, ROOT / "Makefile", ROOT / ".ci" / "run"):
+        yield path, path.read_text(encoding="utf-8")
+    for folder in ("lapse_elmo", "preprocess", "benchmarks", "tests", "bin", "slurm", "container"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in _WRITTEN and path.is_file() and not path.name.startswith("forbidden_"):
+                yield path, path.read_text(encoding="utf-8")
+
+
+def phrase_pattern(phrases: Iterable[str]) -> re.Pattern[str]:
+    """Finds phrases also where they go over lines of a comment, or over two strings."""
+    gap = r"[\s#\"'*/]+"
+    words = "|".join(gap.join(map(re.escape, phrase.split())) for phrase in phrases)
+    return re.compile(rf"(?<![\w-])(?:{words})(?![\w-])", re.I)
 
 
 def test_no_forbidden_phrases() -> None:
     """The phrases of tests/forbidden_phrases.txt have plainer equivalents, which the file names."""
-    search = re.compile(r"\b(?:" + "|".join(re.escape(phrase) for phrase in phrases()) + r")\b", re.I)
+    search = phrase_pattern(forbidden("forbidden_phrases.txt"))
     found = [
-        f"{place}: {match.group()}" for place, text in pieces_of_text()
-        for match in search.finditer(" ".join(text.split()))
+        f"{label(path)}:{text.count(NEWLINE, 0, match.start()) + 1}: {match.group()}"
+        for path, text in texts() for match in search.finditer(text)
+    ]
+    assert found == []
+
+
+def test_forbidden_phrases_are_found() -> None:
+    search = phrase_pattern(["two green apples"])
+    assert search.search('after "two "\n    "green apples"') and search.search("# Two green\n    # apples")
+    assert not search.search("two green apples-and-pears")
+
+
+def identifiers_of(path: Path) -> set[str]:
+    """All names that a Python file defines, with those of attributes and arguments."""
+    return {
+        name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (getattr(node, field, None) for field in ("id", "attr", "name", "arg")) if isinstance(name, str)
+    }
+
+
+def test_no_forbidden_identifiers() -> None:
+    """The names of tests/forbidden_identifiers.txt have standard ones in their place, which the file names."""
+    names = forbidden("forbidden_identifiers.txt")
+    words = {name for name in names if name.islower()}
+    # Most files need not be parsed.
+    anywhere = re.compile("|".join(rf"(?<![a-z]){name}(?![a-z])|{name.capitalize()}|{name.upper()}" for name in names))
+    found = [
+        f"{label(path)}: {name}" for path, text in texts() if path.suffix == ".py" and anywhere.search(text)
+        for name in identifiers_of(path)
+        if name in names or words & {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
     ]
     assert found == []
