@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`. No root, no compiler.
 #
-#   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy, shellcheck, codespell, import-linter
+#   make setup   .venv with pinned packages, an MPI included      make lint    ruff, mypy, shellcheck, codespell and others
 #   make train   a first model, on English found on this machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare to the bit
 #   make quick   the tests without MPI jobs, about a minute: run them after each change
@@ -27,7 +27,7 @@ TRANSPORTS_OPTIONS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup native train test quick soak simulate mutants transports lint bench docs clean dev
+.PHONY: setup native train test quick soak simulate mutants transports lint prose bench docs clean dev
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-warn-conflicts
 
@@ -85,12 +85,26 @@ mutants: .venv/.installed-dev
 transports: .venv/.installed-dev
 	.venv/bin/python -m tests.ps.transports $(TRANSPORTS_OPTIONS)
 
+# Harper checks the prose of the documents: spelling, with the words of tests/vocabulary.txt, sentences above 40 words, and
+# its rules of grammar and style, without those that tables, letters for shapes and nodes, and British English would break.
+PROSE = README.md CONTRIBUTING.md $(wildcard docs/*.md docs/decisions/*.md)
+NO_RULES = AnA,CapitalizePersonalPronouns,CompoundNouns,DiscourseMarkers,DisjointPrefixes,ExpandConfiguration,ExpandControl,$\
+	ExpandMemoryShorthands,ExpandTimeShorthands,HavePronoun,MassNouns,MergeWords,MissingPreposition,MissingTo,$\
+	NumericRangeEnDash,OneOfTheSingular,OrthographicConsistency,Overall,OxfordComma,PronounVerbAgreement,$\
+	QuantifierNumeralConflict,SentenceCapitalization,SingleBe,SplitWords,ToTwoToo,UseEllipsisCharacter,UseTitleCase
+HARPER = RUST_BACKTRACE=0 .venv/bin/harper lint --dialect gb --no-color --format compact --quiet --user-dict-path tests/vocabulary.txt \
+	--ignore $(NO_RULES) $(PROSE)
+
+prose: .venv/.installed-dev
+	@$(HARPER)
+
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/shellcheck --external-sources slurm/*.s* slurm/sites/* slurm/others/* .ci/run
 	.venv/bin/codespell
 	.venv/bin/lint-imports
+	@$(HARPER)
 
 bench: .venv/.installed-dev | data/shards
 	.venv/bin/python -m benchmarks
