@@ -3,7 +3,8 @@
 Prints the machine and the versions, the tables of each module, and the seconds that each took: by the clock, and of
 processor time of all its processes. A module that runs alone (``python -m benchmarks.NAME``) measures more sizes and
 repeats. Not here are those that need text or a model of the reader (``learning``, ``ranks_learning``, ``downstream``),
-``plan``, which needs root for emulated hosts, and ``gpu``, which takes eight minutes on a machine with a GPU.
+``plan``, which needs root for emulated hosts, and ``gpu`` with its parts ``gpu_device``, ``gpu_packages`` and
+``gpu_report``, which takes eight minutes on a machine with a GPU.
 """
 
 from __future__ import annotations

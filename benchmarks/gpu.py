@@ -108,7 +108,7 @@ def run_limited(
 
 
 class Session:
-    """The parts, the time that is left, and the report, which is written anew after each part.
+    """The parts, the time that is left, and the report, which is rewritten after each part.
 
     Attributes:
         results: As :func:`benchmarks.gpu_report.report` takes them.

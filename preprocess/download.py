@@ -96,7 +96,7 @@ def _get(url: str, path: Path, options: DownloadOptions, sleep: Callable[[float]
                 f"the file from {url} has SHA-256 {digest}, expected {options.sha256.lower()}; it was removed: check "
                 "--sha256 and --url"
             )
-        # A file under the final name is whole: _store has synced its content.
+        # A file under the final name is complete: _store has synced its content.
         os.replace(part, path)
         sync_directory(path.parent)
         _validator(part).unlink(missing_ok=True)

@@ -219,7 +219,7 @@ def _write_shards(
 
 
 def _is_shard(path: Path, header: Header, sources: list[str]) -> bool:
-    """Return whether ``path`` is whole and what would be written: the header has a checksum of the set's content."""
+    """Return whether ``path`` is complete and what would be written: the header has a checksum of the set's content."""
     try:
         shard = ShardFile(path)
         try:

@@ -29,6 +29,7 @@ REPLACED = [
     (r"TEXT\.\.\.", "text/train.txt"),
     (r"--words FILE", "--words words.txt"),
     (r"--schedules 5000", "--schedules 3"),
+    (r"--trace-rows 300 5000-5009 random:100", "--trace-rows 3 4-5 random:2"),
 ]
 # Lines that do not run here, by their start, and why.
 NOT_RUN = {
@@ -51,8 +52,12 @@ NOT_RUN = {
     "make ": "takes minutes: only that its targets exist is tested here; CI runs make dev, lint, docs and test",
     ".venv/bin/python -m pytest ": "the tests in the tests",
     "python -m benchmarks.": "benchmarks take minutes",
+    ".venv/bin/python -m benchmarks.": "they need a treebank; tests/training/test_downstream.py has a small one",
 }
-PYTHON_NOT_RUN = {"BidirectionalLanguageModel(": "a class of bilm-tf, which needs TensorFlow 1"}
+PYTHON_NOT_RUN = {
+    "BidirectionalLanguageModel(": "a class of bilm-tf, which needs TensorFlow 1",
+    "from pathlib import Path\nfrom lapse_elmo.ps.trace import read_trace": "needs the trace of the page's command",
+}
 TINY = (
     "--projection-size 8 --cell-size 12 --num-layers 1 --num-samples 8 --batch-size 4 --first-batch 0 --threads 1 "
     "--max-steps 2 --progress none --device cpu --overwrite"

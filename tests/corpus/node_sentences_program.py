@@ -63,7 +63,7 @@ class Checks:
                 wanted = np.arange(first, end)
                 num_opened = len(opened)
                 shards.read(wanted)
-                assert len(opened) == num_opened, "what is kept was read from a file"
+                assert len(opened) == num_opened, "a sentence in memory was read from a file"
                 wanted = wanted[::2]
                 for got, expected in zip(shards.read(wanted), fresh.read(wanted), strict=True):
                     np.testing.assert_array_equal(got, expected)

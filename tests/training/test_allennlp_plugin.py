@@ -51,7 +51,7 @@ def tagged(line: str) -> str:
 
 
 def python(*arguments: str, home: Path) -> str:
-    """Return the output of Python, which finds our packages beside AllenNLP's."""
+    """Return the output of Python, which finds our packages and AllenNLP's."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500,

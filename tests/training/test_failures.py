@@ -27,7 +27,7 @@ CAUSE = {
 
 
 def newest_whole(run_dir: Path) -> Manifest:
-    """Check that every checkpoint is whole; return the manifest of the newest."""
+    """Check that every checkpoint is complete; return the manifest of the newest."""
     manifests = [checkpoint.read_manifest(path) for path in checkpoint.candidates(run_dir)]
     for path, manifest in zip(checkpoint.candidates(run_dir), manifests, strict=True):
         checkpoint.check_files(path, manifest)
