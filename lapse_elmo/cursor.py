@@ -125,6 +125,11 @@ class Cursor:
         """Sentences of all ranks in the next step."""
         return self._streams[0].trained_before(self.epoch, self.step_in_epoch + 1) - self.trained_sentences
 
+    @property
+    def batch_fraction(self) -> float:
+        """How much of the batch that the gradient noise allows the ranks train at the next step, at most 1."""
+        return self._streams[0].growth.fulfilled(self.trained_sentences)
+
     def run_sentences(self) -> int:
         """Return the sentences of all ranks in all epochs of the run, up to --max-steps."""
         step, streams = self.step - self.step_in_epoch, self._streams

@@ -41,6 +41,10 @@ class BatchGrowth:
         """Return T, if one in T workers takes part in each step, and each worker in one of T steps."""
         return max(round(1 / self._per_worker(trained)), 1)
 
+    def fulfilled(self, trained: int) -> float:
+        """Return the fraction, at most 1, of the batch of this law that ``limit`` sentences per worker make up."""
+        return min(self.limit / self._per_worker(trained), 1.0)
+
     def _per_worker(self, trained: int) -> float:
         if not self.first:
             return float(self.limit)

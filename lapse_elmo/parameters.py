@@ -26,6 +26,7 @@ from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.ps.trace import TracedServer
 from lapse_elmo.rng import stream, torch_stream
 from lapse_elmo.row_update import RowUpdate
+from lapse_elmo.schedule import Rates
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
 
 
@@ -105,7 +106,7 @@ class Parameters:
             self.dense_optimizer = DenseOptimizer(dense, dense_rule, config.dense_rate)
         else:
             self.dense_optimizer = self.node_dense.optimizer(config.dense_rate)
-        self.set_learning_rate(optimizer.learning_rate)
+        self.set_learning_rates(Rates(optimizer.learning_rate, config.dense_rate))
 
     @property
     def tables(self) -> list[RowTable]:
@@ -113,11 +114,11 @@ class Parameters:
         tables = [self.embedding, self.softmax]
         return [*tables, self.dense_table.table] if self.dense_table else tables
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of this rank's steps on rows; that on dense parameters is changed in proportion."""
+    def set_learning_rates(self, rates: Rates) -> None:
+        """Set the learning rates of this rank's steps."""
         for table in self.tables:
-            self.server.set_rate(table.segment.name, rate)
-        self.dense_optimizer.learning_rate = self.config.dense_rate * (rate / self.config.optimizer.learning_rate)
+            self.server.set_rate(table.segment.name, rates.rows)
+        self.dense_optimizer.learning_rate = rates.dense
 
     def initialise(self) -> None:
         """Set the initial values, which depend on the seed but not on the number of ranks (collective).

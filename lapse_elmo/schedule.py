@@ -1,11 +1,19 @@
-"""The learning rate as a pure function of the tokens trained, so that a resumed run repeats it exactly."""
+"""The learning rates as pure functions of the tokens trained, so that a resumed run repeats them exactly."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lapse_elmo.config.training import OptimizerConfig
+
+
+class Rates(NamedTuple):
+    """The learning rates of a step: of the tables' rows, and of the dense parameters."""
+
+    rows: float
+    dense: float
 
 
 @dataclass(frozen=True)
@@ -14,14 +22,35 @@ class Schedule:
 
     Attributes:
         config: The options; see their help texts.
+        dense_rate: The learning rate of the dense parameters when the rows' is ``--learning-rate``.
+        adam: Whether Adam updates the dense parameters.
         run_tokens: Tokens of the whole run, over which linear and cosine decay unless ``--decay-tokens`` is given.
     """
 
     config: OptimizerConfig
     run_tokens: float
+    dense_rate: float = 0.0
+    adam: bool = False
+
+    def rates(self, tokens: float, step_tokens: float, batch_fraction: float) -> Rates:
+        """Return the learning rates of the next step.
+
+        Adam's noise grows with its rate and falls with the square root of the batch (Malladi et al. 2022,
+        arXiv:2205.10287). So where few ranks cannot train the batch that the gradient noise allows, Adam's rate is
+        scaled by the square root of the fraction that they train, and they learn as many ranks do with larger batches
+        (benchmarks/learning.md). Adagrad's steps shrink by themselves.
+
+        Args:
+            tokens: Tokens trained before it.
+            step_tokens: Tokens of the step itself.
+            batch_fraction: The fraction, at most 1, of the batch that the gradient noise allows.
+        """
+        rate = self.rate(tokens, step_tokens)
+        dense = self.dense_rate * (rate / self.config.learning_rate)
+        return Rates(rate, dense * math.sqrt(batch_fraction) if self.adam else dense)
 
     def rate(self, tokens: float, step_tokens: float) -> float:
-        """Return the learning rate of the next step.
+        """Return the learning rate of rows at the next step.
 
         Args:
             tokens: Tokens trained before it.

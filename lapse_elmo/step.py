@@ -23,6 +23,7 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.rng import torch_stream
 from lapse_elmo.row_update import RowGradients
+from lapse_elmo.schedule import Rates
 from lapse_elmo.step_report import RankReport, StepResult, Vote, exchange_reports
 from lapse_elmo.tables import PulledRows
 from lapse_elmo.upload import Uploader
@@ -136,13 +137,13 @@ class TrainingStep:
             return AnnouncedBatch(batch, None)
         return AnnouncedBatch(batch, server.prepare_sample(self.config.softmax.num_samples, clock, clock + 1))
 
-    def __call__(self, announced: Sequence[AnnouncedBatch], step: int, rate: float) -> StepResult:
+    def __call__(self, announced: Sequence[AnnouncedBatch], step: int, rates: Rates) -> StepResult:
         """Train one step.
 
         Args:
             announced: One batch for each part.
             step: The number of the step, from 1.
-            rate: The learning rate.
+            rates: The learning rates.
 
         Raises:
             TrainingError: On every rank, before anything is pushed, if a loss or gradient is not finite.
@@ -180,7 +181,7 @@ class TrainingStep:
         if not (math.isfinite(norm) and reports.finite):
             self._refuse(parts, step, gradients)
         timer.next("push")
-        self._push(self._clip_factor(norm), rate)
+        self._push(self._clip_factor(norm), rates)
         self.parameters.server.advance_clock()
         timer.end()
         signal, noise = 0.0, 0.0
@@ -192,8 +193,8 @@ class TrainingStep:
         return StepResult(
             nll=total["nll"], num_targets=int(total["num_targets"]), num_tokens=int(total["num_tokens"]),
             num_cut=int(total["num_cut"]), num_sentences=int(total["num_sentences"]), gradient_norm=norm,
-            learning_rate=rate, signal=signal, noise=noise, votes=reports.votes, seconds=timer.seconds,
-            compute_s=reports.ranks["compute_s"],
+            learning_rate=rates.rows, dense_rate=rates.dense, signal=signal, noise=noise, votes=reports.votes,
+            seconds=timer.seconds, compute_s=reports.ranks["compute_s"],
         )
 
     def _parts(
@@ -291,9 +292,9 @@ class TrainingStep:
         bound = self.config.optimizer.clip_norm
         return bound / norm if bound and norm > bound else 1.0
 
-    def _push(self, scale: float, rate: float) -> None:
+    def _push(self, scale: float, rates: Rates) -> None:
         """Update rows and dense parameters with ``scale`` times their gradients."""
-        self.parameters.set_learning_rate(rate)
+        self.parameters.set_learning_rates(rates)
         self._update.apply(scale)
 
         def push_rows() -> None:

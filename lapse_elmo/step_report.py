@@ -123,7 +123,8 @@ class StepResult(StepCounts):
 
     Attributes:
         gradient_norm: Norm of the gradient before clipping.
-        learning_rate: The rate of this step.
+        learning_rate: The learning rate of rows at this step.
+        dense_rate: That of the dense parameters.
         signal: With ``noise``, the parts of the gradient noise scale (:mod:`lapse_elmo.gradient_noise`), or 0 if the
             step does not show it.
         noise: See ``signal``.
@@ -134,6 +135,7 @@ class StepResult(StepCounts):
 
     gradient_norm: float
     learning_rate: float
+    dense_rate: float
     signal: float
     noise: float
     votes: Tally

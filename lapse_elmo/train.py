@@ -33,7 +33,7 @@ from lapse_elmo.perplexity import measure_perplexity, unigram_perplexity
 from lapse_elmo.plan import plan_lines, show_plan
 from lapse_elmo.run_folder import TRACE, ResumePoint, RunLock, find_resume_point, name_run, open_saver, prepare
 from lapse_elmo.run_state import EpochResult, RunState
-from lapse_elmo.schedule import Schedule
+from lapse_elmo.schedule import Rates, Schedule
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import Vote
 from lapse_elmo.summary import stop_message, summary
@@ -124,7 +124,10 @@ class Training:
             unigram = unigram_perplexity(data.train, data.heldout, config.data.boundaries, world)
             self.state.watch.bound = math.log(unigram) + MARGIN_NATS
         self.sentence_tokens = sentence_tokens(config, data.train)
-        self.schedule = Schedule(config.optimizer, self.cursor.run_sentences() * self.sentence_tokens)
+        self.schedule = Schedule(
+            config.optimizer, self.cursor.run_sentences() * self.sentence_tokens, config.dense_rate,
+            adam=config.dense_optimizer == "adam",
+        )
         self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf
         self.log = RunLog(
@@ -168,7 +171,7 @@ class Training:
             for announced in look_ahead(batches, step_once, self.config.training.lookahead):
                 log.epoch = cursor.epoch + 1
                 with profile.of_step():
-                    result = step_once(announced, cursor.step + 1, self.rate())
+                    result = step_once(announced, cursor.step + 1, self.rates())
                 epoch_ended = cursor.trained([part.batch for part in announced])
                 state.add(result)
                 milestone = self.milestones.add(result.num_tokens, cursor.step)
@@ -229,10 +232,12 @@ class Training:
         """Tokens trained by all ranks in all epochs, as sentences times their mean length (see ``growth.py``)."""
         return round(self.cursor.trained_sentences * self.sentence_tokens)
 
-    def rate(self) -> float:
-        """Return the learning rate of the next step."""
+    def rates(self) -> Rates:
+        """Return the learning rates of the next step."""
         cursor, length = self.cursor, self.sentence_tokens
-        return self.schedule.rate(cursor.trained_sentences * length, cursor.step_sentences * length)
+        return self.schedule.rates(
+            cursor.trained_sentences * length, cursor.step_sentences * length, cursor.batch_fraction
+        )
 
     def refuse_divergence(self, seen: str) -> None:
         """End the run if it diverges.
@@ -250,7 +255,7 @@ class Training:
         kept = "no evaluated checkpoint is saved yet"
         if best is not None:
             kept = f"the best checkpoint is {best[1]} (resume from it with --resume and --overwrite)"
-        change = advice(self.rate(), self.config.optimizer.dense_rate)
+        change = advice(self.rates().rows, self.config.optimizer.dense_rate)
         raise TrainingError(f"training diverges at step {self.cursor.step:,}: {seen}; {kept}; {change}").on_every_rank()
 
     @property

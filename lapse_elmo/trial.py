@@ -14,6 +14,7 @@ from lapse_elmo.devices import Device
 from lapse_elmo.look_ahead import look_ahead
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
+from lapse_elmo.schedule import Rates
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import StepResult, Vote
 from lapse_elmo.training_data import TrainingData, sentence_targets, sentence_tokens
@@ -58,9 +59,10 @@ def run_trial(config: Config, world: World, data: TrainingData, device: Device) 
         return Vote(end=len(results) >= _WARM_UP_STEPS + _FEWEST_STEPS - 1 and time.monotonic() - start_s > _MOST_S)
 
     step_once = TrainingStep(config, world, parameters, device.device, sentence_targets(config, data.train), vote)
+    rates = Rates(config.optimizer.learning_rate, config.dense_rate)
     batches = read_ahead(Cursor(config, world, data.train).batches())
     for announced in look_ahead(batches, step_once, training.lookahead):
-        result = step_once(announced, len(results) + 1, config.optimizer.learning_rate)
+        result = step_once(announced, len(results) + 1, rates)
         before_s, ended_s = ended_s, time.monotonic()
         other_s = ended_s - before_s - sum(result.seconds.values())
         results.append(dataclasses.replace(result, seconds={**result.seconds, "other": other_s}))

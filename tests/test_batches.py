@@ -198,6 +198,12 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers() -> None:
     assert BatchGrowth(32, 2, 32, 3e5, 25.0).sentences(10**9) == 32, "not above the limit"
 
 
+def test_the_fraction_of_the_batch_that_the_workers_can_train() -> None:
+    growth = BatchGrowth(32, 2, 8, 75_000.0, 25.0)  # 64 sentences at most, which the law reaches after 21,000
+    assert [growth.fulfilled(trained) for trained in (0, 20_000, 21_000, 45_000)] == [1, 1, 1, 0.5]
+    assert BatchGrowth(32, 2).fulfilled(10**9) == BatchGrowth(32, 2, 8).fulfilled(10**9) == 1, "the batch does not grow"
+
+
 @given(st.integers(1, 900), st.integers(1, 9), st.data())
 def test_starting_later_skips(num_sentences: int, num_workers: int, data: st.DataObject) -> None:
     """A resumed run starts like this, also across pools; the sentences before it are those of the skipped batches."""

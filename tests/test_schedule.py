@@ -59,3 +59,11 @@ def test_it_never_leaves_its_bounds(schedule: str, warmup: int, tokens: float, s
     assert 0 <= law.rate(tokens, step) <= 0.4
     if tokens >= warmup:
         assert law.rate(tokens + step, step) <= law.rate(tokens, step)
+
+
+def test_adams_rate_falls_where_the_batch_cannot_grow() -> None:
+    law = Schedule(OptimizerConfig(learning_rate=0.4, schedule="linear"), RUN, 0.008, adam=True)
+    assert law.rates(RUN / 2, STEP, 1.0) == pytest.approx((0.2, 0.004))
+    assert law.rates(RUN / 2, STEP, 0.25) == pytest.approx((0.2, 0.002))
+    adagrad = Schedule(OptimizerConfig(learning_rate=0.4), RUN, 0.008)
+    assert adagrad.rates(0.0, STEP, 0.25) == pytest.approx((0.4, 0.008))

@@ -25,8 +25,8 @@ METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 _STRAGGLER = 1.5  # progress lines name the slowest rank if its compute time is this many times the median
 _SUMS = (
-    "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "signal",
-    "noise",
+    "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "dense_rate",
+    "signal", "noise",
 )
 
 
@@ -49,6 +49,7 @@ class Meter:
     num_steps: int = 0
     norm: float = 0.0
     learning_rate: float = 0.0
+    dense_rate: float = 0.0
     signal: float = 0.0
     noise: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Meter:
         self.num_steps += 1
         self.norm += result.gradient_norm
         self.learning_rate += result.learning_rate
+        self.dense_rate += result.dense_rate
         self.signal += result.signal
         self.noise += result.noise
         for name, seconds in result.seconds.items():
@@ -118,6 +120,7 @@ class Meter:
             "train/gradient_norm": self.norm / steps,
             "train/tokens_per_s": self.tokens_per_s,
             "train/learning_rate": self.learning_rate / steps,
+            "train/dense_learning_rate": self.dense_rate / steps,
             "train/global_batch_sentences": self.num_sentences / steps,
             "train/global_batch_tokens": self.num_tokens / steps,
             "train/noise_scale_tokens": self.noise_scale_tokens,

@@ -54,7 +54,8 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         _chart("Speed", "Tokens per second of all ranks.", curves("train/tokens_per_s", "tokens/s", zero=True)),
     ]
     optional = (
-        ("train/learning_rate", "Learning rate", "At each step.", "learning rate", False),
+        ("train/learning_rate", "Learning rate", "Of the tables' rows, at each step.", "learning rate", False),
+        ("train/dense_learning_rate", "Learning rate of the LSTM", "At each step.", "learning rate", False),
         ("train/global_batch_tokens", "Batch", "Tokens per step, over all ranks.", "tokens", True),
         ("train/noise_scale_tokens", "Noise scale", "Batch at which half of the gradient is noise.", "tokens", True),
         ("train/gradient_norm", "Gradient norm", "Mean per report, before clipping.", "norm", True),

@@ -16,6 +16,7 @@ from lapse_elmo.checkpoint import files, saver
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
 from lapse_elmo.row_update import _SharedGradients
+from lapse_elmo.schedule import Rates
 from lapse_elmo.step import AnnouncedBatch, TrainingStep
 from lapse_elmo.step_report import StepResult
 
@@ -64,7 +65,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     run_dir = Path(options[options.index("--run-dir") + 1])
     once = TrainingStep.__call__
 
-    def faulty(self: TrainingStep, announced: Sequence[AnnouncedBatch], number: int, rate: float) -> StepResult:
+    def faulty(self: TrainingStep, announced: Sequence[AnnouncedBatch], number: int, rates: Rates) -> StepResult:
         if self.world.rank == int(rank) and checkpoint.candidates(run_dir):
             if kind in IN_SAVE:
                 files._pwrite_all = IN_SAVE[kind]
@@ -77,7 +78,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
                     parameter.register_hook(lambda gradient: gradient * math.nan)
             else:
                 AT_STEP[kind]()
-        return once(self, announced, number, rate)
+        return once(self, announced, number, rates)
 
     TrainingStep.__call__ = faulty  # type: ignore[method-assign, assignment]
     return train.main(options, enter)

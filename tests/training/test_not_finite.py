@@ -15,6 +15,7 @@ from lapse_elmo.cursor import batch_streams
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
+from lapse_elmo.schedule import Rates
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import Vote
 from lapse_elmo.training_data import sentence_targets
@@ -42,7 +43,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
         parameters.sync_parameters()
         before = state()
         with pytest.raises(TrainingError, match=r"loss is not finite at step 7 \(sentences \d+, .*nothing was pushed"):
-            step([step.announce(batch, 0)], 7, 0.2)
+            step([step.announce(batch, 0)], 7, Rates(0.2, 0.002))
         for old, new in zip(before, state(), strict=True):
             assert torch.equal(old, new) or (old.isnan().any() and torch.equal(old.nan_to_num(), new.nan_to_num()))
         assert parameters.server.clock == 0

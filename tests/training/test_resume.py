@@ -23,6 +23,7 @@ from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.signals import RESUMABLE
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.run_folder import RunLock
+from lapse_elmo.schedule import Rates
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import (
@@ -186,11 +187,11 @@ def test_a_growing_run_that_a_signal_stopped_resumes_to_the_bit(
     once = step.TrainingStep.__call__
 
     def interrupted(
-        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rate: float
+        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rates: Rates
     ) -> step.StepResult:
         if number == 17:
             signal.raise_signal(signal.SIGUSR1)
-        return once(self, announced, number, rate)
+        return once(self, announced, number, rates)
 
     monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     run_dir = train_alone(small, tmp_path / "run", *options)
@@ -318,11 +319,11 @@ def test_an_evaluation_that_a_signal_put_off(
     once = step.TrainingStep.__call__
 
     def interrupted(
-        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rate: float
+        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rates: Rates
     ) -> step.StepResult:
         if number == 26:
             signal.raise_signal(signal.SIGUSR1)
-        return once(self, announced, number, rate)
+        return once(self, announced, number, rates)
 
     monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     run_dir = train_alone(small, tmp_path / "run", *OPTIONS)
