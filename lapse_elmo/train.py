@@ -280,7 +280,10 @@ class Training:
             "vocabulary_sha256": self.data.vocabulary.sha256, "num_classes": self.data.vocabulary.size,
             "num_train_tokens": self.data.train.num_tokens, "config": as_tables(self.config),
             "corpus": self.data.names(), "state": self.state.plain(),
-            "results": {"heldout_perplexity": results[-1].heldout.mean} if results else {},
+            "results": {
+                "heldout_perplexity": results[-1].heldout.mean, "forward_perplexity": results[-1].heldout.forward,
+                "backward_perplexity": results[-1].heldout.backward,
+            } if results else {},
             "milestones": self.milestones.plain(),
         }
 

@@ -182,15 +182,18 @@ def card_of(stored: StoredModel) -> str:
     """Return the model card (``README.md``): a description of the model, its training data and its use."""
     sizes, about = stored.options, stored.about
     config, versions = about.get("config") or {}, about.get("versions") or {}
-    perplexity = (about.get("results") or {}).get("heldout_perplexity")
-    tokens, unknown = about.get("num_train_tokens"), "not recorded"
+    results, unknown = about.get("results") or {}, "not recorded"
+    tokens, trained = about.get("num_train_tokens"), about.get("num_trained_tokens")
+    perplexity = f"{results['heldout_perplexity']:.1f} (full softmax)" if "heldout_perplexity" in results else unknown
+    if "forward_perplexity" in results:  # older checkpoints have the mean alone
+        perplexity += ", forward {forward_perplexity:.1f}, backward {backward_perplexity:.1f}".format(**results)
     facts = {
         "Sizes": f"D {sizes.projection_size}, C {sizes.cell_size}, L {sizes.num_layers} in each direction",
         "Vocabulary": f"{stored.vocabulary.size:,} words, including `<S>`, `</S>` and `<UNK>`",
         "Training data": f"shards `{config['data']['shards']}`" if config else unknown,
-        "Training tokens": f"{tokens:,} per epoch" if tokens else unknown,
-        "Step": f"{about['step']:,}" if about.get("step") else unknown,
-        "Held-out perplexity": f"{perplexity:.1f} (full softmax, both directions)" if perplexity else unknown,
+        "Tokens of the training data": f"{tokens:,}" if tokens else unknown,
+        "Trained tokens": f"{trained:,} in {about['step']:,} steps" if trained and about.get("step") else unknown,
+        "Held-out perplexity": perplexity,
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or unknown,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

@@ -175,18 +175,21 @@ def _softmax(file: h5py.File, path: Path, order: np.ndarray | None) -> ArrayTabl
     return ArrayTable(array, bias, order)
 
 
-def _groups(sizes: BiLMOptions) -> Iterator[tuple[str, str]]:
+def _groups(sizes: BiLMOptions, file: h5py.File) -> Iterator[tuple[str, str]]:
     """Yield our parameter prefix and bilm-tf's HDF5 group for each direction and layer."""
     for direction, name in enumerate(("forward", "backward")):
         for layer in range(sizes.num_layers):
-            yield f"lstm.{name}_layer_{layer}", f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
+            group = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
+            # bilm-tf makes no MultiRNNCell of a single layer, although its own reader expects one.
+            single = f"RNN_{direction}/RNN/LSTMCell"
+            yield f"lstm.{name}_layer_{layer}", single if sizes.num_layers == 1 and single in file else group
 
 
 def _check_dense(file: h5py.File, sizes: BiLMOptions, path: Path) -> None:
     """Check the shapes of the LSTM's weights against the options, without reading the weights."""
     size, cell = sizes.projection_size, sizes.cell_size
     shapes = {"W_0": (2 * size, 4 * cell), "B": (4 * cell,), "W_P_0": (cell, size)}
-    for _, group in _groups(sizes):
+    for _, group in _groups(sizes, file):
         if f"{group}/W_0" not in file:
             raise CheckpointError(f"{path} has no {group}/W_0: not bilm-tf weights of {sizes.num_layers} layers")
         if f"{group}/W_P_0" not in file and size != cell:
@@ -204,7 +207,7 @@ def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     try:
         with h5py.File(path, "r") as file:
-            for prefix, group in _groups(sizes):
+            for prefix, group in _groups(sizes, file):
                 gates = reordered(np.asarray(file[f"{group}/W_0"][:], np.float32).T)
                 bias = reordered(np.array(file[f"{group}/B"][:], np.float32))
                 bias[cell : 2 * cell] += 1

@@ -85,6 +85,7 @@ def open_checkpoint(
     options = BiLMOptions(**{name: value for name, value in vars(config.model).items() if name in names})
     size = options.projection_size
     about = {name: manifest.get(name) for name in ("step", "num_train_tokens", "results", "versions", "config")}
+    about["num_trained_tokens"] = (manifest.get("milestones") or {}).get("num_tokens")
     return StoredModel(
         path, "checkpoint", options, config.data.boundaries, vocabulary,
         SavedTable(path, manifest, "embedding", vocabulary.size, size),

@@ -96,7 +96,8 @@ class StoredModel:
         embedding: (V, D).
         softmax: (V, D + 1), the bias in the last column; None if the files have no softmax.
         read_dense: Function that reads :attr:`dense` at first use, so that opening a large model is fast.
-        about: Metadata, if known: ``step``, ``num_train_tokens``, ``results``, ``versions``, ``config``.
+        about: Metadata, if known: ``step``, ``num_train_tokens`` (of the corpus), ``num_trained_tokens`` (in all
+            epochs), ``results``, ``versions``, ``config``.
 
     >>> stored = load(MODEL).stored
     >>> stored.kind, stored.options.projection_size, stored.embedding.num_rows == stored.vocabulary.size

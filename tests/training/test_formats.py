@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lapse_elmo
-from lapse_elmo import export
+from lapse_elmo import checkpoint, export
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.export import word2vec
@@ -185,7 +185,17 @@ def test_the_card_and_the_meta_data(small: Prepared, runs: dict[str, Path], tmp_
     card = (exported(runs["top"], tmp_path / "hub", "huggingface") / "README.md").read_text()
     tokens = sum(len(line.split()) for line in small.train)
     assert card.startswith("---\n")
-    assert all(says in card for says in ("D 16, C 32, L 2", f"{tokens:,} per epoch", "torch", "Held-out perplexity"))
+    manifest = checkpoint.read_manifest(checkpoint.find(runs["top"]))
+    trained, step, results = manifest["milestones"]["num_tokens"], manifest["step"], manifest["results"]
+    both = "forward {forward_perplexity:.1f}, backward {backward_perplexity:.1f}".format(**results)
+    mean = np.sqrt(results["forward_perplexity"] * results["backward_perplexity"])
+    assert results["heldout_perplexity"] == pytest.approx(mean)
+    for says in (
+        "D 16, C 32, L 2", "torch 2.", f"training data | {tokens:,} |",
+        f"Trained tokens | {trained:,} in {step} steps |",
+        f"Held-out perplexity | {results['heldout_perplexity']:.1f} (full softmax), {both} |",
+    ):
+        assert says in card, card
     meta = json.loads((exported(runs["top"], tmp_path / "elmo", "elmo") / "meta.json").read_text())
     assert meta["vocabulary size"] == 43 and meta["dimensions"] == 32 and meta["corpus"][0]["tokens"] == tokens
 

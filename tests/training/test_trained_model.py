@@ -361,6 +361,18 @@ def test_bilm_tfs_own_files(exported: dict[tuple[str, str], Path], tmp_path: Pat
     assert trained.nearest("w00", 3) == wanted.nearest("w00", 3)
 
 
+def test_bilm_tf_of_one_layer(exported: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    """Its dump_weights writes no MultiRNNCell for a single layer."""
+    folder = shutil.copytree(exported["one layer", "elmo"], tmp_path / "bilm")
+    with h5py.File(folder / "weights.hdf5", "r+") as file:
+        for direction in (0, 1):
+            file.move(f"RNN_{direction}/RNN/MultiRNNCell/Cell0/LSTMCell", f"RNN_{direction}/RNN/LSTMCell")
+            del file[f"RNN_{direction}/RNN/MultiRNNCell"]
+    found, wanted = (lapse_elmo.load(path).embed(LINES) for path in (folder, exported["one layer", "elmo"]))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_bilm_tf_without_a_projection(small: Prepared, tmp_path: Path) -> None:
     """If D equals C, bilm-tf writes no W_P_0, and the identity replaces it."""
     run = train_alone(small, tmp_path / "run", "--max-steps", "1", "--cell-size", "16")
