@@ -1,8 +1,9 @@
-# Sourced by launch.sh. `find_launcher` sets the array `launcher` to a command that starts the ranks of this job.
+# Sourced by launch.sh, and by the scripts for LSF and PBS, where there is no srun. `find_launcher` sets the array `launcher` to a command that starts the ranks of this job.
 #
 # Which one fits depends on the family of the MPI library and on what the site's Slurm was built with. `srun --mpi=list`
 # says what Slurm was built with, not what works: a listed plugin can lack its library, and most Slurms list cray_shasta. So
 # the ways that suit the family are tried in turn, with two ranks; the first under which these see each other is taken.
+# Outside Slurm, `num_tasks` is the number of ranks of the job.
 # shellcheck shell=bash
 
 probe_limit_s=120 # for one way; on a cold parallel file system Python's start alone can take a minute
@@ -35,7 +36,7 @@ mpiruns_for() {
 
 # Whether `launcher` starts two ranks (one if the job has one) that see each other; its output goes into $probe_output.
 launcher_fits() {
-  local ranks=$((${SLURM_NTASKS:-1} < 2 ? 1 : 2)) nodes options=(-n)
+  local ranks=$((${num_tasks:-${SLURM_NTASKS:-1}} < 2 ? 1 : 2)) nodes options=(-n)
   nodes=$((${SLURM_JOB_NUM_NODES:-1} < ranks ? 1 : ranks))
   if [[ ${launcher[0]} == srun ]]; then options=(--nodes="$nodes" --ntasks-per-node="$ranks" --ntasks); fi
   # An mpirun must not read the script's input, which may be the rest of the script.
@@ -45,7 +46,7 @@ launcher_fits() {
 find_launcher() {
   local family listed plugin report=""
   family=$(bin/_probe family) || return
-  listed=$(srun --mpi=list 2>&1)
+  listed=$(command -v srun >/dev/null && srun --mpi=list 2>&1)
   for plugin in $(plugins_for "$family"); do
     if ! grep --quiet --word-regexp -- "$plugin" <<<"$listed"; then continue; fi
     # kill-on-bad-exit: a killed rank must end the job; otherwise the other ranks would wait for it forever.
@@ -62,8 +63,8 @@ find_launcher() {
   done < <(mpiruns_for "$family")
   if [[ -z ${launcher[*]-} ]]; then
     printf '%s' "$report" >&2
-    echo "slurm: no launcher fits the MPI library (family: $family); set \`launcher\` in slurm/site.sh" >&2
+    echo "launcher: no launcher fits the MPI library (family: $family); set \`launcher\` in slurm/site.sh" >&2
     return 2
   fi
-  echo "slurm: ${launcher[*]} starts the ranks (MPI family: $family)"
+  echo "launcher: ${launcher[*]} starts the ranks (MPI family: $family)"
 }

@@ -21,7 +21,9 @@ if what == "wait":
     time.sleep(30)
 sys.exit(int(what))
 """
-MPIRUN_OF_TWO = f"#!/bin/bash\nexec {MPIRUN} -n 2 \"$@\"\n"
+MPIRUN_OF_TWO = f"#!/bin/bash\n[[ $1 == -n ]] || set -- -n 2 \"$@\"\nexec {MPIRUN} \"$@\"\n"
+MPIRUN_OF_ANOTHER_MPI = "#!/bin/bash\nprintf '%s\\n' \"$*\" >> unfit\nexit 1\n"
+PROBE = '#!/bin/bash\nif [[ $1 == family ]]; then echo mpich; else echo "$@" >> probed; fi\n'
 QSUB = '#!/bin/bash\necho "$@" >> submitted\n'
 FLUX = """#!/bin/bash
 if [[ $1 == --parent ]]; then echo "$@" >> submitted; exit; fi
@@ -39,9 +41,12 @@ NAMES = {
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
-    for name, text in (("train", TRAIN), ("mpirun", MPIRUN_OF_TWO), ("qsub", QSUB), ("flux", FLUX)):
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
+    for name, text in (
+        ("bin/train", TRAIN), ("bin/mpirun", MPIRUN_OF_TWO), ("bin/_probe", PROBE), ("bin/qsub", QSUB),
+        ("bin/flux", FLUX), (".venv/bin/mpirun", MPIRUN_OF_ANOTHER_MPI),
+    ):
+        program = tmp_path / name
+        program.parent.mkdir(exist_ok=True, parents=True)
         program.write_text(text)
         program.chmod(0o755)
     return tmp_path
@@ -51,7 +56,9 @@ def run(root: Path, scheduler: str, do: str, **variables: str) -> tuple[int, lis
     """Return the status of the batch script, and the lines with which it submitted itself."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     limit = "8s" if do == "wait" else "5m"  # after mpirun has started the ranks, on a loaded machine too
-    env |= {"PATH": f"{root}/bin:{env['PATH']}", "DO": do, "LIMIT": limit, "PBS_O_WORKDIR": str(root)}
+    env |= {"PATH": f"{root}/bin:{env['PATH']}", "DO": do, "LIMIT": limit}
+    env |= {"PBS_O_WORKDIR": str(root), "PBS_NODEFILE": str(root / "nodes")}
+    (root / "nodes").write_text("localhost\n" * 2)
     env |= NAMES[scheduler] | variables
     done = subprocess.run(
         ["bash", f"slurm/others/train.{scheduler}"], cwd=root, env=env, capture_output=True, text=True, timeout=60,
@@ -68,6 +75,16 @@ def test_the_limit_makes_it_save(root: Path, scheduler: str) -> None:
     assert len(submitted) == (scheduler == "pbs"), "LSF requeues by the status"
     for rank in range(2):
         assert (root / f"ranks-{rank}").read_text() == "--run-dir runs/lapse-elmo-7 --resume auto\n"
+    # The first mpirun did not fit the MPI library, so two ranks tried the next one.
+    assert (root / "unfit").read_text() == "-n 2 bin/_probe world 2\n"
+    assert (root / "probed").read_text() == "world 2\n" * 2
+
+
+@pytest.mark.parametrize("scheduler", ["lsf", "pbs"])
+def test_the_site_may_name_its_launcher(root: Path, scheduler: str) -> None:
+    (root / "slurm" / "site.sh").write_text("launcher=(mpirun -n 1)\n")
+    assert run(root, scheduler, "2")[0] == 2
+    assert (root / "ranks-0").exists() and not (root / "ranks-1").exists() and not (root / "probed").exists()
 
 
 @pytest.mark.parametrize("scheduler", ["pbs", "flux"])
