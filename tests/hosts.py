@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.mpi import MPIRUN, ROOT
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _CABLE = "lapse0"
+_READY_S = 20.0
 _CABLE_US = 15.0  # the latency that a virtual cable has by itself on an idle machine
 # MPICH's launcher calls this in the place of ssh: options, a host, and what to run there. Each has its own host name.
 _AGENT = """#!/bin/sh
@@ -101,6 +103,7 @@ def two_hosts(ranks_a_host: int) -> Iterator[Hosts]:
         _output(["ip", "link", "add", "name", _CABLE, "netns", spaces[0], "type", "veth", *peer])
         for space, address in zip(spaces, ADDRESSES, strict=True):
             _connect(space, address)
+        _wait_until_ready(spaces)
         with _launchers(name, ADDRESSES, ranks_a_host) as commands:
             yield Hosts(*commands, spaces)
 
@@ -128,6 +131,7 @@ def switched_hosts(count: int, ranks_a_host: int, link: Link) -> Iterator[Hosts]
             _connect(space, address)
             _shape(space, _CABLE, link if _has_netem() else Link(link.gbit))
             _shape(switch, port, Link(link.gbit))
+        _wait_until_ready(spaces)
         commands = stack.enter_context(_launchers(name, addresses, ranks_a_host))
         yield Hosts(*commands, spaces)
 
@@ -163,6 +167,20 @@ def _connect(space: str, address: str) -> None:
     _output(["ip", "-n", space, "addr", "add", f"{address}/24", "dev", _CABLE])
     for device in ("lo", _CABLE):
         _output(["ip", "-n", space, "link", "set", device, "up"])
+
+
+def _wait_until_ready(spaces: Sequence[str]) -> None:
+    """Wait until the hosts' links are up and no address is tentative, about two seconds.
+
+    MPI could not start before ("OFI call ep_enable failed"): it took an address that cannot be used yet.
+    """
+    end = time.monotonic() + _READY_S
+    for space in spaces:
+        show = ["ip", "-n", space, "addr", "show", "dev", _CABLE]
+        # A TAP device has no state of its own.
+        while not any(f"state {state}" in (seen := _output(show)) for state in ("UP", "UNKNOWN")) or "tentative" in seen:
+            assert time.monotonic() < end, seen
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -201,8 +201,9 @@ class Cluster:
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
                 values = dict(word.partition("=")[::2] for word in words)
-                if values.get("SLURM_JOB_ID") == str(number) and "PMI_RANK" in values:
-                    found[int(values["PMI_RANK"])] = pid
+                rank = values.get("PMI_RANK", values.get("OMPI_COMM_WORLD_RANK"))
+                if values.get("SLURM_JOB_ID") == str(number) and rank is not None:
+                    found[int(rank)] = pid
         return found
 
     def stop(self) -> None:
