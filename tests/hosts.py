@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,8 +178,8 @@ def _wait_until_ready(spaces: Sequence[str]) -> None:
     end = time.monotonic() + _READY_S
     for space in spaces:
         show = ["ip", "-n", space, "addr", "show", "dev", _CABLE]
-        # A TAP device has no state of its own.
-        while not any(f"state {state}" in (seen := _output(show)) for state in ("UP", "UNKNOWN")) or "tentative" in seen:
+        # A TAP device is in the state UNKNOWN.
+        while not re.search("state (UP|UNKNOWN)", seen := _output(show)) or "tentative" in seen:
             assert time.monotonic() < end, seen
             time.sleep(0.05)
 
