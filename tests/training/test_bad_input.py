@@ -219,10 +219,10 @@ def damage_tokens(path: Path) -> None:
 
 def test_a_shard_that_one_rank_cannot_read_ends_the_job(small: Prepared, tmp_path: Path) -> None:
     shards = shutil.copytree(small.shards, tmp_path / "shards")
-    damage_tokens(shards / "train-00002-of-00003.h5")  # of rank 2 alone
+    damage_tokens(shards / "train-00002-of-00003.h5")  # one of the ranks reads it for the node
     argv = ["bin/train", *small.options, "--shards", str(shards), *TINY, "--run-dir", str(tmp_path / "run")]
     job = mpi.mpirun(3, [*argv, "--max-steps", "50"], timeout=60)
-    assert_one_line(job, "[rank 2/3", "train-00002-of-00003.h5", "damaged")
+    assert_one_line(job, "[rank ", "/3 ", "train-00002-of-00003.h5", "damaged")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
