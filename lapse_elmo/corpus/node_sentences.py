@@ -19,6 +19,7 @@ from lapse_elmo.mpi.node_memory import NodeMemory
 if TYPE_CHECKING:
     from lapse_elmo.mpi.world import World
 
+
 @dataclass(frozen=True)
 class _Piece:
     """What one rank needs of one shard: sentences [first, end) of set ``number``, by their global numbers."""
@@ -33,9 +34,9 @@ class _Piece:
 def keep_sentences(sets: Sequence[ShardSet], world: World) -> None:
     """Read the parts of all ranks of each node into the node's memory, once (collective).
 
-    The part of a rank are its sentences if the ranks divide a set equally, in their order. Later reads of a rank's own
-    part need no file. A run that resumes within an epoch with another number of ranks, which share out what is left of
-    it, reads other sentences as well. Sets that are too large to be kept are left out: see
+    A rank's part is its share of a set that the ranks divide equally, in the order of the sentences. Later reads of it
+    need no file. A run that resumes within an epoch with another number of ranks, which share out what is left of
+    the epoch, reads other sentences as well. Sets that are too large to be kept are left out: see
     :meth:`ShardSet.kept_bytes`.
 
     Args:
