@@ -105,7 +105,7 @@ def restore(path: Path, parameters: Parameters, world: World) -> None:
     """Verify and restore a checkpoint (collective)."""
     manifest = checkpoint.verified(path, world)
     world.barrier()
-    checkpoint.restore(path, manifest, parameters, world)
+    checkpoint.restore(checkpoint.OpenFiles(path), manifest, parameters, world)
 
 
 def write_plain(path: Path, num_bytes: int) -> None:

@@ -26,7 +26,7 @@ from typing import TypeVar
 import numpy as np
 
 from lapse_elmo.corpus.shard_file import select
-from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.corpus.shards import ShardSet, WorkerPart
 from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
 from lapse_elmo.growth import BatchGrowth
 from lapse_elmo.rng import stream
@@ -117,19 +117,6 @@ def make_batch(
         target_rows=np.concatenate([flat[places + 1], flat[places]]) - 1, sentences=sentences,
         size=size or sentences.size, turns=turns,
     )
-
-
-@dataclass(frozen=True)
-class WorkerPart:
-    """The range [first, end) of sentence numbers that a worker owns."""
-
-    first: int
-    end: int
-
-    @classmethod
-    def of(cls, num_sentences: int, worker: int, num_workers: int) -> WorkerPart:
-        """Return the range of ``worker``, one of ``num_workers``."""
-        return cls(num_sentences * worker // num_workers, num_sentences * (worker + 1) // num_workers)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapse_elmo.batches import Batch, BatchStream, EpochShare, WorkerPart
+from lapse_elmo.batches import Batch, BatchStream, EpochShare
 from lapse_elmo.config.training import Config
-from lapse_elmo.corpus.shards import ShardSet
+from lapse_elmo.corpus.shards import ShardSet, WorkerPart
 from lapse_elmo.growth import BatchGrowth
 from lapse_elmo.mpi.world import World
 from lapse_elmo.training_data import sentence_tokens

@@ -41,7 +41,7 @@ def require_regular(path: str | os.PathLike[str]) -> None:
     """Check a file that a library is going to open itself.
 
     Raises:
-        OSError: Where :func:`open_regular` does, unless only reading is not allowed.
+        OSError: As for :func:`open_regular`, except if the only obstacle is a missing permission to read.
     """
     _require_mode(os.stat(path).st_mode, path)  # without opening it: opens of thousands of ranks load a file server
 

@@ -23,7 +23,6 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.engines import make_server
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import Distribution, Sampler
-from lapse_elmo.ps.trace import TracedServer
 from lapse_elmo.rng import stream, torch_stream
 from lapse_elmo.row_update import RowUpdate
 from lapse_elmo.schedule import Rates
@@ -155,7 +154,10 @@ class Parameters:
 
     def start_trace(self, folder: Path) -> None:
         """Begin the trace of ``--trace-rows`` in ``folder``, if there is one."""
-        if isinstance(self.server, TracedServer):
+        if self.config.server.trace_rows:
+            from lapse_elmo.ps.trace import TracedServer  # as in engines.py, only for runs with a trace
+
+            assert isinstance(self.server, TracedServer)
             self.server.start_trace(folder)
 
     def open_dense_update(self, device: torch.device) -> DenseUpdate:

@@ -150,10 +150,11 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
         path = world.agree(lambda: checkpoint.find(Path(run.resume)))
         world.agree(lambda: _refuse_later(path, run_dir, run.overwrite))
         files = checkpoint.OpenFiles(path)
-        chosen = path, checkpoint.verified(path, world, files), files
+        chosen = files, checkpoint.verified(path, world, files)
     if chosen is None:
         return ResumePoint()
-    path, manifest, files = chosen
+    files, manifest = chosen
+    path = files.path
     changed = world.agree(lambda: require_same(path, manifest, config, data))
     notes += [f"options changed since the checkpoint: {', '.join(changed)}"] if changed else []
     if any(option.startswith("--row-accumulators") for option in changed):
@@ -174,12 +175,12 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
 
 def _newest_intact(
     found: list[Path], notes: list[str], world: World
-) -> tuple[Path, Manifest, checkpoint.OpenFiles] | None:
+) -> tuple[checkpoint.OpenFiles, Manifest] | None:
     """Return the first of ``found`` that is intact, if any; append a line to ``notes`` for each one that is not."""
     for path in found:
         files = checkpoint.OpenFiles(path)
         try:
-            return path, checkpoint.verified(path, world, files), files
+            return files, checkpoint.verified(path, world, files)
         except CheckpointError as error:
             files.close()
             notes.append(f"skipped {path.name}: {error}")

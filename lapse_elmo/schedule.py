@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lapse_elmo.config.training import OptimizerConfig
+from lapse_elmo.config.training import Config
 
 
 class Rates(NamedTuple):
@@ -22,15 +22,11 @@ class Schedule:
 
     Attributes:
         config: The options; see their help texts.
-        dense_rate: The learning rate of the dense parameters when the rows' is ``--learning-rate``.
-        adam: Whether Adam updates the dense parameters.
         run_tokens: Tokens of the whole run, over which linear and cosine decay unless ``--decay-tokens`` is given.
     """
 
-    config: OptimizerConfig
+    config: Config
     run_tokens: float
-    dense_rate: float = 0.0
-    adam: bool = False
 
     def rates(self, tokens: float, step_tokens: float, batch_fraction: float) -> Rates:
         """Return the learning rates of the next step.
@@ -46,8 +42,8 @@ class Schedule:
             batch_fraction: The fraction, at most 1, of the batch that the gradient noise allows.
         """
         rate = self.rate(tokens, step_tokens)
-        dense = self.dense_rate * (rate / self.config.learning_rate)
-        return Rates(rate, dense * math.sqrt(batch_fraction) if self.adam else dense)
+        dense = self.config.dense_rate * (rate / self.config.optimizer.learning_rate)
+        return Rates(rate, dense * math.sqrt(batch_fraction) if self.config.dense_optimizer == "adam" else dense)
 
     def rate(self, tokens: float, step_tokens: float) -> float:
         """Return the learning rate of rows at the next step.
@@ -56,7 +52,7 @@ class Schedule:
             tokens: Tokens trained before it.
             step_tokens: Tokens of the step itself. Warm-up counts them, so that the rate of the first step is not 0.
         """
-        config = self.config
+        config = self.config.optimizer
         warm, rate = config.warmup_tokens, config.learning_rate
         if tokens < warm:
             return rate * min((tokens + step_tokens) / warm, 1.0)

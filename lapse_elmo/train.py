@@ -89,9 +89,9 @@ def train(
         memory = (*initialise(parameters, config, data.vocabulary, world), *memory)
     # Writes to the run's directory for the first time: everything that can refuse the run has been checked by now.
     world.agree(lambda: prepare(run_dir, config, start))
-    if start.path is not None:
+    if start.files is not None:
         world.progress.enter("start, reading the checkpoint")
-        checkpoint.restore(start.path, start.manifest, parameters, world, start.files)
+        checkpoint.restore(start.files, start.manifest, parameters, world)
     world.together(lambda: parameters.start_trace(run_dir / TRACE))
     training = Training(config, world, data, parameters, device, start, stop)
     training.announce(memory)
@@ -124,10 +124,7 @@ class Training:
             unigram = unigram_perplexity(data.train, data.heldout, config.data.boundaries, world)
             self.state.watch.bound = math.log(unigram) + MARGIN_NATS
         self.sentence_tokens = sentence_tokens(config, data.train)
-        self.schedule = Schedule(
-            config.optimizer, self.cursor.run_sentences() * self.sentence_tokens, config.dense_rate,
-            adam=config.dense_optimizer == "adam",
-        )
+        self.schedule = Schedule(config, self.cursor.run_sentences() * self.sentence_tokens)
         self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf
         self.log = RunLog(

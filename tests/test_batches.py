@@ -13,10 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lapse_elmo.ahead import read_ahead
-from lapse_elmo.batches import BLOCK, POOL_BATCHES, Batch, BatchStream, WorkerPart, make_batch
+from lapse_elmo.batches import BLOCK, POOL_BATCHES, Batch, BatchStream, make_batch
 from lapse_elmo.batches import evaluation_batches as evaluation
 from lapse_elmo.corpus.shard_file import select
-from lapse_elmo.corpus.shards import Header, ShardSet, ShardWriter, shard_name
+from lapse_elmo.corpus.shards import Header, ShardSet, ShardWriter, WorkerPart, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.growth import BatchGrowth
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapse_elmo.config.training import OptimizerConfig
+from lapse_elmo.config.training import Config, OptimizerConfig
 from lapse_elmo.schedule import Schedule
 
 RUN, STEP = 1_000_000.0, 800.0
 
 
 def rate(tokens: float, **options: object) -> float:
-    return Schedule(OptimizerConfig(learning_rate=0.4, **options), RUN).rate(tokens, STEP)  # type: ignore[arg-type]
+    return Schedule(Config(optimizer=OptimizerConfig(learning_rate=0.4, **options)), RUN).rate(tokens, STEP)  # type: ignore[arg-type]
 
 
 def test_without_options_it_is_constant() -> None:
@@ -55,15 +55,19 @@ def test_inverse_square_root() -> None:
 )
 def test_it_never_leaves_its_bounds(schedule: str, warmup: int, tokens: float, step: float) -> None:
     """The rate stays between 0 and its maximum and never rises after the warm-up, even if the run is shorter."""
-    law = Schedule(OptimizerConfig(learning_rate=0.4, schedule=schedule, warmup_tokens=warmup), RUN)
+    law = Schedule(Config(optimizer=OptimizerConfig(learning_rate=0.4, schedule=schedule, warmup_tokens=warmup)), RUN)
     assert 0 <= law.rate(tokens, step) <= 0.4
     if tokens >= warmup:
         assert law.rate(tokens + step, step) <= law.rate(tokens, step)
 
 
 def test_adams_rate_falls_where_the_batch_cannot_grow() -> None:
-    law = Schedule(OptimizerConfig(learning_rate=0.4, schedule="linear"), RUN, 0.008, adam=True)
-    assert law.rates(RUN / 2, STEP, 1.0) == pytest.approx((0.2, 0.004))
-    assert law.rates(RUN / 2, STEP, 0.25) == pytest.approx((0.2, 0.002))
-    adagrad = Schedule(OptimizerConfig(learning_rate=0.4), RUN, 0.008)
+    def law(**options: object) -> Schedule:
+        optimizer = OptimizerConfig(learning_rate=0.4, dense_rate=0.008, **options)  # type: ignore[arg-type]
+        return Schedule(Config(optimizer=optimizer), RUN)
+
+    adam = law(schedule="linear")
+    assert adam.rates(RUN / 2, STEP, 1.0) == pytest.approx((0.2, 0.004))
+    assert adam.rates(RUN / 2, STEP, 0.25) == pytest.approx((0.2, 0.002))
+    adagrad = law(dense_optimizer="adagrad")
     assert adagrad.rates(0.0, STEP, 0.25) == pytest.approx((0.4, 0.008))

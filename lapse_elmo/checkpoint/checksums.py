@@ -158,8 +158,7 @@ def verified(path: Path, world: World, files: OpenFiles | None = None) -> Manife
         return shares_of_pieces(known[0], world.size)
 
     own = world.deal(pieces_by_rank)
-    with contextlib.ExitStack() as stack:
-        opened = files if files is not None else stack.enter_context(OpenFiles(path))
+    with contextlib.nullcontext(files) if files is not None else OpenFiles(path) as opened:
         world.together(lambda: check_pieces(opened, own, world.progress.work_done))
 
     def without_checksums() -> Manifest:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lapse_elmo.checkpoint.checksums import verified
+from lapse_elmo.checkpoint.checksums import OpenFiles, verified
 from lapse_elmo.checkpoint.folder import find
 from lapse_elmo.checkpoint.manifest import Manifest, config_of, require_vocabulary, vocabulary_path
 from lapse_elmo.checkpoint.restoring import restore
@@ -52,6 +52,6 @@ class SavedModel:
     def parameters(self, world: World, device: torch.device) -> Parameters:
         """Load the parameters into a new server, with the model in evaluation mode (collective)."""
         parameters = Parameters(self.config, self.vocabulary.size, world, device)
-        restore(self.path, self.manifest, parameters, world)
+        restore(OpenFiles(self.path), self.manifest, parameters, world)
         parameters.model.eval()
         return parameters

@@ -26,26 +26,23 @@ T = TypeVar("T")
 _CHUNK_ROWS = 16384  # rows per read
 
 
-def restore(
-    path: Path, manifest: Manifest, parameters: Parameters, world: World, files: OpenFiles | None = None
-) -> None:
+def restore(files: OpenFiles, manifest: Manifest, parameters: Parameters, world: World) -> None:
     """Restore tables, model and optimizer from a verified checkpoint of any number of ranks (collective).
 
     Every rank reads its share of the rows and sends them to where they belong. The dense parameters are read once, by
     rank 0.
 
     Args:
-        path: The checkpoint.
+        files: The files of the checkpoint, as far as they are open from their verification. All are closed in the end.
         manifest: Its manifest.
         parameters: Where to restore.
         world: The ranks.
-        files: Its files, as far as they are open from their verification. All are closed in the end.
 
     Raises:
         CheckpointError: On every rank, if the checkpoint cannot be read or does not have every row.
     """
-    with files if files is not None else OpenFiles(path) as opened:
-        _restore(opened, manifest, parameters, world)
+    with files:
+        _restore(files, manifest, parameters, world)
 
 
 def _restore(files: OpenFiles, manifest: Manifest, parameters: Parameters, world: World) -> None:

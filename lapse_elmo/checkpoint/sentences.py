@@ -13,9 +13,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lapse_elmo.batches import EpochShare, WorkerPart
+from lapse_elmo.batches import EpochShare
 from lapse_elmo.checkpoint.manifest import BY_RANK, SENTENCES, Manifest, rank_file
 from lapse_elmo.corpus.files import H5_ERRORS
+from lapse_elmo.corpus.shards import WorkerPart
 from lapse_elmo.cursor import Position, SavedCursor
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import World

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lapse_elmo.corpus.shards import KeptSentences, ShardSet
+from lapse_elmo.corpus.shards import KeptSentences, ShardSet, WorkerPart
 from lapse_elmo.mpi.node_memory import NodeMemory
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ def _pieces_of_node(sets: Sequence[ShardSet], world: World) -> list[_Piece]:
     ranks = world.node_gather_numbers(np.array([world.rank]))[:, 0].tolist()
     for number, shards in enumerate(sets):
         for local_rank, rank in enumerate(ranks):
-            first, end = (shards.num_sentences * i // world.size for i in (rank, rank + 1))
-            for shard in shards.shards_of(first, end):
+            part = WorkerPart.of(shards.num_sentences, rank, world.size)
+            for shard in shards.shards_of(part.first, part.end):
                 start, stop = shards.starts[shard : shard + 2].tolist()
-                pieces.append(_Piece(number, local_rank, shard, max(first, start), min(end, stop)))
+                pieces.append(_Piece(number, local_rank, shard, max(part.first, start), min(part.end, stop)))
     return pieces
 
 
@@ -118,6 +118,6 @@ def _share(
         mine = [i for i, piece in enumerate(pieces) if (piece.number, piece.local_rank) == (number, world.local_rank)]
         low, end = (mine[0], mine[-1] + 1) if mine else (0, 0)  # they follow each other
         offsets = np.concatenate([[0], np.cumsum(lengths[counts_at[low] : counts_at[end]], dtype=np.int64)])
-        first = shards.num_sentences * world.rank // world.size
+        first = WorkerPart.of(shards.num_sentences, world.rank, world.size).first
         shards.kept = KeptSentences(first, tokens[tokens_at[low] : tokens_at[end]], offsets)
     memory.close()  # the views keep the memory itself

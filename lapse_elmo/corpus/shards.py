@@ -22,12 +22,25 @@ from lapse_elmo.errors import CorpusError
 if TYPE_CHECKING:
     from lapse_elmo.mpi.world import World
 
-__all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "find_shards", "shard_name"]
+__all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "WorkerPart", "find_shards", "shard_name"]
 
 _COUNT_TOKENS = 1 << 20  # tokens per read when counting
 _MOST_KEPT_BYTES = 1 << 28  # of a rank's part of the corpus: two ranks that share a billion words read them from files
 
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class WorkerPart:
+    """The range [first, end) of sentence numbers that a worker owns."""
+
+    first: int
+    end: int
+
+    @classmethod
+    def of(cls, num_sentences: int, worker: int, num_workers: int) -> WorkerPart:
+        """Return the range of ``worker``, one of ``num_workers``."""
+        return cls(num_sentences * worker // num_workers, num_sentences * (worker + 1) // num_workers)
 
 
 @dataclass(frozen=True)

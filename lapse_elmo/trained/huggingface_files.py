@@ -1,7 +1,7 @@
-"""Read models from the Hugging Face folders that ``bin/export --format huggingface`` writes.
+"""Read models from the Hugging Face directories that ``bin/export --format huggingface`` writes.
 
 The words are read from ``vocab.txt``: a model of 793,471 words opens in a third of the time that ``tokenizer.json``
-takes. A folder without it, as an older lapse-elmo writes, is read from ``tokenizer.json``.
+takes. A directory without it, as an older lapse-elmo writes, is read from ``tokenizer.json``.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ def load(
     """Open a trained model, without MPI, server or compiler; its tables are memory-mapped.
 
     Args:
-        path: A run (opens its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a folder that
-            ``bin/export`` wrote in the format ``elmo`` or ``huggingface``, or a model of word vectors by bilm-tf.
-        vocab: The vocabulary file, if it is not in the model's folder.
-        embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, if it is not in the model's folder.
+        path: A run (opens its newest checkpoint; ``RUN/best`` is its best one), a checkpoint, a directory
+            that ``bin/export`` wrote in the format ``elmo`` or ``huggingface``, or a model of word vectors by bilm-tf.
+        vocab: The vocabulary file, if it is not in the model's directory.
+        embedding: For bilm-tf, the HDF5 file of ``dump_token_embeddings``, if it is not in the model's directory.
         device: The torch device on which the LSTM and the softmax compute.
         precision: ``bf16`` multiplies in bfloat16 within the LSTM, which is faster on processors and GPUs that can, and
             changes vectors by 0.1 to 1 %; states and sums stay float32.

@@ -74,15 +74,21 @@ def run_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     return {"error": None, "message": "", "everywhere": True}
 
 
-def main() -> None:
+def write_results(work: Callable[[World], object], output: str) -> None:
+    """Call ``work`` on every rank, and let rank 0 write what it returns there; end the job if it raises."""
     world = enter()
     try:
-        results = [world.allgather(run_case(case, world)) for case in json.loads(Path(sys.argv[1]).read_text())]
+        results = work(world)
     except BaseException:
         traceback.print_exc()
         abort(world, 1)
     if world.rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        Path(output).write_text(json.dumps(results))
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    write_results(lambda world: [world.allgather(run_case(case, world)) for case in cases], sys.argv[2])
 
 
 if __name__ == "__main__":

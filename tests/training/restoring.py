@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from lapse_elmo import checkpoint
-from lapse_elmo.batches import WorkerPart
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import parse_train
+from lapse_elmo.corpus.shards import WorkerPart
 from lapse_elmo.cursor import Cursor, Position
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
@@ -95,7 +95,7 @@ def restore(folder: Path, world: World) -> dict[str, Any]:
         files = checkpoint.OpenFiles(path)
         manifest = checkpoint.verified(path, world, files)
         cursor = checkpoint.read_cursor(path, manifest, NUM_SENTENCES, world)
-        checkpoint.restore(path, manifest, parameters, world, files)
+        checkpoint.restore(files, manifest, parameters, world)
     num_bytes = read_bytes() - before
     save(folder.with_name(f"{folder.name}.again"), parameters, world)
     parameters.server.close()

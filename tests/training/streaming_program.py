@@ -7,21 +7,17 @@ folder. RESULT gets, for each rank, ``peaks``: its largest resident memory up to
 
 from __future__ import annotations
 
-import json
 import pickle
 import resource
 import sys
-import traceback
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from lapse_elmo import embed, handover, score
-from lapse_elmo.mpi.exit import abort
-from lapse_elmo.mpi.launch import enter
 from lapse_elmo.mpi.world import World
 from lapse_elmo.trained import targets
+from tests.training.driver import write_results
 
 
 class Counted:
@@ -57,16 +53,5 @@ def run(world: World, model: str, texts: list[str]) -> dict[str, Any]:
     return {"peaks": peaks, "most_held": counted.most_held}
 
 
-def main() -> None:
-    world = enter()
-    try:
-        results = world.allgather(run(world, sys.argv[2], sys.argv[3:]))
-    except BaseException:
-        traceback.print_exc()
-        abort(world, 1)
-    if world.rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    write_results(lambda world: world.allgather(run(world, sys.argv[2], sys.argv[3:])), sys.argv[1])

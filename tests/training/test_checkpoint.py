@@ -189,7 +189,7 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     assert not background.written and not background.failed
     go_on.set()
     background.finish()
-    checkpoint.restore(path, checkpoint.read_manifest(path), parameters, solo())
+    checkpoint.restore(checkpoint.OpenFiles(path), checkpoint.read_manifest(path), parameters, solo())
     np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
 
 
@@ -282,7 +282,7 @@ def test_a_file_that_lies(parameters: Parameters, cursor: Cursor, tmp_path: Path
     manifest = checkpoint.verified(path, solo())
     with pytest.raises(CheckpointError, match=says) as caught:
         checkpoint.read_cursor(path, manifest, 203, solo())
-        checkpoint.restore(path, manifest, parameters, solo())
+        checkpoint.restore(checkpoint.OpenFiles(path), manifest, parameters, solo())
     assert len(str(caught.value).splitlines()) == 1
 
 

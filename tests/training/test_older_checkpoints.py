@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import lapse_elmo
-from lapse_elmo.batches import WorkerPart
 from lapse_elmo.checkpoint.manifest import encode, rank_file
+from lapse_elmo.corpus.shards import WorkerPart
 from tests.training.conftest import Drive
 from tests.training.corpora import (
     TINY,
