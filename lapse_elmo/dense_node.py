@@ -20,7 +20,7 @@ from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule, iter_blocks, 
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
 
-_WEIGHTS, _GRADIENTS = "dense weights", "dense gradients"
+_WEIGHTS, _MEANS, _GRADIENTS = "dense weights", "averaged dense weights", "dense gradients"
 _ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own
 _EXCHANGED = 1 << 20  # numbers; while one block of a slice is under way to the other nodes, the next one is added up
 
@@ -41,6 +41,7 @@ class NodeDense:
         num_slices: Number of slices, the same on every node: the number of ranks of the smallest node.
         weights: (size,) the shared weights.
         state: (size,) the shared state, by name.
+        means: (size,) the averages of the weights; None for a rule without averages.
         num_steps: (1,) the number of steps taken, counted by each rank for itself.
 
     Raises:
@@ -55,7 +56,7 @@ class NodeDense:
         self.size = self._starts[-1]
         self.num_slices = int(world.gather_numbers(np.array([world.local_size])).min())
         self.own = self._slice_of(world.local_rank)
-        names = [_WEIGHTS, *(f"dense {name}" for name in rule.initial_state)]
+        names = [_WEIGHTS, *(f"dense {name}" for name in rule.initial_state), *([_MEANS] if rule.average else [])]
         memory = NodeMemory(world, dict.fromkeys(names, ((self.size,), np.float32)))
 
         def reserve() -> None:
@@ -66,6 +67,7 @@ class NodeDense:
         world.together(reserve)
         self.weights = torch.from_numpy(memory.arrays[_WEIGHTS])
         self.state = {name: torch.from_numpy(memory.arrays[f"dense {name}"]) for name in rule.initial_state}
+        self.means = torch.from_numpy(memory.arrays[_MEANS]) if rule.average else None
         self.num_steps = torch.zeros(1)
         for name, value in rule.initial_state.items():
             self.state[name][self.own] = value
@@ -73,6 +75,8 @@ class NodeDense:
         if world.local_rank == 0:
             for view, parameter in zip(views, parameters, strict=True):
                 view.copy_(parameter.detach())
+            if self.means is not None:
+                self.means.copy_(self.weights)
         world.node_barrier()
         for view, parameter in zip(views, parameters, strict=True):
             parameter.data = view
@@ -80,12 +84,14 @@ class NodeDense:
     def optimizer(self, learning_rate: float) -> DenseOptimizer:
         """Return an optimizer of all parameters, with the shared state."""
         state = {name: self.views(array) for name, array in self.state.items()}
-        return DenseOptimizer(self.views(self.weights), self._rule, learning_rate, state, self.num_steps)
+        means = None if self.means is None else self.views(self.means)
+        return DenseOptimizer(self.views(self.weights), self._rule, learning_rate, state, self.num_steps, means)
 
     def own_optimizer(self, learning_rate: float) -> DenseOptimizer:
         """Return an optimizer of this rank's slice, with the shared state."""
         state = {name: [array[self.own]] for name, array in self.state.items()}
-        return DenseOptimizer([self.weights[self.own]], self._rule, learning_rate, state, self.num_steps)
+        means = None if self.means is None else [self.means[self.own]]
+        return DenseOptimizer([self.weights[self.own]], self._rule, learning_rate, state, self.num_steps, means)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return views of an array (size,), with the shapes of the parameters."""

@@ -25,7 +25,7 @@ from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary, VocabularyFile
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError
 from lapse_elmo.mpi.world import World
-from lapse_elmo.parameters import Parameters
+from lapse_elmo.parameters import PARAMETERS, TRAINED, Parameters
 from lapse_elmo.tables import RowTable
 from lapse_elmo.trained.opening import open_together
 from lapse_elmo.trained.stored import StoredModel, Table
@@ -82,6 +82,8 @@ def _from_model(
         with torch.no_grad():
             for name, parameter in parameters.model.named_parameters():
                 parameter.copy_(torch.from_numpy(np.array(stored.dense[name], np.float32)))
+        if parameters.dense_optimizer.averages is not None:
+            parameters.dense_optimizer.averages.restart()
     parameters.initialise()
     tables = [(parameters.embedding, stored.embedding), (parameters.softmax, stored.softmax)]
     for table, theirs in tables:
@@ -135,14 +137,17 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
     try:
         with h5py.File(path, "r") as file:
             for name, tensor in parameters.dense_tensors().items():
+                if name.startswith((PARAMETERS, TRAINED)):
+                    continue
+                kind = parameters.config.dense_optimizer
+                if name == "num_steps" and name not in file and kind != "adam":
+                    continue  # without averages, only Adam counts its steps
                 if name not in file:
-                    kind = parameters.config.dense_optimizer
                     raise ConfigError(
                         f"--init-accumulators kept: {path} has no state of --dense-optimizer {kind}: give the one that "
                         "the model was trained with, or fresh"
                     )
-                if not name.startswith("parameters/"):
-                    parameters.set_dense(tensor, file[name][()])
+                parameters.set_dense(tensor, file[name][()])
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 

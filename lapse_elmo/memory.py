@@ -93,7 +93,7 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     model, size = config.model, config.model.projection_size
     rule = rule_of(config.optimizer)
     row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
-    copies = 1 + _STATE_ARRAYS[config.dense_optimizer]  # of dense numbers
+    copies = 1 + _STATE_ARRAYS[config.dense_optimizer] + (config.dense_average > 0)  # of dense numbers
     num_dense = dense_size(size, model.cell_size, model.num_layers)
     in_server = config.training.dense == "ps"
     in_node = world.size > 1 and not in_server  # on CPUs; with GPUs this counts too much

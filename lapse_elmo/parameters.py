@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ from lapse_elmo.rng import stream, torch_stream
 from lapse_elmo.row_update import RowUpdate
 from lapse_elmo.schedule import Rates
 from lapse_elmo.tables import DENSE_ROW, DenseTable, RowTable, rule_of
+
+# What the names of dense arrays in a checkpoint start with: those of the model, and those from which training resumes
+# where they are not the same.
+PARAMETERS, TRAINED = "parameters/", "trained_parameters/"
 
 
 def build_model(config: ModelConfig, seed: int, initialised: bool = True) -> BiLM:
@@ -99,7 +105,7 @@ class Parameters:
         self.dense_table: DenseTable | None = None
         if in_server:
             self.dense_table = DenseTable(RowTable(self.server, layout["dense"], initial), dense)
-        dense_rule = DenseRule(config.dense_optimizer, initial, optimizer.epsilon)
+        dense_rule = DenseRule(config.dense_optimizer, initial, optimizer.epsilon, config.dense_average)
         self.node_dense = NodeDense(world, dense, dense_rule) if in_node else None
         if self.node_dense is None:
             self.dense_optimizer = DenseOptimizer(dense, dense_rule, config.dense_rate)
@@ -186,10 +192,34 @@ class Parameters:
         return (world.num_nodes, world.node) if self.config.server.shares_rows else (world.size, world.rank)
 
     def dense_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the dense parameters and their optimizer's state, by reference, by their name in a checkpoint."""
-        named = {name: parameter.data for name, parameter in self.model.named_parameters()}
-        parameters = {f"parameters/{name}": tensor for name, tensor in named.items()}
-        return {**parameters, **self.dense_optimizer.named_state(list(named))}
+        """Return the dense parameters and their optimizer's state, by reference, by their name in a checkpoint.
+
+        Where the parameters are averaged, the averages are the model, and training resumes from the others.
+        """
+        names, averages = [name for name, _ in self.model.named_parameters()], self.dense_optimizer.averages
+        trained = [parameter.data for parameter in self.model.parameters()]
+        tensors = dict(zip((PARAMETERS + name for name in names), averages.means if averages else trained, strict=True))
+        if averages:
+            tensors.update(zip((TRAINED + name for name in names), trained, strict=True))
+        return {**tensors, **self.dense_optimizer.named_state(names)}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Make the model compute with the averages of the dense parameters meanwhile, if they are averaged."""
+        parameters = list(self.model.parameters())
+        trained = [parameter.data for parameter in parameters]
+        self.use_averages()
+        try:
+            yield
+        finally:
+            for parameter, tensor in zip(parameters, trained, strict=True):
+                parameter.data = tensor
+
+    def use_averages(self) -> None:
+        """Make the model compute with the averages of the dense parameters, if they are averaged."""
+        if self.dense_optimizer.averages is not None:
+            for parameter, mean in zip(self.model.parameters(), self.dense_optimizer.averages.means, strict=True):
+                parameter.data = mean
 
     def set_dense(self, tensor: torch.Tensor, values: np.ndarray) -> None:
         """Set one of :meth:`dense_tensors`; every rank of a node calls it, and the first one sets what they share."""

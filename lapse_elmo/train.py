@@ -295,7 +295,7 @@ class Training:
         self.world.progress.enter(f"evaluation at step {cursor.step}")
         self.parameters.sync_parameters()
         start = time.perf_counter()
-        with self.server_meter.excluded():
+        with self.server_meter.excluded(), self.parameters.averaged():
             heldout = measure_perplexity(
                 self.parameters, self.data.heldout, self.config.data, self.config.training.batch_size, self.world,
                 self.device.device,

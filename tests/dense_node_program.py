@@ -49,13 +49,15 @@ class Checks:
         update.close()
         return norms
 
-    def node(self, rule: DenseRule) -> tuple[list[nn.Parameter], DenseOptimizer, list[tuple[float, float]]]:
+    def node(
+        self, rule: DenseRule, steps: int = 3
+    ) -> tuple[list[nn.Parameter], DenseOptimizer, list[tuple[float, float]]]:
         # Only the values of a node's first rank count.
         values = self.tensors(0) if self.world.local_rank == 0 else self.tensors(9)
         parameters = [nn.Parameter(value) for value in values]
         dense = NodeDense(self.world, parameters, rule)
         optimizer = dense.optimizer(RATE)
-        return parameters, optimizer, self.train(NodeUpdate(self.world, dense, optimizer))
+        return parameters, optimizer, self.train(NodeUpdate(self.world, dense, optimizer), steps)
 
     def expected(self, rule: DenseRule) -> tuple[list[Tensor], list[tuple[float, float]]]:
         values, norms = [value.double().requires_grad_() for value in self.tensors(0)], []
@@ -97,15 +99,19 @@ class Checks:
 
     def as_on_each_rank(self) -> None:
         """A copy on each rank gets the same values; the same bits where two gradients, at most, are added."""
-        parameters, optimizer, _ = self.node(ADAGRAD)
+        rule, steps = DenseRule("adagrad", average=0.9), 17  # the averages are updated after 16 steps
+        parameters, optimizer, _ = self.node(rule, steps)
         own = self.tensors(0)
-        alone = DenseOptimizer(own, ADAGRAD, RATE)
-        self.train(RankUpdate(self.world, torch.device("cpu"), alone))
-        accumulators = optimizer.state["accumulators"], alone.state["accumulators"]
-        for found, wanted in zip([*parameters, *accumulators[0]], [*own, *accumulators[1]], strict=True):
+        alone = DenseOptimizer(own, rule, RATE)
+        self.train(RankUpdate(self.world, torch.device("cpu"), alone), steps)
+        assert optimizer.averages is not None and alone.averages is not None
+        assert not torch.equal(optimizer.averages.means[0], parameters[0].detach())
+        ours = [*parameters, *optimizer.state["accumulators"], *optimizer.averages.means]
+        theirs = [*own, *alone.state["accumulators"], *alone.averages.means]
+        for found, wanted in zip(ours, theirs, strict=True):
             if self.world.size <= 2:
                 assert torch.equal(found, wanted)
-            torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-5)
 
     def memory_is_shared(self) -> None:
         """A rank's write is read by the other ranks of its node only."""

@@ -10,6 +10,8 @@ A checkpoint is the directory ``RUN/checkpoints/step-00000123``:
 ``dense.h5``
     ``parameters/<name>`` and the optimizer's state: ``first_moments/<name>``, ``second_moments/<name>`` and
     ``num_steps`` with Adam, ``accumulators/<name>`` with Adagrad. Written by rank 0; they are equal on all ranks.
+    With ``--dense-average``, ``parameters`` are the averages, the number of steps is saved with Adagrad and SGD too,
+    and training resumes from ``trained_parameters/<name>``, the values after the last step.
 ``sentences.h5``
     In mid-epoch only: ``epoch`` and ``left``, the sentences of the epoch (all, unless the run was resumed by another
     number of ranks within it) and those of them still to be trained, as bits (numpy.packbits) by sentence number. The

@@ -53,5 +53,6 @@ class SavedModel:
         """Load the parameters into a new server, with the model in evaluation mode (collective)."""
         parameters = Parameters(self.config, self.vocabulary.size, world, device)
         restore(OpenFiles(self.path), self.manifest, parameters, world)
+        parameters.use_averages()
         parameters.model.eval()
         return parameters

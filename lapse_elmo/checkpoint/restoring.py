@@ -17,8 +17,9 @@ from lapse_elmo.checkpoint.checksums import OpenFiles, shares
 from lapse_elmo.checkpoint.manifest import DENSE, Manifest, config_of, row_files
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
+from lapse_elmo.model.optimizers import DenseOptimizer
 from lapse_elmo.mpi.world import World
-from lapse_elmo.parameters import Parameters
+from lapse_elmo.parameters import PARAMETERS, TRAINED, Parameters
 from lapse_elmo.tables import RowTable
 
 T = TypeVar("T")
@@ -119,17 +120,24 @@ def _restore_dense(files: OpenFiles, parameters: Parameters, world: World, keeps
             lambda: _guarded(path, lambda: opened.append(stack.enter_context(h5py.File(files.get(DENSE), "r"))))
         )
         for name, tensor in parameters.dense_tensors().items():
-            if not (keeps_state or name.startswith("parameters/")):
+            if not (keeps_state or name.startswith((PARAMETERS, TRAINED))):
                 continue
-            values = np.empty(tuple(tensor.shape), np.float32)
-            read = functools.partial(_read_array, opened, name, values)
+            values = np.zeros(tuple(tensor.shape), np.float32)
+            read = functools.partial(_read_array, opened, name, parameters.dense_optimizer, values)
             world.agree(functools.partial(_guarded, path, read))
             world.bcast_array(values)
             parameters.set_dense(tensor, values)
 
 
-def _read_array(opened: list[h5py.File], name: str, out: np.ndarray) -> None:
+def _read_array(opened: list[h5py.File], name: str, optimizer: DenseOptimizer, out: np.ndarray) -> None:
+    """Read a dense array, also if parameters are averaged in the run and not in the checkpoint, or the reverse."""
     (file,) = opened
+    if TRAINED[:-1] not in file:
+        name = name.replace(TRAINED, PARAMETERS)
+        if name == "num_steps" and optimizer.rule.kind != "adam":
+            return  # without averages, only Adam counts its steps; the run starts to
+    elif optimizer.averages is None:
+        name = name.replace(PARAMETERS, TRAINED)
     values = file[name][()]
     if values.shape != out.shape:
         raise ValueError(f"{name} has shape {values.shape}, expected {out.shape}")

@@ -10,6 +10,7 @@ from lapse_elmo.errors import ConfigError
 
 # Adam moves each weight by about its rate, so what a unit's sum moves by grows with its number of inputs.
 ADAM_FACTOR = 1.28
+DENSE_AVERAGE = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class OptimizerConfig:
         help="learning rate of the LSTM's parameters after the warm-up (0: --learning-rate, but for adam "
         f"--learning-rate x {ADAM_FACTOR:g} / D, which is {0.2 * ADAM_FACTOR / 128:g} for small and "
         f"{0.2 * ADAM_FACTOR / 512:g} for original)",
+    )
+    dense_average: float = option(
+        -1.0, metavar="X",
+        help="evaluate, save and export the mean of the LSTM's parameters over the last fraction X of the steps, not "
+        f"their last values (0: the last values; -1: {DENSE_AVERAGE:g}, or 0 with --dense ps)",
     )
     initial_accumulator: float = option(1.0, metavar="X", help="initial value of Adagrad's accumulators")
     row_accumulators: str = option(
@@ -69,6 +75,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "loss_scale", "epsilon")
         require(self.dense_rate >= 0, "dense_rate", self.dense_rate, "0 or more")
+        average = self.dense_average
+        require(average == -1 or 0 <= average <= 1, "dense_average", average, "a fraction from 0 to 1, or -1")
         for name in ("warmup_tokens", "decay_tokens"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.row_scale >= 0, "row_scale", self.row_scale, "0 or more")

@@ -13,7 +13,7 @@ from pathlib import Path
 from lapse_elmo.config.checks import fraction, positive, require
 from lapse_elmo.config.cli import convert, option, options_of, parse
 from lapse_elmo.config.initial import InitialConfig
-from lapse_elmo.config.optimizer import ADAM_FACTOR, OptimizerConfig
+from lapse_elmo.config.optimizer import ADAM_FACTOR, DENSE_AVERAGE, OptimizerConfig
 from lapse_elmo.config.plan import PlanConfig, check_plan
 from lapse_elmo.config.server import ServerConfig
 from lapse_elmo.errors import ConfigError
@@ -284,6 +284,8 @@ class Config:
             )
         if self.training.dense == "ps" and self.optimizer.dense_rate:
             raise ConfigError("--dense ps updates the LSTM's parameters at --learning-rate: drop --dense-rate")
+        if self.training.dense == "ps" and self.optimizer.dense_average > 0:
+            raise ConfigError("--dense ps does not average the LSTM's parameters: drop --dense-average")
         check_plan(self)
 
     @property
@@ -298,6 +300,12 @@ class Config:
         """The learning rate of the dense parameters where that of the rows is ``--learning-rate``."""
         factor = ADAM_FACTOR / self.model.projection_size if self.dense_optimizer == "adam" else 1.0
         return self.optimizer.dense_rate or factor * self.optimizer.learning_rate
+
+    @property
+    def dense_average(self) -> float:
+        """The fraction of the steps over which the dense parameters are averaged; 0 if they are not."""
+        given = self.optimizer.dense_average
+        return given if given >= 0 else 0.0 if self.training.dense == "ps" else DENSE_AVERAGE
 
 
 def parse_train(argv: Sequence[str]) -> Config:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lapse_elmo.model.averaging import Averages
+
 _BLOCK_SIZE = 1 << 17  # elements; a core's cache holds blocks of several tensors at once
 _BETAS = (0.9, 0.999)  # Adam's; those of torch.optim.Adam
 
@@ -21,11 +23,13 @@ class DenseRule:
         kind: ``"adam"``, ``"adagrad"`` or ``"sgd"``.
         initial_accumulator: Initial value of Adagrad's accumulators.
         epsilon: Added to the square root of Adagrad's accumulators and of Adam's second moments.
+        average: Fraction of the steps over which the weights are averaged; 0 for no averages.
     """
 
     kind: str
     initial_accumulator: float = 1.0
     epsilon: float = 1e-7
+    average: float = 0.0
 
     @property
     def initial_state(self) -> dict[str, float]:
@@ -61,6 +65,10 @@ class DenseOptimizer:
         learning_rate: The step size.
         state: The rule's state, held by reference; by default new tensors with their initial values.
         num_steps: (1,) the number of steps taken, held by reference, as Adam needs to know; by default a new 0.
+        means: Where the rule's averages of the parameters are, held by reference; by default new tensors.
+
+    Attributes:
+        averages: The averages; None for a rule without them.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class DenseOptimizer:
         learning_rate: float,
         state: Mapping[str, Sequence[Tensor]] | None = None,
         num_steps: Tensor | None = None,
+        means: Sequence[Tensor] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.rule = rule
@@ -82,6 +91,10 @@ class DenseOptimizer:
         self.state = {name: list(tensors) for name, tensors in state.items()}
         self.num_steps = torch.zeros(1) if num_steps is None else num_steps
         self._biases = [1.0, 1.0]  # of Adam's moments, which start at 0
+        self.averages: Averages | None = None
+        if rule.average:
+            means = [parameter.detach().clone() for parameter in self.parameters] if means is None else means
+            self.averages = Averages(self.parameters, means, rule.average)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -98,6 +111,8 @@ class DenseOptimizer:
         for parameter, gradient, *state in zip(self.parameters, gradients, *self.state.values(), strict=True):
             for weights, block, *states in iter_blocks(parameter, gradient.contiguous(), *state):
                 update(weights, block if scale == 1.0 else block * scale, *states)
+        if self.averages is not None:
+            self.averages.update(int(self.num_steps))
 
     # The same operations as in torch.optim: adding a separate delta would round once more.
 
@@ -116,9 +131,13 @@ class DenseOptimizer:
         weights.add_(gradient, alpha=-self.learning_rate)
 
     def named_state(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the state by reference, as ``KIND/NAME`` with one name per parameter, and Adam's ``num_steps``."""
+        """Return the state by reference, as ``KIND/NAME`` with one name per parameter, and ``num_steps`` if it counts.
+
+        Averages are not among it: they are a model of their own.
+        """
         named = {
             f"{kind}/{name}": tensor
             for kind, tensors in self.state.items() for name, tensor in zip(names, tensors, strict=True)
         }
-        return {**named, "num_steps": self.num_steps} if self.rule.kind == "adam" else named
+        counts = self.rule.kind == "adam" or self.averages is not None
+        return {**named, "num_steps": self.num_steps} if counts else named

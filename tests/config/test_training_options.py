@@ -35,7 +35,7 @@ OTHER = {
     "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job", "row_accumulators": "row",
     "optimizer": "sgd", "dense_optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
     "ps": "lapse", "technique": "static", "schedule": "linear", "init_accumulators": "kept", "save_at_tokens": (5, 7),
-    "trace_rows": ("3", "5-7", "random:2"),
+    "trace_rows": ("3", "5-7", "random:2"), "dense_average": 0.25,
 }
 # What contradicts other options.
 ALONE = (
@@ -167,6 +167,8 @@ def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None
         ("--dense ps --dense-optimizer adam", ["--dense ps", "--optimizer adagrad", "--dense-optimizer adam"]),
         ("--dense ps --dense-rate 0.1", ["--dense ps", "--learning-rate", "--dense-rate"]),
         ("--dense-rate -1", ["--dense-rate is -1.0"]),
+        ("--dense ps --dense-average 0.1", ["--dense ps", "--dense-average"]),
+        ("--dense-average 1.5", ["--dense-average is 1.5"]),
         ("--precision bf16 --lstm allennlp", ["--precision bf16", "--lstm fused"]),
         ("--device cpu --device-ids 0", ["--device-ids", "--device is cpu"]),
         ("--replacement --num-tries 9000", ["--num-tries", "replacement"]),

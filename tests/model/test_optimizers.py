@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -81,3 +82,40 @@ def test_sum_of_squares() -> None:
         values = random(*shape)
         assert sum_of_squares(values) == pytest.approx(float(values.double().square().sum()), rel=1e-7)
     assert math.isnan(sum_of_squares(torch.tensor([1.0, math.nan])))
+
+
+def test_averages_are_weighted_means_of_the_parameters_over_the_last_steps() -> None:
+    fraction, last = 0.5, 64
+    averaged = torch.zeros(3, requires_grad=True)
+    optimizer = DenseOptimizer([averaged], DenseRule("sgd", average=fraction), 1.0)
+    assert optimizer.averages is not None
+    (mean,) = optimizer.averages.means
+    expected = averaged.detach().clone()
+    for number in range(1, last + 1):
+        optimizer.step([torch.full((3,), -1.0)])
+        rate = 8 / (fraction * number)  # 16 steps are half of 32: until then the window has one step of eight
+        if rate >= 1:
+            expected = averaged.detach().clone()
+        elif number % 8 == 0:
+            expected += rate * (averaged.detach() - expected)
+        assert averaged.tolist() == [number] * 3
+        torch.testing.assert_close(mean, expected)
+    assert last * (1 - fraction) < float(mean[0]) < last
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_averages_change_neither_the_steps_nor_the_state(rule: DenseRule) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(5, 7, generator=generator)
+    plain, averaged = values.clone(), values.clone()
+    without = DenseOptimizer([plain], rule, 0.1)
+    with_averages = DenseOptimizer([averaged], dataclasses.replace(rule, average=0.3), 0.1)
+    for _ in range(40):
+        gradient = torch.randn(5, 7, generator=generator)
+        without.step([gradient])
+        with_averages.step([gradient])
+    assert torch.equal(plain, averaged)
+    ours, theirs = with_averages.named_state(["w"]), without.named_state(["w"])
+    assert int(ours.pop("num_steps")) == 40 and set(theirs) - {"num_steps"} == set(ours)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert with_averages.averages is not None and not torch.equal(with_averages.averages.means[0], averaged)

@@ -31,6 +31,7 @@ from tests.training.corpora import (
     Prepared,
     assert_same_run,
     checkpoints,
+    evaluate_alone,
     prepare,
     random_sentences,
     records,
@@ -40,7 +41,10 @@ from tests.training.corpora import (
 )
 
 LIMIT_S = 90
-OPTIONS = ("--sync", "--epochs", "2", "--batch-size", "8", "--report-every", "3", "--save-every-steps", "5")
+OPTIONS = (
+    "--sync", "--epochs", "2", "--batch-size", "8", "--report-every", "3", "--save-every-steps", "5",
+    "--dense-average", "0.9",
+)
 
 
 def wait_until(reached: Callable[[], bool], job: mpi.RunningJob) -> None:
@@ -132,6 +136,22 @@ def test_a_complete_run_has_nothing_left_to_do(small: Prepared, undisturbed: Pat
         assert job.wait(LIMIT_S).returncode == 0
     assert [path.stat().st_mtime_ns for path in checkpoints(run_dir)] == before
     assert_same_run(undisturbed, run_dir)
+
+
+def test_averages_are_the_model_and_training_resumes_from_the_last_values(
+    small: Prepared, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+    saved = saved_arrays(checkpoints(run_dir)[-1])
+    names = [name for name in saved if name.startswith("parameters/")]
+    assert not any(np.array_equal(saved[name], saved[f"trained_{name}"]) for name in names)
+    (result, logged) = evaluate_alone(run_dir, tmp_path / "result.json"), records(run_dir, "epoch")[-1]
+    assert result["mean_perplexity"] == pytest.approx(logged["heldout/mean_perplexity"], rel=1e-6)
+    train_alone(small, run_dir, "--epochs", "3", "--dense-average", "0", "--learning-rate", "1e-30")
+    after = saved_arrays(checkpoints(run_dir)[-1])
+    assert [name for name in after if name.startswith("trained_")] == []
+    for name in names:  # at this rate weights stay
+        np.testing.assert_array_equal(after[name], saved[f"trained_{name}"], err_msg=name)
 
 
 def sentences_of(batches: Sequence[Batch]) -> list[int]:
