@@ -7,6 +7,7 @@ import torch
 from lapse_elmo import native
 from lapse_elmo.config.training import ModelConfig
 from lapse_elmo.model import packed
+from lapse_elmo.model.dense_kernels import DENSE_SOURCE
 from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import cpu_multiplies_bf16
 
@@ -14,7 +15,10 @@ from lapse_elmo.model.products import cpu_multiplies_bf16
 def model_fallbacks(config: ModelConfig, device: torch.device) -> list[str]:
     """Return a line for each slow fallback that the model takes on this rank, with the reason."""
     lines = []
-    for what, source in (("pointwise parts", SOURCE), ("products of few rows", packed.PACKED_SOURCE)):
+    sources = {
+        "pointwise parts": SOURCE, "products of few rows": packed.PACKED_SOURCE, "dense updates": DENSE_SOURCE,
+    }
+    for what, source in sources.items():
         if device.type == "cpu" and native.load(source) is None:
             lines.append(f"the model's {what} run in torch, which is slower than C: {native.problem(source)}")
     if device.type == "cuda" and (why := triton_problem(device)):
