@@ -1,9 +1,10 @@
-"""Compare packed.c with torch on the matrix products of the LSTM's steps: ``python -m benchmarks.products``.
+"""Compare prepacked.c with torch on the matrix products of the LSTM's steps: ``python -m benchmarks.products``.
 
 Measures the (n, K) @ (K, N) products of a step with one thread, for each weight, size and precision, by both and by the
-one that training chooses (lapse_elmo.model.packed.rows_packed). The two take turns within milliseconds, so that other
-load on the machine affects both alike. Rates are those of the fastest turn, ratios medians of the turns, in CPU time.
-The time of packing is printed separately: it is spent once per step, weight and direction. Torch packs in each product.
+one that training chooses (lapse_elmo.model.prepacked.rows_prepacked). The two take turns within milliseconds, so that
+other load on the machine affects both alike. Rates are those of the fastest turn, ratios medians of the turns, in CPU
+time. The time of packing is printed separately: it is spent once per step, weight and direction. Torch packs in each
+product.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from lapse_elmo.config.cli import option, parse
 from lapse_elmo.config.training import PRESETS
 from lapse_elmo.devices import speed_up_float32
-from lapse_elmo.model.packed import Kernels, PrepackedWeight, describe, kernels, rows_packed
+from lapse_elmo.model.prepacked import Kernels, PrepackedWeight, describe, kernels, rows_prepacked
 from lapse_elmo.model.products import PRECISIONS, Matmul, TorchWeight, cpu_multiplies_bf16
 
 
@@ -83,15 +84,15 @@ def seconds(run: Callable[[], object], at_least_s: float = 5e-4) -> float:
 def compare(found: Kernels, weight: Weight, storage: torch.dtype, options: ProductsOptions) -> list[float]:
     """Print a line of the table; returns the speed of the chosen product relative to torch, by number of rows."""
     second = weight.new(storage)
-    packed, by_torch = PrepackedWeight(found, second), TorchWeight(Matmul(storage), second)
+    prepacked, by_torch = PrepackedWeight(found, second), TorchWeight(Matmul(storage), second)
     pack_s = min(seconds(lambda: PrepackedWeight(found, second)) for _ in range(options.repeats))
-    chosen, ratios, parts = rows_packed(storage, weight.strided), [], []
+    chosen, ratios, parts = rows_prepacked(storage, weight.strided), [], []
     for num_rows in options.rows:
         first = torch.randn(num_rows, weight.num_terms).to(storage)
         out = torch.zeros(num_rows, weight.num_columns, dtype=storage)
         runs = [
             (lambda factor=factor: factor.addmm_into(out, first) if weight.adds else factor.mm_into(out, first))  # noqa: B023
-            for factor in (packed, by_torch)
+            for factor in (prepacked, by_torch)
         ]
         for run in runs:
             run()
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> None:
     speed_up_float32()
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    print("GFLOP/s of packed.c and of torch, and their ratio; - where torch is chosen. Packing in us.")
+    print("GFLOP/s of prepacked.c and of torch, and their ratio; - where torch is chosen. Packing in us.")
     print(f"{'weight':<30}{'':<9}{'packing':>7} " + "".join(f"{f'n = {n}':>16} " for n in options.rows))
     worst: list[tuple[float, str]] = []
     for precision in options.precisions:

@@ -2,9 +2,9 @@
 
 Measures the forward and the backward pass with all gradients. Each row of the table compares three variants, which take
 turns so that other load on the machine affects all alike: our code; only its matrix products, computed by torch, which
-is an upper limit unless packed.c computes them (for few rows); and a peer, AllenNLP's ElmoLstm or a sampled softmax by
-plain autograd. Rates are medians; fractions and ratios are medians over turns. Times are CPU time for one thread, and
-wall time, which other programs disturb, for more.
+is an upper limit unless prepacked.c computes them (for few rows); and a peer, AllenNLP's ElmoLstm or a sampled softmax
+by plain autograd. Rates are medians; fractions and ratios are medians over turns. Times are CPU time for one thread,
+and wall time, which other programs disturb, for more.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import torch
 
 from lapse_elmo import native
 from lapse_elmo.config.training import ModelConfig
-from lapse_elmo.model import packed
+from lapse_elmo.model import prepacked
 from lapse_elmo.model.dense_kernels import DENSE_SOURCE
 from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import cpu_multiplies_bf16
@@ -16,7 +16,7 @@ def model_fallbacks(config: ModelConfig, device: torch.device) -> list[str]:
     """Return a line for each slow fallback that the model takes on this rank, with the reason."""
     lines = []
     sources = {
-        "pointwise parts": SOURCE, "products of few rows": packed.PACKED_SOURCE, "dense updates": DENSE_SOURCE,
+        "pointwise parts": SOURCE, "products of few rows": prepacked.PREPACKED_SOURCE, "dense updates": DENSE_SOURCE,
     }
     for what, source in sources.items():
         if device.type == "cpu" and native.load(source) is None:
@@ -34,4 +34,4 @@ def model_fallbacks(config: ModelConfig, device: torch.device) -> list[str]:
 def product_lines(config: ModelConfig, device: torch.device) -> list[str]:
     """Return a line that names the kernels of the LSTM's matrix products; none where torch chooses them."""
     fused_here = config.lstm == "fused" and device.type == "cpu"
-    return [packed.describe(config.precision)] if fused_here else []
+    return [prepacked.describe(config.precision)] if fused_here else []

@@ -14,7 +14,7 @@ from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.memory import check_memory, dense_size, estimate
-from lapse_elmo.model import packed
+from lapse_elmo.model import prepacked
 from lapse_elmo.model.optimizers import DenseRule
 from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import build_model
@@ -199,5 +199,5 @@ def test_a_dry_run_writes_nothing(
     said = capsys.readouterr().out
     assert all(text in said for text in ("device  threads", "memory on", "14 in all", "nothing was started"))
     chosen = [line for line in said.splitlines() if line.startswith("products of the LSTM's steps")]
-    assert chosen == [packed.describe(precision)] and "forward by" in chosen[0] and "backward by" in chosen[0]
+    assert chosen == [prepacked.describe(precision)] and "forward by" in chosen[0] and "backward by" in chosen[0]
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from tests.mpi import ROOT
 from tests.sanitized_program import OPTIONS
 
 TESTS = {
-    "packed.c": "tests/model/test_products.py",
+    "prepacked.c": "tests/model/test_products.py",
     "pointwise.c": "tests/model/test_pointwise.py",
     "dense_kernels.c": "tests/model/test_optimizers.py",
     "rows.c": "tests/ps/test_rows.py",

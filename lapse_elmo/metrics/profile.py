@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.metrics.run_log import table
-from lapse_elmo.model.packed import PREPACKED_MATMUL
+from lapse_elmo.model.prepacked import PREPACKED_MATMUL
 
 FOLDER = "profile"
 WARM_UP = 3  # steps before profiling starts: they allocate buffers and fill caches

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lapse_elmo import native
-from lapse_elmo.model.packed import UNLIMITED, PrepackedWeight, Range, kernels, rows_packed
+from lapse_elmo.model.prepacked import UNLIMITED, PrepackedWeight, Range, kernels, rows_prepacked
 
 PRECISIONS = ("fp32", "bf16")
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -139,12 +139,14 @@ class Matmul:
             native_kernels = kernels(self.storage)
         if native_kernels is None or values.shape[0] % native_kernels.num_rows:
             return TorchWeight(self, self.cast_weight(values))
-        rows, second = rows_packed(self.storage, strided=values.stride(1) != 1), self.cast(values)
+        rows, second = rows_prepacked(self.storage, strided=values.stride(1) != 1), self.cast(values)
         fewest, most = (min(sizes), max(sizes)) if sizes else (1, UNLIMITED)
         if most < rows.first or fewest > rows.last:
             return TorchWeight(self, second)
-        packed = PrepackedWeight(native_kernels, second)
-        return packed if fewest in rows and most in rows else HybridWeight(packed, TorchWeight(self, second), rows)
+        prepacked = PrepackedWeight(native_kernels, second)
+        if fewest in rows and most in rows:
+            return prepacked
+        return HybridWeight(prepacked, TorchWeight(self, second), rows)
 
 
 @dataclass(frozen=True)
@@ -199,14 +201,14 @@ class TorchWeight:
 
 @dataclass(frozen=True)
 class HybridWeight:
-    """A weight multiplied by packed.c if the number of rows is in ``rows``, otherwise by torch."""
+    """A weight multiplied by prepacked.c if the number of rows is in ``rows``, otherwise by torch."""
 
-    packed: PrepackedWeight
+    prepacked: PrepackedWeight
     by_torch: TorchWeight
     rows: Range
 
     def mm_into(self, out: Tensor, first: Tensor) -> Tensor:
-        return (self.packed if len(out) in self.rows else self.by_torch).mm_into(out, first)
+        return (self.prepacked if len(out) in self.rows else self.by_torch).mm_into(out, first)
 
     def addmm_into(self, out: Tensor, first: Tensor) -> Tensor:
-        return (self.packed if len(out) in self.rows else self.by_torch).addmm_into(out, first)
+        return (self.prepacked if len(out) in self.rows else self.by_torch).addmm_into(out, first)

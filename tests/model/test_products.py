@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lapse_elmo import native
-from lapse_elmo.model import packed
-from lapse_elmo.model.packed import PACKED_SOURCE, Kernels, PrepackedWeight, Range
+from lapse_elmo.model import prepacked
+from lapse_elmo.model.prepacked import PREPACKED_SOURCE, Kernels, PrepackedWeight, Range
 from lapse_elmo.model.products import HybridWeight, Matmul, TorchWeight, split_rows
 
 KINDS = {"float32": torch.float32, "bfloat16 vectors": torch.bfloat16, "bfloat16 tiles": torch.bfloat16}
@@ -21,13 +21,13 @@ KINDS = {"float32": torch.float32, "bfloat16 vectors": torch.bfloat16, "bfloat16
 @pytest.fixture(params=KINDS, scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Return the kernels for a storage dtype and an instruction set; skip the test if this machine has none."""
-    found = packed.kernels(KINDS[request.param])
+    found = prepacked.kernels(KINDS[request.param])
     if found is None:
-        pytest.skip(native.problem(PACKED_SOURCE) or "this processor has no products of bfloat16")
+        pytest.skip(native.problem(PREPACKED_SOURCE) or "this processor has no products of bfloat16")
     if request.param == "bfloat16 tiles" and not found.tiles:
         pytest.skip("this processor has no AMX")
     if request.param == "bfloat16 vectors" and found.tiles:
-        library = native.load(PACKED_SOURCE)
+        library = native.load(PREPACKED_SOURCE)
         assert library is not None
         library.multiply_b.argtypes, library.multiply_b.restype = found.multiply.argtypes, None  # type: ignore
         return dataclasses.replace(found, multiply=library.multiply_b, tiles=False)
@@ -122,15 +122,15 @@ def test_torch_takes_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class TestChoice:
-    """The number of rows decides whether packed.c or torch multiplies."""
+    """The number of rows decides whether prepacked.c or torch multiplies."""
 
     @pytest.fixture(autouse=True)
     def compiled(self) -> None:
-        if packed.kernels(torch.float32) is None:
-            pytest.skip(native.problem(PACKED_SOURCE))
+        if prepacked.kernels(torch.float32) is None:
+            pytest.skip(native.problem(PREPACKED_SOURCE))
 
     def test_the_number_of_rows_decides(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lapse_elmo.model.products.rows_packed", lambda storage, strided: Range(2, 4))
+        monkeypatch.setattr("lapse_elmo.model.products.rows_prepacked", lambda storage, strided: Range(2, 4))
         matmul, weight = Matmul(torch.float32), random(6, 8, seed=1, storage=torch.float32)
         within, above, below = (matmul.prepare(weight, sizes) for sizes in ([4, 2], [9, 5], [1, 1]))
         assert isinstance(within, PrepackedWeight) and isinstance(above, TorchWeight) and isinstance(below, TorchWeight)
@@ -150,22 +150,22 @@ class TestChoice:
         self, monkeypatch: pytest.MonkeyPatch, storage: torch.dtype, tiles: bool, strided: bool
     ) -> None:
         some = Kernels(lambda *_: None, lambda *_: None, 1, tiles)
-        monkeypatch.setattr(packed, "kernels", lambda storage: some)
-        rows = packed.rows_packed(storage, strided)
+        monkeypatch.setattr(prepacked, "kernels", lambda storage: some)
+        rows = prepacked.rows_prepacked(storage, strided)
         assert (32 in rows) == (not tiles or storage == torch.bfloat16 or strided)
         assert (1000 in rows) == (not tiles)
-        monkeypatch.setattr(packed, "kernels", lambda storage: None)
-        assert 32 not in packed.rows_packed(storage, strided)
+        monkeypatch.setattr(prepacked, "kernels", lambda storage: None)
+        assert 32 not in prepacked.rows_prepacked(storage, strided)
 
     def test_a_plan_says_what_multiplies(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for tiles, precision, line in (
-            (False, "fp32", "fp32: forward by packed.c; backward by packed.c"),
-            (True, "fp32", "fp32: forward by packed.c for 8 to 127 rows, else by torch; backward by torch"),
+            (False, "fp32", "fp32: forward by prepacked.c; backward by prepacked.c"),
+            (True, "fp32", "fp32: forward by prepacked.c for 8 to 127 rows, else by torch; backward by torch"),
             (True, "bf16", "bf16: forward by AMX tiles for 1 to 192 rows, else by torch; backward by AMX tiles for"),
         ):
             some = Kernels(lambda *_: None, lambda *_: None, 1, tiles)
-            monkeypatch.setattr(packed, "kernels", lambda storage, some=some: some)
-            assert packed.describe(precision).removeprefix("products of the LSTM's steps, ").startswith(line)
+            monkeypatch.setattr(prepacked, "kernels", lambda storage, some=some: some)
+            assert prepacked.describe(precision).removeprefix("products of the LSTM's steps, ").startswith(line)
 
 
 @pytest.mark.parametrize("matmul", [Matmul(torch.float32), Matmul(torch.bfloat16), Matmul(torch.bfloat16, True)])

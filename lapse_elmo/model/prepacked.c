@@ -4,7 +4,7 @@
  * itself, and the steps of an LSTM use the same weight many times. So the weight is packed once, by pack_*, and then
  * multiplied many times, by multiply_*. The fallback is torch.mm (TorchWeight in products.py).
  *
- * Packed layout. The N columns are cut into panels of PANEL = 2 * W columns, where W is the number of floats in a
+ * Prepacked layout. The N columns are cut into panels of PANEL = 2 * W columns, where W is the number of floats in a
  * vector register. Panels are stored one after another, the last one padded with zero columns. In a panel, all K rows
  * follow one another, so a product reads it sequentially:
  *
@@ -99,7 +99,7 @@ INLINE void transpose(long num_words, const uint32_t *columns, long stride, uint
 INLINE vector get_f(const float *p) { return *(const vector *)p; }
 INLINE void put_f(float *p, vector v) { *(vector *)p = v; }
 INLINE vector add_product_f(vector sum, const float *a, const float *b) { return sum + *a * get_f(b); }
-#include "packed.c"
+#include "prepacked.c"
 #undef KIND
 #undef S
 #undef K_STEP
@@ -123,14 +123,14 @@ INLINE vector add_product_b(vector sum, const uint16_t *a, const uint16_t *b) {
   memcpy(&pair, a, sizeof pair);
   return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
 }
-#include "packed.c"
+#include "prepacked.c"
 #undef KIND
 #undef S
 #undef K_STEP
 #undef BLOCK_K
 
 /* Products by AMX. One instruction adds to a tile of 16 x 16 sums the product of 16 rows times 32 terms of a and 32
- * terms times 16 columns of a panel. In the packed layout, the latter is a tile of 16 rows of 64 bytes, which lie 128
+ * terms times 16 columns of a panel. In the prepacked layout, the latter is a tile of 16 rows of 64 bytes, which lie 128
  * bytes apart. Linux lets a process use the tile registers only after a system call. */
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -371,7 +371,7 @@ static void NAME(partial_tile)(long rows, long columns, long terms, long K, cons
   for (long r = 0; r < rows; r++) memcpy(c + r * N, buffer + r * PANEL, columns * sizeof(S));
 }
 
-/* c (n, N) = a (n, K) @ the packed weight, or c += it if `add`; rounded to S once. */
+/* c (n, N) = a (n, K) @ the prepacked weight, or c += it if `add`; rounded to S once. */
 void NAME(multiply)(long n, long K, long N, const S *restrict a, const S *restrict packed, S *restrict c, int add) {
   long num_blocks = (n + MAX_ROWS - 1) / MAX_ROWS;
 #pragma omp parallel if (n * K * N > (1 << 20))

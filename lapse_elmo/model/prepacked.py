@@ -1,10 +1,10 @@
-"""Matrix products of few rows with a prepacked weight: the bindings of packed.c, and when they are used.
+"""Matrix products of few rows with a prepacked weight: the bindings of prepacked.c, and when they are used.
 
-Whether packed.c or torch is faster depends on the processor, the precision and the number of rows. The choice is not
+Whether prepacked.c or torch is faster depends on the processor, the precision and the number of rows. The choice is not
 timed at run time. It is a fixed function of the processor's instructions, the precision, the weight's layout and the
-number of rows (:func:`rows_packed`), so that a resumed run gives bitwise the same results as an uninterrupted one on
-the same kind of machine. benchmarks/products.py compares the two. In packed.c, each row's result is bitwise independent
-of the other rows.
+number of rows (:func:`rows_prepacked`), so that a resumed run gives bitwise the same results as an uninterrupted one on
+the same kind of machine. benchmarks/products.py compares the two. In prepacked.c, each row's result is bitwise
+independent of the other rows.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch import Tensor
 
 from lapse_elmo import native
 
-PACKED_SOURCE = Path(__file__).parent / "packed.c"
+PREPACKED_SOURCE = Path(__file__).parent / "prepacked.c"
 PREPACKED_MATMUL = "prepacked matmul"  # label in profiles
 UNLIMITED = 1 << 30  # rows
-_WIDEST_PANEL = 32  # columns of a panel of packed.c with AVX-512; 16 without
-# Numbers of rows for which packed.c is faster than torch on processors with AMX, measured on Emerald Rapids
-# (benchmarks/README.md). On processors without AMX, packed.c is always used.
+_WIDEST_PANEL = 32  # columns of a panel of prepacked.c with AVX-512; 16 without
+# Numbers of rows for which prepacked.c is faster than torch on processors with AMX, measured on Emerald Rapids
+# (benchmarks/README.md). On processors without AMX, prepacked.c is always used.
 _MAX_ROWS_AMX_BF16 = 192
 _ROWS_AMX_FP32 = (8, 127)  # only for weights that are transposed views
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of packed.c for one storage dtype.
+    """The functions of prepacked.c for one storage dtype.
 
     Attributes:
         pack: Packs a weight.
-        multiply: Multiplies by a packed weight.
+        multiply: Multiplies by a prepacked weight.
         num_rows: The number of rows of a weight must be a multiple of this (2 for bfloat16, 1 for float32).
         tiles: Whether ``multiply`` uses AMX tiles.
     """
@@ -49,7 +49,7 @@ class Kernels:
 
 
 class PrepackedWeight:
-    """A copy of a (K, N) weight in the layout that packed.c reads.
+    """A copy of a (K, N) weight in the layout that prepacked.c reads.
 
     Args:
         kernels: The functions for the weight's dtype.
@@ -60,8 +60,8 @@ class PrepackedWeight:
         num_rows, num_columns = weight.shape
         assert num_rows % kernels.num_rows == 0 and weight.device.type == "cpu", weight.shape
         self._multiply, self._shape = kernels.multiply, weight.shape
-        self._packed = weight.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
-        kernels.pack(num_rows, num_columns, weight.data_ptr(), *weight.stride(), self._packed.data_ptr())
+        self._prepacked = weight.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
+        kernels.pack(num_rows, num_columns, weight.data_ptr(), *weight.stride(), self._prepacked.data_ptr())
         # The public torch.profiler.record_function is 20 times as slow when no profiler is active.
         self._recorded = torch._C._profiler._RecordFunctionFast(PREPACKED_MATMUL)
 
@@ -75,19 +75,19 @@ class PrepackedWeight:
 
     def _run(self, out: Tensor, first: Tensor, add: bool) -> Tensor:
         num_terms, num_columns = self._shape
-        dtype = self._packed.dtype
+        dtype = self._prepacked.dtype
         assert out.shape == (len(first), num_columns) and first.shape[1] == num_terms, (out.shape, first.shape)
         assert out.dtype == first.dtype == dtype and out.is_contiguous() and first.is_contiguous()
         with self._recorded:
             self._multiply(
-                len(out), num_terms, num_columns, first.data_ptr(), self._packed.data_ptr(), out.data_ptr(), add
+                len(out), num_terms, num_columns, first.data_ptr(), self._prepacked.data_ptr(), out.data_ptr(), add
             )
         return out
 
 
 def kernels(storage: torch.dtype) -> Kernels | None:
-    """Return the functions of packed.c for a storage dtype, or None if this machine or dtype has none."""
-    library = native.load(PACKED_SOURCE)
+    """Return the functions of prepacked.c for a storage dtype, or None if this machine or dtype has none."""
+    library = native.load(PREPACKED_SOURCE)
     return None if library is None else _kernels(library).get(storage)
 
 
@@ -110,7 +110,7 @@ def _kernels(library: ctypes.CDLL) -> dict[torch.dtype, Kernels]:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers of rows, from ``first`` to ``last`` inclusive, for which products use packed.c instead of torch."""
+    """Numbers of rows, from ``first`` to ``last`` inclusive, for which products use prepacked.c instead of torch."""
 
     first: int
     last: int
@@ -119,8 +119,8 @@ class Range:
         return self.first <= num_rows <= self.last
 
 
-def rows_packed(storage: torch.dtype, strided: bool) -> Range:
-    """Return the numbers of rows for which products use packed.c on this processor.
+def rows_prepacked(storage: torch.dtype, strided: bool) -> Range:
+    """Return the numbers of rows for which products use prepacked.c on this processor.
 
     Args:
         storage: The dtype of both factors.
@@ -136,7 +136,7 @@ def rows_packed(storage: torch.dtype, strided: bool) -> Range:
 
 
 def has_tiles() -> bool:
-    """Whether packed.c multiplies bfloat16 by AMX tiles."""
+    """Whether prepacked.c multiplies bfloat16 by AMX tiles."""
     found = kernels(torch.bfloat16)
     return found is not None and found.tiles
 
@@ -144,10 +144,10 @@ def has_tiles() -> bool:
 def describe(precision: str) -> str:
     """Return a log line on which kernels multiply by the recurrent weights on this machine."""
     storage = torch.bfloat16 if precision == "bf16" else torch.float32
-    native_kernel = "AMX tiles" if precision == "bf16" and has_tiles() else "packed.c"
+    native_kernel = "AMX tiles" if precision == "bf16" and has_tiles() else "prepacked.c"
     parts = []
     for direction, strided in (("forward", True), ("backward", False)):
-        rows = rows_packed(storage, strided)
+        rows = rows_prepacked(storage, strided)
         if rows.last < rows.first:
             parts.append(f"{direction} by torch")
         elif rows.last == UNLIMITED:
