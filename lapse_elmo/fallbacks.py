@@ -8,6 +8,7 @@ from lapse_elmo import native
 from lapse_elmo.config.training import ModelConfig
 from lapse_elmo.model import prepacked
 from lapse_elmo.model.dense_kernels import DENSE_SOURCE
+from lapse_elmo.model.lstm_steps import STEPS_SOURCE
 from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import cpu_multiplies_bf16
 
@@ -16,11 +17,13 @@ def model_fallbacks(config: ModelConfig, device: torch.device) -> list[str]:
     """Return a line for each slow fallback that the model takes on this rank, with the reason."""
     lines = []
     sources = {
-        "pointwise parts": SOURCE, "products of few rows": prepacked.PREPACKED_SOURCE, "dense updates": DENSE_SOURCE,
+        "pointwise parts": SOURCE, "products of few rows": prepacked.PREPACKED_SOURCE, "steps": STEPS_SOURCE,
+        "dense updates": DENSE_SOURCE,
     }
     for what, source in sources.items():
         if device.type == "cpu" and native.load(source) is None:
-            lines.append(f"the model's {what} run in torch, which is slower than C: {native.problem(source)}")
+            where = "from Python" if source == STEPS_SOURCE else "in torch"
+            lines.append(f"the model's {what} run {where}, which is slower than C: {native.problem(source)}")
     if device.type == "cuda" and (why := triton_problem(device)):
         lines.append(f"the LSTM's pointwise parts run in torch, which is slower than Triton: {why}")
     if config.precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():

@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 SWITCH = "LAPSE_ELMO_NATIVE"
@@ -73,6 +73,13 @@ def load(source: Path) -> ctypes.CDLL | None:
     this at the same time. ctypes does not check the pointers that are passed to the library: callers must.
     """
     return _load(Path(source).resolve())[0] if enabled() else None
+
+
+def address(function: Callable[..., None]) -> int:
+    """Return the address of a function of a loaded library, for C code that calls it."""
+    found = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert found is not None
+    return found
 
 
 def problem(source: Path) -> str:

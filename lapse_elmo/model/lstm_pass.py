@@ -1,9 +1,9 @@
 """Hand-written forward and backward pass of the LSTM with projection over packed rows, as a single autograd node.
 
 A layer multiplies all its inputs by the input weights in one matrix product. The products of the recurrence go into
-preallocated buffers. The backward pass overwrites the gates of all steps with their gradients, so each weight gradient
-is a single matrix product as well. The two directions are independent, so each runs on a thread of its own
-(:mod:`lapse_elmo.model.two_threads`).
+preallocated buffers; where all kernels are in C, one call runs all steps of a layer (:mod:`.lstm_steps`). The backward
+pass overwrites the gates of all steps with their gradients, so each weight gradient is a single matrix product as well.
+The two directions are independent, so each runs on a thread of its own (:mod:`lapse_elmo.model.two_threads`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lapse_elmo.model.lstm_steps import Layer, native_steps
 from lapse_elmo.model.packing import Packing
 from lapse_elmo.model.pointwise import pointwise
 from lapse_elmo.model.pointwise_torch import wide_dtype
@@ -167,20 +168,35 @@ class _LayerPass:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the hidden states (N, D) in the storage dtype."""
-        matmul, sizes = self.matmul, self.packing.sizes
-        input_weight, state_weight, bias, projection = self.weights
+        matmul = self.matmul
+        input_weight, _, _, projection = self.weights
         hidden_size, cell_size = projection.shape
-        num_tokens, num_sentences = len(inputs), len(self.packing.order)
+        num_tokens = len(inputs)
         self.inputs = matmul.cast(inputs).detach()
         # The input's contribution to the gates of all steps; each step completes and activates its rows in place.
         self.gates = matmul.mm(self.inputs, matmul.cast_weight(input_weight).t())
         self.cells = self.gates.new_empty(num_tokens, cell_size, dtype=wide_dtype(matmul.storage))
         self.hidden = self.gates.new_empty(num_tokens, hidden_size)
-        cell_output_buffer = self.gates.new_empty(num_sentences, cell_size)
+        self._forward_steps()
+        last = self.packing.last
+        self.final_state = self.hidden.index_select(0, last), self.cells.index_select(0, last)
+        return self.hidden
+
+    def _forward_steps(self) -> None:
+        """Activate the gates and compute cells and hidden states, from the first step to the last."""
+        matmul, sizes = self.matmul, self.packing.sizes
+        _, state_weight, bias, projection = self.weights
+        cell_output_buffer = self.gates.new_empty(len(self.packing.order), projection.shape[1])
         recurrent_weight, projection_weight = (matmul.prepare(w.t(), sizes) for w in (state_weight, projection))
         bias, (cell_clip, projection_clip) = bias.to(self.cells.dtype), self.clips
         kernels = pointwise(self.gates)
         previous_hidden, previous_cells = self.initial_hidden, self.initial_cells
+        in_c = native_steps(kernels, recurrent_weight, projection_weight)
+        if in_c is not None:
+            in_c.forward(
+                self._layer(), self.gates, bias, previous_hidden, self.cells, self.hidden, cell_output_buffer
+            )
+            return
         steps = zip(sizes, self.gates.split(sizes), self.cells.split(sizes), self.hidden.split(sizes), strict=True)
         for size, gates, cells, hidden in steps:
             if previous_hidden is not None:
@@ -190,9 +206,6 @@ class _LayerPass:
             projection_weight.mm_into(hidden, cell_output)
             kernels.clip_forward(hidden, self.mask, projection_clip)
             previous_hidden, previous_cells = hidden, cells
-        last = self.packing.last
-        self.final_state = self.hidden.index_select(0, last), self.cells.index_select(0, last)
-        return self.hidden
 
     def backward(self, d_output: Tensor, needs_inputs: bool) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Return the gradients of the inputs and of the four weights, in the dtype of ``d_output``."""
@@ -235,6 +248,13 @@ class _LayerPass:
         d_recurrent = torch.zeros_like(d_hidden[:num_sentences])
         d_cells = self.cells.new_zeros(num_sentences, self.cells.shape[1])
         d_cell_output = self.gates.new_empty(d_cells.shape)
+        in_c = native_steps(kernels, recurrent_weight, projection_weight)
+        if in_c is not None:
+            in_c.backward(
+                self._layer(), self.gates, self.cells, self.hidden, d_hidden, cell_output, d_recurrent, d_cells,
+                d_cell_output,
+            )
+            return
         parts = (self.gates, self.cells, self.hidden, d_hidden, cell_output)
         steps = list(zip(sizes, *(part.split(sizes) for part in parts), strict=True))
         for number in reversed(range(len(steps))):
@@ -245,3 +265,7 @@ class _LayerPass:
             kernels.cell_backward(gates, previous_cells, cells, step_output, d_step_output, d_cells[:size], cell_clip)
             if number:
                 recurrent_weight.mm_into(d_recurrent[:size], gates)
+
+    def _layer(self) -> Layer:
+        """Return what the steps in C share."""
+        return Layer(self.packing.sizes, self.initial_cells, self.mask, *self.clips)

@@ -167,87 +167,96 @@ class NativePointwise:
     Args:
         functions: The functions of pointwise.c for ``storage``.
         storage: Dtype of the rows.
+
+    Attributes:
+        storage: Dtype of the rows.
+        wide: Dtype of cells, biases and sums.
     """
 
     def __init__(self, functions: dict[str, Callable[..., None]], storage: torch.dtype) -> None:
-        self._storage, self._wide = storage, wide_dtype(storage)
+        self.storage, self.wide = storage, wide_dtype(storage)
+        self._functions = functions
         self._cell_forward, self._cell_backward = functions["lstm_cell_forward"], functions["lstm_cell_backward"]
         self._clip_forward, self._clip_backward = functions["lstm_clip_forward"], functions["lstm_clip_backward"]
         self._column_sums = functions["column_sums"]
         self._softmax_rows, self._softmax_totals = functions["softmax_rows"], functions["softmax_totals"]
 
+    def address(self, name: str) -> int:
+        """Return the address of a function of pointwise.c, for C code that calls it."""
+        return native.address(self._functions[name])
+
     def cell_forward(
         self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
         clip: float,
     ) -> None:
-        shape, storage, wide = cells.shape, self._storage, self._wide
+        shape, storage, wide = cells.shape, self.storage, self.wide
         n, width = shape
         self._cell_forward(
-            n, width, _pointer(gates, (n, 4 * width), storage), _pointer(bias, (4 * width,), wide),
-            _pointer_to_rows(previous_cells, shape, wide), _pointer(cells, shape, wide),
-            _pointer(cell_output, shape, storage), clip,
+            n, width, pointer(gates, (n, 4 * width), storage), pointer(bias, (4 * width,), wide),
+            pointer_to_rows(previous_cells, shape, wide), pointer(cells, shape, wide),
+            pointer(cell_output, shape, storage), clip,
         )
 
     def cell_backward(
         self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        shape, storage, wide = cells.shape, self._storage, self._wide
+        shape, storage, wide = cells.shape, self.storage, self.wide
         n, width = shape
         self._cell_backward(
-            n, width, _pointer(gates, (n, 4 * width), storage), _pointer_to_rows(previous_cells, shape, wide),
-            _pointer(cells, shape, wide), _pointer(cell_output, shape, storage),
-            _pointer(d_cell_output, shape, storage), _pointer(d_cells, shape, wide), clip,
+            n, width, pointer(gates, (n, 4 * width), storage), pointer_to_rows(previous_cells, shape, wide),
+            pointer(cells, shape, wide), pointer(cell_output, shape, storage),
+            pointer(d_cell_output, shape, storage), pointer(d_cells, shape, wide), clip,
         )
 
     def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
         shape = hidden.shape
         self._clip_forward(
-            *shape, _pointer(hidden, shape, self._storage), _pointer_to_rows(mask, shape, self._wide), clip
+            *shape, pointer(hidden, shape, self.storage), pointer_to_rows(mask, shape, self.wide), clip
         )
 
     def clip_backward(
         self, d_hidden: Tensor, d_recurrent: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
-        shape, storage = hidden.shape, self._storage
+        shape, storage = hidden.shape, self.storage
         self._clip_backward(
-            *shape, _pointer(d_hidden, shape, storage), _pointer_to_rows(d_recurrent, shape, storage),
-            _pointer(hidden, shape, storage), _pointer_to_rows(mask, shape, self._wide), clip,
+            *shape, pointer(d_hidden, shape, storage), pointer_to_rows(d_recurrent, shape, storage),
+            pointer(hidden, shape, storage), pointer_to_rows(mask, shape, self.wide), clip,
         )
 
     def column_sums(self, rows: Tensor) -> Tensor:
-        sums = rows.new_empty(rows.shape[1], dtype=self._wide)
-        self._column_sums(*rows.shape, _pointer(rows, rows.shape, self._storage), sums.data_ptr())
+        sums = rows.new_empty(rows.shape[1], dtype=self.wide)
+        self._column_sums(*rows.shape, pointer(rows, rows.shape, self.storage), sums.data_ptr())
         return sums
 
     def softmax_rows(
         self, logits: Tensor, bias_minus_log_q: Tensor, target: Tensor, nll: Tensor, inv_sum: Tensor, d_target: Tensor,
         d_bias: Tensor,
     ) -> None:
-        shape, wide = logits.shape, self._wide
+        shape, wide = logits.shape, self.wide
         n, num_samples = shape
         self._softmax_rows(
-            n, num_samples, _pointer(logits, shape, self._storage), _pointer(bias_minus_log_q, (num_samples,), wide),
-            _pointer(target, (n,), wide), _pointer(nll, (n,), wide), _pointer(inv_sum, (n,), wide),
-            _pointer(d_target, (n,), wide), _pointer(d_bias, (num_samples,), wide),
+            n, num_samples, pointer(logits, shape, self.storage), pointer(bias_minus_log_q, (num_samples,), wide),
+            pointer(target, (n,), wide), pointer(nll, (n,), wide), pointer(inv_sum, (n,), wide),
+            pointer(d_target, (n,), wide), pointer(d_bias, (num_samples,), wide),
         )
 
     def softmax_totals(self, logits: Tensor, bias: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
-        shape, wide = logits.shape, self._wide
+        shape, wide = logits.shape, self.wide
         n, num_classes = shape
         self._softmax_totals(
-            n, num_classes, _pointer(logits, shape, self._storage), _pointer(bias, (num_classes,), wide),
-            _pointer(running_max, (n,), wide), _pointer(running_sum, (n,), torch.float64),
+            n, num_classes, pointer(logits, shape, self.storage), pointer(bias, (num_classes,), wide),
+            pointer(running_max, (n,), wide), pointer(running_sum, (n,), torch.float64),
         )
 
 
-def _pointer(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def pointer(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Return the address of a contiguous tensor of this shape and dtype."""
     assert tensor.shape == shape and tensor.dtype is dtype and tensor.is_contiguous(), _mismatch(tensor, shape, dtype)
     return tensor.data_ptr()
 
 
-def _pointer_to_rows(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+def pointer_to_rows(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
     """Return the address of a contiguous tensor with at least the rows of ``shape``; None for None."""
     if tensor is None:
         return None

@@ -54,12 +54,15 @@ class PrepackedWeight:
     Args:
         kernels: The functions for the weight's dtype.
         weight: (K, N) on the CPU, of any strides; K must be a multiple of ``kernels.num_rows``.
+
+    Attributes:
+        shape: (K, N).
     """
 
     def __init__(self, kernels: Kernels, weight: Tensor) -> None:
         num_rows, num_columns = weight.shape
         assert num_rows % kernels.num_rows == 0 and weight.device.type == "cpu", weight.shape
-        self._multiply, self._shape = kernels.multiply, weight.shape
+        self._multiply, self.shape = kernels.multiply, weight.shape
         self._prepacked = weight.new_empty(-(-num_columns // _WIDEST_PANEL) * _WIDEST_PANEL * num_rows)
         kernels.pack(num_rows, num_columns, weight.data_ptr(), *weight.stride(), self._prepacked.data_ptr())
         # The public torch.profiler.record_function is 20 times as slow when no profiler is active.
@@ -73,8 +76,18 @@ class PrepackedWeight:
         """Compute ``out`` += ``first`` @ weight, rounded to the storage dtype once."""
         return self._run(out, first, True)
 
+    @property
+    def multiply_address(self) -> int:
+        """The address of the function that multiplies, for C code that calls it."""
+        return native.address(self._multiply)
+
+    def pointer(self, storage: torch.dtype) -> int:
+        """Return the address of the prepacked copy, whose dtype must be ``storage``."""
+        assert self._prepacked.dtype == storage
+        return self._prepacked.data_ptr()
+
     def _run(self, out: Tensor, first: Tensor, add: bool) -> Tensor:
-        num_terms, num_columns = self._shape
+        num_terms, num_columns = self.shape
         dtype = self._prepacked.dtype
         assert out.shape == (len(first), num_columns) and first.shape[1] == num_terms, (out.shape, first.shape)
         assert out.dtype == first.dtype == dtype and out.is_contiguous() and first.is_contiguous()
