@@ -19,6 +19,7 @@ from lapse_elmo.dense_update import DenseNorms
 from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule, iter_blocks, sum_of_squares
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
+from lapse_elmo.node_sums import NodeSums
 
 _WEIGHTS, _MEANS, _GRADIENTS = "dense weights", "averaged dense weights", "dense gradients"
 _ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own
@@ -115,6 +116,7 @@ class NodeUpdate:
         world: The world.
         dense: The shared parameters.
         optimizer: The optimizer of all parameters, from which each step takes the learning rate.
+        bf16: Whether nodes send each other gradients rounded to bfloat16.
 
     Raises:
         ConfigError: On every rank, if there is not enough shared memory.
@@ -122,7 +124,7 @@ class NodeUpdate:
 
     fallback = ""
 
-    def __init__(self, world: World, dense: NodeDense, optimizer: DenseOptimizer) -> None:
+    def __init__(self, world: World, dense: NodeDense, optimizer: DenseOptimizer, *, bf16: bool = False) -> None:
         self._world, self._dense, self._optimizer = world, dense, optimizer
         own, rank = dense.own, world.local_rank
         memory = NodeMemory(world, {_GRADIENTS: ((world.local_size, dense.size), np.float32)})
@@ -132,7 +134,8 @@ class NodeUpdate:
         self._slices = [buffer[own] for buffer in buffers]  # of every rank of the node
         self._mean = self._slices[0]  # the sum replaces the first rank's gradient, which is not needed any more
         self._stepper = dense.own_optimizer(optimizer.learning_rate)
-        self._across = world.across_nodes(dense.num_slices)
+        across = world.across_nodes(dense.num_slices)
+        self._sums = None if across is None else NodeSums(across, bf16)
         self._squares = False
 
     def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
@@ -147,8 +150,8 @@ class NodeUpdate:
         for first in range(0, self._mean.numel(), _EXCHANGED):
             block = slice(first, first + _EXCHANGED)
             own_square += self._add_up([buffer[block] for buffer in self._slices])
-            if self._across is not None:
-                sums.append(self._across.start_sum(self._mean[block].numpy()))
+            if self._sums is not None:
+                sums.append(self._sums.start(self._mean[block].numpy()))
         for wait in sums:
             wait()
         self._mean.div_(self._world.size)

@@ -106,7 +106,7 @@ def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Tri
     frequent = num_frequent(config, data.vocabulary.size, shape)
     rows = row_traffic(use, nodes, [4 * (width + rule.state_width(width)) for width in (size, size + 1)], frequent)
     summed = dense_size(size, model.cell_size, model.num_layers) + frequent[0] * size + frequent[1] * (size + 1)
-    dense_bytes = sum_bytes(summed, nodes)
+    dense_bytes = sum_bytes(summed, nodes, 2 if training.node_sums == "bf16" else 4)
     reported = float(report_bytes() * shape.local_size * (nodes - 1))
     bytes_per_s, latency_s = plan.network_gbit * 1e9 / 8, plan.network_us * 1e-6
     hops = math.ceil(math.log2(nodes)) if nodes > 1 else 0

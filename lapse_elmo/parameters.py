@@ -78,6 +78,11 @@ class Parameters:
         self.num_classes = num_classes
         in_server = config.training.dense == "ps"
         in_node = not in_server and world.size > 1 and set(world.allgather(device.type)) == {"cpu"}
+        self._bf16_sums = config.training.node_sums == "bf16"
+        if self._bf16_sums and world.num_nodes > 1 and not in_node:
+            raise ConfigError(
+                "--node-sums bf16 needs ranks on CPUs, --dense allreduce and --ps embedded: drop it"
+            ).on_every_rank()
         self.model = build_model(config.model, config.training.seed, not in_node or world.local_rank == 0)
         self.model.to(device)
         dense = list(self.model.parameters())
@@ -169,7 +174,7 @@ class Parameters:
     def open_dense_update(self, device: torch.device) -> DenseUpdate:
         """Open what averages the dense gradients and updates the dense parameters (collective)."""
         if self.node_dense is not None:
-            return NodeUpdate(self.world, self.node_dense, self.dense_optimizer)
+            return NodeUpdate(self.world, self.node_dense, self.dense_optimizer, bf16=self._bf16_sums)
         if self.dense_table is not None:
             return ServerUpdate(self.world, self.dense_table)
         return RankUpdate(self.world, device, self.dense_optimizer)
@@ -181,7 +186,10 @@ class Parameters:
         num_samples = training.accumulate * self.config.softmax.num_samples
         # The targets of both directions are the words of the same positions.
         return [
-            RowUpdate(self.world, table, min(self.num_classes, most), shared=self.config.server.shares_rows)
+            RowUpdate(
+                self.world, table, min(self.num_classes, most), shared=self.config.server.shares_rows,
+                bf16=self._bf16_sums,
+            )
             for table, most in ((self.embedding, positions), (self.softmax, positions + num_samples))
         ]
 

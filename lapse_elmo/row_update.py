@@ -20,6 +20,7 @@ from torch.nn.functional import embedding_bag
 from lapse_elmo.model.optimizers import sum_of_squares
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
+from lapse_elmo.node_sums import NodeSums
 from lapse_elmo.tables import RowTable
 
 
@@ -51,15 +52,18 @@ class RowUpdate:
         table: The table.
         most_rows: The largest number of distinct rows for which a rank can have gradients.
         shared: Whether to add up over the node; else over the parts of this rank only.
+        bf16: Whether nodes send each other gradients for frequent rows rounded to bfloat16.
 
     Raises:
         ConfigError: On every rank, if the shared memory cannot be created.
     """
 
-    def __init__(self, world: World, table: RowTable, most_rows: int, *, shared: bool) -> None:
+    def __init__(
+        self, world: World, table: RowTable, most_rows: int, *, shared: bool, bf16: bool = False
+    ) -> None:
         self._table = table
         self._sums = RowGradients(np.empty(0, np.int64), torch.empty(0, table.size), 1.0)
-        self._frequent = _FrequentRows(world, table)
+        self._frequent = _FrequentRows(world, table, bf16)
         # All ranks create the shared memory together, also one that is alone on its node.
         several = world.size > world.num_nodes
         self._shared: _SharedGradients | None = None
@@ -100,7 +104,7 @@ class RowUpdate:
 class _FrequentRows:
     """Sums over the nodes of the gradients for the frequent rows, which are dealt out to the ranks of each node."""
 
-    def __init__(self, world: World, table: RowTable) -> None:
+    def __init__(self, world: World, table: RowTable, bf16: bool) -> None:
         self._world, self._first_key, self._number = world, table.segment.first_key, table.segment.frequent
         if world.num_nodes == 1:
             self._number = 0
@@ -109,7 +113,8 @@ class _FrequentRows:
         number = self._number if world.local_rank < self._shares else 0
         self._keys = table.segment.keys(np.arange(world.local_rank, number, self._shares))
         self._values = torch.zeros(self._keys.size, table.size)
-        self._across = world.across_nodes(self._shares) if self._number else None
+        across = world.across_nodes(self._shares) if self._number else None
+        self._node_sums = None if across is None else NodeSums(across, bf16)
         self._wait: Callable[[], None] = lambda: None
         self.sums = RowGradients(self._keys[:0], self._values[:0], 1.0)
 
@@ -120,7 +125,7 @@ class _FrequentRows:
 
     def start(self, sums: RowGradients) -> RowGradients:
         """Begin to add up the frequent rows among a rank's share of its node's sums; return the other rows."""
-        if self._across is None:
+        if self._node_sums is None:
             return sums
         rows = sums.keys - self._first_key
         frequent = rows < self._number
@@ -129,12 +134,12 @@ class _FrequentRows:
         self._values.zero_()
         places = torch.from_numpy(rows[frequent] // self._shares)
         self._values.index_copy_(0, places, values[chosen].mul_(sums.factor))
-        self._wait = self._across.start_sum(self._values.view(-1).numpy())
+        self._wait = self._node_sums.start(self._values.view(-1).numpy())
         return RowGradients(sums.keys[~frequent], values[others], sums.factor)
 
     def finish(self) -> float:
         """Wait for ``sums``; return this node's share in their squared norm."""
-        if self._across is None:
+        if self._node_sums is None:
             return 0.0
         self._wait()
         found = self._values.any(1)

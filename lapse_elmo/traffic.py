@@ -78,12 +78,12 @@ class NodeUse:
         return 1 - missed * (1 - self.input_words())
 
 
-def sum_bytes(numbers: float, num_nodes: int) -> float:
-    """Return the bytes that each node sends per sum of ``numbers`` float32 over the nodes, as by a ring.
+def sum_bytes(numbers: float, num_nodes: int, number_bytes: int = 4) -> float:
+    """Return the bytes that each node sends per sum of ``numbers`` over the nodes, as by a ring.
 
     Every node sends its share of the sum twice: as a part of it, and to share the result.
     """
-    return 2 * (1 - 1 / num_nodes) * 4 * numbers
+    return 2 * (1 - 1 / num_nodes) * number_bytes * numbers
 
 
 @dataclass(frozen=True)

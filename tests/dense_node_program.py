@@ -50,14 +50,14 @@ class Checks:
         return norms
 
     def node(
-        self, rule: DenseRule, steps: int = 3
+        self, rule: DenseRule, steps: int = 3, *, bf16: bool = False
     ) -> tuple[list[nn.Parameter], DenseOptimizer, list[tuple[float, float]]]:
         # Only the values of a node's first rank count.
         values = self.tensors(0) if self.world.local_rank == 0 else self.tensors(9)
         parameters = [nn.Parameter(value) for value in values]
         dense = NodeDense(self.world, parameters, rule)
         optimizer = dense.optimizer(RATE)
-        return parameters, optimizer, self.train(NodeUpdate(self.world, dense, optimizer), steps)
+        return parameters, optimizer, self.train(NodeUpdate(self.world, dense, optimizer, bf16=bf16), steps)
 
     def expected(self, rule: DenseRule) -> tuple[list[Tensor], list[tuple[float, float]]]:
         values, norms = [value.double().requires_grad_() for value in self.tensors(0)], []
@@ -97,6 +97,19 @@ class Checks:
     def descent(self) -> None:
         self.updates(SGD)
 
+    def sums_in_bfloat16(self) -> None:
+        """With SGD, an error of the mean gradient is one of the parameters; all ranks have the same bits."""
+        parameters, _, norms = self.node(SGD, bf16=True)
+        expected, squares = self.expected(SGD)
+        bound = 3 * RATE * 0.5 * 2**-8 * (0.0 if self.world.num_nodes == 1 else 8.0) + 1e-6  # of gradients up to 8
+        for found, wanted in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-5, atol=bound)
+        assert norms[-1] == pytest.approx(squares[-1], rel=1e-2)
+        flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+        assert all(torch.equal(flat, other) for other in self.world.allgather(flat))
+        exact = torch.cat([p.detach().reshape(-1) for p in self.node(SGD)[0]])
+        assert torch.equal(flat, exact) == (self.world.num_nodes == 1)
+
     def as_on_each_rank(self) -> None:
         """A copy on each rank gets the same values; the same bits where two gradients, at most, are added."""
         rule, steps = DenseRule("adagrad", average=0.9), 17  # the averages are updated after 16 steps
@@ -132,7 +145,7 @@ class Checks:
 
 
 def names() -> list[str]:
-    return ["adam", "adagrad", "descent", "as_on_each_rank", "memory_is_shared"]
+    return ["adam", "adagrad", "descent", "sums_in_bfloat16", "as_on_each_rank", "memory_is_shared"]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:

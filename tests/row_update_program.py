@@ -27,7 +27,7 @@ class Checks:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.num_frequent = 0
+        self.num_frequent, self.bf16, self.tolerance = 0, False, 1e-5
 
     def parts(self, rank: int, step: int, num_parts: int) -> list[RowGradients]:
         rng = np.random.default_rng((rank, step))
@@ -46,14 +46,14 @@ class Checks:
         table.initialise(self.world.rank, self.world.size, lambda first, end: torch.zeros(end - first, SIZE))
         server.quiesce()
         server.set_rate("table", RATE)
-        update = RowUpdate(self.world, table, num_parts * ROWS, shared=shared)
+        update = RowUpdate(self.world, table, num_parts * ROWS, shared=shared, bf16=self.bf16)
         for step in range(1, STEPS + 1):
             update.put(self.parts(self.world.rank, step, num_parts))
             self.world.node_barrier()
             update.add_up()
             squares = self.world.gather_numbers(np.array([update.finish()])).sum()
             expected = sum(float(sums.square().sum()) for sums in self.sums(step, num_parts, shared))
-            assert squares == pytest.approx(expected, rel=1e-5)
+            assert squares == pytest.approx(expected, rel=self.tolerance)
             for turn in range(self.world.size):  # in the order of ranks, so that the result is known
                 if turn == self.world.rank:
                     update.push(SCALE)
@@ -85,7 +85,8 @@ class Checks:
                 state += (SCALE * sums).square()
                 weights -= RATE * SCALE * sums / (state.sqrt() + 1e-7)
         found = self.train(num_parts, shared=shared)
-        torch.testing.assert_close(found.double(), torch.cat([weights, state], 1), rtol=1e-5, atol=1e-6)
+        expected, tolerance = torch.cat([weights, state], 1), self.tolerance
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
     def one_step_per_row_and_node(self) -> None:
         self.check(1)
@@ -104,12 +105,26 @@ class Checks:
             self.check(2)
         self.num_frequent = 0
 
+    def frequent_rows_in_bfloat16(self) -> None:
+        """Gradients lose at most 2^-8 of their size in each of two roundings, and updates of up to 0.2 as much."""
+        self.num_frequent = 100
+        exact = self.train(2)
+        self.bf16, self.tolerance = True, 1e-2
+        self.check(2)
+        rounded = self.train(2)
+        assert torch.equal(rounded[100:], exact[100:])
+        assert torch.equal(rounded, exact) == (self.world.num_nodes == 1)
+        self.num_frequent, self.bf16, self.tolerance = 0, False, 1e-5
+
     def equal_bits(self) -> None:
         assert torch.equal(self.train(2), self.train(2))
 
 
 def names() -> list[str]:
-    return ["one_step_per_row_and_node", "parts_are_added_up", "ranks_on_their_own", "frequent_rows", "equal_bits"]
+    return [
+        "one_step_per_row_and_node", "parts_are_added_up", "ranks_on_their_own", "frequent_rows",
+        "frequent_rows_in_bfloat16", "equal_bits",
+    ]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:

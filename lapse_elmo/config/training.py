@@ -169,6 +169,11 @@ class TrainingConfig:
         help="LSTM parameters: one copy per node (per rank on GPUs), with gradients all-reduced; or rows in the "
         "parameter server",
     )
+    node_sums: str = option(
+        "fp32", choices=("fp32", "bf16"),
+        help="how nodes send each other gradients that are summed, those of LSTM parameters and of frequent rows: as "
+        "they are, or rounded to bfloat16, in half the bytes",
+    )
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "batch_size", "accumulate")
