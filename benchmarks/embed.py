@@ -1,6 +1,7 @@
 """Compare model.embed with AllenNLP's ElmoLstm, and measure the time to open a model and the memory of bin/embed.
 
     python -m benchmarks.embed [RUN] [--text FILE] [--preset NAME] [--only opening|speed|memory] [--megabytes MB ...]
+                               [--ranks N]
 
 Without RUN, a model with random weights, 793,471 words and the ``small`` sizes is made. It is opened as a folder of
 every kind: bilm-tf's files, a Hugging Face folder, and the checkpoint of a run that starts from it. Both sides embed
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 10], help="sizes of the texts for memory")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the programs whose memory is measured")
     parser.add_argument("--only", choices=("opening", "speed", "memory"), help="measure only this")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,7 +70,7 @@ def main() -> None:
             for ranks in (1, 2):
                 program(path, sentences, Path(folder), ranks)
         if options.only in (None, "memory"):
-            memory(path, Path(folder), sentences, options.megabytes)
+            memory(path, Path(folder), sentences, options.megabytes, options.ranks)
 
 
 def random_model(folder: Path, num_words: int, size: int, cell: int) -> Path:
@@ -184,33 +186,40 @@ def program(path: Path, sentences: list[list[str]], folder: Path, ranks: int) ->
     print(f"bin/embed, {ranks} ranks: {done.stdout.strip().rpartition(';')[2].strip() or done.stderr.strip()}")
 
 
-def memory(path: Path, folder: Path, sentences: list[list[str]], sizes: list[float]) -> None:
-    """Print the peak resident memory of bin/embed, for means of sentences and for chosen words, by size of text."""
+def memory(path: Path, folder: Path, sentences: list[list[str]], sizes: list[float], ranks: int) -> None:
+    """Print the peak resident memory of the ranks of bin/embed and bin/score, by size of text."""
     lines = "".join(" ".join(words) + "\n" for words in sentences).encode()
     (folder / "words").write_text("\n".join(sorted({words[0] for words in sentences})[:20]), encoding="utf-8")
+    output = str(folder / "memory_output.npz")
     kinds = {
-        "--pool mean": ["--pool", "mean", "--output", str(folder / "means.hdf5")],
-        "--words": ["--words", str(folder / "words"), "--output", str(folder / "words.npz")],
+        "embed --pool mean": ["--pool", "mean"], "embed --words": ["--words", str(folder / "words")], "embed": [],
+        "score": [],
     }
+    # VmHWM and not getrusage, whose maximum an exec leaves at that of the process that started it: at ours.
     code = (
-        "import sys, resource; from lapse_elmo import embed; from lapse_elmo.mpi.world import solo;"
-        "embed.main([*sys.argv[1:], '--overwrite', '--threads', '1'], solo);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import sys, importlib; from lapse_elmo.mpi.launch import enter;"
+        "importlib.import_module('lapse_elmo.' + sys.argv[1]).main(sys.argv[2:], enter);"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'));"
+        "sys.stdout.write('peak ' + peak.split()[1] + '\\n')"
     )
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable, "-c", code]
+    text = folder / "memory_text"
     for megabytes in sizes:
-        text = folder / "memory_text"
         with open(text, "wb") as file:
             while file.tell() < megabytes * 1e6:
                 file.write(lines)
         for kind, options in kinds.items():
-            command = [sys.executable, "-c", code, str(path), str(text), *options]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            lines_of_output = done.stdout.splitlines()
-            speed = next(line for line in lines_of_output if line.endswith(" words/s"))
+            argv = [kind.split()[0], str(path), str(text), *options, "--output", output, "--overwrite"]
+            start = time.perf_counter()
+            done = subprocess.run([*command, *argv, "--threads", "1"], stdout=subprocess.PIPE, text=True, check=True)
+            seconds = time.perf_counter() - start
+            peaks = [int(line.split()[1]) / 1024 for line in done.stdout.splitlines() if line.startswith("peak ")]
             print(
-                f"memory of bin/embed {kind} over {text.stat().st_size / 1e6:,.1f} MB of text: "
-                f"{int(lines_of_output[-1]) / 1024:,.0f} MB; {speed.rpartition('; ')[2]}", flush=True,
+                f"memory of bin/{kind}, {ranks} ranks, over {text.stat().st_size / 1e6:,.1f} MB of text: "
+                f"{' and '.join(f'{peak:,.0f}' for peak in sorted(peaks))} MB; {seconds:,.0f} s, "
+                f"output {Path(output).stat().st_size / 1e9:.2f} GB", flush=True,
             )
+            Path(output).unlink()
 
 
 if __name__ == "__main__":

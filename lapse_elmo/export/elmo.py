@@ -14,7 +14,7 @@
 ``vocab.txt``
     V lines; ``<S>``, ``</S>`` and ``<UNK>`` come first.
 ``meta.json``
-    The metadata that the NLPL word embeddings repository requires.
+    The fields of the models in the NLPL word embeddings repository; null where only the user knows the value.
 
 If D is not smaller than C, bilm-tf ignores the projection and so computes different vectors; AllenNLP and lapse-elmo do
 not. bilm-tf also carries its LSTM's state from one batch to the next, so its vectors change from call to call.
@@ -123,21 +123,30 @@ def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def nlpl_meta(stored: StoredModel) -> dict[str, Any]:
-    """Return the metadata (meta.json) that the NLPL word embeddings repository requires of its models."""
-    config = stored.about.get("config") or {}
+    """Return ``meta.json`` with all fields that the NLPL repository's models have; null where only the user knows.
+
+    The fields are those of http://wiki.nlpl.eu/Vectors/metadata, which also says what each is. NLPL assigns ``id`` and
+    ``handle``.
+    """
+    config, versions = stored.about.get("config") or {}, stored.about.get("versions") or {}
+    unknown = ("NER", "case preserved", "id", "language", "lemmatized", "public", "stop words removal", "tagger",
+               "tagset", "tool", "url")
     return {
         "algorithm": {
-            "name": "Embeddings from Language Models (ELMo), word vectors in place of the character CNN",
-            "tool": "lapse-elmo", "version": __version__, "url": "",
+            "command": None, "id": None, "name": "Embeddings from Language Models (ELMo), word vectors in place of the "
+            "character CNN", "tool": "lapse-elmo", "url": None, "version": versions.get("lapse_elmo", __version__),
         },
         "contents": [
-            {"filename": WEIGHTS, "format": "HDF5"}, {"filename": OPTIONS, "format": "JSON"},
-            {"filename": VOCABULARY, "format": "text"},
+            {"filename": WEIGHTS, "format": "hdf5"}, {"filename": OPTIONS, "format": "json"},
+            {"filename": VOCABULARY, "format": "text"}, {"filename": META, "format": "json"},
         ],
-        "corpus": [{"description": config.get("data", {}).get("shards", ""),
-                    "tokens": stored.about.get("num_train_tokens") or 0}],
-        "creators": [], "dimensions": 2 * stored.options.projection_size,
-        "iterations": config.get("training", {}).get("epochs"), "vocabulary size": stored.vocabulary.size,
+        "corpus": [{
+            **dict.fromkeys(unknown), "description": config.get("data", {}).get("shards"),
+            "tokens": stored.about.get("num_train_tokens"),
+        }],
+        "creators": [], "dimensions": 2 * stored.options.projection_size, "documentation": [], "handle": None,
+        "id": None, "iterations": config.get("training", {}).get("epochs"), "vocabulary size": stored.vocabulary.size,
+        "window": None,
     }
 
 

@@ -18,7 +18,8 @@ from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.export import word2vec
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.trained.stored import ArrayTable, StoredModel
-from tests.training.corpora import Prepared, train_alone
+from tests.mpi import ROOT
+from tests.training.corpora import Prepared, prepare, train_alone
 from tests.training.other_python import run_in_other_python
 
 LINES = ["w01 w02 w00", "w03 unheard of w00", "w01", "w00 w01 w02 w03 w04 w05 w06 w07"]
@@ -162,6 +163,48 @@ def test_transformers_computes_our_numbers(runs: dict[str, Path], tmp_path: Path
         assert len(found["generated"]) <= 4 + 3 and found["generated"][:4] == [1, *first]
 
 
+REAL = ROOT.parent / "shared" / "corpus" / "one-billion-word-sample"  # not part of the project
+REAL_PARITY = """
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+path, lines = arguments
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+kinds = (AutoModel, AutoModelForCausalLM)
+model, causal = (kind.from_pretrained(path, trust_remote_code=True).eval() for kind in kinds)
+batch = tokenizer(lines, return_tensors="pt", padding=True)
+mask = batch["attention_mask"].bool()
+with torch.no_grad():
+    layers = model(**batch, output_hidden_states=True).hidden_states
+    log_p = causal(**batch).logits.log_softmax(-1)
+following = batch["input_ids"][:, 1:]
+found = log_p[:, :-1].gather(2, following[:, :, None])[:, :, 0]
+result = {
+    "vectors": [[layer[i][mask[i]].tolist() for layer in layers] for i in range(len(lines))],
+    "forward": [found[i][mask[i, 1:]].tolist() for i in range(len(lines))],
+}
+"""
+
+
+def test_transformers_computes_our_numbers_of_real_sentences(tmp_path: Path) -> None:
+    files = sorted(REAL.glob("*/news.en*"))
+    if len(files) != 5:
+        pytest.skip("the shared corpus is not on this machine")
+    texts = [path.read_text(encoding="utf-8").splitlines() for path in files]
+    (lines,) = (text[:40] for path, text in zip(files, texts, strict=True) if "heldout" in path.name)
+    corpus = prepare(tmp_path / "corpus", texts[-1][:400], lines)
+    sizes = ("--projection-size", "64", "--cell-size", "256", "--max-steps", "12")
+    run = train_alone(corpus, tmp_path / "run", *sizes)
+    folder = exported(run, tmp_path / "hub", "huggingface")
+    found = run_in_other_python(REAL_PARITY, [str(folder), lines])
+    trained = lapse_elmo.load(run)
+    scores = trained.score(lines)
+    assert 0.05 < np.concatenate([score.unknown for score in scores]).mean() < 0.6
+    for array, mine in zip(found["vectors"], trained.embed(lines), strict=True):
+        np.testing.assert_allclose(np.array(array), mine, rtol=1e-5, atol=1e-5)
+    for array, score in zip(found["forward"], scores, strict=True):
+        np.testing.assert_allclose(np.array(array), score.forward[1:], rtol=1e-5, atol=1e-5)
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -181,6 +224,16 @@ def test_sentence_transformers_reads_it(runs: dict[str, Path], tmp_path: Path) -
     np.testing.assert_allclose(np.array(found), wanted, atol=1e-5)
 
 
+# As http://wiki.nlpl.eu/Vectors/metadata lists them, and as the meta.json of the repository's model 85 has them.
+NLPL_FIELDS = {
+    "model": ("algorithm", "contents", "corpus", "creators", "dimensions", "documentation", "handle", "id",
+              "iterations", "vocabulary size", "window"),
+    "algorithm": ("command", "id", "name", "tool", "url", "version"),
+    "corpus": ("NER", "case preserved", "description", "id", "language", "lemmatized", "public", "stop words removal",
+               "tagger", "tagset", "tokens", "tool", "url"),
+}
+
+
 def test_the_card_and_the_meta_data(small: Prepared, runs: dict[str, Path], tmp_path: Path) -> None:
     card = (exported(runs["top"], tmp_path / "hub", "huggingface") / "README.md").read_text()
     tokens = sum(len(line.split()) for line in small.train)
@@ -198,6 +251,11 @@ def test_the_card_and_the_meta_data(small: Prepared, runs: dict[str, Path], tmp_
         assert says in card, card
     meta = json.loads((exported(runs["top"], tmp_path / "elmo", "elmo") / "meta.json").read_text())
     assert meta["vocabulary size"] == 43 and meta["dimensions"] == 32 and meta["corpus"][0]["tokens"] == tokens
+    assert {name: sorted(fields) for name, fields in NLPL_FIELDS.items()} == {
+        "model": sorted(meta), "algorithm": sorted(meta["algorithm"]), "corpus": sorted(meta["corpus"][0])
+    }
+    names = {path.name for path in (tmp_path / "elmo").iterdir()}
+    assert {entry["filename"] for entry in meta["contents"]} == names
 
 
 def test_exports_are_exported_again(runs: dict[str, Path], tmp_path: Path) -> None:
