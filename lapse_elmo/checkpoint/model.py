@@ -21,9 +21,13 @@ from lapse_elmo.parameters import Parameters
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A verified checkpoint with its vocabulary and its config, in which the server's options are the defaults."""
+    """A verified checkpoint with its vocabulary and its config, in which the server's options are the defaults.
+
+    Its files stay open from their verification until :meth:`parameters` has read them.
+    """
 
     path: Path
+    files: OpenFiles
     manifest: Manifest
     config: Config
     vocabulary: VocabularyFile
@@ -42,17 +46,18 @@ class SavedModel:
             CorpusError: On every rank: the vocabulary cannot be read.
         """
         path = world.agree(lambda: find(Path(model)))
-        manifest = verified(path, world)
+        files = OpenFiles(path)
+        manifest = verified(path, world, files)
         config = world.agree(lambda: config_of(manifest, path))
         config = dataclasses.replace(config, server=ServerConfig())  # independent of the server used in training
         vocabulary = world.agree(lambda: VocabularyFile.check(vocab or vocabulary_path(path, config)))
         world.agree(lambda: require_vocabulary(manifest, vocabulary, path))
-        return cls(path, manifest, config, vocabulary)
+        return cls(path, files, manifest, config, vocabulary)
 
     def parameters(self, world: World, device: torch.device) -> Parameters:
-        """Load the parameters into a new server, with the model in evaluation mode (collective)."""
+        """Load the parameters into a new server, with the model in evaluation mode (collective); call it once."""
         parameters = Parameters(self.config, self.vocabulary.size, world, device)
-        restore(OpenFiles(self.path), self.manifest, parameters, world)
+        restore(self.files, self.manifest, parameters, world)
         parameters.use_averages()
         parameters.model.eval()
         return parameters

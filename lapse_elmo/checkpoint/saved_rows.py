@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from io import FileIO
 
 import h5py
 import numpy as np
 
+from lapse_elmo.checkpoint.checksums import OpenFiles
 from lapse_elmo.checkpoint.manifest import Manifest, row_files
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
@@ -27,18 +28,26 @@ class SavedTable:
         width: Values stored per row: the weights and the state of the update rule.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, name: str, num_rows: int, size: int) -> None:
-        """Open table ``name`` of the checkpoint at ``path``.
+    def __init__(self, files: OpenFiles, manifest: Manifest, name: str, num_rows: int, size: int) -> None:
+        """Open table ``name`` of a checkpoint.
+
+        Args:
+            files: The files of the checkpoint; they may be closed afterwards.
+            manifest: Its manifest.
+            name: The table's name.
+            num_rows: Rows that it must have.
+            size: Weights per row.
 
         Raises:
             CheckpointError: A file cannot be read or has the wrong shape, or the files do not hold each row once.
         """
         self.num_rows, self.size = num_rows, size
+        path = files.path
         self._files: list[np.ndarray] = []
         numbers: list[np.ndarray] = []
         try:
             for file, group in row_files(manifest, name).items():
-                rows, values = _map_rows(path / file, group)
+                rows, values = _map_rows(files.get(file), group)
                 numbers.append(rows)
                 self._files.append(values)
         except H5_ERRORS as error:
@@ -79,14 +88,14 @@ class SavedTable:
         return out
 
 
-def _map_rows(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _map_rows(file: FileIO, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the row numbers (n,) and the memory-mapped rows (n, width) in the HDF5 group ``name`` of a file."""
     with h5py.File(file, "r") as opened:
         group = opened[name]
         values, rows = group["values"], group["rows"][:]
         offset, shape = values.id.get_offset(), values.shape
         if len(shape) != 2 or rows.shape != shape[:1] or values.dtype != np.float32:
-            raise ValueError(f"{file} holds {shape} values of {values.dtype} for {rows.shape} rows")
+            raise ValueError(f"{file.name} holds {shape} values of {values.dtype} for {rows.shape} rows")
         if offset is None:  # no rows, or a file that another program has rewritten
             return rows, values[:]
     return rows, np.memmap(file, np.float32, "r", offset, shape)

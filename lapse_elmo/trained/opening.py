@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from lapse_elmo.checkpoint import (
     FOLDER,
     MANIFEST,
     Manifest,
+    OpenFiles,
     SavedTable,
     check_files,
     config_of,
@@ -60,7 +62,8 @@ def open_stored(
 
 
 def open_checkpoint(
-    folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False, manifest: Manifest | None = None
+    folder: Path, vocab: str | os.PathLike[str] = "", verify: bool = False, manifest: Manifest | None = None,
+    files: OpenFiles | None = None,
 ) -> StoredModel:
     """Open the newest checkpoint of a run, or a single checkpoint.
 
@@ -69,6 +72,7 @@ def open_checkpoint(
         vocab: The vocabulary file, if it has been moved.
         verify: Whether to check the checksums first, which reads the whole checkpoint.
         manifest: The manifest, if it has been read.
+        files: The files of the checkpoint that are open; the others are added. None closes all in the end.
 
     Raises:
         CheckpointError: If there is no checkpoint, it is damaged, or the vocabulary is another one.
@@ -86,10 +90,12 @@ def open_checkpoint(
     size = options.projection_size
     about = {name: manifest.get(name) for name in ("step", "num_train_tokens", "results", "versions", "config")}
     about["num_trained_tokens"] = (manifest.get("milestones") or {}).get("num_tokens")
+    with contextlib.nullcontext(files) if files is not None else OpenFiles(path) as opened:
+        embedding = SavedTable(opened, manifest, "embedding", vocabulary.size, size)
+        softmax = SavedTable(opened, manifest, "softmax", vocabulary.size, size + 1)
     return StoredModel(
-        path, "checkpoint", options, config.data.boundaries, vocabulary,
-        SavedTable(path, manifest, "embedding", vocabulary.size, size),
-        SavedTable(path, manifest, "softmax", vocabulary.size, size + 1), lambda: _read_dense(path / DENSE), about,
+        path, "checkpoint", options, config.data.boundaries, vocabulary, embedding, softmax,
+        lambda: _read_dense(path / DENSE), about,
     )
 
 
@@ -115,6 +121,7 @@ def open_together(
     folder = Path(path)
     if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
         checkpoint = world.agree(lambda: find(folder))
-        manifest = verified(checkpoint, world)
-        return world.together(lambda: open_checkpoint(checkpoint, vocab, manifest=manifest))
+        with OpenFiles(checkpoint) as files:  # a rank maps the tables from the files that it has verified
+            manifest = verified(checkpoint, world, files)
+            return world.together(lambda: open_checkpoint(checkpoint, vocab, manifest=manifest, files=files))
     return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))
