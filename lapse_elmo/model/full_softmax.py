@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.model.pointwise import pointwise
+from lapse_elmo.model.products import Matmul
 from lapse_elmo.model.two_threads import run_two_threads
 
 TARGET_BLOCK = 512
@@ -96,7 +97,7 @@ def softmax_parts(context: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], targ
 
 def _add_classes(context: Tensor, weight: Tensor, bias: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
     """Update ``running_max`` and ``running_sum`` of all context vectors in place with further classes."""
-    kernels = pointwise(context)
+    kernels, products = pointwise(context), Matmul.of("fp32", context)
     buffer = context.new_empty(min(TARGET_BLOCK, len(context)) * min(CLASS_BLOCK, len(weight)))
     for low in range(0, len(weight), CLASS_BLOCK):
         classes = slice(low, min(low + CLASS_BLOCK, len(weight)))
@@ -104,5 +105,5 @@ def _add_classes(context: Tensor, weight: Tensor, bias: Tensor, running_max: Ten
         for start in range(0, len(context), TARGET_BLOCK):
             targets = slice(start, min(start + TARGET_BLOCK, len(context)))
             shape = targets.stop - targets.start, classes.stop - classes.start
-            logits = torch.mm(context[targets], transposed, out=buffer[: shape[0] * shape[1]].view(shape))
+            logits = products.mm_into(buffer[: shape[0] * shape[1]].view(shape), context[targets], transposed)
             kernels.softmax_totals(logits, block_bias, running_max[targets], running_sum[targets])
