@@ -1,15 +1,18 @@
-"""Forks Python programs from a process that has imported torch: ``python -m tests.fork_server SOCKET``.
+"""Forks Python programs from a process with the imports done: ``python -m tests.fork_server SOCKET``.
 
-Importing torch takes two seconds of a core, and the tests start hundreds of ranks: without this they would spend more
-time on imports than on anything else. A program that :mod:`tests.fork_client` asks for gets the arguments, environment,
-working folder and open files of that client. It differs from a program started by itself in this: its parent is the
-server, its command line in /proc is the server's, all programs have the same hash seed, and variables that Python or
-torch read when they start have no effect. The server has not imported ``lapse_elmo`` or initialised MPI.
+Importing torch takes two seconds of a core, importing ``lapse_elmo.train`` then 0.2, and ending a process with torch
+0.2 again. The tests start hundreds of ranks: without this they would spend more time on starts and ends than on
+anything else. A program that :mod:`tests.fork_client` asks for gets the arguments, environment, working folder and open
+files of that client. It differs from a program started by itself in this: its parent is the server, its command line
+and environment in /proc are the server's, all programs have the same hash seed, variables that Python or torch read
+when they start have no effect, ``torch`` and ``lapse_elmo`` are in ``sys.modules``, and at the end neither the modules
+nor the libraries that the server has loaded are torn down. The server has not initialised MPI.
 """
 
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -22,17 +25,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tests.fork_client import NUMBER
 
 CLIENT = Path(__file__).with_name("fork_client.py")
-NAME = "LAPSE_ELMO_TEST_NAME"  # the variable with a name for the forked process, of at most 15 characters
+NAME = "LAPSE_ELMO_TEST_NAME"  # the variable with a name for the forked process, of at most 11 characters
+_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # the variables of launchers with the rank, which follows the name
 _MOST_FILES = 253  # that a message over a socket can carry
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_PACKAGE = "lapse_elmo"
+_UNWRITTEN = 120  # the status of a Python that cannot write its output at the end
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -62,21 +72,28 @@ def address() -> str:
 
 
 def main(path: str) -> None:
-    """Fork programs until the standard input ends; return only in a forked process, after its program."""
+    """Fork programs until the standard input ends; a forked process runs its program and does not return."""
     import h5py  # noqa: F401
     import torch  # noqa: F401
+
+    import lapse_elmo.embed
+    import lapse_elmo.evaluate
+    import lapse_elmo.score
+    import lapse_elmo.train  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen(64)
     os.write(1, b".")
+    gc.collect()
     gc.freeze()  # so that no collection copies the pages shared with the forks
     request = _serve(listener)
-    if request is None:
-        os.unlink(path)
-        os.rmdir(os.path.dirname(path))
-    else:
-        _run(request)
+    if request is not None:
+        # The libraries loaded so far are not torn down: what is registered here is called before what they registered.
+        _LIBC.on_exit(_LIBC._exit, None)
+        _end(_status_of(request))
+    os.unlink(path)
+    os.rmdir(os.path.dirname(path))
 
 
 def _serve(listener: socket.socket) -> _Request | None:
@@ -145,13 +162,45 @@ def _receive(client: socket.socket) -> _Request | None:
     return None
 
 
+def _status_of(request: _Request) -> int:
+    """Run the program of a request; return its exit status."""
+    try:
+        _run(request)
+    except SystemExit as stop:
+        if isinstance(stop.code, int) or stop.code is None:
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except Exception:  # (KeyboardInterrupt ends the interpreter by its signal)
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _end(status: int) -> None:
+    """End the process as Python does, except that it keeps the objects of all modules."""
+    private: Any = threading
+    private._shutdown()  # waits for threads that are not daemons
+    atexit._run_exitfuncs()
+    mpi: Any = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            status = _UNWRITTEN
+    _LIBC.fflush(None)
+    _LIBC.exit(status)  # not _exit: only now MPICH tells the launcher that this rank has finished
+
+
 def _run(request: _Request) -> None:
     """Become the program of a request."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()
     os.environ.update(request.environment)
-    libc.prctl(_PR_SET_NAME, os.environ.pop(NAME, "forked").encode())
+    rank = next((os.environ[name] for name in _RANK if name in os.environ), "0")
+    _LIBC.prctl(_PR_SET_NAME, f"{os.environ.pop(NAME, 'forked')}{rank:0>4}".encode())
     os.chdir(request.folder)
     os.sched_setaffinity(0, request.cores)
     os.setsid()
@@ -166,14 +215,25 @@ def _run(request: _Request) -> None:
     first, *rest = request.arguments
     if first == "-m":
         sys.argv, sys.path[:1] = rest, [request.folder, *folders]
+        _forget_other_sources()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.argv, sys.path[:1] = ["-c", *rest[1:]], ["", *folders]
+        _forget_other_sources()
         sys.modules["__main__"] = program = ModuleType("__main__")
         exec(compile(rest[0], "<string>", "exec"), program.__dict__)
     else:
         sys.argv, sys.path[:1] = request.arguments, [os.path.dirname(os.path.abspath(first)), *folders]
+        _forget_other_sources()
         runpy.run_path(first, run_name="__main__")
+
+
+def _forget_other_sources() -> None:
+    """Drop the server's copy of the package if the program would import another one, or none."""
+    found = PathFinder.find_spec(_PACKAGE)
+    if found is None or found.origin != sys.modules[_PACKAGE].__file__:
+        for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
+            del sys.modules[name]
 
 
 if __name__ == "__main__":

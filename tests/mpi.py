@@ -62,8 +62,12 @@ class RunningJob:
         self.pid = self._process.pid
 
     def rank_pids(self) -> list[int]:
-        """Return the processes of the job that run Python: the ranks."""
-        return [pid for pid in marked_processes(self._mark) if _executable(pid) == os.path.realpath(sys.executable)]
+        """Return the processes of the job that run Python: the ranks, in their order if they are forked."""
+        pids = marked_processes(self._mark)
+        if str(fork_server.CLIENT) in self.command:
+            names = {pid: _comm(pid) for pid in pids}
+            return sorted((pid for pid in pids if names[pid].startswith(_name(self._mark))), key=lambda pid: names[pid])
+        return [pid for pid in pids if _executable(pid) == os.path.realpath(sys.executable)]
 
     def running(self) -> bool:
         return self._process.poll() is None
@@ -151,7 +155,7 @@ def mpirun(
 def _can_be_forked(first: str, env: Mapping[str, str]) -> bool:
     """Return whether a fork of a running Python can do what Python would with these arguments and variables."""
     known = first in ("-c", "-m") or not first.startswith("-")
-    return known and not any(name.startswith(_READ_AT_START) for name in env)
+    return known and not any(name.startswith(_READ_AT_START) and name != "PYTHONPATH" for name in env)
 
 
 def _shown(stdout: str, stderr: str) -> str:
@@ -163,19 +167,27 @@ def marked_processes(mark: str) -> list[int]:
 
     Launchers put each rank in its own session, so they are found by their environment or, if forked, by their name.
     """
-    entry, name = f"{MARK}={mark}".encode(), f"{_name(mark)}\n".encode()
+    entry, name = f"{MARK}={mark}".encode(), _name(mark)
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
                 environment = (folder / "environ").read_bytes().split(b"\0")
-                if entry in environment or (folder / "comm").read_bytes() == name:
+                if entry in environment or _comm(int(folder.name)).startswith(name):
                     found.append(int(folder.name))
     return found
 
 
 def _name(mark: str) -> str:
-    return mark[:15]
+    """Return what the names of a job's forked processes begin with; their rank follows."""
+    return mark[:11]
+
+
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def end_marked(mark: str) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from tests.ps.checks_of_tickets import Tickets
 from tests.ps.checks_of_traces import Traces
 from tests.ps.layout import HOT, LAYOUT, NUM_SAMPLED, WIDTH, every_key, pulled
 from tests.ps.native_engines import EXCEPTIONS, OnOneNode
-from tests.ps.refusals import REFUSALS, check_refusal
+from tests.ps.refusals import REFUSALS, check_refusal, check_rows
 
 Engine = Callable[..., ParameterServer]
 ENGINES: dict[str, Engine] = {technique: partial(EmbeddedServer, technique=technique) for technique in TECHNIQUES}
@@ -44,6 +44,7 @@ ONLY = {  # checks of what only some engines promise, with those engines
     "intended_rows_become_local": {*ENGINES, *NATIVE} - STATIC,
     "a_trace_has_calls_and_moves": {*ENGINES},
 }
+ROWS_AFTER_REFUSALS = "refused calls change no row"
 
 
 class Contract(Moves, Tickets, Rules, Traces):
@@ -76,6 +77,11 @@ class Contract(Moves, Tickets, Rules, Traces):
             if self._refusing is None:
                 self._refusing = self._open()  # one server for all refusals, since a refused call changes nothing
             check_refusal(self._refusing, REFUSALS[name.removeprefix("refuses ")])
+            return
+        if name == ROWS_AFTER_REFUSALS:
+            assert self._refusing is not None
+            self._refusing.quiesce()
+            check_rows(self._refusing)
             return
         server = self._open()
         getattr(self, name)(server)
@@ -289,7 +295,7 @@ def names(engine: str) -> list[str]:
     own = [name for part in parts for name in vars(part) if not name.startswith("_")]
     own = [name for name in own if name not in ("checks", "close") and engine in ONLY.get(name, {engine})]
     own = [name for name in own if (engine, name) not in EXCEPTIONS]
-    return own + [f"refuses {name}" for name in REFUSALS]
+    return [*own, *(f"refuses {name}" for name in REFUSALS), ROWS_AFTER_REFUSALS]
 
 
 def _is_local(name: str) -> bool:

@@ -83,7 +83,7 @@ class Stage:
             listener.bind(address)
             listener.listen(self.num_ranks)
             listener.settimeout(4 * ANSWER_S)
-            self._job = mpi.start(self.num_ranks, [Path(__file__), address, str(self.nodes)])
+            self._job = mpi.start(self.num_ranks, [Path(__file__), address, str(self.nodes)], fork=True)
             self._connections = [Connection(listener.accept()[0].detach()) for _ in range(self.num_ranks)]
             by_rank = {self._answer(connection): connection for connection in self._connections}
             self._connections = [by_rank[rank] for rank in range(self.num_ranks)]

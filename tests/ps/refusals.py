@@ -138,7 +138,10 @@ _COUNT = [refusal for name, refusal in REFUSALS.items() if name == "used handle"
 
 
 def check_refusal(server: ParameterServer, refusal: Refusal) -> None:
-    """Check that the call is refused with the right message and changes nothing: rows remain 0."""
+    """Check that the call is refused with the right message and is not counted.
+
+    That it changes no row is checked after all refusals: see :func:`check_rows`.
+    """
     call, pattern = refusal
     clock = server.clock
     stats = copy.deepcopy(_own_stats(server))
@@ -152,6 +155,10 @@ def check_refusal(server: ParameterServer, refusal: Refusal) -> None:
     assert "\n" not in str(error)
     assert _own_stats(server) == stats or refusal in _COUNT, "the statistics count a refused call"
     assert server.clock == clock
+
+
+def check_rows(server: ParameterServer) -> None:
+    """Check that no refused call has changed a row: all remain 0."""
     for segment in server.layout.segments:
         out = np.empty((segment.num_rows, segment.row_width), np.float32)
         server.pull_rows(segment.keys(np.arange(segment.num_rows)), out)

@@ -13,16 +13,21 @@ PROGRAM = Path(__file__).parent / "leaving_program.py"
 # mpirun neither reports statuses as srun does nor waits for rank 0 once another rank has left: so each rank is a child
 # in a session of its own that mpirun does not end, and its parent there writes its status down.
 NOTE = """
-import os, subprocess, sys
-child = os.fork()
-if child:
-    os.waitpid(child, 0)
+import os, runpy, sys
+_, folder, *sys.argv = sys.argv
+parent = os.fork()
+if parent:
+    os.waitpid(parent, 0)
 else:
     os.setsid()
-    status = subprocess.call([sys.executable, *sys.argv[2:]], close_fds=False)
-    path = os.path.join(sys.argv[1], os.environ["PMI_RANK"])
-    open(path + ".new", "w").write(str(status))
-    os.rename(path + ".new", path)
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        path = os.path.join(folder, os.environ["PMI_RANK"])
+        open(path + ".new", "w").write(str(status))
+        os.rename(path + ".new", path)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 """
 STATUS_S = 30.0  # from the end of mpirun to that of the last rank
 

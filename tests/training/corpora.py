@@ -107,10 +107,11 @@ def saved_arrays(checkpoint: Path) -> dict[str, np.ndarray]:
 
 def train_job(
     num_ranks: int, corpus: Prepared, run_dir: Path, *options: str, program: str | Path = "bin/train",
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None, fork: bool = True,
 ) -> mpi.RunningJob:
     """Start a run of bin/train."""
-    return mpi.start(num_ranks, [program, *corpus.options, *TINY, "--run-dir", str(run_dir), *options], env=env)
+    words = [program, *corpus.options, *TINY, "--run-dir", str(run_dir), *options]
+    return mpi.start(num_ranks, words, env=env, fork=fork)
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

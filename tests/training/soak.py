@@ -52,7 +52,7 @@ def main(seed: int) -> None:
 
 
 def train_to_the_end(corpus: Prepared, run_dir: Path, start: float) -> None:
-    with train_job(RANKS, corpus, run_dir, *OPTIONS) as job:
+    with train_job(RANKS, corpus, run_dir, *OPTIONS, fork=False) as job:
         ended = job.wait(LIMIT_S - (time.monotonic() - start))
     assert ended.returncode == 0 and not ended.survivors, ended.output
 
@@ -61,7 +61,7 @@ def kill(corpus: Prepared, run_dir: Path, number: int, lots: random.Random, star
     """Start or resume, kill a rank, and check what is left; return whether a save was under way."""
     step = max(STEPS_PER_KILL * number + lots.randrange(STEPS_PER_KILL), last_step(run_dir)) + 1  # one that is new
     in_save = number % 2 == 1
-    with train_job(RANKS, corpus, run_dir, *OPTIONS) as job:
+    with train_job(RANKS, corpus, run_dir, *OPTIONS, fork=False) as job:
         wait_until(lambda: last_step(run_dir) >= step, job, start)
         if in_save:
             wait_until(lambda: bool(partial(run_dir)), job, start)
