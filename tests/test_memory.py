@@ -95,14 +95,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare(tmp_path_factory.mktemp("wide"), text, random_sentences(2, 40, len(words), (15, 25)))
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 2), (4, 4)])
 def test_the_estimate_is_near_what_a_run_takes(wide: Prepared, ranks: int, nodes: int, tmp_path: Path) -> None:
     """Shared memory within -5 % and +45 %, and private memory, of which more than half is libraries, within 15 %.
 
     To 10 % the estimate lacks the rows that were announced in fact: it knows a long batch and the log-uniform law, and
     whole chunks turn on that. Of private memory it lacks what the allocator keeps, and the batches that are read ahead.
     """
-    options = ["--projection-size", "128", "--cell-size", "256", "--num-samples", "2048", "--max-steps", "20"]
+    options = ["--projection-size", "128", "--cell-size", "256", "--num-samples", "2048", "--max-steps", "10"]
     words = [memory_program.__file__, str(tmp_path / "results.json"), *wide.options, *TINY, *options]
     job = mpirun(ranks, [*words, "--nodes", str(nodes), "--run-dir", str(tmp_path / "run")], timeout=150, fork=False)
     assert job.returncode == 0, job.output

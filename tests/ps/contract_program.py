@@ -1,6 +1,7 @@
 """The contract that every engine of the parameter server must keep, checked on all ranks of one job.
 
-Run as ``contract_program.py ENGINE NODES FOLDER``; the ranks of each machine are split into that many nodes. Rows are
+Run as ``contract_program.py ENGINE NODES [valid] FOLDER``; the ranks of each machine are split into that many nodes.
+With ``valid``, calls that must be refused are left out: refusing needs neither other ranks nor a transport. Rows are
 integers, so sums are exact. An engine is a function from (world, layout, sampled, first_sample) to a server.
 """
 
@@ -45,19 +46,21 @@ ONLY = {  # checks of what only some engines promise, with those engines
     "a_trace_has_calls_and_moves": {*ENGINES},
 }
 ROWS_AFTER_REFUSALS = "refused calls change no row"
+VALID = "valid"
 
 
 class Contract(Moves, Tickets, Rules, Traces):
     """Each check gets a new server whose rows are all 0."""
 
-    def __init__(self, world: World, engine: str) -> None:
+    def __init__(self, world: World, engine: str, refusals: bool) -> None:
         self.world = world
         self.name = engine
+        self._names = names(engine, refusals)
         self.engine = {**ENGINES, **NATIVE}[engine]
         self._refusing: ParameterServer | None = None
 
     def checks(self) -> dict[str, Callable[[], None]]:
-        return {name: partial(self._with_server, name) for name in names(self.name)}
+        return {name: partial(self._with_server, name) for name in self._names}
 
     def close(self) -> None:
         if self._refusing is not None:
@@ -290,12 +293,12 @@ class Contract(Moves, Tickets, Rules, Traces):
         return self.name in ENGINES and (self.name in ONE_COPY or self.world.num_nodes == 1)
 
 
-def names(engine: str) -> list[str]:
+def names(engine: str, refusals: bool = True) -> list[str]:
     parts = (Contract, Moves, Tickets, Rules, Traces)
     own = [name for part in parts for name in vars(part) if not name.startswith("_")]
     own = [name for name in own if name not in ("checks", "close") and engine in ONLY.get(name, {engine})]
     own = [name for name in own if (engine, name) not in EXCEPTIONS]
-    return [*own, *(f"refuses {name}" for name in REFUSALS), ROWS_AFTER_REFUSALS]
+    return [*own, *(f"refuses {name}" for name in REFUSALS), ROWS_AFTER_REFUSALS] if refusals else own
 
 
 def _is_local(name: str) -> bool:
@@ -320,11 +323,11 @@ def _samples(server: ParameterServer, number: int) -> list[bytes]:
 
 
 def main(argv: list[str], join: Callable[[], World]) -> None:
-    engine, nodes, folder = argv
+    engine, nodes, *valid, folder = argv
     world = join()
     if int(nodes) > 1:
         world.split(int(nodes))
-    contract = Contract(world, engine)
+    contract = Contract(world, engine, refusals=valid != [VALID])
     collective.run(contract.checks(), world, Path(folder), _is_local)
     contract.close()
 

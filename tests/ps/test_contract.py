@@ -15,7 +15,7 @@ from lapse_elmo.native import SWITCH
 from tests import collective, open_mpi
 from tests.mpi import CMA_OFF
 from tests.ps import contract_program
-from tests.ps.contract_program import NATIVE
+from tests.ps.contract_program import NATIVE, VALID
 from tests.ps.native_engines import EXCEPTIONS, installed
 
 OPEN_MPI = "adaptive-2-2-openmpi"
@@ -39,9 +39,11 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     # another MPI library, with a rendezvous from 4 KiB on
     OPEN_MPI: ("adaptive", 2, 2, open_mpi.job(open_mpi.CMA_OFF)),
 }
+# Arguments are checked by the worker alone: calls that must be refused are tried where rows are local, and remote.
+REFUSING = {"adaptive-1-1", "adaptive-2-2-no-kernels"}
 CHECKS: list[Any] = [
     (case, name) for case, (engine, *_) in CASES.items() if case != OPEN_MPI or not open_mpi.why_not()
-    for name in contract_program.names(engine)
+    for name in contract_program.names(engine, case in REFUSING)
 ]
 if open_mpi.why_not():  # one skip stands for all of its cases
     CHECKS.append(pytest.param(OPEN_MPI, "all", marks=pytest.mark.skip(open_mpi.why_not())))
@@ -61,7 +63,8 @@ def report(
     if case not in reports:
         engine, ranks, nodes, job = CASES[case]
         program, folder = Path(contract_program.__file__), tmp_path_factory.mktemp("contract")
-        reports[case] = collective.report_of(program, [engine, str(nodes)], ranks, folder, timeout=120, **job)
+        words = [engine, str(nodes), *([] if case in REFUSING else [VALID])]
+        reports[case] = collective.report_of(program, words, ranks, folder, timeout=120, **job)
     return reports[case]
 
 

@@ -27,7 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def drive(tmp_path_factory: pytest.TempPathFactory) -> Drive:
     """Return ``drive(num_ranks, cases)``, which runs cases ``(program, argv)`` in one job and returns the reports."""
 
-    def run(num_ranks: int, cases: list[tuple[str, list[str]]], timeout: float = 120) -> list[list[dict[str, Any]]]:
+    def run(num_ranks: int, cases: list[tuple[str, list[str]]], timeout: float = 300) -> list[list[dict[str, Any]]]:
         folder = tmp_path_factory.mktemp("drive")
         listed = [{"program": program, "argv": argv} for program, argv in cases]
         (folder / "cases.json").write_text(json.dumps(listed))
