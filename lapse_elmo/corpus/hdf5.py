@@ -28,7 +28,8 @@ class Hdf5Output:
             OSError: The file cannot be written; the other methods raise it too.
         """
         self._sink = DeferredErrorFile(path)
-        self._file = h5py.File(self._sink, "w")
+        # The format of HDF5 1.8 (2008): with the default, which is older, memory grows with the number of datasets.
+        self._file = h5py.File(self._sink, "w", libver=("v108", "latest"))
         self._pending: dict[str, list[np.ndarray]] = {}  # rows to append, by dataset; fewer than a chunk
 
     def write(self, name: str, array: np.ndarray) -> None:
