@@ -1,12 +1,12 @@
 """Forks Python programs from a process with the imports done: ``python -m tests.fork_server SOCKET``.
 
-Importing torch takes two seconds of a core, importing ``lapse_elmo.train`` then 0.2, and ending a process with torch
-0.2 again. The tests start hundreds of ranks: without this they would spend more time on starts and ends than on
-anything else. A program that :mod:`tests.fork_client` asks for gets the arguments, environment, working folder and open
-files of that client. It differs from a program started by itself in this: its parent is the server, its command line
-and environment in /proc are the server's, all programs have the same hash seed, variables that Python or torch read
-when they start have no effect, ``torch`` and ``lapse_elmo`` are in ``sys.modules``, and at the end neither the modules
-nor the libraries that the server has loaded are torn down. The server has not initialised MPI.
+Importing torch takes two seconds of a core, TensorBoard's part of it and ``lapse_elmo.train`` another 0.7, and ending a
+process with torch 0.2. The tests start hundreds of ranks: without this they would spend more time on starts and ends
+than on anything else. A program that :mod:`tests.fork_client` asks for gets the arguments, environment, working folder
+and open files of that client. It differs from a program started by itself in this: its parent is the server, its
+command line and environment in /proc are the server's, all programs have the same hash seed, variables that Python or
+torch read when they start have no effect, ``torch`` and ``lapse_elmo`` are in ``sys.modules``, and at the end neither
+the modules nor the libraries that the server has loaded are torn down. The server has not initialised MPI.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def address() -> str:
 def main(path: str) -> None:
     """Fork programs until the standard input ends; a forked process runs its program and does not return."""
     import h5py  # noqa: F401
-    import torch  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
 
     import lapse_elmo.embed
     import lapse_elmo.evaluate

@@ -23,6 +23,17 @@ from lapse_elmo.model.products import Matmul
 _DIRECTIONS = ("forward", "backward")
 
 
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at 0, without drawing from the global generator as ``nn.Linear`` does.
+
+    ``nn.utils.skip_init`` would avoid that too, but it imports sympy: half a second of every rank's start.
+    """
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class LstmCell(nn.Module):
     """The parameters of one layer in one direction, named as in AllenNLP's LstmCellWithProjection.
 
@@ -34,12 +45,9 @@ class LstmCell(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, cell_size: int) -> None:
         super().__init__()
         self.input_size, self.hidden_size, self.cell_size = input_size, hidden_size, cell_size
-        skip = nn.utils.skip_init
-        self.input_linearity = skip(nn.Linear, input_size, 4 * cell_size, bias=False)
-        self.state_linearity = skip(nn.Linear, hidden_size, 4 * cell_size, bias=True)
-        self.state_projection = skip(nn.Linear, cell_size, hidden_size, bias=False)
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        self.input_linearity = _ZeroLinear(input_size, 4 * cell_size, bias=False)
+        self.state_linearity = _ZeroLinear(hidden_size, 4 * cell_size, bias=True)
+        self.state_projection = _ZeroLinear(cell_size, hidden_size, bias=False)
         with torch.no_grad():
             self.state_linearity.bias[cell_size : 2 * cell_size] = 1.0
 
