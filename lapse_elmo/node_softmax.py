@@ -36,6 +36,7 @@ class NodeSoftmax:
         self._partners = [int(ranks[world.local_rank % ranks.size]) for ranks in ranks_by_node]
         share = table.server.owned_rows(table.segment.name)
         shares = exchange(world, {int(rank): share for rank in ranks_by_node[world.node]})
+        # (With an empty array first, since a rank may receive nothing.)
         self._rows = np.sort(np.concatenate([share[:0], *(part.view(np.int64) for part in shares.values())]))
 
     def nll(self, context: Tensor, target: Tensor) -> Tensor:
@@ -46,9 +47,11 @@ class NodeSoftmax:
             target: (n,) int64, the rows of the targets.
         """
         vectors = _bytes(context.cpu().contiguous())
-        came = exchange(self._world, dict.fromkeys(self._partners, vectors))
+        received = exchange(self._world, dict.fromkeys(self._partners, vectors))
         targets = exchange(self._world, dict.fromkeys(self._partners, target.cpu().numpy()))
-        contexts = [torch.from_numpy(block).view(context.dtype).view(-1, context.shape[1]) for block in came.values()]
+        contexts = [
+            torch.from_numpy(block).view(context.dtype).view(-1, context.shape[1]) for block in received.values()
+        ]
         wanted = [torch.from_numpy(block.view(np.int64)) for block in targets.values()]
         parts = softmax_parts(
             torch.cat([context[:0].cpu(), *contexts]).to(self._device), self._chunks(),
@@ -56,7 +59,7 @@ class NodeSoftmax:
         )
         answers = torch.stack([part.to(torch.float64) for part in parts], 1).cpu()
         back = answers.split([len(some) for some in contexts])
-        found = exchange(self._world, dict(zip(came, map(torch.Tensor.numpy, back), strict=True)))
+        found = exchange(self._world, dict(zip(received, map(torch.Tensor.numpy, back), strict=True)))
         by_node = [torch.from_numpy(block.view(np.float64)).view(-1, 3) for block in found.values()]
         if not by_node:
             return torch.empty(0, dtype=torch.float64)

@@ -93,7 +93,7 @@ def measure_perplexity(
     model.train()
     world.sum_(sums)
     if not sums[2]:
-        raise ConfigError("the held-out sentences have no targets: single tokens need --boundaries")
+        raise ConfigError("the held-out sentences have no targets: those of one token need --boundaries")
     return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]))
 
 

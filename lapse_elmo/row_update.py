@@ -142,9 +142,9 @@ class _FrequentRows:
         if self._node_sums is None:
             return 0.0
         self._wait()
-        found = self._values.any(1)
+        found = self._values.any(1)  # rows without a gradient on any node are all zeros
         self.sums = RowGradients(self._keys[found.numpy()], self._values[found], 1.0)
-        return sum_of_squares(self.sums.values) / self._world.num_nodes
+        return sum_of_squares(self.sums.values) / self._world.num_nodes  # every node has the same sums
 
 
 class _SharedGradients:

@@ -284,7 +284,10 @@ def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int)
     """
 
     def earlier() -> tuple[list[Path], tuple[float, Path] | None]:
-        """Return the checkpoints that the run keeps, and its best one with its perplexity."""
+        """Return the checkpoints that the run keeps, and its best one with its perplexity.
+
+        Checkpoints later than ``start`` are left out: they were damaged, or ``--overwrite`` has discarded them.
+        """
         if start.path is None or start.path.parent.parent.resolve() != run_dir.resolve():
             return [], None
         best = start.manifest["best"]

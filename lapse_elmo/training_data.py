@@ -46,7 +46,7 @@ def open_training_data(config: Config, world: World) -> TrainingData:
         ).on_every_rank()
     if not data.boundaries and (data.max_length == 1 or heldout.num_tokens == heldout.num_sentences):
         raise ConfigError(
-            "the held-out sentences have no targets: single tokens need --boundaries"
+            "the held-out sentences have no targets: those of one token need --boundaries"
         ).on_every_rank()
     return TrainingData(vocabulary, train, heldout)
 

@@ -223,7 +223,8 @@ class Saver:
         self._written = True
 
     def _is_cancelled(self) -> bool:
-        self._world.progress.work_done_in_thread()  # this is called before each block
+        """Return whether to stop writing; called before each block, so it also tells the watchdog of progress."""
+        self._world.progress.work_done_in_thread()
         return self._cancelled
 
     def _run(self, final: Path, work: Callable[[], None]) -> None:

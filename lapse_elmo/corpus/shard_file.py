@@ -160,6 +160,7 @@ class _Appender:
         self._write(self._buffered)
 
     def _write(self, count: int) -> None:
+        """Write the first ``count`` of the buffered values, and keep the others."""
         if not count:
             return
         values = np.concatenate(self._buffer)

@@ -162,7 +162,7 @@ def dense_arrays(stored: StoredModel) -> Iterator[tuple[str, np.ndarray]]:
             both = np.concatenate([weights["input_linearity.weight"], weights["state_linearity.weight"]], 1)
             bias = weights["state_linearity.bias"].copy()
             size = len(bias) // 4
-            bias[size : 2 * size] -= 1
+            bias[size : 2 * size] -= 1  # of the forget gate: readers add 1, as TensorFlow's cell does
             group = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
             yield f"{group}/W_0", np.ascontiguousarray(reordered(both).T)
             yield f"{group}/B", reordered(bias)
