@@ -141,9 +141,10 @@ def compare(model: TrainedModel, sentences: list[list[str]], repeats: int) -> No
             own = [np.empty(0)] * len(window)
             for numbers, batch in batches_of(window, 64, model.vocabulary, True):
                 rows = torch.from_numpy(embedding.weights(batch.input_rows))
-                tokens = torch.nn.functional.embedding(torch.from_numpy(batch.input_index), rows)
+                packed = torch.nn.functional.embedding(torch.from_numpy(batch.input_index), rows)
+                tokens, mask = batch.packing.unpack(packed), batch.packing.mask()
                 lstm.reset_states()
-                layers = torch.cat([torch.cat([tokens, tokens], 2)[None], lstm(tokens, torch.from_numpy(batch.mask))])
+                layers = torch.cat([torch.cat([tokens, tokens], 2)[None], lstm(tokens, mask)])
                 for row, number in enumerate(numbers):
                     own[number] = layers[:, row, 1 : 1 + len(window[number])].numpy().copy()
             found += own

@@ -84,7 +84,7 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
 
     def ours() -> None:
         lstm.zero_grad()
-        forward, backward = lstm.run(rows, packing, len(mask))[-1]
+        forward, backward = lstm.run(rows, packing)[-1]
         torch.autograd.backward([forward, backward], [torch.ones_like(forward)] * 2)
 
     peer = None

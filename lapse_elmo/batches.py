@@ -29,6 +29,7 @@ from lapse_elmo.corpus.shard_file import select
 from lapse_elmo.corpus.shards import ShardSet, WorkerPart
 from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
 from lapse_elmo.growth import BatchGrowth
+from lapse_elmo.model.packing import Packing
 from lapse_elmo.rng import stream
 
 T = TypeVar("T")
@@ -40,20 +41,21 @@ LENGTH_NOISE = 0.3  # standard deviation of the noise that is added to the logar
 
 @dataclass(frozen=True)
 class Batch:
-    """B sentences of at most T positions, with the targets of both directions.
+    """B sentences, packed (:class:`Packing`), with the targets of both directions.
 
-    Table rows are classes (id - 1). There are N targets, the forward ones first, then the backward ones.
+    Table rows are classes (id - 1). There are N targets, the forward ones first, then the backward ones. Both are in
+    the order of the packed rows from the second step on: each of these and the one before it in its sentence
+    (``packing.previous``) predict each other.
     """
 
-    ids: np.ndarray  # (B, T) int64, padded with 0
-    num_tokens: int  # words, without boundaries or padding
+    packing: Packing  # on the CPU
+    ids: np.ndarray  # (packed rows,) int64
+    num_tokens: int  # words, without boundaries
     num_cut: int  # sentences that were cut because they are longer than the limit
     input_rows: np.ndarray  # (U,) int64: distinct rows of the embedding table, ascending
-    input_index: np.ndarray  # (B, T) int64 into input_rows, 0 where padded
-    mask: np.ndarray  # (B, T) bool
-    forward_places: np.ndarray  # (N forward,) int64 into the flattened (B * T): positions that predict the next token
-    backward_places: np.ndarray  # (N backward,) likewise: positions that predict the previous token
+    input_index: np.ndarray  # (packed rows,) int64 into input_rows
     target_rows: np.ndarray  # (N,) int64: rows of the softmax table
+    distinct_targets: np.ndarray  # the distinct ones of them, ascending
     sentences: np.ndarray  # (B,) int64: their numbers in the shard set
     size: int  # sentences of a full batch at this step; B is smaller if a worker runs out of sentences
     turns: int = 1  # one in ``turns`` workers has sentences at this step
@@ -65,8 +67,8 @@ class Batch:
 
     @property
     def num_positions(self) -> int:
-        """Positions that hold a token or a boundary."""
-        return int(self.mask.sum())
+        """Positions, each of which holds a token or a boundary."""
+        return self.ids.size
 
 
 def make_batch(
@@ -88,34 +90,24 @@ def make_batch(
         turns: One in ``turns`` workers has sentences at this step.
     """
     full = np.diff(offsets)  # uncut lengths
-    lengths = np.minimum(full, max_length)
-    extra = 2 if boundaries else 0
-    widths = lengths + extra  # positions of each sentence
-    ids = np.full((lengths.size, int(widths.max(initial=0))), PADDING, np.int64)
-    columns = np.arange(ids.shape[1])
-    mask = columns < widths[:, None]
-    # `inside` marks the positions of words in the padded matrix, `kept` the tokens that were not cut off: in the same
-    # order, so one assignment copies all sentences.
-    inside = (columns >= extra // 2) & (columns < (widths - extra // 2)[:, None])
-    kept = np.arange(tokens.size) - np.repeat(offsets[:-1], full) < np.repeat(lengths, full)
-    ids[inside] = tokens[kept]
+    lengths = np.minimum(full, max_length).astype(np.int64)
+    edge = 1 if boundaries else 0  # positions before and after the words
+    packing = Packing.of_lengths(lengths + 2 * edge)
+    rows, positions = np.divmod(packing.tokens.numpy(), max(packing.num_positions, 1))
+    # At boundaries the index is that of a neighbour, or one before the first or after the last token.
+    ids = np.append(tokens, PADDING).astype(np.int64)[offsets[rows] + positions - edge]
     if boundaries:
-        ids[:, :1] = BEGIN
-        ids[np.arange(lengths.size), widths - 1] = END
+        ids[: packing.second_step] = BEGIN
+        ids[packing.last.numpy()] = END
     # Each distinct word is pulled once, however often the batch has it; `index` finds it again at each position.
-    input_rows, inverse = np.unique(ids[mask] - 1, return_inverse=True)
-    index = np.zeros(ids.shape, np.int64)
-    index[mask] = inverse
+    input_rows, index = np.unique(ids - 1, return_inverse=True)
     # Pairs of neighbouring positions: the left one predicts forward, the right one backward.
-    forward = np.flatnonzero(mask[:, 1:] & mask[:, :-1])  # flat indices into (B, T - 1)
-    rows, columns = np.divmod(forward, max(ids.shape[1] - 1, 1))
-    places = rows * ids.shape[1] + columns  # flat indices of the left positions into (B, T)
-    flat = ids.reshape(-1)
+    left, right = ids[packing.previous.numpy()], ids[packing.second_step :]
+    target_rows = np.concatenate([right, left]) - 1
     return Batch(
-        ids=ids, num_tokens=int(lengths.sum()), num_cut=int((full > max_length).sum()), input_rows=input_rows,
-        input_index=index, mask=mask, forward_places=places, backward_places=places + 1,
-        target_rows=np.concatenate([flat[places + 1], flat[places]]) - 1, sentences=sentences,
-        size=size or sentences.size, turns=turns,
+        packing=packing, ids=ids, num_tokens=int(lengths.sum()), num_cut=int((full > max_length).sum()),
+        input_rows=input_rows, input_index=index, target_rows=target_rows, distinct_targets=np.unique(target_rows),
+        sentences=sentences, size=size or sentences.size, turns=turns,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -20,16 +18,9 @@ def context_vectors(model: BiLM, embedding: Tensor, batch: Batch, dropout: torch
         batch: The batch.
         dropout: The random generator of dropout; None for no dropout.
     """
-    embedded = nn.functional.embedding(torch.from_numpy(batch.input_index).to(embedding.device), embedding)
-    return outputs_at_targets(model(embedded, torch.from_numpy(batch.mask), dropout), batch)
-
-
-def outputs_at_targets(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Return the forward and backward outputs, each (B, T, D), at the positions that predict a target: (N, D)."""
-    places = (batch.forward_places, batch.backward_places)
-    return torch.cat(
-        [
-            output.reshape(-1, output.shape[-1])[torch.from_numpy(place).to(output.device)]
-            for output, place in zip(outputs, places, strict=True)
-        ]
-    )
+    packing = batch.packing.to(embedding.device)
+    tokens = nn.functional.embedding(torch.from_numpy(batch.input_index).to(embedding.device), embedding)
+    forward, backward = model(tokens, packing, dropout)
+    # In the order of make_batch: a pair of neighbours is predicted from the left one forward, from the right one
+    # backward. The right ones are all rows from the second step on.
+    return torch.cat([forward.index_select(0, packing.previous), backward[packing.second_step :]])

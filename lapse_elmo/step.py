@@ -132,7 +132,7 @@ class TrainingStep:
         """Announce a batch that will be trained at ``clock`` to the server, and have its samples drawn."""
         server = self.parameters.server
         self.parameters.embedding.intent(batch.input_rows, clock, clock + 1)
-        self.parameters.softmax.intent(np.unique(batch.target_rows), clock, clock + 1)
+        self.parameters.softmax.intent(batch.distinct_targets, clock, clock + 1)
         if not self.samples_softmax:
             return AnnouncedBatch(batch, None)
         return AnnouncedBatch(batch, server.prepare_sample(self.config.softmax.num_samples, clock, clock + 1))

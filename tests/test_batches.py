@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -67,16 +68,18 @@ def test_batch_is_what_a_loop_gives(sentences: list[list[int]], max_length: int,
         rows = [[BEGIN, *row, END] for row in rows]
     width = max(map(len, rows), default=0)
     padded = [row + [0] * (width - len(row)) for row in rows]
-    np.testing.assert_array_equal(batch.ids, np.array(padded).reshape(len(rows), width))
-    np.testing.assert_array_equal(batch.mask, batch.ids != 0)
+    np.testing.assert_array_equal(ids_of(batch), np.array(padded).reshape(len(rows), width))
+    np.testing.assert_array_equal(batch.packing.mask().numpy(), ids_of(batch) != 0)
     forward, backward = [], []
     for number, row in enumerate(rows):
         for place in range(len(row) - 1):
             forward.append((number, place, row[place + 1]))
             backward.append((number, place + 1, row[place]))
-    half = batch.num_targets // 2
-    assert decoded(batch, batch.forward_places, batch.target_rows[:half]) == forward
-    assert decoded(batch, batch.backward_places, batch.target_rows[half:]) == backward
+    half, places = batch.num_targets // 2, batch.packing.tokens.numpy()
+    left, right = places[batch.packing.previous.numpy()], places[batch.packing.second_step :]
+    assert decoded(batch, left, batch.target_rows[:half]) == forward
+    assert decoded(batch, right, batch.target_rows[half:]) == backward
+    np.testing.assert_array_equal(batch.distinct_targets, np.unique(batch.target_rows))
     assert batch.num_tokens == sum(min(len(s), max_length) for s in sentences)
     assert batch.num_cut == sum(len(s) > max_length for s in sentences)
     assert batch.num_positions == sum(map(len, rows))
@@ -84,18 +87,23 @@ def test_batch_is_what_a_loop_gives(sentences: list[list[int]], max_length: int,
 
 
 def decoded(batch: Batch, places: np.ndarray, rows: np.ndarray) -> list[tuple[int, int, int]]:
-    """Return (sentence, position, predicted id) for each target of a direction."""
-    width = batch.ids.shape[1]
-    return [(place // width, place % width, row + 1) for place, row in zip(places.tolist(), rows.tolist(), strict=True)]
+    """Return (sentence, position, predicted id) for each target of a direction, sorted."""
+    width = batch.packing.num_positions
+    pairs = zip(places.tolist(), rows.tolist(), strict=True)
+    return sorted((place // width, place % width, row + 1) for place, row in pairs)
+
+
+def ids_of(batch: Batch) -> np.ndarray:
+    """Return the ids (B, T), 0 at padding."""
+    return batch.packing.unpack(torch.from_numpy(batch.ids)).numpy()
 
 
 @given(SENTENCES, st.booleans())
 def test_input_index_leads_back_to_the_ids(sentences: list[list[int]], boundaries: bool) -> None:
     batch = of_sentences(sentences, 10, boundaries)
-    np.testing.assert_array_equal(batch.input_rows, np.unique(batch.ids[batch.mask]) - 1)
+    np.testing.assert_array_equal(batch.input_rows, np.unique(batch.ids) - 1)
     assert batch.input_index.shape == batch.ids.shape
-    np.testing.assert_array_equal(batch.input_rows[batch.input_index[batch.mask]] + 1, batch.ids[batch.mask])
-    assert not batch.input_index[~batch.mask].any()
+    np.testing.assert_array_equal(batch.input_rows[batch.input_index] + 1, batch.ids)
     assert batch.input_rows.dtype == batch.target_rows.dtype == np.int64
 
 
@@ -103,7 +111,7 @@ def test_batch_without_sentences() -> None:
     """An empty batch, for a worker that has no sentences left, has no targets and no positions."""
     batch = of_sentences([], 10, True)
     assert (batch.num_targets, batch.num_tokens, batch.num_positions) == (0, 0, 0)
-    assert batch.ids.shape == (0, 0)
+    assert batch.ids.shape == (0,) and batch.packing.sizes == []
 
 
 @given(st.integers(0, 10**9), st.integers(1, 64))
@@ -143,8 +151,8 @@ def test_epoch_holds_every_sentence_once(
         assert len(batches) == stream.steps_of(epoch) == streams[0].steps_of(epoch)
         for batch in batches:
             assert batch.sentences.size <= batch.size <= growth.limit
-            np.testing.assert_array_equal(batch.ids[:, 1] if batch.ids.size else [], batch.sentences + 3)
-            np.testing.assert_array_equal(batch.mask.sum(1), lengths[batch.sentences] + 2)
+            np.testing.assert_array_equal(ids_of(batch)[:, 1] if batch.ids.size else [], batch.sentences + 3)
+            np.testing.assert_array_equal(batch.packing.mask().sum(1), lengths[batch.sentences] + 2)
         seen += [batch.sentences for batch in batches]
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(num_sentences))
 
@@ -272,8 +280,9 @@ def test_batches_are_of_like_length() -> None:
     """Fewer sequential positions than batches of random sentences, but no batch of one length only."""
     lengths = lengths_of(np.random.default_rng(2), 5 * POOL_BATCHES * 32)
     batches = list(stream_of(lengths, batch_size=32).epoch(0))
-    assert sum(b.ids.shape[1] for b in batches) < 0.75 * (lengths.reshape(-1, 32) + 2).max(1).sum()
-    assert np.mean([b.mask.sum(1).std() / b.mask.sum(1).mean() for b in batches]) > 0.15
+    assert sum(len(b.packing.sizes) for b in batches) < 0.75 * (lengths.reshape(-1, 32) + 2).max(1).sum()
+    sizes = [lengths[b.sentences] + 2 for b in batches]
+    assert np.mean([of_batch.std() / of_batch.mean() for of_batch in sizes]) > 0.15
 
 
 def test_evaluation_goes_through_every_sentence_in_order() -> None:
@@ -298,7 +307,7 @@ def test_batches_of_real_shards(tmp_path: Path, num_shards: int, num_workers: in
         for worker in range(num_workers):
             growth = BatchGrowth(4, num_workers)
             for batch in BatchStream(shards, worker, num_workers, growth, 1, 100, boundaries=False).epoch(0):
-                seen += [tuple(row[mask].tolist()) for row, mask in zip(batch.ids, batch.mask, strict=True)]
+                seen += [tuple(row[row > 0].tolist()) for row in ids_of(batch)]
     assert sorted(seen) == sorted(texts)
 
 

@@ -118,7 +118,7 @@ class BiLM(nn.Module):
         self.lstm.reset_states()  # type: ignore[operator]
 
     def forward(
-        self, embedded: Tensor, mask: Tensor, generator: torch.Generator | None = None
+        self, tokens: Tensor, packing: Packing, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute the context vectors of both directions.
 
@@ -126,39 +126,38 @@ class BiLM(nn.Module):
         read the sentence from its end down to t and predicts token t - 1.
 
         Args:
-            embedded: (B, T, D) word embeddings, float32 or float64.
-            mask: (B, T) bool, true at tokens (including boundary tokens), false at the padding after them. Pass a CPU
-                tensor even for a model on a GPU: a mask on the GPU costs a synchronization.
-            generator: Source of all dropout masks in training mode; None means torch's global generator. Dropout is
-                drawn for tokens only, so padding does not affect the result.
+            tokens: (N, D) word embeddings, packed, float32 or float64.
+            packing: Their layout, on the same device.
+            generator: Source of all dropout masks in training mode; None means torch's global generator.
 
         Returns:
-            The forward and the backward context vectors, each (B, T, D), zero at padding.
+            The forward and the backward context vectors, each (N, D) and packed.
         """
-        packing = Packing.of_mask(mask, embedded.device)
-        tokens = self._dropout(packing.pack(embedded), packing, generator)
-        layers = self._run(tokens, packing, mask, generator)
+        tokens = self._dropout(tokens, generator)
+        layers = self._run(tokens, packing, generator)
         directions = []
         for direction in (0, 1):
             top = layers[-1][direction]
             if self.mix is not None:
                 top = self.mix([tokens, *(layer[direction] for layer in layers)])
-            directions.append(packing.unpack(self._dropout(top, packing, generator), *mask.shape))
+            directions.append(self._dropout(top, generator))
         return directions[0], directions[1]
 
-    def layers(self, embedded: Tensor, mask: Tensor) -> Tensor:
+    def layers(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Return all layers as contextual embeddings (L + 1, B, T, 2D), in evaluation mode only.
 
         The last dimension holds the forward, then the backward hidden state; both are zero at padding. Layer 0 is the
         word embedding concatenated with itself, as in ELMo.
+
+        Args:
+            tokens: (N, D) word embeddings, packed.
+            packing: Their layout, on the same device.
         """
         assert not self.training, "layers() is for evaluation: call eval() first"
-        packing = Packing.of_mask(mask, embedded.device)
-        tokens = packing.pack(embedded)
-        rows = [(tokens, tokens), *self._run(tokens, packing, mask, None)]
-        return torch.stack([packing.unpack(torch.cat(both, 1), *mask.shape) for both in rows])
+        rows = [(tokens, tokens), *self._run(tokens, packing, None)]
+        return torch.stack([packing.unpack(torch.cat(both, 1)) for both in rows])
 
-    def _dropout(self, tokens: Tensor, packing: Packing, generator: torch.Generator | None) -> Tensor:
+    def _dropout(self, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
         """Apply dropout to packed rows (N, D)."""
         probability = self.options.dropout
         if not self.training or probability == 0.0:
@@ -168,22 +167,22 @@ class BiLM(nn.Module):
         return tokens * kept.to(tokens.dtype).div_(1.0 - probability)
 
     def _run(
-        self, tokens: Tensor, packing: Packing, mask: Tensor, generator: torch.Generator | None
+        self, tokens: Tensor, packing: Packing, generator: torch.Generator | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Return each layer's forward and backward outputs, each (N, D) and packed."""
         if isinstance(self.lstm, FusedElmoLstm):
-            return self.lstm.run(tokens, packing, len(mask), generator)
+            return self.lstm.run(tokens, packing, generator)
         if not packing.num_tokens:
             return [(tokens, tokens)] * self.options.num_layers
         if not self.options.stateful:
             self.reset_states()
-        padded = packing.unpack(tokens, *mask.shape)
+        padded = packing.unpack(tokens)
         # AllenNLP draws its masks from torch's global generator: seed that one from ours for the duration of the call.
         seeded = self.training and self.options.recurrent_dropout > 0.0 and generator is not None
         with torch.random.fork_rng(devices=[], enabled=seeded):
             if seeded:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            outputs = self.lstm(padded, mask.to(padded.device))
+            outputs = self.lstm(padded, packing.mask())
         directions = [packing.pack(output).chunk(2, 1) for output in outputs]
         return [(forward, backward) for forward, backward in directions]
 

@@ -132,25 +132,25 @@ class FusedElmoLstm(nn.Module):
         Returns:
             (L, B, T, 2D): forward and backward outputs concatenated, zero at padding.
         """
-        packing = Packing.of_mask(mask, inputs.device)
-        layers = self.run(packing.pack(inputs), packing, len(mask), generator)
-        return torch.stack([packing.unpack(torch.cat(both, 1), *mask.shape) for both in layers])
+        packing = Packing.of_mask(mask).to(inputs.device)
+        layers = self.run(packing.pack(inputs), packing, generator)
+        return torch.stack([packing.unpack(torch.cat(both, 1)) for both in layers])
 
     def run(
-        self, inputs: Tensor, packing: Packing, num_sentences: int, generator: torch.Generator | None = None
+        self, inputs: Tensor, packing: Packing, generator: torch.Generator | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Compute the same as :meth:`forward` on packed rows.
 
         Args:
             inputs: (N, input size), packed by ``packing``.
             packing: Layout of the rows of ``inputs`` and of the outputs.
-            num_sentences: B, including empty sentences.
             generator: Source of the dropout masks; None means torch's global generator.
 
         Returns:
             For each layer, the forward and the backward output, each (N, D) and packed.
         """
-        masks = [[self._dropout_mask(num_sentences, inputs, generator) for _ in "fb"] for _ in range(self.num_layers)]
+        num_sentences, num_layers = packing.num_sentences, self.num_layers
+        masks = [[self._dropout_mask(num_sentences, inputs, generator) for _ in "fb"] for _ in range(num_layers)]
         layers, weights = [], []
         for layer in range(self.num_layers):
             layers.append([self._initial_state(layer, d, packing, masks[layer][d]) for d in (0, 1)])
@@ -164,7 +164,7 @@ class FusedElmoLstm(nn.Module):
         )
         outputs = LstmPass.apply(inputs, call, *weights)
         if self.stateful:
-            self._store_states([final for both in call.final_states for final in both], packing, num_sentences)
+            self._store_states([final for both in call.final_states for final in both], packing)
         return list(zip(outputs[::2], outputs[1::2], strict=True))
 
     def _dropout_mask(self, num_sentences: int, like: Tensor, generator: torch.Generator | None) -> Tensor | None:
@@ -189,9 +189,9 @@ class FusedElmoLstm(nn.Module):
         hidden, cells = (state[row].index_select(0, packing.order) for state in states)
         return LayerStart(hidden, cells, mask)
 
-    def _store_states(self, finals: list[tuple[Tensor, Tensor]], packing: Packing, num_sentences: int) -> None:
+    def _store_states(self, finals: list[tuple[Tensor, Tensor]], packing: Packing) -> None:
         """Store the final states, (2L, B, D) and (2L, B, C); rows without a sentence keep their previous state."""
-        stored = []
+        stored, num_sentences = [], packing.num_sentences
         for index, width in enumerate((self.hidden_size, self.cell_size)):
             new = torch.stack([final[index] for final in finals])
             rows = num_sentences if self._states is None else max(num_sentences, self._states[index].shape[1])

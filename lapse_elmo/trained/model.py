@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
-from lapse_elmo.context import outputs_at_targets
+from lapse_elmo.context import context_vectors
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.model.bilm import BiLM
@@ -229,7 +229,7 @@ class TrainedModel:
             tables = by_position(batch, nll[start : start + batch.num_targets])
             start += batch.num_targets
             for row, number in enumerate(numbers):
-                place = batch.ids[row], *(table[row] for table in tables)
+                place = [table[row] for table in tables]
                 found[number] = sentence_score(window[number], *place, boundaries=self.stored.boundaries)
         return [score for score in found if score is not None]
 
@@ -348,19 +348,17 @@ class TrainedModel:
         >>> model.layer_vectors(batch).shape
         torch.Size([3, 1, 4, 32])
         """
-        return self.bilm.layers(self._embedded(batch), torch.from_numpy(batch.mask))
+        tokens = nn.functional.embedding(torch.from_numpy(batch.input_index).to(self.device), self._rows(batch))
+        return self.bilm.layers(tokens, batch.packing.to(self.device))
 
-    def _embedded(self, batch: Batch) -> Tensor:
-        """Return the embeddings (B, T, D) of a batch; reads only its distinct rows from the memory-mapped table."""
-        rows = torch.from_numpy(self.stored.embedding.weights(batch.input_rows)).to(self.device)
-        if not batch.ids.size:
-            return rows.new_zeros(*batch.ids.shape, self.stored.options.projection_size)
-        return nn.functional.embedding(torch.from_numpy(batch.input_index).to(self.device), rows)
+    def _rows(self, batch: Batch) -> Tensor:
+        """Return the embeddings (U, D) of a batch's distinct words; reads only these from the memory-mapped table."""
+        return torch.from_numpy(self.stored.embedding.weights(batch.input_rows)).to(self.device)
 
     @torch.no_grad()
     def _context_vectors(self, batch: Batch) -> Tensor:
         """Return the context vectors (N, D) of a batch, forward ones first, in the order of ``batch.target_rows``."""
-        return outputs_at_targets(self.bilm(self._embedded(batch), torch.from_numpy(batch.mask)), batch)
+        return context_vectors(self.bilm, self._rows(batch), batch, None)
 
     def _softmax(self) -> Table:
         if self.stored.softmax is None:
@@ -384,14 +382,13 @@ class TrainedModel:
         (_, batch), = batches_of([words], 1, self.vocabulary, self.stored.boundaries)
         column = position + (1 if self.stored.boundaries else 0)
         found: list[np.ndarray | None] = []
-        places = (batch.forward_places, batch.backward_places)
-        contexts = self._context_vectors(batch).split([len(place) for place in places])
-        for context, place, step in zip(contexts, places, (-1, 1), strict=True):
-            target = np.flatnonzero(place == column + step)
-            if not target.size:
+        # The vectors of a single sentence are in the order of its positions: forward vector i predicts position i + 1,
+        # backward vector i predicts position i.
+        for context, target in zip(self._context_vectors(batch).chunk(2), (column - 1, column), strict=True):
+            if not 0 <= target < batch.num_positions - 1:
                 found.append(None)
                 continue
-            vector = context[int(target[0])]
+            vector = context[target]
             logits = torch.cat([rows[:, :-1] @ vector + rows[:, -1] for _, rows in self._on_device(softmax)])
             found.append(torch.log_softmax(logits.double(), 0).cpu().numpy())
         return found[0], found[1]

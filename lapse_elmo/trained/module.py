@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
+from lapse_elmo.model.packing import Packing
 from lapse_elmo.trained.sentences import words_of
 from lapse_elmo.trained.stored import StoredModel
 
@@ -129,10 +130,11 @@ class ElmoModule(nn.Module):
         mask = bounded != PADDING
         if bounded.size and not 0 <= bounded.min() <= bounded.max() <= self.stored.vocabulary.size:
             raise ValueError(f"ids should be from 0 to {self.stored.vocabulary.size}")
-        rows, index = np.unique(np.maximum(bounded, 1) - 1, return_inverse=True)
+        packing = Packing.of_mask(torch.from_numpy(mask))
+        rows, index = np.unique(bounded.reshape(-1)[packing.tokens.numpy()] - 1, return_inverse=True)
         table = torch.from_numpy(self.stored.embedding.weights(rows)).to(device)
-        embedded = nn.functional.embedding(torch.from_numpy(index.reshape(bounded.shape)).to(device), table)
-        return self.bilm.layers(embedded, torch.from_numpy(mask)), torch.from_numpy(mask).to(ids.device)
+        tokens = nn.functional.embedding(torch.from_numpy(index).to(device), table)
+        return self.bilm.layers(tokens, packing.to(device)), torch.from_numpy(mask).to(ids.device)
 
     @staticmethod
     def _add_boundaries(ids: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from lapse_elmo.batches import Batch, make_batch
-from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.vocabulary import PADDING, Vocabulary
 
 #: Largest size of a window in :func:`windows`: batches, and words (a longer sentence is a window by itself).
 WINDOW_BATCHES, WINDOW_WORDS = 16, 16_384
@@ -76,10 +76,22 @@ def mean_of_words(vectors: np.ndarray) -> np.ndarray:
     return vectors.mean(-2) if vectors.shape[-2] else np.zeros((*vectors.shape[:-2], vectors.shape[-1]), np.float32)
 
 
-def by_position(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log probability of each position (B, T), forward and backward; nan where it is not predicted."""
-    num_forward = len(batch.forward_places)
-    forward, backward = np.full(batch.ids.size, np.nan), np.full(batch.ids.size, np.nan)
-    forward[batch.forward_places + 1] = -nll[:num_forward]
-    backward[batch.backward_places - 1] = -nll[num_forward:]
-    return forward.reshape(batch.ids.shape), backward.reshape(batch.ids.shape)
+def by_position(batch: Batch, nll: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tables (B, T) by position: ids (0 at padding), and log probabilities of both directions.
+
+    Args:
+        batch: The batch.
+        nll: (N,) of its targets.
+
+    Returns:
+        The ids; the log probabilities forward and backward, nan where a position is not predicted.
+    """
+    packing = batch.packing
+    shape = packing.num_sentences, packing.num_positions
+    places = packing.tokens.numpy()
+    ids, forward, backward = np.full(shape, PADDING), np.full(shape, np.nan), np.full(shape, np.nan)
+    log_forward, log_backward = np.split(-nll, 2)
+    ids.flat[places] = batch.ids
+    forward.flat[places[packing.second_step :]] = log_forward
+    backward.flat[places[packing.previous.numpy()]] = log_backward
+    return ids, forward, backward

@@ -13,6 +13,7 @@ from torch import Tensor
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.model import reference
 from lapse_elmo.model.bilm import BiLM, BiLMOptions, ScalarMix
+from tests.model.padded import layers_of, outputs_of
 
 SMALL = BiLMOptions(projection_size=5, cell_size=7, num_layers=2, dropout=0.0)
 LENGTHS = torch.tensor([4, 7, 1, 0, 6])
@@ -31,7 +32,7 @@ def embedded(*shape: int) -> Tensor:
 def result(bilm: BiLM, seed: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     """Return both outputs, and the gradients of a fixed function of them."""
     inputs = embedded().requires_grad_()
-    both = torch.stack(bilm(inputs, MASK, torch.Generator().manual_seed(seed)))
+    both = torch.stack(outputs_of(bilm, inputs, MASK, torch.Generator().manual_seed(seed)))
     bilm.zero_grad()
     (both * torch.linspace(-1.0, 1.0, both.numel(), dtype=both.dtype).view_as(both)).sum().backward()
     grads = {name: p.grad for name, p in bilm.named_parameters() if p.grad is not None}
@@ -45,7 +46,8 @@ def test_fused_equals_allennlp(context: str, dropout: float) -> None:
     options = replace(SMALL, context=context, dropout=dropout)
     found, expected = (result(model(replace(options, lstm=lstm))) for lstm in ("fused", "allennlp"))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    layers = [model(replace(options, lstm=lstm)).eval().layers(embedded(), MASK) for lstm in ("fused", "allennlp")]
+    models = [model(replace(options, lstm=lstm)).eval() for lstm in ("fused", "allennlp")]
+    layers = [layers_of(model, embedded(), MASK) for model in models]
     torch.testing.assert_close(*layers, rtol=1e-10, atol=1e-10)
 
 
@@ -56,7 +58,8 @@ def test_padding_and_its_width_change_nothing() -> None:
         inputs = torch.zeros(5, width, 5, dtype=torch.float64)
         inputs[:, :7] = embedded()[:, :7]
         inputs[:, 7:] = math.nan
-        draws.append(bilm(inputs, torch.arange(width)[None, :] < LENGTHS[:, None], torch.Generator().manual_seed(1)))
+        mask = torch.arange(width)[None, :] < LENGTHS[:, None]
+        draws.append(outputs_of(bilm, inputs, mask, torch.Generator().manual_seed(1)))
     for narrow, wide in zip(*draws, strict=True):
         assert torch.equal(narrow, wide[:, :7]) and not wide[:, 7:].any()
         assert not narrow[3].any()
@@ -68,7 +71,8 @@ def test_directions_see_only_what_they_may(context: str) -> None:
     inputs = embedded()
     changed = inputs.clone()
     changed[1, 3] += 1.0
-    differs = [(new - old).abs().sum(2) > 0 for new, old in zip(bilm(changed, MASK), bilm(inputs, MASK), strict=True)]
+    both = zip(outputs_of(bilm, changed, MASK), outputs_of(bilm, inputs, MASK), strict=True)
+    differs = [(new - old).abs().sum(2) > 0 for new, old in both]
     # Forward at t has read up to t, to predict t + 1; backward at t has read down to t, to predict t - 1.
     assert differs[0][1].tolist() == [False] * 3 + [True] * 4 + [False]
     assert differs[1][1].tolist() == [True] * 4 + [False] * 4
@@ -83,9 +87,9 @@ def test_dropout_is_reproducible_and_off_in_evaluation(lstm: str) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(before, torch.random.get_rng_state()), "a given generator leaves torch's own alone"
     torch.manual_seed(4)
-    seeded = bilm(embedded(), MASK)
+    seeded = outputs_of(bilm, embedded(), MASK)
     torch.manual_seed(4)
-    torch.testing.assert_close(seeded, bilm(embedded(), MASK), rtol=0, atol=0)
+    torch.testing.assert_close(seeded, outputs_of(bilm, embedded(), MASK), rtol=0, atol=0)
     bilm.eval()
     assert torch.equal(result(bilm, 1)[0], result(bilm, 2)[0])
 
@@ -94,28 +98,28 @@ def test_dropout_is_reproducible_and_off_in_evaluation(lstm: str) -> None:
 def test_state_passes_only_where_asked_and_never_between_modes(lstm: str) -> None:
     for stateful in (False, True):
         bilm = model(replace(SMALL, lstm=lstm, stateful=stateful))
-        fresh = bilm(embedded(), MASK)[0]
-        assert torch.equal(fresh, bilm(embedded(), MASK)[0]) is not stateful
+        fresh = outputs_of(bilm, embedded(), MASK)[0]
+        assert torch.equal(fresh, outputs_of(bilm, embedded(), MASK)[0]) is not stateful
         bilm.eval()
-        assert torch.equal(fresh, bilm(embedded(), MASK)[0])
+        assert torch.equal(fresh, outputs_of(bilm, embedded(), MASK)[0])
         bilm.train()
-        assert torch.equal(fresh, bilm(embedded(), MASK)[0])
+        assert torch.equal(fresh, outputs_of(bilm, embedded(), MASK)[0])
 
 
 def test_layers_are_embedding_then_lstm() -> None:
     bilm = model().eval()
-    layers = bilm.layers(embedded(), MASK)
+    layers = layers_of(bilm, embedded(), MASK)
     assert layers.shape == (3, *MASK.shape, 10)
     assert torch.equal(layers[0], torch.cat([embedded()] * 2, 2) * MASK[:, :, None])
-    assert torch.equal(layers[2], torch.cat(bilm(embedded(), MASK), 2))
+    assert torch.equal(layers[2], torch.cat(outputs_of(bilm, embedded(), MASK), 2))
     with pytest.raises(AssertionError, match="eval"):
-        bilm.train().layers(embedded(), MASK)
+        layers_of(bilm.train(), embedded(), MASK)
 
 
 @pytest.mark.parametrize("lstm", ["fused", "allennlp"])
 def test_no_tokens(lstm: str) -> None:
     bilm = model(replace(SMALL, lstm=lstm, context="mix"))
-    for output in bilm(embedded(2, 3, 5), torch.zeros(2, 3, dtype=torch.bool)):
+    for output in outputs_of(bilm, embedded(2, 3, 5), torch.zeros(2, 3, dtype=torch.bool)):
         assert output.shape == (2, 3, 5) and not output.any()
 
 

@@ -14,6 +14,7 @@ from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.model.pointwise import triton_problem
 from lapse_elmo.model.softmax import sampled_softmax_nll
 from lapse_elmo.upload import Uploader
+from tests.model.padded import outputs_of
 from tests.model.test_precision import LENGTHS, MASK, SIZE, random
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -25,7 +26,7 @@ def step(device: str, dtype: torch.dtype, precision: str = "fp32") -> dict[str, 
     model = BiLM(options, torch.Generator().manual_seed(1)).to(device, dtype)
     shapes = ((12 * 8, SIZE), (61, SIZE + 1))
     rows, softmax = (random(n, w, seed=n).to(device, dtype).requires_grad_() for n, w in shapes)
-    outputs = model(rows.view(8, 12, SIZE), MASK, torch.Generator().manual_seed(2))
+    outputs = outputs_of(model, rows.view(8, 12, SIZE), MASK, torch.Generator().manual_seed(2))
     context = torch.cat([output[MASK.to(device)] for output in outputs])
     target = (torch.arange(len(context)) * 7 % 61).to(device)
     nll = sampled_softmax_nll(
@@ -68,13 +69,13 @@ def test_the_time_loop_never_waits_for_the_host() -> None:
     from lapse_elmo.model.packing import Packing
 
     lstm = BiLM(BiLMOptions(SIZE, 48, 2), torch.Generator().manual_seed(1)).to("cuda").lstm
-    packing = Packing.of_mask(MASK, torch.device("cuda"))
+    packing = Packing.of_mask(MASK).to(torch.device("cuda"))
     rows = random(int(LENGTHS.sum()), SIZE, seed=3).cuda().requires_grad_()
-    lstm.run(rows, packing, len(LENGTHS))[-1][0].sum().backward()  # type: ignore[operator]
+    lstm.run(rows, packing)[-1][0].sum().backward()  # type: ignore[operator]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        lstm.run(rows, packing, len(LENGTHS))[-1][0].sum().backward()  # type: ignore[operator]
+        lstm.run(rows, packing)[-1][0].sum().backward()  # type: ignore[operator]
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -223,7 +223,7 @@ def test_packing_places_tokens_and_refuses_holes() -> None:
     assert packing.previous.tolist() == [0, 1, 2, 3]
     assert packing.last.tolist() == [6, 4, 5]
     padded = random(4, 3, 2) * mask_of([2, 0, 3, 2])[:, :, None]
-    assert torch.equal(packing.unpack(packing.pack(padded), 4, 3), padded)
+    assert torch.equal(packing.unpack(packing.pack(padded)), padded)
     with pytest.raises(ValueError, match="padding must come after"):
         Packing.of_mask(torch.tensor([[True, False, True]]))
     with pytest.raises(ValueError, match="bool tensor"):

@@ -15,6 +15,7 @@ from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.products import Matmul
 from lapse_elmo.model.softmax import sampled_softmax_nll
 from lapse_elmo.model.two_threads import run_two_threads
+from tests.model.padded import outputs_of
 
 LENGTHS = torch.tensor([9, 4, 12, 1, 0, 7, 12, 3])
 MASK = torch.arange(12)[None, :] < LENGTHS[:, None]
@@ -30,7 +31,7 @@ def step(precision: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
     options = BiLMOptions(SIZE, 48, 2, dropout=0.1, recurrent_dropout=0.1, precision=precision)
     model = BiLM(options, torch.Generator().manual_seed(1)).to(dtype)
     rows, softmax = (random(n, w, seed=n).to(dtype).requires_grad_() for n, w in ((12 * 8, SIZE), (61, SIZE + 1)))
-    forward, backward = model(rows.view(8, 12, SIZE), MASK, torch.Generator().manual_seed(2))
+    forward, backward = outputs_of(model, rows.view(8, 12, SIZE), MASK, torch.Generator().manual_seed(2))
     context = torch.cat([forward[MASK], backward[MASK]])
     target = torch.arange(len(context)) * 7 % 61
     nll = sampled_softmax_nll(
@@ -85,7 +86,7 @@ def test_evaluation_is_not_narrowed() -> None:
     results = []
     for precision in ("fp32", "bf16"):
         model = BiLM(BiLMOptions(SIZE, 48, 2, precision=precision), torch.Generator().manual_seed(1)).eval()
-        results.append(torch.stack(model(random(8, 12, SIZE, seed=3), MASK)))
+        results.append(torch.stack(outputs_of(model, random(8, 12, SIZE, seed=3), MASK)))
     assert torch.equal(*results)
 
 
