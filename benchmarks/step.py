@@ -1,6 +1,7 @@
 """Measure the arithmetic of a training step: ``python -m benchmarks.step``.
 
-Measures the forward and the backward pass with all gradients. Each row of the table compares three variants, which take
+Measures the forward and the backward pass with all gradients, and the LSTM's forward pass alone, which is that of
+embedding and evaluation. Each row of the table compares three variants, which take
 turns so that other load on the machine affects all alike: our code; only its matrix products, computed by torch, which
 is an upper limit unless prepacked.c computes them (for few rows); and a peer, AllenNLP's ElmoLstm or a sampled softmax
 by plain autograd. Rates are medians; fractions and ratios are medians over turns. Times are CPU time for one thread,
@@ -70,8 +71,16 @@ def lengths(num_sentences: int, generator: torch.Generator) -> Tensor:
     return torch.exp(math.log(MEAN_LENGTH) - SPREAD**2 / 2 + SPREAD * normal).round().clamp(1, MAX_LENGTH).long()
 
 
-def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
-    """Prepare the LSTM, all layers and directions, on one batch of sentences of ``counts`` words."""
+def lstm_row(size: str, counts: Tensor, precision: str, peers: bool, backward: bool = True) -> Row:
+    """Prepare the LSTM, all layers and directions, on one batch of sentences of ``counts`` words.
+
+    Args:
+        size: The sizes.
+        counts: (B,) words of each sentence.
+        precision: Of the products.
+        peers: Whether to measure the peer too.
+        backward: Whether to measure the backward pass too; without it, the modules are in evaluation mode.
+    """
     preset = PRESETS[size]
     width, cells, layers = preset["projection_size"], preset["cell_size"], preset["num_layers"]
     clips = {"memory_cell_clip_value": 3.0, "state_projection_clip_value": 3.0}
@@ -84,8 +93,12 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
 
     def ours() -> None:
         lstm.zero_grad()
-        forward, backward = lstm.run(rows, packing)[-1]
-        torch.autograd.backward([forward, backward], [torch.ones_like(forward)] * 2)
+        outputs = lstm.run(rows, packing)[-1]
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+    @torch.no_grad()
+    def ours_forward() -> None:
+        lstm.run(rows, packing)
 
     peer = None
     if peers:
@@ -96,12 +109,20 @@ def lstm_row(size: str, counts: Tensor, precision: str, peers: bool) -> Row:
         def peer() -> None:
             theirs.reset_states()
             theirs.zero_grad()
-            theirs(leaf, mask)[-1].sum().backward()
+            with torch.set_grad_enabled(backward):
+                output = theirs(leaf, mask)[-1]
+            if backward:
+                output.sum().backward()
 
     words = int(counts.sum())
-    products_only = lstm_products(packing.sizes, width, cells, layers, storage_of(precision))
-    name = f"LSTM, {size}, B {len(counts)}, {precision}"
-    return Row(name, words, lstm_flops(width, cells, layers) * words, ours, products_only, peer)
+    products_only = lstm_products(packing.sizes, width, cells, layers, storage_of(precision), backward)
+    name = f"LSTM{'' if backward else ' forward'}, {size}, B {len(counts)}, {precision}"
+    flops = lstm_flops(width, cells, layers) * words
+    if backward:
+        return Row(name, words, flops, ours, products_only, peer)
+    lstm.eval()
+    lstm.eval_precision = precision
+    return Row(name, words, flops / 3, ours_forward, products_only, peer)
 
 
 def lstm_flops(width: int, cells: int, layers: int) -> float:
@@ -120,7 +141,7 @@ def storage_of(precision: str) -> torch.dtype:
 
 
 def lstm_products(
-    sizes: list[int], width: int, cells: int, layers: int, storage: torch.dtype
+    sizes: list[int], width: int, cells: int, layers: int, storage: torch.dtype, backward: bool = True
 ) -> Callable[[], None]:
     """Prepare the matrix products of :mod:`lapse_elmo.model.lstm_pass`, on as many threads."""
     num_words, most = sum(sizes), max(sizes)
@@ -138,6 +159,8 @@ def lstm_products(
             for part, size in zip(gates.split(sizes), sizes, strict=True):
                 part.addmm_(hidden[:size], state_weight.t())
                 torch.mm(exposed[:size], projection.t(), out=hidden[:size])
+            if not backward:
+                continue
             for part, size in zip(gates.split(sizes), sizes, strict=True):
                 torch.mm(hidden[:size], projection, out=exposed[:size])
                 torch.mm(part, state_weight, out=hidden[:size])
@@ -262,6 +285,7 @@ def rows(options: StepOptions) -> list[Row]:
             else:
                 batches = [torch.full((options.original_batch,), 12)]
             found += [lstm_row(size, counts, precision, options.peers) for counts in batches]
+            found.append(lstm_row(size, batches[0], precision, options.peers, backward=False))
             found.append(softmax_row(size, options, precision))
     return found
 
