@@ -82,7 +82,7 @@ class Checks:
         parameters, optimizer, norms = self.node(rule)
         expected, squares = self.expected(rule)
         for found, wanted in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-5, atol=1e-5)  # of steps of 0.2
+            torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-5, atol=1e-6)
         assert [number for pair in norms for number in pair] == pytest.approx([n for pair in squares for n in pair])
         state = itertools.chain(*optimizer.state.values())
         flat = torch.cat([p.detach().reshape(-1) for p in (*parameters, *state, optimizer.num_steps)])

@@ -17,7 +17,6 @@ from tests.sanitized_program import OPTIONS
 TESTS = {
     "prepacked.c": "tests/model/test_products.py",
     "pointwise.c": "tests/model/test_pointwise.py",
-    "dense_kernels.c": "tests/model/test_optimizers.py",
     "lstm_steps.c": "tests/model/test_lstm_steps.py",
     "rows.c": "tests/ps/test_rows.py",
     "words.c": "tests/corpus/test_words.py",

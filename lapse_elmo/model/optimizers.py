@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.model.averaging import Averages
-from lapse_elmo.model.dense_kernels import dense_kernels
 
 _BLOCK_SIZE = 1 << 17  # elements; a core's cache holds blocks of several tensors at once
 _BETAS = (0.9, 0.999)  # Adam's; those of torch.optim.Adam
@@ -52,17 +51,13 @@ def iter_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def sum_of_squares(tensor: Tensor) -> float:
     """Return the sum of squares, summed in float64."""
-    tensor = tensor.detach().contiguous()
-    kernels = dense_kernels(tensor)
-    if kernels is not None:
-        return kernels.sum_of_squares(tensor)
-    return sum(float(block.square().sum(dtype=torch.float64)) for (block,) in iter_blocks(tensor))
+    return sum(float(block.square().sum(dtype=torch.float64)) for (block,) in iter_blocks(tensor.contiguous()))
 
 
 class DenseOptimizer:
     """Updates a list of dense parameters in place.
 
-    In torch, bitwise equal to torch.optim.Adam, torch.optim.Adagrad and torch.optim.SGD; in C, up to rounding.
+    Bitwise equal to torch.optim.Adam, torch.optim.Adagrad and torch.optim.SGD.
 
     Args:
         parameters: Contiguous tensors to update, held by reference. Gradients and state follow their order.
@@ -95,7 +90,7 @@ class DenseOptimizer:
             }
         self.state = {name: list(tensors) for name, tensors in state.items()}
         self.num_steps = torch.zeros(1) if num_steps is None else num_steps
-        self._biases = (1.0, 1.0)  # of Adam's moments, which start at 0
+        self._biases = [1.0, 1.0]  # of Adam's moments, which start at 0
         self.averages: Averages | None = None
         if rule.average:
             means = [parameter.detach().clone() for parameter in self.parameters] if means is None else means
@@ -110,23 +105,14 @@ class DenseOptimizer:
             scale: Factor applied to all gradients, such as that of clipping by global norm.
         """
         self.num_steps += 1
-        self._biases = 1.0 - _BETAS[0] ** float(self.num_steps), 1.0 - _BETAS[1] ** float(self.num_steps)
+        self._biases = [1.0 - beta ** float(self.num_steps) for beta in _BETAS]
+        updates: dict[str, Callable[..., None]] = {"adam": self._adam, "adagrad": self._adagrad, "sgd": self._sgd}
+        update = updates[self.rule.kind]
         for parameter, gradient, *state in zip(self.parameters, gradients, *self.state.values(), strict=True):
-            self._update(parameter, gradient.contiguous(), scale, state)
+            for weights, block, *states in iter_blocks(parameter, gradient.contiguous(), *state):
+                update(weights, block if scale == 1.0 else block * scale, *states)
         if self.averages is not None:
             self.averages.update(int(self.num_steps))
-
-    def _update(self, parameter: Tensor, gradient: Tensor, scale: float, state: Sequence[Tensor]) -> None:
-        rule, rate, tensors = self.rule, self.learning_rate, [parameter, gradient, *state]
-        kernels = dense_kernels(*tensors)
-        if kernels is not None and rule.kind == "adam":
-            kernels.adam(tensors, scale, rate, self._biases, rule.epsilon, _BETAS)
-        elif kernels is not None and rule.kind == "adagrad":
-            kernels.adagrad(tensors, scale, rate, rule.epsilon)
-        else:
-            updates: dict[str, Callable[..., None]] = {"adam": self._adam, "adagrad": self._adagrad, "sgd": self._sgd}
-            for weights, block, *states in iter_blocks(*tensors):
-                updates[rule.kind](weights, block if scale == 1.0 else block * scale, *states)
 
     # The same operations as in torch.optim: adding a separate delta would round once more.
 

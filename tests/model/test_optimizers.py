@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lapse_elmo import native
-from lapse_elmo.model.dense_kernels import DENSE_SOURCE, dense_kernels
 from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule, sum_of_squares
 
 RATE, EPSILON = 0.2, 1e-7
@@ -35,10 +33,7 @@ def torchs(rule: DenseRule, values: list[Tensor]) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_in_torch_equal_torchs_exactly(
-    rule: DenseRule, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(native.SWITCH, "0")
+def test_steps_equal_torchs_exactly(rule: DenseRule, dtype: torch.dtype) -> None:
     ours = [random(40, 7).to(dtype), random(33, seed=1).to(dtype), random(300, 1001, seed=2).to(dtype)]
     theirs = [value.clone().requires_grad_() for value in ours]
     optimizer = DenseOptimizer(ours, rule, RATE)
@@ -53,25 +48,6 @@ def test_steps_in_torch_equal_torchs_exactly(
             keys = {"first_moments": "exp_avg", "second_moments": "exp_avg_sq", "accumulators": "sum"}
             for name, tensors in optimizer.state.items():
                 assert torch.equal(tensors[index], expected.state[value][keys[name]])
-
-
-@pytest.mark.parametrize("rule", [RULES[0], *ADAGRADS], ids=str)
-@pytest.mark.parametrize("size", [0, 1, 63, 64, 1000, 70_001])
-def test_steps_in_c_equal_those_in_torch(rule: DenseRule, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each tensor is a part of a larger one, of which nothing else may change.
-    larger = [random(size + 9, seed=1), random(size + 9, seed=1)]
-    in_c, in_torch = (DenseOptimizer([values[4:-5]], rule, RATE) for values in larger)
-    assert dense_kernels(larger[0]) is not None or native.problem(DENSE_SOURCE)
-    for step in range(4):
-        gradient, scale = random(size, seed=step) * 10.0**-step, 1.0 - step / 8
-        monkeypatch.delenv(native.SWITCH, raising=False)
-        in_c.step([gradient], scale)
-        monkeypatch.setenv(native.SWITCH, "0")
-        in_torch.step([gradient], scale)
-    torch.testing.assert_close(larger[0], larger[1], rtol=1e-5, atol=1e-5)  # of steps of 0.2
-    assert torch.equal(larger[0][:4], larger[1][:4]) and torch.equal(larger[0][-5:], larger[1][-5:])
-    for ours, theirs in zip(in_c.state.values(), in_torch.state.values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -101,9 +77,7 @@ def test_state_can_be_saved_and_restored(rule: DenseRule) -> None:
     assert torch.equal(whole, resumed)
 
 
-@pytest.mark.parametrize("enabled", ["1", "0"])
-def test_sum_of_squares(enabled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.SWITCH, enabled)
+def test_sum_of_squares() -> None:
     for shape in ((0,), (1,), (3, 5), (700, 701)):
         values = random(*shape)
         assert sum_of_squares(values) == pytest.approx(float(values.double().square().sum()), rel=1e-7)
