@@ -58,6 +58,7 @@ def _short(name: str, arguments: str = "", ranks: int = 0, needs_shards: bool = 
 MODULES = (
     _short("products", "--rows 1 8 32 128 512 --repeats 3"),
     _short("step", "--repeats 1"),
+    _short("dense_update"),
     _short("full_softmax"),
     _short("embed", "--words 50000 --sentences 128 --repeats 2 --megabytes 1"),
     _short("preprocess", "--short"),

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.dense_update import DenseNorms
-from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule, iter_blocks, sum_of_squares
+from lapse_elmo.model.dense import add_up
+from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
 from lapse_elmo.node_sums import NodeSums
@@ -131,7 +132,7 @@ class NodeUpdate:
         world.together(lambda: memory.reserve(_GRADIENTS, rank, rank + 1))
         buffers = torch.from_numpy(memory.arrays[_GRADIENTS])
         self._views = dense.views(buffers[rank])
-        self._slices = [buffer[own] for buffer in buffers]  # of every rank of the node
+        self._slices = buffers[:, own]  # of every rank of the node
         self._mean = self._slices[0]  # the sum replaces the first rank's gradient, which is not needed any more
         self._stepper = dense.own_optimizer(optimizer.learning_rate)
         across = world.across_nodes(dense.num_slices)
@@ -146,24 +147,17 @@ class NodeUpdate:
 
     def finish(self) -> DenseNorms:
         """Wait for the means; see :meth:`DenseUpdate.finish`."""
+        if self._sums is None:
+            return DenseNorms(*add_up(self._slices, self._world.size, self._squares, True))
         own_square, sums = 0.0, []
         for first in range(0, self._mean.numel(), _EXCHANGED):
             block = slice(first, first + _EXCHANGED)
-            own_square += self._add_up([buffer[block] for buffer in self._slices])
-            if self._sums is not None:
-                sums.append(self._sums.start(self._mean[block].numpy()))
+            own_square += add_up(self._slices[:, block], 1, self._squares, False)[0]
+            sums.append(self._sums.start(self._mean[block].numpy()))
         for wait in sums:
             wait()
-        self._mean.div_(self._world.size)
-        return DenseNorms(own_square, sum_of_squares(self._mean) / self._world.num_nodes)
-
-    def _add_up(self, buffers: Sequence[Tensor]) -> float:
-        """Add the other buffers to the first; return the sum of all their squares, or 0 if it is not wanted."""
-        square = sum(map(sum_of_squares, buffers)) if self._squares else 0.0
-        for total, *others in iter_blocks(*buffers):
-            for other in others:
-                total.add_(other)
-        return square
+        _, mean_square = add_up(self._mean[None], self._world.size, False, True)
+        return DenseNorms(own_square, mean_square / self._world.num_nodes)
 
     def apply(self, scale: float) -> None:
         """Update this rank's slice; see :meth:`DenseUpdate.apply`."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.dense_mean import open_dense_mean
-from lapse_elmo.model.optimizers import DenseOptimizer, sum_of_squares
+from lapse_elmo.model.dense import sum_of_squares
+from lapse_elmo.model.optimizers import DenseOptimizer
 from lapse_elmo.mpi.world import World
 from lapse_elmo.tables import DenseTable
 

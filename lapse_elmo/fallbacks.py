@@ -6,7 +6,7 @@ import torch
 
 from lapse_elmo import native
 from lapse_elmo.config.training import ModelConfig
-from lapse_elmo.model import prepacked
+from lapse_elmo.model import dense, prepacked
 from lapse_elmo.model.lstm_steps import STEPS_SOURCE
 from lapse_elmo.model.pointwise import SOURCE, triton_problem
 from lapse_elmo.model.products import cpu_multiplies_bf16
@@ -17,6 +17,7 @@ def model_fallbacks(config: ModelConfig, device: torch.device) -> list[str]:
     lines = []
     sources = {
         "pointwise parts": SOURCE, "products of few rows": prepacked.PREPACKED_SOURCE, "steps": STEPS_SOURCE,
+        "dense updates": dense.SOURCE,
     }
     for what, source in sources.items():
         if device.type == "cpu" and native.load(source) is None:

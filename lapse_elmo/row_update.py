@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lapse_elmo.model.optimizers import sum_of_squares
+from lapse_elmo.model.dense import sum_of_squares
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
 from lapse_elmo.node_sums import NodeSums

@@ -16,6 +16,7 @@ from tests.sanitized_program import OPTIONS
 
 TESTS = {
     "prepacked.c": "tests/model/test_products.py",
+    "dense.c": "tests/model/test_dense.py",
     "pointwise.c": "tests/model/test_pointwise.py",
     "lstm_steps.c": "tests/model/test_lstm_steps.py",
     "rows.c": "tests/ps/test_rows.py",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lapse_elmo.model.averaging import Averages
-
-_BLOCK_SIZE = 1 << 17  # elements; a core's cache holds blocks of several tensors at once
-_BETAS = (0.9, 0.999)  # Adam's; those of torch.optim.Adam
+from lapse_elmo.model.dense import BETAS, Rates, update
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,11 @@ class DenseRule:
         return {"accumulators": self.initial_accumulator} if self.kind == "adagrad" else {}
 
 
-def iter_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Return an iterator over corresponding flat blocks of contiguous tensors with equally many elements.
-
-    A chain of elementwise operations on one block at a time keeps the intermediate results in the cache. Its result is
-    bitwise the same as on whole tensors. On a GPU there is only one block.
-    """
-    flat = [tensor.view(-1) for tensor in tensors]
-    return zip(*(f.split(_BLOCK_SIZE if f.device.type == "cpu" else max(f.numel(), 1)) for f in flat), strict=True)
-
-
-def sum_of_squares(tensor: Tensor) -> float:
-    """Return the sum of squares, summed in float64."""
-    return sum(float(block.square().sum(dtype=torch.float64)) for (block,) in iter_blocks(tensor.contiguous()))
-
-
 class DenseOptimizer:
     """Updates a list of dense parameters in place.
 
-    Bitwise equal to torch.optim.Adam, torch.optim.Adagrad and torch.optim.SGD.
+    Equal to torch.optim.Adam, torch.optim.Adagrad and torch.optim.SGD: bitwise, except that square roots of float32
+    numbers on the CPU are rounded correctly (see :mod:`lapse_elmo.model.dense`).
 
     Args:
         parameters: Contiguous tensors to update, held by reference. Gradients and state follow their order.
@@ -90,7 +74,6 @@ class DenseOptimizer:
             }
         self.state = {name: list(tensors) for name, tensors in state.items()}
         self.num_steps = torch.zeros(1) if num_steps is None else num_steps
-        self._biases = [1.0, 1.0]  # of Adam's moments, which start at 0
         self.averages: Averages | None = None
         if rule.average:
             means = [parameter.detach().clone() for parameter in self.parameters] if means is None else means
@@ -105,30 +88,15 @@ class DenseOptimizer:
             scale: Factor applied to all gradients, such as that of clipping by global norm.
         """
         self.num_steps += 1
-        self._biases = [1.0 - beta ** float(self.num_steps) for beta in _BETAS]
-        updates: dict[str, Callable[..., None]] = {"adam": self._adam, "adagrad": self._adagrad, "sgd": self._sgd}
-        update = updates[self.rule.kind]
+        rate, root = self.learning_rate, 1.0
+        if self.rule.kind == "adam":  # whose moments start at 0
+            bias_1, bias_2 = (1.0 - beta ** float(self.num_steps) for beta in BETAS)
+            rate, root = rate / bias_1, math.sqrt(bias_2)
+        rates = Rates(scale, rate, self.rule.epsilon, root)
         for parameter, gradient, *state in zip(self.parameters, gradients, *self.state.values(), strict=True):
-            for weights, block, *states in iter_blocks(parameter, gradient.contiguous(), *state):
-                update(weights, block if scale == 1.0 else block * scale, *states)
+            update(self.rule.kind, parameter, gradient.contiguous(), state, rates)
         if self.averages is not None:
             self.averages.update(int(self.num_steps))
-
-    # The same operations as in torch.optim: adding a separate delta would round once more.
-
-    def _adam(self, weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        bias_1, bias_2 = self._biases
-        first.lerp_(gradient, 1.0 - _BETAS[0])
-        second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1.0 - _BETAS[1])
-        size = second.sqrt().div_(math.sqrt(bias_2)).add_(self.rule.epsilon)
-        weights.addcdiv_(first, size, value=-self.learning_rate / bias_1)
-
-    def _adagrad(self, weights: Tensor, gradient: Tensor, squares: Tensor) -> None:
-        squares.addcmul_(gradient, gradient)
-        weights.addcdiv_(gradient, squares.sqrt().add_(self.rule.epsilon), value=-self.learning_rate)
-
-    def _sgd(self, weights: Tensor, gradient: Tensor) -> None:
-        weights.add_(gradient, alpha=-self.learning_rate)
 
     def named_state(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the state by reference, as ``KIND/NAME`` with one name per parameter, and ``num_steps`` if it counts.
@@ -137,7 +105,8 @@ class DenseOptimizer:
         """
         named = {
             f"{kind}/{name}": tensor
-            for kind, tensors in self.state.items() for name, tensor in zip(names, tensors, strict=True)
+            for kind, tensors in self.state.items()
+            for name, tensor in zip(names, tensors, strict=True)
         }
         counts = self.rule.kind == "adam" or self.averages is not None
         return {**named, "num_steps": self.num_steps} if counts else named

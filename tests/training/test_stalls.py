@@ -40,7 +40,8 @@ CASES = [
 SHORT_LIMIT_S = 5
 SHORT_CASES = [
     ("corpus", "read", 0, 2, 1), ("parameters", "loop", 1, 2, 1), ("restore", "read", 1, 2, 1),
-    ("step", "stop", 1, 4, 2),
+    ("step", "stop", 1, 4, 2), ("parameters", "stop", 2, 4, 2), ("save", "stop", 1, 4, 2),
+    ("evaluation", "stop", 3, 4, 2),
 ]
 
 
