@@ -105,8 +105,7 @@ class DenseOptimizer:
         """
         named = {
             f"{kind}/{name}": tensor
-            for kind, tensors in self.state.items()
-            for name, tensor in zip(names, tensors, strict=True)
+            for kind, tensors in self.state.items() for name, tensor in zip(names, tensors, strict=True)
         }
         counts = self.rule.kind == "adam" or self.averages is not None
         return {**named, "num_steps": self.num_steps} if counts else named
