@@ -47,4 +47,4 @@ def test_fallbacks_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fallbacks.model_fallbacks(ModelConfig(precision="bf16"), cpu)) == len(fast) + 1
     assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == len(fast)
     monkeypatch.setenv(native.SWITCH, "0")
-    assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == 3
+    assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == 4
