@@ -155,7 +155,7 @@ def test_a_rank_without_native_code_and_the_slowest_rank_are_named(small: Prepar
     )
     assert job.returncode == 0, job.output
     fallbacks = [line for line in job.stderr.splitlines() if "slower than C" in line]
-    assert len(fallbacks) == 4, job.output
+    assert len(fallbacks) == 5, job.output
     assert all("(1 of 2 ranks, the first is rank 1/2 " in line for line in fallbacks), job.output
     assert len([line for line in fallbacks if line.startswith("the server's rows ")]) == 1
     (train,) = records(run_dir, "train")
