@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lapse_elmo.checkpoint import SavedTable
 from lapse_elmo.checkpoint.manifest import DENSE
+from lapse_elmo.checkpoint.restoring import saved_name
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.corpus.vocabulary import UNKNOWN, Vocabulary, VocabularyFile
@@ -137,17 +138,16 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
     try:
         with h5py.File(path, "r") as file:
             for name, tensor in parameters.dense_tensors().items():
-                if name.startswith((PARAMETERS, TRAINED)):
+                saved = saved_name(name, file, parameters.dense_optimizer)
+                if saved is None or name.startswith((PARAMETERS, TRAINED)):
                     continue
-                kind = parameters.config.dense_optimizer
-                if name == "num_steps" and name not in file and kind != "adam":
-                    continue  # without averages, only Adam counts its steps
-                if name not in file:
+                if saved not in file:
+                    kind = parameters.config.dense_optimizer
                     raise ConfigError(
                         f"--init-accumulators kept: {path} has no state of --dense-optimizer {kind}: give the one that "
                         "the model was trained with, or fresh"
                     )
-                parameters.set_dense(tensor, file[name][()])
+                parameters.set_dense(tensor, file[saved][()])
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 

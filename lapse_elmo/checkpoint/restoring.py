@@ -129,16 +129,25 @@ def _restore_dense(files: OpenFiles, parameters: Parameters, world: World, keeps
             parameters.set_dense(tensor, values)
 
 
-def _read_array(opened: list[h5py.File], name: str, optimizer: DenseOptimizer, out: np.ndarray) -> None:
-    """Read a dense array, also if parameters are averaged in the run and not in the checkpoint, or the reverse."""
-    (file,) = opened
+def saved_name(name: str, file: h5py.File, optimizer: DenseOptimizer) -> str | None:
+    """Return the name by which a checkpoint's ``file`` has what ``optimizer`` calls ``name``; None if it has none.
+
+    Names differ where parameters are averaged in the run and not in the checkpoint, or the reverse.
+    """
     if TRAINED[:-1] not in file:
-        name = name.replace(TRAINED, PARAMETERS)
-        if name == "num_steps" and optimizer.rule.kind != "adam":
-            return  # without averages, only Adam counts its steps; the run starts to
-    elif optimizer.averages is None:
-        name = name.replace(PARAMETERS, TRAINED)
-    values = file[name][()]
+        # Without averages, only Adam counts its steps.
+        counted = name != "num_steps" or optimizer.rule.kind == "adam"
+        return name.replace(TRAINED, PARAMETERS) if counted else None
+    return name if optimizer.averages is not None else name.replace(PARAMETERS, TRAINED)
+
+
+def _read_array(opened: list[h5py.File], name: str, optimizer: DenseOptimizer, out: np.ndarray) -> None:
+    """Read a dense array; leave ``out`` as it is if the checkpoint has none."""
+    (file,) = opened
+    saved = saved_name(name, file, optimizer)
+    if saved is None:
+        return
+    values = file[saved][()]
     if values.shape != out.shape:
         raise ValueError(f"{name} has shape {values.shape}, expected {out.shape}")
     out[...] = values

@@ -1,9 +1,9 @@
 /* One step of the dense parameters, in as few passes over memory as it needs: it moves far more bytes than a cache has.
  *
  * Arrays have n floats. Work is divided into chunks of CHUNK floats, on all threads. Sums of squares are written as one
- * number per chunk to `squares` (chunks,), so that their order does not depend on the number of threads. dense.py and
- * optimizers.py have the fallbacks in torch, of which every float has the same bits: products are fused with the sum
- * after them (FUSED) exactly where torch's operations fuse them, and nowhere else.
+ * number per chunk to `squares` (chunks,), so that their order does not depend on the number of threads. dense.py has
+ * the fallbacks in torch, of which every float has the same bits: products are fused with the sum after them (FUSED)
+ * exactly where torch's operations fuse them, and nowhere else.
  */
 #include <math.h>
 #include <stdint.h>
