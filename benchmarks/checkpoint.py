@@ -103,9 +103,10 @@ def measure_files(argv: list[str], enter: Callable[[], World]) -> None:
 
 def restore(path: Path, parameters: Parameters, world: World) -> None:
     """Verify and restore a checkpoint (collective)."""
-    manifest = checkpoint.verified(path, world)
+    files = checkpoint.OpenFiles(path)
+    manifest = checkpoint.verified(files, world)
     world.barrier()
-    checkpoint.restore(checkpoint.OpenFiles(path), manifest, parameters, world)
+    checkpoint.restore(files, manifest, parameters, world)
 
 
 def write_plain(path: Path, num_bytes: int) -> None:

@@ -150,7 +150,7 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
         path = world.agree(lambda: checkpoint.find(Path(run.resume)))
         world.agree(lambda: _refuse_later(path, run_dir, run.overwrite))
         files = checkpoint.OpenFiles(path)
-        chosen = files, checkpoint.verified(path, world, files)
+        chosen = files, checkpoint.verified(files, world)
     if chosen is None:
         return ResumePoint()
     files, manifest = chosen
@@ -180,7 +180,7 @@ def _newest_intact(
     for path in found:
         files = checkpoint.OpenFiles(path)
         try:
-            return files, checkpoint.verified(path, world, files)
+            return files, checkpoint.verified(files, world)
         except CheckpointError as error:
             files.close()
             notes.append(f"skipped {path.name}: {error}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -138,15 +137,14 @@ def shares_of_pieces(manifest: Manifest, num_parts: int) -> list[list[Piece]]:
     ]
 
 
-def verified(path: Path, world: World, files: OpenFiles | None = None) -> Manifest:
+def verified(files: OpenFiles, world: World) -> Manifest:
     """Check all files of a checkpoint, which the ranks share, and return its manifest (collective).
 
     The manifest comes without the checksums: there are some for every rank that wrote, and no rank needs all of them.
 
     Args:
-        path: The checkpoint.
+        files: The files of the checkpoint; those that this rank reads stay open.
         world: The ranks.
-        files: Where the files stay open; None closes them.
 
     Raises:
         CheckpointError: On every rank, if a file is missing or damaged.
@@ -154,16 +152,15 @@ def verified(path: Path, world: World, files: OpenFiles | None = None) -> Manife
     known: list[Manifest] = []
 
     def pieces_by_rank() -> list[list[Piece]]:
-        known.append(read_manifest(path))
+        known.append(read_manifest(files.path))
         return shares_of_pieces(known[0], world.size)
 
     own = world.deal(pieces_by_rank)
-    with contextlib.nullcontext(files) if files is not None else OpenFiles(path) as opened:
-        world.together(lambda: check_pieces(opened, own, world.progress.work_done))
+    world.together(lambda: check_pieces(files, own, world.progress.work_done))
 
     def without_checksums() -> Manifest:
-        files = {name: {"bytes": entry["bytes"]} for name, entry in known[0]["files"].items()}
-        return {**known[0], "files": files}
+        sizes = {name: {"bytes": entry["bytes"]} for name, entry in known[0]["files"].items()}
+        return {**known[0], "files": sizes}
 
     return world.agree(without_checksums)
 

@@ -47,7 +47,7 @@ class SavedModel:
         """
         path = world.agree(lambda: find(Path(model)))
         files = OpenFiles(path)
-        manifest = verified(path, world, files)
+        manifest = verified(files, world)
         config = world.agree(lambda: config_of(manifest, path))
         config = dataclasses.replace(config, server=ServerConfig())  # independent of the server used in training
         vocabulary = world.agree(lambda: VocabularyFile.check(vocab or vocabulary_path(path, config)))

@@ -122,6 +122,6 @@ def open_together(
     if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
         checkpoint = world.agree(lambda: find(folder))
         with OpenFiles(checkpoint) as files:  # a rank maps the tables from the files that it has verified
-            manifest = verified(checkpoint, world, files)
+            manifest = verified(files, world)
             return world.together(lambda: open_checkpoint(checkpoint, vocab, manifest=manifest, files=files))
     return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))

@@ -93,7 +93,7 @@ def restore(folder: Path, world: World) -> dict[str, Any]:
     before = read_bytes()
     with Opens(path) as opens:
         files = checkpoint.OpenFiles(path)
-        manifest = checkpoint.verified(path, world, files)
+        manifest = checkpoint.verified(files, world)
         cursor = checkpoint.read_cursor(path, manifest, NUM_SENTENCES, world)
         checkpoint.restore(files, manifest, parameters, world)
     num_bytes = read_bytes() - before

@@ -238,11 +238,15 @@ def test_damage_is_told_in_one_line(
     parameters: Parameters, cursor: Cursor, tmp_path: Path, pattern: str, damage: str
 ) -> None:
     path = save(tmp_path, parameters, cursor)
-    checkpoint.verified(path, solo())
+    with checkpoint.OpenFiles(path) as files:
+        checkpoint.verified(files, solo())
     (file,) = path.glob(pattern)
     DAMAGES[damage](file)
-    with pytest.raises(CheckpointError, match="use another checkpoint") as caught:
-        checkpoint.verified(path, solo())
+    with (
+        pytest.raises(CheckpointError, match="use another checkpoint") as caught,
+        checkpoint.OpenFiles(path) as files,
+    ):
+        checkpoint.verified(files, solo())
     assert str(file) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
@@ -279,10 +283,11 @@ def test_a_file_that_lies(parameters: Parameters, cursor: Cursor, tmp_path: Path
     path = save(tmp_path, parameters, cursor)
     (file,) = path.glob(pattern)
     rewrite(file, change)
-    manifest = checkpoint.verified(path, solo())
-    with pytest.raises(CheckpointError, match=says) as caught:
+    files = checkpoint.OpenFiles(path)
+    manifest = checkpoint.verified(files, solo())
+    with files, pytest.raises(CheckpointError, match=says) as caught:
         checkpoint.read_cursor(path, manifest, 203, solo())
-        checkpoint.restore(checkpoint.OpenFiles(path), manifest, parameters, solo())
+        checkpoint.restore(files, manifest, parameters, solo())
     assert len(str(caught.value).splitlines()) == 1
 
 
