@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -150,6 +151,17 @@ class Rows(ABC):
         del self.entries, self.flags, self.slots, self.main, self.replica
 
 
+# The arguments of rows.c's functions: p for a pointer, i for int64, f for float. Those of _LISTING return how many
+# indices they have listed in the last argument, the others return nothing.
+_ARGUMENTS = {
+    "owned": "ppi", "pull": "pppiipipp", "add": "pppipipip", "step": "pppiiipipffip", "set": "ppipipp",
+    "put": "pppipippi", "take": "ppipip", "promote": "pppipipp", "clear_dirty": "ppip", "collect": "ppipipp",
+    "refresh": "ppipip", "overwrite": "ppipip", "release": "ppip",
+}
+_LISTING = ("owned", "pull", "add", "step", "set", "clear_dirty", "collect", "release")
+_CTYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
 class NativeRows(Rows):
     """Rows through rows.c, whose functions run without the interpreter's lock.
 
@@ -158,81 +170,84 @@ class NativeRows(Rows):
 
     def __init__(self, memory: NodeMemory, segment: Segment, library: ctypes.CDLL) -> None:
         super().__init__(memory, segment)
-        self._library = library
-        for name in ("owned", "pull", "add", "step", "set", "clear_dirty", "collect", "release"):
-            getattr(library, f"rows_{name}").restype = ctypes.c_int64
+        self._functions: dict[str, Any] = {}
+        for name, codes in _ARGUMENTS.items():
+            function = getattr(library, f"rows_{name}")
+            function.argtypes = [_CTYPES[code] for code in codes]
+            function.restype = ctypes.c_int64 if name in _LISTING else None
+            self._functions[name] = function
+        # Determined once: NumPy takes longer to find an address than rows.c takes for a few rows.
+        self._entries, self._main, self._replica = map(_address, (self.entries, self.main, self.replica))
 
     def all_owned(self, rows: np.ndarray) -> bool:
         """Return whether the main copies of all ``rows`` are here, without a temporary array."""
         assert rows.dtype == _INT64, rows.dtype
-        return self._call("owned", self.entries, rows, rows.size) == rows.size
+        return self._call("owned", self._entries, rows, rows.size) == rows.size
 
     def pull(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Call rows_pull."""
         assert out.ndim == 2 and out.shape[1] <= self.row_width, out.shape
         _check(rows, out, out.shape[1])
-        return self._list("pull", (self.entries, self.main, self.replica, self.row_width, out.shape[1]), rows, out)
+        return self._list("pull", (self._entries, self._main, self._replica, self.row_width, out.shape[1]), rows, out)
 
     def add(self, rows: np.ndarray, deltas: np.ndarray, mark: bool = True) -> np.ndarray:
         """Call rows_add."""
         _check(rows, deltas, self.row_width)
-        return self._list("add", (self.entries, self.main, self.replica, self.row_width), rows, deltas, int(mark))
+        return self._list("add", (self._entries, self._main, self._replica, self.row_width), rows, deltas, int(mark))
 
     def _step(self, rule: Rule, rows: np.ndarray, gradients: np.ndarray, rate: float, mark: bool) -> np.ndarray:
         _check(rows, gradients, self.width)
-        before = (self.entries, self.main, self.replica, self.row_width, self.width, rule.code)
+        before = (self._entries, self._main, self._replica, self.row_width, self.width, rule.code)
         return self._list("step", before, rows, gradients, float(rate), float(rule.epsilon), int(mark))
 
     def set(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Call rows_set."""
         _check(rows, values, self.row_width)
-        return self._list("set", (self.entries, self.main, self.row_width), rows, values)
+        return self._list("set", (self._entries, self._main, self.row_width), rows, values)
 
     def put(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray, as_replica: bool) -> None:
         """Call rows_put."""
         _check(rows, values, self.row_width, slots)
-        before = (self.entries, self.main, self.replica, self.row_width)
+        before = (self._entries, self._main, self._replica, self.row_width)
         self._call("put", *before, rows, rows.size, slots, values, int(as_replica))
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Call rows_take."""
         _check(rows, out, self.row_width)
-        self._call("take", self.entries, self.main, self.row_width, rows, rows.size, out)
+        self._call("take", self._entries, self._main, self.row_width, rows, rows.size, out)
 
     def promote(self, rows: np.ndarray, slots: np.ndarray, values: np.ndarray) -> None:
         """Call rows_promote."""
         _check(rows, values, self.row_width, slots)
-        self._call("promote", self.entries, self.main, self.replica, self.row_width, rows, rows.size, slots, values)
+        self._call("promote", self._entries, self._main, self._replica, self.row_width, rows, rows.size, slots, values)
 
     def clear_dirty(self, rows: np.ndarray) -> np.ndarray:
         """Call rows_clear_dirty."""
-        return self._list("clear_dirty", (self.entries,), rows)
+        return self._list("clear_dirty", (self._entries,), rows)
 
     def collect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Call rows_collect for the replicas that are dirty now; those that become so later are for the next call."""
         # Selecting them first keeps the buffer as small as the deltas, of which there are usually few.
         dirty = np.flatnonzero(self.flags[rows] & DIRTY)
         deltas = np.empty((dirty.size, self.row_width), np.float32)
-        which = self._list("collect", (self.entries, self.replica, self.row_width), rows[dirty], deltas)
+        which = self._list("collect", (self._entries, self._replica, self.row_width), rows[dirty], deltas)
         return dirty[which], deltas[: which.size]
 
     def refresh(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Call rows_refresh."""
         _check(rows, values, self.row_width)
-        self._call("refresh", self.entries, self.replica, self.row_width, rows, rows.size, values)
+        self._call("refresh", self._entries, self._replica, self.row_width, rows, rows.size, values)
 
     def overwrite(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Call rows_overwrite."""
         _check(rows, values, self.row_width)
-        self._call("overwrite", self.entries, self.replica, self.row_width, rows, rows.size, values)
+        self._call("overwrite", self._entries, self._replica, self.row_width, rows, rows.size, values)
 
     def release(self, rows: np.ndarray) -> np.ndarray:
         """Call rows_release."""
-        return self._list("release", (self.entries,), rows)
+        return self._list("release", (self._entries,), rows)
 
-    def _list(
-        self, name: str, before: tuple[np.ndarray | int, ...], rows: np.ndarray, *more: np.ndarray | float
-    ) -> np.ndarray:
+    def _list(self, name: str, before: tuple[int, ...], rows: np.ndarray, *more: np.ndarray | float) -> np.ndarray:
         """Call a function of rows.c that lists indices into ``rows`` in its last argument; return them."""
         assert rows.dtype == _INT64 and rows.ndim == 1, (rows.dtype, rows.shape)
         listed = np.empty(rows.size, np.int64)
@@ -240,15 +255,14 @@ class NativeRows(Rows):
         return listed[:number]
 
     def _call(self, name: str, *arguments: np.ndarray | float) -> int:
-        """Call ``rows_<name>``: arrays as pointers, ints as int64, floats as float."""
-        passed: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
-        for argument in arguments:
-            if isinstance(argument, np.ndarray):
-                assert argument.flags.c_contiguous, argument.strides
-                passed.append(ctypes.c_void_p(argument.ctypes.data))
-            else:
-                passed.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
-        return getattr(self._library, f"rows_{name}")(*passed)
+        """Call ``rows_<name>`` with ``arguments``: addresses and other ints, floats, and arrays as their addresses."""
+        return int(self._functions[name](*[_address(a) if isinstance(a, np.ndarray) else a for a in arguments]) or 0)
+
+
+def _address(array: np.ndarray) -> int:
+    """Return the address of a contiguous array."""
+    assert array.flags.c_contiguous, array.strides
+    return array.ctypes.data
 
 
 def _check(rows: np.ndarray, values: np.ndarray, width: int, slots: np.ndarray | None = None) -> None:

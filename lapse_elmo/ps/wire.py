@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
@@ -89,15 +89,15 @@ def new(kind: type[M], allocator: Allocator | None = None, /, *, width: int = 0,
         num_bytes = -(-4 * lengths[0] * width // _WORD) * _WORD
     size = schema.header.size + _WORD * sum(lengths) + num_bytes
     block = np.empty(size, np.uint8) if allocator is None else allocator.allocate(size)
-    scalars = [fields[name] for name in schema.scalars]
-    schema.header.pack_into(block.data, 0, kind.KIND, size, *scalars, *shape)
-    message = _parse(schema, block)
+    values = {name: fields[name] for name in schema.scalars}
+    schema.header.pack_into(block.data, 0, kind.KIND, size, *values.values(), *shape)
+    arrays = _arrays(schema, block, shape)
     for name in schema.rows:
         if not isinstance(fields[name], int):
-            getattr(message, name)[:] = fields[name]
+            arrays[name][:] = fields[name]
     if given is not None:
-        getattr(message, str(schema.values))[:] = given
-    return message  # type: ignore[return-value]
+        arrays[str(schema.values)][:] = given
+    return kind(block=block, **values, **arrays)
 
 
 def read(block: np.ndarray) -> Iterator[Message]:
@@ -113,15 +113,22 @@ def _parse(schema: _Schema, block: np.ndarray) -> Message:
     """Return the message encoded in ``block``, whose arrays are views of it."""
     header = schema.header.unpack_from(block.data, 0)
     end = 2 + len(schema.scalars)
-    fields: dict[str, Any] = dict(zip(schema.scalars, header[2:end], strict=True))
+    return schema.kind(
+        block=block, **dict(zip(schema.scalars, header[2:end], strict=True)), **_arrays(schema, block, header[end:])
+    )
+
+
+def _arrays(schema: _Schema, block: np.ndarray, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return the arrays in ``block`` by name; ``shape`` has the number of rows of each, and the width of the values."""
+    arrays: dict[str, np.ndarray] = {}
     at = schema.header.size
-    for name, number in zip(schema.rows, header[end : end + len(schema.rows)], strict=True):
-        fields[name] = block[at : at + _WORD * number].view(np.int64)
+    for name, number in zip(schema.rows, shape, strict=False):
+        arrays[name] = block[at : at + _WORD * number].view(np.int64)
         at += _WORD * number
     if schema.values is not None:
-        number, width = header[end], header[-1]
-        fields[schema.values] = block[at : at + 4 * number * width].view(np.float32).reshape(number, width)
-    return schema.kind(block=block, **fields)
+        number, width = shape[0], shape[-1]
+        arrays[schema.values] = block[at : at + 4 * number * width].view(np.float32).reshape(number, width)
+    return arrays
 
 
 def select(message: M, chosen: np.ndarray | slice, **changes: Any) -> M:
