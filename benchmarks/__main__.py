@@ -59,7 +59,7 @@ MODULES = (
     _short("products", "--rows 1 8 32 128 512 --repeats 3"),
     _short("step", "--repeats 1"),
     _short("dense_update"),
-    _short("full_softmax"),
+    _short("full_softmax", "--num-classes 100000 --num-targets 8192 --threads 1 2"),
     _short("embed", "--words 50000 --sentences 128 --repeats 2 --megabytes 1"),
     _short("preprocess", "--short"),
     _short("start", needs_shards=True),

@@ -28,7 +28,7 @@ class FullSoftmaxOptions:
 
     num_classes: int = option(793_471, help="V")
     projection_sizes: tuple[int, ...] = option((128, 512), help="D")
-    num_targets: int = option(2048, help="context vectors for D 128, fewer in proportion for larger D")
+    num_targets: int = option(2048, help="context vectors; each chunk of rows is copied once for all")
     threads: tuple[int, ...] = option((1,), help="torch threads to measure with")
 
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         clock = time.process_time if threads == 1 else time.perf_counter
         for size in options.projection_sizes:
             generator = torch.Generator().manual_seed(1)
-            count = options.num_targets * 128 // size
+            count = options.num_targets
             buffer = torch.randn(_CHUNK, 2 * (size + 1), generator=generator)
             context = torch.randn(count, size, generator=generator)
             target = torch.randint(options.num_classes, (count,), generator=generator)
