@@ -6,10 +6,14 @@ steps.
 
 The order of an epoch is shuffled at two levels, so that sentences are read in runs: the worker's range is cut into
 blocks of ``BLOCK`` sentences, whose order is shuffled. The sentences of ``POOL_BATCHES`` batches form a pool, in which
-they are sorted by length, with noise, and cut into batches. The order of these is shuffled, in the same way on all
-workers. So a batch holds sentences of similar length from many places of the corpus, the workers have similar work at
-each step, and every sentence is used once per epoch. Sorting without noise is slightly faster but learns less: if all
-sentences of a batch end at the same position, a step mostly learns about that position (benchmarks/learning.md).
+they are sorted by length, with noise, and cut into batches. So a batch holds sentences of similar length from many
+places of the corpus, and every sentence is used once per epoch. Sorting without noise is slightly faster but learns
+less: if all sentences of a batch end at the same position, a step mostly learns about that position
+(benchmarks/learning.md).
+
+A step takes as long as the longest batch of all workers. So each worker sorts the batches of a pool by their number of
+words, then shuffles them in the same way as all others: at each step, the batches of all workers have about the same
+place among the batches of their pools, and about the same number of words.
 
 The size of the batches may grow from pool to pool (growth.py). It depends only on the number of sentences that all
 workers have trained before the pool, so every worker computes it alone, and a resumed run repeats it. While the batch
@@ -249,6 +253,12 @@ class BatchStream:
                 found += [numbers[places] for places in members[: max(-(-steps // pool.turns), 0)]]
         return np.sort(np.concatenate(found))
 
+    def first_words(self) -> np.ndarray:
+        """Return the number of words of each batch of the first pool of a run, (batches,) int64."""
+        _, _, offsets, members = self._pool(0, self._block_order(0), self.pools(0)[0])
+        lengths = np.minimum(np.diff(offsets), self.max_length)
+        return np.array([lengths[places].sum() for places in members])
+
     @property
     def sentences(self) -> np.ndarray:
         """The numbers of this worker's sentences, ascending."""
@@ -289,7 +299,8 @@ class BatchStream:
         # Ascending, so that the blocks are read as runs; the order of training is made by _pool_batches.
         numbers = np.sort(order[pool.first : pool.first + pool.size * pool.num_batches])
         tokens, offsets = self.shards.read(numbers)
-        return numbers, tokens, offsets, self._pool_batches(epoch, pool, np.diff(offsets))
+        lengths = np.minimum(np.diff(offsets), self.max_length)
+        return numbers, tokens, offsets, self._pool_batches(epoch, pool, lengths)
 
     def _pool_batches(self, epoch: int, pool: Pool, lengths: np.ndarray) -> list[np.ndarray]:
         """Return the pool's batches as arrays of indices into its sentences."""
@@ -297,12 +308,14 @@ class BatchStream:
         rng = stream(self.seed, "length noise", epoch, self.worker, pool.number)
         noise = rng.normal(0.0, LENGTH_NOISE, lengths.size)
         by_length = np.argsort(np.log(np.maximum(lengths, 1)) + noise)
-        # The same on all workers: at each step all have sentences of similar length, and none waits long for others.
+        # The same on all workers: at each step all have batches of similar length, and none waits long for others.
         rng = stream(self.seed, "batch order", epoch, pool.number)
         # Cut at a random place, so that the incomplete batch, if any, does not always hold the longest sentences.
         rotated = np.roll(by_length, -size * int(rng.integers(max(lengths.size // size, 1))))
         batches = [rotated[i : i + size] for i in range(0, lengths.size, size)]
         full = [b for b in batches if b.size == size]
+        if size > 1:  # else the noise of the lengths would be lost
+            full.sort(key=lambda batch: int(lengths[batch].sum()))
         rest = [b for b in batches if b.size < size]
         # The incomplete batch comes last on every worker: their pools differ by one sentence at most, and so in this
         # batch alone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lapse_elmo.balance import longest_batch
 from lapse_elmo.config.training import Config
 from lapse_elmo.devices import Device
 from lapse_elmo.errors import ConfigError
@@ -110,8 +111,11 @@ def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Tri
     reported = float(report_bytes() * shape.local_size * (nodes - 1))
     bytes_per_s, latency_s = plan.network_gbit * 1e9 / 8, plan.network_us * 1e-6
     hops = math.ceil(math.log2(nodes)) if nodes > 1 else 0
+    # The trial's ranks waited for the longest of their batches, more ranks wait for a longer one.
+    longer = longest_batch(config, data.train, shape.size) - longest_batch(config, data.train, trial.num_ranks)
     seconds = {
         **trial.seconds,
+        "longest batch": max(longer, 0.0) * sum(trial.seconds.get(phase, 0.0) for phase in ("pull", "compute", "push")),
         "dense sum": dense_bytes / bytes_per_s + 2 * hops * latency_s,
         "reports": reported / bytes_per_s + hops * latency_s,
         "serving": rows.rows * _ROW_S + rows.transmissions * _TRANSMISSION_S

@@ -8,11 +8,14 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lapse_elmo import train
+from lapse_elmo.balance import longest_batch
 from lapse_elmo.config.plan import PlanConfig
 from lapse_elmo.config.training import Config, ModelConfig, TrainingConfig, parse_train
+from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.forecast import Forecast, PlannedShape, forecast
 from lapse_elmo.frequent_rows import num_frequent
@@ -21,6 +24,7 @@ from lapse_elmo.mpi.world import solo
 from lapse_elmo.training_data import TrainingData, open_training_data
 from lapse_elmo.trial import Trial
 from tests.mpi import mpirun
+from tests.test_batches import FakeShards, stream_of
 from tests.training.corpora import TINY, Prepared, prepare, random_sentences
 
 TRIAL = Trial(1, 1, 5, {"pull": 0.1, "compute": 1.0, "agree": 0.2, "push": 0.1, "other": 0.0}, 200.0)
@@ -47,11 +51,35 @@ def of(config: Config, data: TrainingData, shape: PlannedShape) -> Forecast:
 
 
 def test_one_node_takes_what_was_measured(data: TrainingData) -> None:
-    one = planned(data, 1)
+    one = planned(data, 1, ranks=1)
     assert one.rows.num_bytes == pytest.approx(0, abs=1e-6) and one.dense_bytes == 0
     assert one.step_s == pytest.approx(1.4, rel=1e-6)
-    assert one.tokens_per_s == pytest.approx(4 * 200 / 1.4, rel=1e-6)
+    assert one.tokens_per_s == pytest.approx(200 / 1.4, rel=1e-6)
     assert one.run_tokens == 3 * data.train.num_tokens
+
+
+def test_more_ranks_wait_for_a_longer_batch(data: TrainingData) -> None:
+    """What grows with the batch takes as much longer as the longest batch of the step has more words."""
+    plan = planned(data, 1, ranks=8)
+    config = Config(training=TrainingConfig(batch_size=10))
+    longer = longest_batch(config, data.train, 8) - 1
+    assert longer > 0 and plan.seconds["longest batch"] == pytest.approx(1.2 * longer)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("num_ranks", [2, 8, 32])
+def test_the_longest_batch_of_a_step(num_ranks: int, accumulate: int) -> None:
+    """The estimate from some of the ranks is close to the words of all ranks' batches."""
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(3.15, 0.5, num_ranks * accumulate * 8 * 64), 1, 400).astype(int)
+    config = Config(training=TrainingConfig(batch_size=8, accumulate=accumulate))
+    num_workers = num_ranks * accumulate
+    words = np.array([
+        stream_of(lengths, worker, num_workers, 8).first_words() for worker in range(num_workers)
+    ]).reshape(num_ranks, accumulate, -1).sum(1)
+    measured = words.max(0).sum() / words.mean(0).sum()
+    shards: ShardSet = FakeShards(lengths)  # type: ignore[assignment]
+    assert longest_batch(config, shards, num_ranks) == pytest.approx(measured, abs=0.02)
 
 
 def test_the_dense_sum_is_that_of_a_ring(data: TrainingData) -> None:
@@ -98,7 +126,8 @@ def test_the_plan_is_printed_and_nothing_written(corpus: Prepared, tmp_path: Pat
     step = re.search(r"seconds per step: ([\d.]+): (.*); the link", job.stdout)
     assert step, job.output
     phases = dict(re.findall(r"([a-z ]+) (-?[\d.]+)(?:, |$)", step[2]))
-    assert set(phases) == {"pull", "compute", "agree", "push", "other", "dense sum", "reports", "serving"}
+    measured, computed = {"pull", "compute", "agree", "push", "other"}, {"dense sum", "reports", "serving"}
+    assert set(phases) == measured | computed | {"longest batch"}
     assert math.isclose(float(step[1]), sum(map(float, phases.values())), abs_tol=0.005)
     assert not (tmp_path / "run").exists()
 
