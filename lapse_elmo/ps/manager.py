@@ -226,7 +226,7 @@ class Manager:
             self._moves.want(self.states[segment], rows)
 
     def _on_flush(self, message: Flush) -> None:
-        """Answer a worker's `Flush` after a whole exact round that starts after this call."""
+        """Answer a worker's `Flush` at the end of the next round to start, which is exact."""
         self._rounds.after_next_round(lambda: self._done(message.origin, message.ticket, 1))
 
     def _on_freeze(self, message: Freeze) -> None:

@@ -72,7 +72,7 @@ class Set(Message):
 
 @dataclass(frozen=True)
 class Flush(Message):
-    """Worker to its manager: complete a whole exact round that starts after this message, then send `Done`."""
+    """Worker to its manager: send `Done` at the end of the next round to start, which is exact."""
 
     KIND = 4
     origin: int
