@@ -25,7 +25,7 @@ import numpy as np
 
 from lapse_elmo.checkpoint import restoring
 from lapse_elmo.checkpoint.checksums import OpenFiles, Piece, check_pieces, entries_of, shares_of_pieces
-from lapse_elmo.checkpoint.files import lay_out, read_gaps, table_arrays, write_file, write_table_share
+from lapse_elmo.checkpoint.files import TableShare, lay_out, read_gaps, table_arrays, write_file, write_table_share
 from lapse_elmo.checkpoint.manifest import (
     DENSE,
     FORMAT,
@@ -37,7 +37,6 @@ from lapse_elmo.checkpoint.manifest import (
     table_file,
 )
 from lapse_elmo.checkpoint.sentences import BitSet, deal_out, pack, unite
-from lapse_elmo.checkpoint.snapshot import TableShare
 from lapse_elmo.cursor import Position
 from lapse_elmo.memory import dense_size
 from lapse_elmo.mpi.world import World

@@ -105,7 +105,8 @@ def make_batch(
         ids[packing.last.numpy()] = END
     # Each distinct word is pulled once, however often the batch has it; `index` finds it again at each position.
     input_rows, index = np.unique(ids - 1, return_inverse=True)
-    # Pairs of neighbouring positions: the left one predicts forward, the right one backward.
+    # Pairs of neighbouring positions: the left one predicts forward, the right one backward; BiLM.context_vectors has
+    # the same order.
     left, right = ids[packing.previous.numpy()], ids[packing.second_step :]
     target_rows = np.concatenate([right, left]) - 1
     return Batch(

@@ -11,7 +11,6 @@ import torch
 
 from lapse_elmo.batches import Batch, evaluation_batches
 from lapse_elmo.config.training import DataConfig
-from lapse_elmo.context import context_vectors
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import END, UNKNOWN
 from lapse_elmo.errors import ConfigError
@@ -107,7 +106,7 @@ def _held(
         if not batch.num_targets:
             continue
         embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
-        context = context_vectors(parameters.model, embedding, batch, None)
+        context = parameters.model.context_vectors(embedding, torch.from_numpy(batch.input_index), batch.packing)
         held.append((context, batch.target_rows))
         num_bytes += context.nbytes
         if num_bytes >= most_bytes:

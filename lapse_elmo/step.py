@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
 from lapse_elmo.config.training import Config
-from lapse_elmo.context import context_vectors
 from lapse_elmo.dense_update import squares_of
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.gradient_noise import noise_of
@@ -25,8 +24,7 @@ from lapse_elmo.rng import torch_stream
 from lapse_elmo.row_update import RowGradients
 from lapse_elmo.schedule import Rates
 from lapse_elmo.step_report import RankReport, StepResult, Vote, exchange_reports
-from lapse_elmo.tables import PulledRows
-from lapse_elmo.upload import Uploader
+from lapse_elmo.tables import PulledRows, Uploader
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,11 @@ class TrainingStep:
         self._wait_for_pushes()
         self._update.close()
 
-    def announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
-        """Announce a batch that will be trained at ``clock`` to the server, and have its samples drawn."""
+    def announce(self, batches: Sequence[Batch], clock: int) -> list[AnnouncedBatch]:
+        """Announce the parts of the step at ``clock`` to the server, and have their samples drawn."""
+        return [self._announce(batch, clock) for batch in batches]
+
+    def _announce(self, batch: Batch, clock: int) -> AnnouncedBatch:
         server = self.parameters.server
         self.parameters.embedding.intent(batch.input_rows, clock, clock + 1)
         self.parameters.softmax.intent(batch.distinct_targets, clock, clock + 1)
@@ -269,7 +270,8 @@ class TrainingStep:
         take_embedding, take_softmax = (self.uploader.start(w) for w in weights)
         dropout = torch_stream(self.config.training.seed, "dropout", worker, step)
         embedding = take_embedding().requires_grad_()
-        context = context_vectors(self.model, embedding, batch, dropout)
+        index = self._to_device(batch.input_index)
+        context = self.model.context_vectors(embedding, index, batch.packing, dropout)
         softmax = take_softmax().requires_grad_()
         nll = sampled_softmax_nll(
             context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),

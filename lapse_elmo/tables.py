@@ -1,4 +1,4 @@
-"""Tables of weights in the parameter server: the only bridge between its rows and torch's tensors.
+"""Tables of weights in the parameter server, and their way to a GPU: the only bridge between rows and torch's tensors.
 
 A row in the server holds the weights, followed by the state of the update rule: ``[weights | accumulators]``. A pull
 returns the weights; a push sends gradients, and the server applies the update rule.
@@ -41,6 +41,39 @@ class PulledRows:
 
     keys: np.ndarray
     weights: Tensor
+
+
+class Uploader:
+    """Copies rows to ``device``; to a GPU through pinned memory, on a CUDA stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy ``rows`` (n, width), contiguous or strided.
+
+        With a GPU ``rows`` may be overwritten as soon as this returns, and the host never waits for the copy: GPU work
+        that is queued after the returned function was called waits for it on the device.
+
+        Returns:
+            A function that returns the copy, contiguous, on the device. On the CPU it may be ``rows`` itself.
+        """
+        stream = self._stream
+        if stream is None:
+            return lambda: rows.to(self.device).contiguous()
+        pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
+        with torch.cuda.stream(stream):
+            copy = pinned.to(self.device, non_blocking=True)
+        arrived = stream.record_event()  # of this copy: waiting for the whole stream would include later copies
+
+        def take() -> Tensor:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+            copy.record_stream(current)  # the allocator must not reuse its memory before this stream is done with it
+            return copy
+
+        return take
 
 
 class RowTable:

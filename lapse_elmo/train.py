@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lapse_elmo import checkpoint
-from lapse_elmo.ahead import read_ahead
+from lapse_elmo.ahead import announce_ahead, read_ahead
 from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config, parse_train
@@ -19,7 +19,6 @@ from lapse_elmo.divergence import MARGIN_NATS, advice
 from lapse_elmo.errors import TrainingError
 from lapse_elmo.forecast import forecast_lines
 from lapse_elmo.initial import initialise
-from lapse_elmo.look_ahead import look_ahead
 from lapse_elmo.memory import check_memory
 from lapse_elmo.metrics.profile import StepProfile
 from lapse_elmo.metrics.run_log import Meter, RunLog
@@ -165,7 +164,7 @@ class Training:
             # Clocks differ between ranks, so they must agree: otherwise some would train on while others leave.
             over = any(self.world.allgather(cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience))
             batches = read_ahead(iter(()) if over else cursor.batches())
-            for announced in look_ahead(batches, step_once, self.config.training.lookahead):
+            for announced in announce_ahead(batches, step_once.announce, self.config.training.lookahead):
                 log.epoch = cursor.epoch + 1
                 with profile.of_step():
                     result = step_once(announced, cursor.step + 1, self.rates())

@@ -7,11 +7,10 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from lapse_elmo.ahead import read_ahead
+from lapse_elmo.ahead import announce_ahead, read_ahead
 from lapse_elmo.config.training import Config
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device
-from lapse_elmo.look_ahead import look_ahead
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.schedule import Rates
@@ -61,7 +60,7 @@ def run_trial(config: Config, world: World, data: TrainingData, device: Device) 
     step_once = TrainingStep(config, world, parameters, device.device, sentence_targets(config, data.train), vote)
     rates = Rates(config.optimizer.learning_rate, config.dense_rate)
     batches = read_ahead(Cursor(config, world, data.train).batches())
-    for announced in look_ahead(batches, step_once, training.lookahead):
+    for announced in announce_ahead(batches, step_once.announce, training.lookahead):
         result = step_once(announced, len(results) + 1, rates)
         before_s, ended_s = ended_s, time.monotonic()
         other_s = ended_s - before_s - sum(result.seconds.values())

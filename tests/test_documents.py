@@ -77,7 +77,7 @@ def test_symbols_are_found() -> None:
     text = "`Saver.start` (`saver.py`) calls `a` and\n`b` (`step.py`, `c.py`); `NodeMemory` in `mpi/node_memory.py`"
     memory = "mpi/node_memory.py"
     assert placed(text) == [("Saver.start", "saver.py"), ("a", "step.py"), ("b", "step.py"), ("NodeMemory", memory)]
-    assert has("lapse_elmo/look_ahead.py", "look_ahead") and not has("lapse_elmo/train.py", "look_ahead")
+    assert has("lapse_elmo/ahead.py", "announce_ahead") and not has("lapse_elmo/train.py", "announce_ahead")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=label)

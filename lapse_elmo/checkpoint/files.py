@@ -18,7 +18,6 @@ import h5py
 import numpy as np
 
 from lapse_elmo.checkpoint.checksums import Piece
-from lapse_elmo.checkpoint.snapshot import TableShare
 from lapse_elmo.corpus.files import DeferredErrorFile
 
 _BLOCK_BYTES = 1 << 22  # bytes per write, after which a cancelled save stops
@@ -38,6 +37,23 @@ class Layout:
 
     offsets: dict[str, int]
     gaps: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class TableShare:
+    """A rank's share of the rows of a table that its node saves in one file.
+
+    Attributes:
+        rows: (n,) int64, the row numbers.
+        values: (n, width) float32, the rows with the state of their update rule.
+        first: Index of the share in the rows of the file.
+        num_all: Rows of the file.
+    """
+
+    rows: np.ndarray
+    values: np.ndarray
+    first: int
+    num_all: int
 
 
 def lay_out(path: Path, arrays: dict[str, ArrayKind]) -> Layout:

@@ -1,24 +1,38 @@
 """Save checkpoints in the background: training pauses for a copy of the state, which a thread then writes.
 
-A save has two phases. First, a thread of every rank writes the rank's part of its node's files. Ranks exchange votes at
-every step; once all have written and flushed theirs, a thread of rank 0 writes the manifest, renames the directory and
-removes old checkpoints. There is one save at a time.
+A save has three phases. While no rank trains, each copies its share of the state (:class:`Snapshot`). Then a thread of
+every rank writes the rank's part of its node's files. Ranks exchange votes at every step; once all have written and
+flushed theirs, a thread of rank 0 writes the manifest, renames the directory and removes old checkpoints. There is one
+save at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from lapse_elmo.checkpoint.checksums import Piece, entries_of
-from lapse_elmo.checkpoint.files import Layout, lay_out, read_gaps, table_arrays, write_file, write_table_share
+from lapse_elmo.checkpoint.files import (
+    Layout,
+    TableShare,
+    lay_out,
+    read_gaps,
+    table_arrays,
+    write_file,
+    write_table_share,
+)
 from lapse_elmo.checkpoint.folder import mark_best, partial_of, path_of, prune, publish
 from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, SENTENCES, VERSION, Manifest, encode, table_file
-from lapse_elmo.checkpoint.snapshot import Snapshot
+from lapse_elmo.checkpoint.sentences import gather_sentences
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
@@ -29,6 +43,51 @@ from lapse_elmo.step_report import Tally
 T = TypeVar("T")
 
 NUM_NEWEST = 2  # checkpoints kept by default, in addition to the best one
+_CHUNK_ROWS = 16384  # rows per pull
+
+
+@dataclass
+class Snapshot:
+    """A copy of a rank's share of the state, taken while no rank trains, and freed part by part as it is written.
+
+    Attributes:
+        tables: The rank's share of each table.
+        dense: On rank 0, arrays by their name in ``dense.h5``.
+        sentences: On rank 0 in mid-epoch, arrays by their name in ``sentences.h5``.
+    """
+
+    tables: dict[str, TableShare] = field(default_factory=dict)
+    dense: dict[str, np.ndarray] = field(default_factory=dict)
+    sentences: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def take(cls, parameters: Parameters, sentences: tuple[np.ndarray, np.ndarray] | None, world: World) -> Snapshot:
+        """Copy this rank's share (collective). On return, all ranks have copied theirs.
+
+        Args:
+            parameters: The parameters.
+            sentences: In mid-epoch, this rank's sentences of the epoch and those of them still to be trained.
+            world: The ranks.
+        """
+        snapshot = cls()
+        parameters.sync_parameters()
+        owned = {table.segment.name: parameters.server.owned_rows(table.segment.name) for table in parameters.tables}
+        counts = world.node_gather_numbers(np.array([rows.size for rows in owned.values()], np.int64))
+        firsts, totals = counts[: world.local_rank].sum(0).tolist(), counts.sum(0).tolist()
+        for table, first, total in zip(parameters.tables, firsts, totals, strict=True):
+            segment, rows = table.segment, owned[table.segment.name]
+            values = _array_of_its_own(rows.size, segment.row_width)
+            for start in range(0, rows.size, _CHUNK_ROWS):
+                end = start + _CHUNK_ROWS
+                table.server.pull_rows(segment.keys(rows[start:end]), values[start:end])
+                world.progress.work_done()
+            snapshot.tables[segment.name] = TableShare(rows, values, first, total)
+        if world.rank == 0:
+            snapshot.dense = {name: t.cpu().numpy().copy() for name, t in parameters.dense_tensors().items()}
+        if sentences is not None:  # on all ranks or on none: they end an epoch together
+            snapshot.sentences = gather_sentences(*sentences, world)
+        parameters.server.barrier()
+        return snapshot
 
 
 class Saver:
@@ -273,3 +332,17 @@ def save(run_dir: Path, parameters: Parameters, cursor: Cursor, manifest: Manife
 def _make(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+
+
+def _array_of_its_own(num_rows: int, width: int) -> np.ndarray:
+    """Return a new float32 array whose memory the system gets back with the last reference to it.
+
+    What ``malloc`` gets back it may keep: after each save, the memory of a share would be lost to the rest of the run.
+    """
+    size = 4 * num_rows * width
+    if not size:
+        return np.empty((num_rows, width), np.float32)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # fewer page faults while training pauses, where the kernel allows it
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(num_rows, width)

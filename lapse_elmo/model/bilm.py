@@ -143,6 +143,26 @@ class BiLM(nn.Module):
             directions.append(self._dropout(top, generator))
         return directions[0], directions[1]
 
+    def context_vectors(
+        self, rows: Tensor, index: Tensor, packing: Packing, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the context vectors that predict a neighbour, (N, D), those of the forward direction first.
+
+        Of two neighbouring tokens, the forward vector of the left one predicts the right one, and the backward vector
+        of the right one predicts the left one. The pairs are in the packed order of the right ones, which are all rows
+        from the second step on.
+
+        Args:
+            rows: (U, D) embeddings of the distinct words.
+            index: Which of ``rows`` each token is, packed int64, on any device.
+            packing: The layout of ``index``, on any device.
+            generator: As in :meth:`forward`.
+        """
+        packing = packing.to(rows.device)
+        tokens = nn.functional.embedding(index.to(rows.device), rows)
+        forward, backward = self(tokens, packing, generator)
+        return torch.cat([forward.index_select(0, packing.previous), backward[packing.second_step :]])
+
     def layers(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Return all layers as contextual embeddings (L + 1, B, T, 2D), in evaluation mode only.
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.batches import Batch
-from lapse_elmo.context import context_vectors
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.model.bilm import BiLM
@@ -358,7 +357,7 @@ class TrainedModel:
     @torch.no_grad()
     def _context_vectors(self, batch: Batch) -> Tensor:
         """Return the context vectors (N, D) of a batch, forward ones first, in the order of ``batch.target_rows``."""
-        return context_vectors(self.bilm, self._rows(batch), batch, None)
+        return self.bilm.context_vectors(self._rows(batch), torch.from_numpy(batch.input_index), batch.packing)
 
     def _softmax(self) -> Table:
         if self.stored.softmax is None:

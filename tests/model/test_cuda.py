@@ -13,7 +13,7 @@ from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.model.pointwise import triton_problem
 from lapse_elmo.model.softmax import sampled_softmax_nll
-from lapse_elmo.upload import Uploader
+from lapse_elmo.tables import Uploader
 from tests.model.padded import outputs_of
 from tests.model.test_precision import LENGTHS, MASK, SIZE, random
 

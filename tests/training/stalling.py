@@ -55,7 +55,7 @@ WAYS: dict[str, Callable[[], None]] = {"stop": stop, "loop": loop, "read": read,
 PLACES: dict[str, tuple[Any, str]] = {
     "corpus": (ShardSet, "open_on_all"), "parameters": (parameters, "build_model"),
     "restore": (restoring, "_restore_part"),
-    "step": (TrainingStep, "_compute"), "save": (files, "_pwrite_all"), "evaluation": (perplexity, "context_vectors"),
+    "step": (TrainingStep, "_compute"), "save": (files, "_pwrite_all"), "evaluation": (perplexity, "_joined"),
 }
 AT_START = ("start", "corpus", "parameters", "restore")
 

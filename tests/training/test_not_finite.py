@@ -43,7 +43,7 @@ def test_nothing_is_pushed(small: Prepared, dense: str) -> None:
         parameters.sync_parameters()
         before = state()
         with pytest.raises(TrainingError, match=r"loss is not finite at step 7 \(sentences \d+, .*nothing was pushed"):
-            step([step.announce(batch, 0)], 7, Rates(0.2, 0.002))
+            step(step.announce([batch], 0), 7, Rates(0.2, 0.002))
         for old, new in zip(before, state(), strict=True):
             assert torch.equal(old, new) or (old.isnan().any() and torch.equal(old.nan_to_num(), new.nan_to_num()))
         assert parameters.server.clock == 0
