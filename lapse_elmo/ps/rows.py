@@ -2,10 +2,10 @@
 
 A row is present as the main copy or as a replica, or absent. A replica consists of a value and the sum of the deltas
 not sent to its owner yet. Workers call ``pull``, ``push`` and ``set`` in their own processes while the node's manager
-adds and removes rows; each row is locked separately, so that no call sees half of another.
+adds and removes rows; each row is protected by itself, so that no call sees half of another.
 
-There are two implementations: :class:`NativeRows` calls rows.c, with a spin lock per row, and the fallback
-:class:`~lapse_elmo.ps.locked_rows.LockedRows` needs no compiler and uses kernel locks on intervals of rows.
+There are two implementations: :class:`NativeRows` calls rows.c, with a spin lock per row that writers take, and the
+fallback :class:`~lapse_elmo.ps.locked_rows.LockedRows` needs no compiler and uses kernel locks on intervals of rows.
 """
 
 from __future__ import annotations
