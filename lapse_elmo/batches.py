@@ -25,7 +25,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -35,8 +34,6 @@ from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
 from lapse_elmo.growth import BatchGrowth
 from lapse_elmo.model.packing import Packing
 from lapse_elmo.rng import stream
-
-T = TypeVar("T")
 
 BLOCK = 256  # a run of sentences that is read at once; smaller blocks mix better, and cost more reads
 POOL_BATCHES = 64  # enough to find sentences of similar length for each batch

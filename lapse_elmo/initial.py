@@ -31,7 +31,7 @@ from lapse_elmo.tables import RowTable
 from lapse_elmo.trained.opening import open_together
 from lapse_elmo.trained.stored import StoredModel, Table
 
-_CHUNK_ROWS = 16384
+_CHUNK_ROWS = 16384  # rows per call of the server
 _SIZES = ("projection_size", "cell_size", "num_layers", "context")
 
 

@@ -20,7 +20,7 @@ from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.rules import Rule
 
 DENSE_ROW = 1024  # weights per row of the dense table: long enough to copy fast, short enough to lock briefly
-_CHUNK_ROWS = 16384
+_CHUNK_ROWS = 16384  # rows per call of the server; initial values depend on it: each chunk has a random stream
 
 
 def rule_of(config: OptimizerConfig, *, per_row: bool | None = None) -> Rule:

@@ -14,7 +14,7 @@ from lapse_elmo.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import World
 
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 22  # bytes per read
 
 
 class Piece(NamedTuple):

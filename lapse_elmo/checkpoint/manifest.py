@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 DENSE, SENTENCES = "dense.h5", "sentences.h5"
 _MAX_SHOWN = 60  # characters of a wrong value in an error message
 _MAX_COUNT = 1 << 53  # for any count; exact in a float64
-_MAX_RANKS = 1 << 24
+_MAX_RANKS = 1 << 24  # more in a manifest are taken for damage
 #: Required entries: for numbers the smallest and the largest value, for others the type.
 _REQUIRED: dict[str, type | tuple[int, int]] = {
     "step": (0, _MAX_COUNT), "epoch": (0, _MAX_COUNT), "step_in_epoch": (0, _MAX_COUNT), "world_size": (1, _MAX_RANKS),

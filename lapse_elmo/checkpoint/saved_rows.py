@@ -13,7 +13,7 @@ from lapse_elmo.checkpoint.manifest import Manifest, row_files
 from lapse_elmo.corpus.files import H5_ERRORS
 from lapse_elmo.errors import CheckpointError
 
-_CHUNK_ROWS = 16384
+_CHUNK_ROWS = 16384  # rows in memory at a time
 
 
 class SavedTable:

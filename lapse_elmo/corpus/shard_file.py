@@ -47,7 +47,7 @@ CHUNK = 16_384  # values per HDF5 chunk
 _BUFFER_VALUES = 16 * CHUNK  # values collected before a write
 _MAX_GAP = 256  # sentences; up to this distance two sentences share a read, since they mostly share a chunk
 _MAX_SENTENCE_TOKENS = 1 << 23  # a line of text has at most 16 MiB, hence 8 Mi words
-_MAX_SHARDS = 100_000
+_MAX_SHARDS = 100_000  # in a set; a header with more is damaged
 _MAX_CLASSES = (1 << 31) - 1  # ids are int32
 _MAX_SPAN = 16_384  # sentences that one read may span, to bound memory
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "WorkerPart", "find_shards", "shard_name"]
 
 _COUNT_TOKENS = 1 << 20  # tokens per read when counting
-_MOST_KEPT_BYTES = 1 << 28  # of a rank's part of the corpus: two ranks that share a billion words read them from files
+# The largest part of a corpus that a rank keeps in memory: a billion words are kept by 17 ranks or more.
+_MOST_KEPT_BYTES = 1 << 28
 
 PathLike = str | os.PathLike[str]
 

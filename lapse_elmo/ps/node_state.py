@@ -13,7 +13,7 @@ from lapse_elmo.ps.holders import Holders
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.rows import MAIN_ROWS, PRESENT, REPLICA, REPLICA_ROWS, Rows
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 24  # of rows, reserved at a time: the kernel clears the pages, which is slow
 
 
 class Memory(Protocol):

@@ -13,7 +13,7 @@ from lapse_elmo.ps.ordering import fence
 
 RING_BYTES = 1 << 18  # per worker
 _WRITTEN, _READ, _COUNTERS = 0, 8, 16  # indices of int64; each counter has its own cache line
-_HEADER_BYTES = 16
+_HEADER_BYTES = 16  # of a record: its kind and its size
 
 
 def ring_shapes(num_workers: int) -> dict[str, tuple[tuple[int, ...], type]]:

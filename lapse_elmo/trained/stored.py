@@ -18,7 +18,7 @@ from lapse_elmo.model.bilm import BiLM, BiLMOptions
 #: The table of ``options.json`` or ``config.json`` with lapse-elmo's own entries, for which the formats have none.
 OWN = "lapse_elmo"
 
-_CHUNK_ROWS = 16384
+_CHUNK_ROWS = 16384  # rows in memory at a time
 
 
 class Table(Protocol):
