@@ -105,11 +105,14 @@ def update(kind: str, weights: Tensor, gradient: Tensor, state: Sequence[Tensor]
     fit = all(t.dtype is torch.float32 and t.is_contiguous() and t.numel() == weights.numel() for t in tensors)
     assert fit and len(state) == (2, 1, 0)[_RULES[kind]], [(t.dtype, t.shape, t.stride()) for t in tensors]
     pointers = [tensor.data_ptr() for tensor in state] + [None, None]
-    numbers = [rates.scale, -rates.learning_rate, rates.epsilon, 1.0 - BETAS[0], BETAS[1], 1.0 - BETAS[1], rates.root]
+    # Held by a name during the call: other threads run meanwhile, and would reuse the memory of a temporary array.
+    numbers = np.array(
+        [rates.scale, -rates.learning_rate, rates.epsilon, 1.0 - BETAS[0], BETAS[1], 1.0 - BETAS[1], rates.root],
+        np.float32,
+    )
     library.dense_step(
-        weights.numel(), _RULES[kind], gradient.data_ptr(), weights.data_ptr(), *pointers[:2],
-        np.array(numbers, np.float32).ctypes.data,
-    )  # fmt: skip
+        weights.numel(), _RULES[kind], gradient.data_ptr(), weights.data_ptr(), *pointers[:2], numbers.ctypes.data
+    )
 
 
 # The same operations as in torch.optim: adding a separate delta would round once more.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +63,28 @@ def test_updates_by_special_numbers(monkeypatch: pytest.MonkeyPatch, kind: str) 
         update(kind, tensors[0], gradient, tensors[1:], Rates(0.5, 0.01, 0.0))
         results.append(tensors)
     assert_same(*results)
+
+
+def test_other_threads_do_not_disturb_an_update() -> None:
+    """The numbers of a step stay in memory while C reads them and other threads allocate arrays of their size."""
+    weights, accumulators, gradient = torch.zeros(1 << 20), torch.ones(1 << 20), torch.ones(1 << 20)
+    over, interval = threading.Event(), sys.getswitchinterval()
+
+    def allocate() -> None:
+        while not over.is_set():
+            [np.full(7, 1e30, np.float32) for _ in range(50)]
+
+    allocating = threading.Thread(target=allocate)
+    allocating.start()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(60):
+            update("adagrad", weights.zero_(), gradient, [accumulators.fill_(1.0)], Rates(1.0, 0.1, 0.0))
+            assert weights.unique().tolist() == [pytest.approx(-0.1 / 2**0.5)]
+    finally:
+        over.set()
+        allocating.join()
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
