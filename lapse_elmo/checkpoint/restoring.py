@@ -79,7 +79,8 @@ def rows_to_read(
     """Return the files that one of ``num_parts`` readers is to read.
 
     Returns:
-        (file, groups, start, end) for each file: which part of the rows in its HDF5 ``groups``, given by table.
+        (file, groups, start, end) for each file: its HDF5 ``groups`` by table, and the fractions of their rows between
+        which the reader's share lies.
     """
     groups: dict[str, dict[str, str]] = {}
     for table in tables:
@@ -97,7 +98,7 @@ def rows_to_read(
 
 
 def _restore_part(group: h5py.Group, table: RowTable, start: Fraction, end: Fraction, world: World) -> int:
-    """Set a file's rows from the part ``start`` to the part ``end`` of them; return their number."""
+    """Set the rows of a file that lie between the fractions ``start`` and ``end`` of it; return their number."""
     total = len(group["rows"])
     first, last = int(total * start), int(total * end)  # where a reader ends, the next one begins
     for place in range(first, last, _CHUNK_ROWS):
