@@ -12,8 +12,8 @@ less: if all sentences of a batch end at the same position, a step mostly learns
 (benchmarks/learning.md).
 
 A step takes as long as the longest batch of all workers. So each worker sorts the batches of a pool by their number of
-words, then shuffles them in the same way as all others: at each step, the batches of all workers have about the same
-place among the batches of their pools, and about the same number of words.
+words, unless they are very small, then shuffles them in the same way as all others: at each step, the batches of all
+workers have about the same place among the batches of their pools, and about the same number of words.
 
 The size of the batches may grow from pool to pool (growth.py). It depends only on the number of sentences that all
 workers have trained before the pool, so every worker computes it alone, and a resumed run repeats it. While the batch
@@ -38,6 +38,7 @@ from lapse_elmo.rng import stream
 BLOCK = 256  # a run of sentences that is read at once; smaller blocks mix better, and cost more reads
 POOL_BATCHES = 64  # enough to find sentences of similar length for each batch
 LENGTH_NOISE = 0.3  # standard deviation of the noise that is added to the logarithm of the length
+FEWEST_SORTED = 4  # sentences of a batch; smaller ones, sorted by words, would make all sentences of a step alike
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ class BatchStream:
         rotated = np.roll(by_length, -size * int(rng.integers(max(lengths.size // size, 1))))
         batches = [rotated[i : i + size] for i in range(0, lengths.size, size)]
         full = [b for b in batches if b.size == size]
-        if size > 1:  # else the noise of the lengths would be lost
+        if size >= FEWEST_SORTED:
             full.sort(key=lambda batch: int(lengths[batch].sum()))
         rest = [b for b in batches if b.size < size]
         # The incomplete batch comes last on every worker: their pools differ by one sentence at most, and so in this

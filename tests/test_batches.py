@@ -275,11 +275,14 @@ def test_workers_have_like_work_at_a_step(size: int, most: float) -> None:
     assert np.max(work, axis=0).sum() / np.mean(work, axis=0).sum() - 1 < most
 
 
-def test_steps_of_single_sentences_mix_lengths() -> None:
-    """While each worker has one sentence per step, the sentences of a step are of several lengths all the same."""
-    lengths = lengths_of(np.random.default_rng(2), 16 * 2 * POOL_BATCHES)
-    work = [[b.num_tokens for b in stream_of(lengths, w, 16, batch_size=1).epoch(0)] for w in range(16)]
-    assert np.std(np.log(work), axis=0).mean() > 0.2
+@pytest.mark.parametrize("size", [1, 3, 4, 32])
+def test_a_step_mixes_lengths(size: int) -> None:
+    """The sentences of a step are of several lengths, however few each worker has."""
+    lengths = lengths_of(np.random.default_rng(2), 16 * 2 * POOL_BATCHES * size)
+    workers = [
+        [np.log(lengths[b.sentences]) for b in stream_of(lengths, w, 16, batch_size=size).epoch(0)] for w in range(16)
+    ]
+    assert np.mean([np.concatenate(batches).std() for batches in zip(*workers, strict=True)]) > 0.2
 
 
 def test_batches_are_of_like_length() -> None:
