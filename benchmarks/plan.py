@@ -81,7 +81,8 @@ def run(options: PlanOptions, nodes: int, link: Link, own: Sequence[str]) -> Spe
         else:
             with switched_hosts(nodes, options.ranks, link) as hosts:
                 job = mpirun(
-                    options.ranks * nodes, words, timeout=_LIMIT_S, launcher=hosts.launcher, env=ENVIRONMENT
+                    options.ranks * nodes, words, timeout=_LIMIT_S, launcher=hosts.launcher, env=ENVIRONMENT,
+                    fork=False,
                 )
         if job.returncode:
             sys.exit(f"the run failed: {job.output}")

@@ -1,7 +1,8 @@
 """Runs a Python program as a fork of a fork server: ``python -I -S fork_client.py SOCKET ARGUMENT ...``.
 
 Takes the place of the program for the process that started it: forwards signals to it and ends with its status. See
-:mod:`tests.fork_server`, which starts the program with the environment and the open files of this process.
+:mod:`tests.fork_server`, which starts the program with the environment, the open files and the namespaces of this
+process.
 """
 
 import array
@@ -14,6 +15,8 @@ import struct
 import sys
 
 NUMBER = struct.Struct("q")  # of bytes of the request; from the server the process, and later the status of its wait
+
+NAMESPACES = ("net", "uts", "mnt")
 
 
 def is_open(file: int) -> bool:
@@ -28,6 +31,7 @@ def is_open(file: int) -> bool:
 def main(address: str, arguments: list[str]) -> int:
     """Run the program; return its status, or end by the signal that has ended it."""
     files = [int(name) for name in os.listdir("/proc/self/fd") if is_open(int(name))]
+    namespaces = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in NAMESPACES]
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(address)
     cores = sorted(os.sched_getaffinity(0))
@@ -35,7 +39,7 @@ def main(address: str, arguments: list[str]) -> int:
     header = NUMBER.pack(len(request))
     # Signals wait until they can be forwarded: the program may be running, and be seen to be, before this process is.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
+    connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files + namespaces))])
     connection.sendall(request)
     (pid,) = NUMBER.unpack(connection.recv(NUMBER.size, socket.MSG_WAITALL))
 

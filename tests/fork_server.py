@@ -2,11 +2,12 @@
 
 Importing torch takes two seconds of a core, TensorBoard's part of it and ``lapse_elmo.train`` another 0.7, and ending a
 process with torch 0.2. The tests start hundreds of ranks: without this they would spend more time on starts and ends
-than on anything else. A program that :mod:`tests.fork_client` asks for gets the arguments, environment, working folder
-and open files of that client. It differs from a program started by itself in this: its parent is the server, its
-command line and environment in /proc are the server's, all programs have the same hash seed, variables that Python or
-torch read when they start have no effect, ``torch`` and ``lapse_elmo`` are in ``sys.modules``, and at the end neither
-the modules nor the libraries that the server has loaded are torn down. The server has not initialised MPI.
+than on anything else. A program that :mod:`tests.fork_client` asks for gets the arguments, environment, working folder,
+open files and namespaces (its host's network, for instance) of that client. It differs from a program started by itself
+in this: its parent is the server, its command line and environment in /proc are the server's, all programs have the
+same hash seed, variables that Python or torch read when they start have no effect, ``torch`` and ``lapse_elmo`` are in
+``sys.modules``, and at the end neither the modules nor the libraries that the server has loaded are torn down. The
+server has not initialised MPI.
 """
 
 from __future__ import annotations
@@ -33,38 +34,52 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.fork_client import NUMBER
+from tests.fork_client import NAMESPACES, NUMBER
 
 CLIENT = Path(__file__).with_name("fork_client.py")
 NAME = "LAPSE_ELMO_TEST_NAME"  # the variable with a name for the forked process, of at most 11 characters
 _RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # the variables of launchers with the rank, which follows the name
-_MOST_FILES = 253  # that a message over a socket can carry
+_MOST_FILES = 253  # that a message over a socket can carry, those of the namespaces included
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _PACKAGE = "lapse_elmo"
 _UNWRITTEN = 120  # the status of a Python that cannot write its output at the end
-_LIBC = ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A program to run: Python's arguments, and what it inherits; the open files by the numbers that they will have."""
+    """A program to run: Python's arguments, and what it inherits; the open files by the numbers that they will have.
+
+    The namespaces are open files, too, in the order of ``NAMESPACES``.
+    """
 
     arguments: list[str]
     folder: str
     environment: dict[str, str]
     cores: list[int]
     files: dict[int, int]
+    namespaces: list[int]
+
+    def close(self) -> None:
+        """Close the files here."""
+        for file in (*self.files.values(), *self.namespaces):
+            os.close(file)
+
+
+def command(*arguments: str) -> list[str]:
+    """Return a command that runs Python with these arguments by this process's fork server."""
+    return [sys.executable, "-I", "-S", str(CLIENT), address(), *arguments]
 
 
 @cache
 def address() -> str:
     """Return the socket of this process's fork server, which ends with this process."""
     path = os.path.join(tempfile.mkdtemp(prefix="lapse-elmo-fork-"), "socket")
-    command = [sys.executable, "-m", __name__, path]
+    own = [sys.executable, "-m", __name__, path]
     root = Path(__file__).resolve().parent.parent
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = "1"
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, env=environment)
+    server = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, env=environment)
     assert server.stdout is not None
     assert server.stdout.read(1), "the fork server has not started"
     server.stdout.close()
@@ -74,6 +89,9 @@ def address() -> str:
 def main(path: str) -> None:
     """Fork programs until the standard input ends; a forked process runs its program and does not return."""
     import h5py  # noqa: F401
+    import pytest  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.tensor
     import torch.utils.tensorboard  # noqa: F401
 
     import lapse_elmo.embed
@@ -94,6 +112,7 @@ def main(path: str) -> None:
         _end(_status_of(request))
     os.unlink(path)
     os.rmdir(os.path.dirname(path))
+    os._exit(0)  # some libraries print what they have leaked
 
 
 def _serve(listener: socket.socket) -> _Request | None:
@@ -119,8 +138,7 @@ def _serve(listener: socket.socket) -> _Request | None:
                     selector.close()
                     listener.close()
                     return request
-                for file in request.files.values():
-                    os.close(file)
+                request.close()
                 with contextlib.suppress(OSError):
                     client.sendall(NUMBER.pack(pid))
                 end = os.pidfd_open(pid)
@@ -156,7 +174,8 @@ def _receive(client: socket.socket) -> _Request | None:
         body = client.recv(size, socket.MSG_WAITALL)
         if len(body) == size:
             arguments, folder, environment, cores, files = json.loads(body)
-            return _Request(arguments, folder, environment, cores, dict(zip(files, numbers, strict=True)))
+            named, others = numbers[: len(files)], list(numbers[len(files) :])
+            return _Request(arguments, folder, environment, cores, dict(zip(files, named, strict=True)), others)
     for number in numbers:
         os.close(number)
     return None
@@ -201,6 +220,7 @@ def _run(request: _Request) -> None:
     os.environ.update(request.environment)
     rank = next((os.environ[name] for name in _RANK if name in os.environ), "0")
     _LIBC.prctl(_PR_SET_NAME, f"{os.environ.pop(NAME, 'forked')}{rank:0>4}".encode())
+    _enter(request.namespaces)
     os.chdir(request.folder)
     os.sched_setaffinity(0, request.cores)
     os.setsid()
@@ -216,6 +236,7 @@ def _run(request: _Request) -> None:
     if first == "-m":
         sys.argv, sys.path[:1] = rest, [request.folder, *folders]
         _forget_other_sources()
+        sys.modules.pop(rest[0], None)  # for Python it would not be imported yet
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.argv, sys.path[:1] = ["-c", *rest[1:]], ["", *folders]
@@ -226,6 +247,14 @@ def _run(request: _Request) -> None:
         sys.argv, sys.path[:1] = request.arguments, [os.path.dirname(os.path.abspath(first)), *folders]
         _forget_other_sources()
         runpy.run_path(first, run_name="__main__")
+
+
+def _enter(namespaces: list[int]) -> None:
+    """Enter those namespaces that are not the server's own, which only root may do, and close all."""
+    for kind, file in zip(NAMESPACES, namespaces, strict=True):
+        if os.fstat(file).st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino and _LIBC.setns(file, 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter the namespace {kind} of the client")
+        os.close(file)
 
 
 def _forget_other_sources() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
@@ -91,14 +93,16 @@ class RunningJob:
         Raises:
             TimeoutError: The job has not ended within ``timeout`` seconds. It is killed; the message has its output.
         """
-        try:
-            status = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        if self.running():
+            end = os.pidfd_open(self.pid)
+            select.select([end], [], [], timeout)  # (Popen.wait with a timeout sleeps 0.05 s at a time)
+            os.close(end)
+        if self.running():
             stdout, stderr = self.text()
             self.close()
             command = " ".join(self.command)
-            raise TimeoutError(f"{command}\nran past {timeout} s\n{_shown(stdout, stderr)}") from None
-        seconds = time.monotonic() - self._start
+            raise TimeoutError(f"{command}\nran past {timeout} s\n{_shown(stdout, stderr)}")
+        status, seconds = self._process.wait(), time.monotonic() - self._start
         survivors = end_marked(self._mark)
         return Job(status, *self.text(), seconds, survivors)
 
@@ -127,16 +131,15 @@ def start(
         env: Variables in addition to this process's environment, from which those of launchers and pytest are removed.
         cwd: The working directory.
         launcher: False starts Python without mpirun; a command replaces mpirun.
-        fork: Whether to start Python by the fork server, if its arguments, ``env`` and the launcher permit it.
+        fork: Whether to start Python by the fork server, if its arguments and ``env`` permit it.
     """
     words = [os.fspath(word) for word in ([arguments] if isinstance(arguments, str | os.PathLike) else arguments)]
     command = [str(MPIRUN)] if isinstance(launcher, bool) else list(launcher)
     prefix = [*command, "-n", str(num_ranks)] if launcher else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_PREFIXES, "PYTEST_"))}
     clean |= {"PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", **(env or {})}
-    if fork and isinstance(launcher, bool) and _can_be_forked(words[0], env or {}):
-        words = ["-I", "-S", str(fork_server.CLIENT), fork_server.address(), *words]
-    return RunningJob([*prefix, sys.executable, *words], clean, cwd)
+    forked = fork and _can_be_forked(words[0], env or {})
+    return RunningJob([*prefix, *(fork_server.command(*words) if forked else [sys.executable, *words])], clean, cwd)
 
 
 def mpirun(
@@ -176,6 +179,13 @@ def marked_processes(mark: str) -> list[int]:
                 if entry in environment or _comm(int(folder.name)).startswith(name):
                     found.append(int(folder.name))
     return found
+
+
+def forked_ranks(name: str) -> dict[int, int]:
+    """Return the process ids of the forked ranks with this name, by rank."""
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    found = ((re.fullmatch(rf"{name}(\d{{4}})\n", _comm(pid)), pid) for pid in pids)
+    return {int(match[1]): pid for match, pid in found if match}
 
 
 def _name(mark: str) -> str:

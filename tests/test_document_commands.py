@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def install(folder: Path) -> None:
     tools = folder / ".venv" / "bin"
     tools.mkdir(parents=True)
     (folder / "bin").mkdir()
-    client = f"exec {sys.executable} -I -S {fork_server.CLIENT} {fork_server.address()}"
+    client = f"exec {' '.join(fork_server.command())}"
     scripts = {
         tools / "activate": 'PATH="$PWD/.venv/bin:$PATH"',
         tools / "python": f'{client} "$@"',

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests import fork_server, mpi
+from tests import mpi
+from tests.fork_server import command
 
 PROGRAM = """
 import os, sys
@@ -19,10 +19,6 @@ os.write(int(sys.argv[1]), b"to the file")
 print("error", file=sys.stderr)
 sys.exit(3)
 """
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-I", "-S", str(fork_server.CLIENT), fork_server.address(), *words]
 
 
 @pytest.mark.parametrize("how", ["file", "-c", "-m"])

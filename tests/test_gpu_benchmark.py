@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,21 @@ from benchmarks import gpu
 from benchmarks.gpu_packages import check_size
 from benchmarks.gpu_report import PHASES, speed
 from lapse_elmo.errors import ConfigError
+from tests import fork_server
 from tests.mpi import ROOT
 
 
 def test_it_runs_without_a_gpu(tmp_path: Path) -> None:
-    """All in one file: speed, where a step goes, and what each part said."""
+    """All in one file: speed, where a step goes, and what each part said. Its programs start by the fork server."""
     options = (
         "--device cpu --sizes small --batches 2 --precisions fp32 --seconds 100 --steps 20 --words 50 --sentences 100 "
         f"--samples 20 --parts embed --output {tmp_path}"
     )
-    command = [sys.executable, "-m", "benchmarks.gpu", *options.split()]
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {" ".join(fork_server.command())} "$@"\n')
+    python.chmod(0o755)
+    start = "import sys; sys.executable = sys.argv.pop(1); from benchmarks.gpu import main; main()"
+    command = fork_server.command("-c", start, str(python), *options.split())
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said, results = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "results.json").read_text())
@@ -64,7 +68,6 @@ def test_a_part_that_hangs_is_killed(tmp_path: Path) -> None:
 def entry(step: int, tokens_per_s: float, kind: str = "train") -> dict[str, Any]:
     phases = {f"step/{name}_s": seconds for name, seconds in zip(PHASES, (0.01, 0.06, 0.01, 0.02), strict=True)}
     return {"kind": kind, "step": step, "train/tokens_per_s": tokens_per_s, "train/global_batch_tokens": 50.0, **phases}
-
 
 
 def test_speed_is_that_of_undisturbed_steps() -> None:

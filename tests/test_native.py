@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from lapse_elmo import native
+from tests import fork_server
 from tests.mpi import ROOT
 
 SOURCE = """
@@ -88,7 +88,7 @@ def test_shares_torchs_threads(library: ctypes.CDLL) -> None:
 
 def test_many_processes_build_at_once(source: Path, library: ctypes.CDLL, tmp_path: Path) -> None:
     environment = {**os.environ, native.CACHE: str(tmp_path / "another")}
-    command = [sys.executable, "-c", f"{LOADED} sys.exit(native.load(Path(sys.argv[1])) is None)", str(source)]
+    command = fork_server.command("-c", f"{LOADED} sys.exit(native.load(Path(sys.argv[1])) is None)", str(source))
     jobs = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(4)]
     assert [job.wait(timeout=60) for job in jobs] == [0] * 4
     assert len(list((tmp_path / "another").glob("*.so"))) == 1
@@ -98,8 +98,8 @@ def test_many_processes_build_at_once(source: Path, library: ctypes.CDLL, tmp_pa
 @pytest.mark.parametrize("change", [{native.SWITCH: "0"}, {"PATH": "", "CC": "no-such-compiler"}])
 def test_without_a_compiler_there_is_none_and_a_reason(source: Path, change: dict[str, str]) -> None:
     code = f"{LOADED} path = Path(sys.argv[1]); sys.exit(native.load(path) is not None or not native.problem(path))"
-    done = subprocess.run([sys.executable, "-c", code, str(source)], env={**os.environ, **change}, cwd=ROOT, timeout=60)
-    assert done.returncode == 0
+    command = fork_server.command("-c", code, str(source))
+    assert subprocess.run(command, env={**os.environ, **change}, cwd=ROOT, timeout=60).returncode == 0
     assert not list(source.parent.glob("cache/*.so"))
 
 
@@ -124,7 +124,7 @@ def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, libr
     assert not reasons["any"]
     (source.parent / "cache" / "x").touch()  # an unrelated file is ignored
     code = f"{LOADED} found = native.load(Path(sys.argv[1])); print(found._name if found else None)"
-    command = [sys.executable, "-c", code, str(source)]
+    command = fork_server.command("-c", code, str(source))
     bare = {**os.environ, "PATH": "", "CC": "no-such-compiler"}
     found = subprocess.run(command, env=bare, cwd=ROOT, timeout=60, check=True, capture_output=True, text=True).stdout
     features = native.processor_features()
@@ -135,14 +135,18 @@ def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, libr
 
 
 def test_make_native_builds_every_source(tmp_path: Path) -> None:
+    """For every target that the compiler knows; with little optimisation, which takes most of the time."""
     if native.find_compiler() is None:
         pytest.skip("there is no C compiler")
-    environment = {**os.environ, native.CACHE: str(tmp_path)}
-    command = [sys.executable, "-m", "lapse_elmo.native"]
+    compiler, folder = tmp_path / "cc", tmp_path / "cache"
+    compiler.write_text(f'#!/bin/sh\nexec {native.find_compiler()} "$@" -O1\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, native.CACHE: str(folder), "CC": str(compiler)}
+    command = fork_server.command("-m", "lapse_elmo.native")
     done = subprocess.run(command, env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in (ROOT / "lapse_elmo").rglob("*.c"):
-        assert native._paths_ahead(tmp_path, path, "any")
+        assert native._paths_ahead(folder, path, "any")
 
 
 @pytest.fixture
@@ -163,7 +167,7 @@ def plain(folder: Path, name: str) -> Path:
 
 
 def start(*sources: Path, **change: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", NAMED, *map(str, sources)]
+    command = fork_server.command("-c", NAMED, *map(str, sources))
     return subprocess.Popen(command, env={**os.environ, **change}, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
