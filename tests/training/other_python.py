@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -37,23 +38,63 @@ EXTRAS = (
 )
 
 
+_TIME_S = 600.0  # for a program, and for the imports
+# Runs programs, each in a fork of itself: a line of JSON with a program and its arguments is answered by one with its
+# result or its error. What the programs print goes to standard error.
+_SERVER = """
+import json, os, sys, traceback
+sys.path.append(sys.argv[1])
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+import gensim.models, sentence_transformers, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+for line in sys.stdin:
+    program, arguments = json.loads(line)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        names = {"arguments": arguments}
+        try:
+            exec(program, names)
+            answer = {"result": names["result"]}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        with os.fdopen(writer, "w") as file:
+            json.dump(answer, file)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        answer = file.read()
+    _, status = os.waitpid(pid, 0)
+    print(answer or json.dumps({"error": f"the process has ended with {status}"}), file=answers, flush=True)
+"""
+
+
 def run_in_other_python(program: str, arguments: Any) -> Any:
-    """Run ``program`` with the variable ``arguments``; return its variable ``result``, passed as JSON."""
-    code = "\n".join([
-        f"import sys; sys.path.append({str(shared_packages())!r})", "import json",
-        "arguments = json.loads(sys.stdin.read())", textwrap.dedent(program), "print('\\n' + json.dumps(result))",
-    ])
+    """Run ``program`` with the variable ``arguments``; return its variable ``result``, passed as JSON.
+
+    The imports, which take seconds, are done once: programs run in forks of a process that has done them.
+    """
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps([textwrap.dedent(program), arguments]).encode() + b"\n")
+    server.stdin.flush()
+    assert select.select([server.stdout], [], [], _TIME_S)[0], "no answer"
+    answer = json.loads(server.stdout.readline() or '{"error": "the packages cannot be imported"}')
+    assert "error" not in answer, answer["error"]
+    return answer["result"]
+
+
+@functools.cache
+def _server() -> subprocess.Popen[bytes]:
+    """Start the process that runs programs; it ends with this one."""
     environment = {
         "HOME": os.environ.get("HOME", "/tmp"), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error",
         "HF_MODULES_CACHE": str(python().parent.parent / "modules"),
     }
-    done = subprocess.run(
-        [str(python()), "-c", code], input=json.dumps(arguments), capture_output=True, text=True, timeout=600,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [str(python()), "-c", _SERVER, str(shared_packages())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 @functools.cache
