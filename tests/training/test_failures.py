@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_no_shared_memory_stays_behind(small: Prepared, tmp_path: Path) -> None:
     with train_job(2, small, run_dir, *OPTIONS) as job:
         while not checkpoint.candidates(run_dir):
             assert job.running(), job.text()
+            time.sleep(0.01)
         maps = [line for pid in job.rank_pids() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
         mapped = {line.split(None, 5)[5] for line in maps if "/dev/shm/" in line}
         job.kill()
