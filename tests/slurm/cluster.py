@@ -20,12 +20,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mpi import LAUNCHER_PREFIXES, MARK, ROOT, end_marked, marked_processes
+from tests.mpi import LAUNCHER_PREFIXES, MARK, ROOT, end_marked, forked_ranks, marked_processes
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 NODES = ("n1", "n2", "n3", "n4")
 _CPUS = 16  # a node claims to have: as many tasks fit
-_KILL_WAIT_S = 10  # between a job's SIGTERM and its SIGKILL
+_KILL_WAIT_S = 5  # between a job's SIGTERM and its SIGKILL
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # Waits until these tests have ended in any way, and then ends the processes that they left.
 _WATCHDOG = "import sys; sys.stdin.read()\nfrom tests.mpi import end_marked\nwhile end_marked(sys.argv[1]): pass"
@@ -195,7 +195,7 @@ class Cluster:
         return job
 
     def ranks(self, number: int) -> dict[int, int]:
-        """Return the process ids of the job's running ranks, by rank."""
+        """Return the process ids of the job's running ranks, by rank; forked ranks have the job's number as name."""
         found = {}
         for pid in marked_processes(self._mark):
             with contextlib.suppress(OSError):
@@ -204,7 +204,7 @@ class Cluster:
                 rank = values.get("PMI_RANK", values.get("OMPI_COMM_WORLD_RANK"))
                 if values.get("SLURM_JOB_ID") == str(number) and rank is not None:
                     found[int(rank)] = pid
-        return found
+        return found | forked_ranks(str(number))
 
     def stop(self) -> None:
         """End all jobs and daemons."""
