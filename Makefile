@@ -65,7 +65,7 @@ native: .venv/.installed
 	.venv/bin/python -m lapse_elmo.native
 
 test: .venv/.installed-dev
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=1 $(TEST_OPTIONS)
+	.venv/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=1 $(TEST_OPTIONS)
 
 QUICK_TESTS = tests/config tests/corpus tests/model/test_bilm.py tests/model/test_softmax.py tests/model/test_optimizers.py \
 	tests/ps/test_solo.py tests/ps/test_rows.py tests/ps/test_protocol_document.py tests/test_batches.py tests/test_requirements.py \

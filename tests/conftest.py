@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the module that waits for minutes first, so that no process is left alone with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_stalls.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the files that wait to one of several processes, see :mod:`tests.distribution`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.distribution import Distribution
+
+    return Distribution(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
