@@ -12,6 +12,7 @@ from lapse_elmo import native
 from lapse_elmo.ps.rows import SOURCE
 from tests.mpi import ROOT
 from tests.simulator.mutants import HARMLESS, MUTANTS
+from tests.simulator.network import Channel, Simulation, Task
 from tests.simulator.schedule import Schedule, failure, run
 
 pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulator accesses rows through rows.c")
@@ -32,6 +33,24 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
     first, second = (run(Schedule.of(77)) for _ in range(2))
     assert first == second
     assert first != run(Schedule.of(78))
+
+
+def test_repeated_polls_change_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls that are not run (tests/simulator/polls.py) would have done nothing: each event is as if they were run."""
+    log: list[tuple[float, object]] = []
+    push = Simulation._push
+
+    def note(self: Simulation, when: float, event: Task | Channel) -> None:
+        log.append((when, event.name if isinstance(event, Task) else event.ends))
+        push(self, when, event)
+
+    monkeypatch.setattr(Simulation, "_push", note)
+    for seed in range(5000, 5060):
+        runs = []
+        for repeat_polls in (True, False):
+            log.clear()
+            runs.append((run(Schedule.of(seed), repeat_polls=repeat_polls), tuple(log)))
+        assert runs[0] == runs[1], f"seed {seed}"
 
 
 def test_a_broken_engine_is_noticed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,23 +14,36 @@ from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.manager import Manager
 from lapse_elmo.ps.messages import Deltas, HolderPush, Message, Push, Relocate
 from lapse_elmo.ps.node_state import SegmentState
-from lapse_elmo.ps.rows import COPY, DIRTY, MAIN
-from tests.simulator.network import Simulation
+from lapse_elmo.ps.rows import COPY, DIRTY, MAIN, MAIN_ROWS, REPLICA, REPLICA_ROWS
+from lapse_elmo.ps.transport import VALUES
+from tests.simulator.memory import JobMemory
+from tests.simulator.platform import Job
 from tests.simulator.workload import Ledger
 
 _EVERY = 12  # deliveries between two full checks
+_CARRIERS = (Relocate, Deltas, Push, HolderPush)  # messages with main copies or pushes
+_CARRIER_NUMBERS = frozenset(kind.KIND for kind in _CARRIERS)
+_HEADER = struct.Struct("=qq")  # each message begins with its kind and its size
 
 
 class Invariants:
     """Checks over all nodes at once."""
 
-    def __init__(self, simulation: Simulation, ledger: Ledger) -> None:
-        self._simulation, self._ledger = simulation, ledger
+    def __init__(self, job: Job, ledger: Ledger) -> None:
+        self._job, self._simulation, self._ledger = job, job.simulation, ledger
+        self._expected = np.ones(ledger.layout.num_keys, np.int64)  # main copies of each row
+        for segment in ledger.layout.segments:
+            self._expected[segment.first_key : segment.first_key + segment.frequent] = job.num_nodes
         self._servers: list[EmbeddedServer] = []
         self._managers: list[Manager] = []
-        self._stamps: list[list[np.ndarray]] = []
+        self._stamps = np.empty(0, np.int64)
         self.number = 0
         self._deliveries = 0
+
+    @property
+    def _memory(self) -> JobMemory:
+        assert self._job.memory is not None
+        return self._job.memory
 
     def opened(self, server: EmbeddedServer) -> None:
         """Register a rank's server, which is now open."""
@@ -37,107 +51,130 @@ class Invariants:
         if server._manager is not None:
             self._managers.append(server._manager)
             self._managers.sort(key=lambda manager: manager.node)
-            self._stamps = [[state.stamps.copy() for state in manager.states] for manager in self._managers]
+            self._stamps = self._memory.stamps.copy()
 
     def check(self) -> None:
         """Run all checks, on every ``_EVERY``-th call."""
         self._deliveries += 1
-        world_size = self._ledger.begun.shape[0]
-        if self._deliveries % _EVERY or len(self._servers) < world_size or any(s.closed for s in self._servers):
+        if self._deliveries % _EVERY or len(self._servers) < self._job.size or any(s.closed for s in self._servers):
             return
         self.number += 1
         flying = list(self._flying())
-        for number, segment in enumerate(self._ledger.layout.segments):
-            states = [manager.states[number] for manager in self._managers]
-            here = [message for message in flying if getattr(message, "segment", -1) == number]
-            moving = [message for message in here if isinstance(message, Relocate)]
-            self._one_main_copy(segment, states, moving)
-            self._owners_know_replicas(states, moving)
-            if segment.name == "counts" and not self._ledger.pushing:
-                self._nothing_is_lost(states, here)
-        for manager, before in zip(self._managers, self._stamps, strict=True):
-            for state, stamps in zip(manager.states, before, strict=True):
-                assert (state.stamps >= stamps).all(), "an owner stamp has fallen"
-                stamps[:] = state.stamps
+        flags = self._memory.entries[:, :, 0]
+        moving = [message for message in flying if isinstance(message, Relocate)]
+        self._one_main_copy(flags, moving)
+        self._owners_know_replicas(moving)
+        if not self._ledger.pushing:
+            self._nothing_is_lost(flags, flying)
+        stamps = self._memory.stamps
+        assert not np.count_nonzero(stamps < self._stamps), "an owner stamp has fallen"
+        self._stamps[:] = stamps
 
     def _flying(self) -> Iterator[Message]:
-        """Yield all unhandled messages: held back, in transit, arrived or queued."""
+        """Yield the unhandled messages with main copies or pushes: held back, in transit, arrived or queued."""
         simulation = self._simulation
-        for (_, to), blocks in simulation.channels.items():
-            if to.tag != 3:
-                for block in blocks:
-                    yield from wire.read(block)
+        for (_, to), channel in simulation.channels.items():
+            if channel.blocks and to.tag != VALUES:
+                for block in channel.blocks:
+                    yield from _carriers(block)
         for blocks in simulation.inboxes.values():
             for block in blocks:
-                yield from wire.read(block)
+                yield from _carriers(block)
         for manager in self._managers:
-            yield from manager.mailbox._inbox
             for kept in manager.mailbox._outbox.values():
                 for block in kept:
-                    yield from wire.read(block)
-            yield from manager._router._queued
+                    yield from _carriers(block)
+            for message in (*manager.mailbox._inbox, *manager._router._queued):
+                if isinstance(message, _CARRIERS):
+                    yield message
 
-    @staticmethod
-    def _one_main_copy(segment: Segment, states: list[SegmentState], flying: list[Relocate]) -> None:
-        copies = np.sum([state.rows.owned() for state in states], 0)
-        for message in flying:
-            copies[message.rows] += 1
-        frequent = np.arange(segment.num_rows) < segment.frequent
-        assert (copies == np.where(frequent, len(states), 1)).all(), f"main copies of the rows: {copies.tolist()}"
+    def _one_main_copy(self, flags: np.ndarray, moving: list[Relocate]) -> None:
+        copies = np.add.reduce(flags & COPY == MAIN, 0, np.int64)
+        for message in moving:
+            copies[message.rows + self._segment(message).first_key] += 1
+        if copies.tobytes() != self._expected.tobytes():
+            wrong = np.flatnonzero(copies != self._expected)
+            raise AssertionError(f"main copies of the keys {wrong.tolist()}: {copies[wrong].tolist()}")
 
-    @staticmethod
-    def _owners_know_replicas(states: list[SegmentState], flying: list[Relocate]) -> None:
+    def _owners_know_replicas(self, moving: list[Relocate]) -> None:
         """Owners of replicated rows have the main copy and have noted each holder, except during a promotion."""
-        for node, state in enumerate(states):
-            held = state.replica_rows
-            for owner in np.unique(state.replica_owner[held]).tolist():
-                rows = held[state.replica_owner[held] == owner]
-                at_owner = states[owner]
-                known = at_owner.holders.is_held_by(rows, node) & at_owner.rows.owned(rows)
-                for row in rows[~known].tolist():
-                    coming = [message for message in flying if row in message.rows]
-                    assert coming and node_of(coming[0].stamps[:1]) == node, (
-                        f"node {owner} does not know that node {node} holds row {row}"
-                    )
+        for manager in self._managers:
+            for state in manager.states:
+                if state.replica_rows.size:
+                    self._owners_know(state, manager.node, moving)
 
-    def _nothing_is_lost(self, states: list[SegmentState], flying: list[Message]) -> None:
+    def _owners_know(self, state: SegmentState, node: int, moving: list[Relocate]) -> None:
+        held = state.replica_rows
+        owners = state.replica_owner[held]
+        for owner in set(owners.tolist()):
+            rows = held[owners == owner]
+            at_owner = self._managers[owner].states[state.number]
+            known = at_owner.holders.is_held_by(rows, node) & at_owner.rows.owned(rows)
+            if np.count_nonzero(known) == rows.size:
+                continue
+            for row in rows[~known].tolist():
+                coming = [message for message in moving if message.segment == state.number and row in message.rows]
+                assert coming and node_of(coming[0].stamps[:1]) == node, (
+                    f"node {owner} does not know that node {node} holds row {row}"
+                )
+
+    def _nothing_is_lost(self, flags: np.ndarray, flying: list[Message]) -> None:
         """Main copies, deltas of replicas and messages in transit sum to all pushes."""
+        segment = self._ledger.layout["counts"]
+        number, end = self._ledger.layout.segments.index(segment), segment.first_key + segment.num_rows
+        flags, slots = flags[:, segment.first_key : end], self._memory.entries[:, segment.first_key : end, 1]
         total = np.zeros(self._ledger.begun.T.shape)
-        for state in states:
-            rows = state.rows
-            owned = np.flatnonzero(rows.owned())
-            total[owned] += rows.main[rows.slots[owned]]
-            changed = np.flatnonzero(rows.flags & (COPY | DIRTY) == COPY | DIRTY)
-            total[changed] += rows.replica[rows.slots[changed], 1]
+        nodes, rows = (flags & COPY == MAIN).nonzero()  # one node per row
+        total[rows] = self._memory.of_all(segment.name + MAIN_ROWS)[nodes, slots[nodes, rows]]
+        nodes, rows = (flags & (COPY | DIRTY) == COPY | DIRTY).nonzero()
+        if rows.size:
+            np.add.at(total, rows, self._memory.of_all(segment.name + REPLICA_ROWS)[nodes, slots[nodes, rows], 1])
         for message in flying:
-            if isinstance(message, (Relocate, Deltas, Push, HolderPush)):
-                np.add.at(total, message.rows, message.values)
-        assert (total == self._ledger.begun.T).all(), (
-            f"pushes {self._ledger.begun.T.tolist()}, found {total.tolist()}"
-        )
+            if message.segment == number:  # type: ignore[attr-defined]
+                np.add.at(total, message.rows, message.values)  # type: ignore[attr-defined]
+        if np.count_nonzero(total != self._ledger.begun.T):
+            raise AssertionError(f"pushes {self._ledger.begun.T.tolist()}, found {total.tolist()}")
+
+    def _segment(self, message: Relocate) -> Segment:
+        return self._ledger.layout.segments[message.segment]
 
     def check_copies(self) -> None:
         """After a quiesce every replica equals its main copy to the bit."""
-        for number, segment in enumerate(self._ledger.layout.segments):
-            states = [manager.states[number] for manager in self._managers]
-            for row in range(segment.num_rows):
-                bits = set()
-                for rows in (state.rows for state in states):
-                    kind = rows.flags[row] & COPY
-                    if kind:
-                        source = rows.main if kind == MAIN else rows.replica[:, 0]
-                        bits.add(source[rows.slots[row]].tobytes())
-                assert len(bits) <= 1, f"copies of row {row} of {segment.name} differ after a quiesce"
-                if segment.rule is not None and bits:
-                    state = np.frombuffer(bits.pop(), np.float32)[segment.width :]
-                    assert (state == self._ledger.squares[row]).all(), f"row {row}: accumulators are not all squares"
+        for segment in self._ledger.layout.segments:
+            entries = self._memory.entries[:, segment.first_key : segment.first_key + segment.num_rows]
+            main, replica = (self._memory.of_all(segment.name + kind) for kind in (MAIN_ROWS, REPLICA_ROWS))
+            kinds, slots = entries[:, :, 0] & COPY, entries[:, :, 1]
+            nodes, rows = (kinds == MAIN).nonzero()
+            values = main[nodes, slots[nodes, rows]]
+            nodes, replicated = (kinds & REPLICA).nonzero()
+            if replicated.size:
+                rows = np.concatenate([rows, replicated])
+                values = np.concatenate([values, replica[nodes, slots[nodes, replicated], 0]])
+            first = np.empty((segment.num_rows, segment.row_width), np.float32)  # one copy of each row
+            first[rows] = values
+            differ = rows[(first[rows].view(np.int32) != values.view(np.int32)).nonzero()[0]]
+            assert not differ.size, f"copies of row {differ[0]} of {segment.name} differ after a quiesce"
+            if segment.rule is not None:
+                wrong = rows[(values[:, segment.width :] != self._ledger.squares[rows]).nonzero()[0]]
+                assert not wrong.size, f"row {wrong[0]}: accumulators are not all squares"
 
     def check_end(self) -> None:
         """All calls have been answered, and no message is in transit."""
-        assert not any(self._simulation.channels.values()), "messages were on their way when the job ended"
+        channels = self._simulation.channels.values()
+        assert not any(channel.blocks for channel in channels), "messages were on their way when the job ended"
         left = [m for blocks in self._simulation.inboxes.values() for block in blocks for m in wire.read(block)]
         assert not left, f"messages were not received when the job ended: {left}"
         for manager in self._managers:
             mailbox = manager.mailbox
             assert not (manager.pending or manager._router._queued or mailbox._outbox or mailbox._inbox)
         assert all(server.closed and not server._calls for server in self._servers)
+
+
+def _carriers(block: np.ndarray) -> Iterator[Message]:
+    """Yield the messages in ``block`` that carry main copies or pushes; only these are decoded."""
+    start = 0
+    while start < block.size:
+        kind, size = _HEADER.unpack_from(block.data, start)
+        if kind in _CARRIER_NUMBERS:
+            yield from wire.read(block[start : start + size])
+        start += size

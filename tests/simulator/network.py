@@ -3,6 +3,10 @@
 Every task (a worker or a manager) is a greenlet that runs until it sleeps, waits for others, or is preempted. The next
 event is the earliest one in a heap: a task resumes, or a block arrives. Delays are drawn from the seed, so events may
 come in any order that a real network and scheduler allow; only blocks from one end to another keep their order.
+
+Most events are polls that find nothing. A poll that must find the same as the one before it, because nothing that it
+looks at has changed, is repeated without running the task (:mod:`tests.simulator.polls`): the same event at the same
+time, with the same random numbers.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import Protocol
 
 import greenlet
 import numpy as np
 
-from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, VALUES, Address
+from lapse_elmo.ps.transport import TO_WORKER, VALUES, Address
 
 
 class NoProgress(AssertionError):
@@ -38,7 +43,17 @@ class Pace:
     outgoing_scale: int = 1  # factor by which bytes in transit count, to reach limits with small messages
 
 
-@dataclass(eq=False)
+class Poll(Protocol):
+    """How a task polls for messages."""
+
+    def note(self) -> None:
+        """Store what the poll that has just found nothing looked at."""
+
+    def repeats(self) -> bool:
+        """If the next poll must find nothing either, do what it does, which includes sleeping, and return True."""
+
+
+@dataclass(eq=False, slots=True)
 class Task:
     """A greenlet, and whether it was last interrupted between two steps of its work or within one."""
 
@@ -48,6 +63,21 @@ class Task:
     within: bool = False
     blocked: bool = False
     let: greenlet.greenlet | None = None
+    poll: Poll | None = None  # None: every poll runs the task
+    polled: bool = False  # it has looked for messages, there were none, and it has done nothing since
+    looked: bool = False  # since it was resumed, it has looked at something that `poll` does not
+    repeats: Callable[[], bool] | None = None  # what may stand for the next poll
+
+
+@dataclass(eq=False, slots=True)
+class Channel:
+    """The blocks on their way from one end to another, and where they go."""
+
+    ends: tuple[Address, Address]
+    receiver: Address  # who has the blocks in transit counted: values count for the worker that gets them
+    arrived: deque[np.ndarray]
+    blocks: deque[np.ndarray] = field(default_factory=deque)
+    last: float = 0.0  # when the block that was sent last arrives
 
 
 @dataclass
@@ -57,18 +87,21 @@ class Simulation:
     random: Random
     pace: Pace
     longest_s: float = 600.0  # limit of simulated time: far more than any schedule that makes progress takes
+    repeat_polls: bool = True  # False: every poll runs its task
     now: float = 0.0
     deliveries: int = 0
     check: Callable[[], None] | None = None
     tasks: list[Task] = field(default_factory=list)
-    current: Task | None = None
-    channels: dict[tuple[Address, Address], deque[np.ndarray]] = field(default_factory=dict)
+    current: Task | None = None  # the task that runs, or ran last
+    channels: dict[tuple[Address, Address], Channel] = field(default_factory=dict)
     inboxes: dict[Address, deque[np.ndarray]] = field(default_factory=dict)
     values: dict[tuple[int, int], deque[np.ndarray]] = field(default_factory=dict)  # by (sending rank, receiving rank)
     outgoing: dict[Address, int] = field(default_factory=dict)
-    _heap: list[tuple[float, int, Task | tuple[Address, Address]]] = field(default_factory=list)
+    total_outgoing: int = 0
+    _heap: list[tuple[float, int, Task | Channel]] = field(default_factory=list)
     _number: int = 0
-    _last: dict[tuple[Address, Address], float] = field(default_factory=dict)
+    _num_within: int = 0  # tasks within a step
+    _repeating: bool = False
     _main: greenlet.greenlet = field(default_factory=greenlet.getcurrent)
 
     def add(self, task: Task) -> None:
@@ -79,39 +112,54 @@ class Simulation:
 
     def run(self) -> None:
         """Run until all tasks have ended."""
-        while self._heap:
-            self.now, _, event = heapq.heappop(self._heap)
-            if self.now > self.longest_s:
+        heap, pop, longest_s = self._heap, heapq.heappop, self.longest_s
+        while heap:
+            self.now, _, event = pop(heap)
+            if self.now > longest_s:
                 raise NoProgress(f"no end: {', '.join(t.name for t in self.tasks if t.let is not None)} still run")
-            if isinstance(event, Task):
-                self._resume(event)
-            else:
-                self._deliver(*event)
+            if isinstance(event, Channel):
+                self._deliver(event)
+                continue
+            self.current = event
+            if event.repeats is not None:
+                self._repeating = True
+                repeated = event.repeats()
+                self._repeating = False
+                if repeated:
+                    continue
+            self._resume(event)
         waiting = [task.name for task in self.tasks if task.let is not None]
         if waiting:
             raise NoProgress(f"no end: {', '.join(waiting)} wait for ever")
 
     def _resume(self, task: Task) -> None:
         assert task.let is not None
-        self.current, task.within = task, True
+        task.polled = task.looked = False
+        task.repeats = None
+        if not task.within:
+            task.within = True
+            self._num_within += 1
         task.let.switch()
-        self.current = None
         if task.let.dead:
             task.let = None
-            task.within = False
+            self._leave(task)
 
-    def _deliver(self, sender: Address, to: Address) -> None:
-        block = self.channels[sender, to].popleft()
-        self.outgoing[to._replace(tag=TO_WORKER) if to.tag == VALUES else to] -= block.nbytes
-        if to.tag == VALUES:
-            self.values.setdefault((sender.rank, to.rank), deque()).append(block)
-        else:
-            self.inboxes.setdefault(to, deque()).append(block)
+    def _leave(self, task: Task) -> None:
+        """Note that ``task`` is not within a step."""
+        task.within = False
+        self._num_within -= 1
+
+    def _deliver(self, channel: Channel) -> None:
+        block = channel.blocks.popleft()
+        self.outgoing[channel.receiver] -= block.nbytes
+        self.total_outgoing -= block.nbytes
+        channel.arrived.append(block)
         self.deliveries += 1
-        if self.check is not None and not any(task.within for task in self.tasks):
+        if self.check is not None and not self._num_within:
+            self.current = None
             self.check()
 
-    def _push(self, when: float, event: Task | tuple[Address, Address]) -> None:
+    def _push(self, when: float, event: Task | Channel) -> None:
         self._number += 1
         heapq.heappush(self._heap, (when, self._number, event))
 
@@ -119,28 +167,54 @@ class Simulation:
 
     def sleep(self, seconds: float) -> None:
         """Let others run for about ``seconds``; the task is between two steps of its work."""
+        task, shortest_s = self.current, self.pace.poll_s
+        assert task is not None
+        seconds = (seconds if seconds > shortest_s else shortest_s) * task.slowness * (1 + 7 * self.random.random())
+        self._push(self.now + seconds, task)
+        if self._repeating:  # no task runs
+            return
+        if task.polled and task.poll is not None and not task.looked and self.repeat_polls:
+            task.poll.note()
+            task.repeats = task.poll.repeats
+        self._leave(task)
+        self._main.switch()
+
+    def sleep_until(self, condition: Callable[[], object], seconds: float) -> None:
+        """Sleep for about ``seconds`` at a time until ``condition`` holds."""
+
+        def repeats() -> bool:
+            if condition():
+                return False
+            self.sleep(seconds)
+            return True
+
         task = self.current
         assert task is not None
-        seconds = max(seconds, self.pace.poll_s) * task.slowness * (1 + 7 * self.random.random())
-        self._push(self.now + seconds, task)
-        task.within = False
-        self._main.switch()
+        while not condition():
+            task.polled = False
+            if self.repeat_polls:
+                task.repeats = repeats
+            self.sleep(seconds)
 
     def preempt(self) -> None:
         """Interrupt the task with some probability, within a step."""
-        if self.current is None or self.random.random() >= self.pace.preemption:
+        task = self.current
+        assert task is not None
+        task.polled = False
+        if self.random.random() >= self.pace.preemption:
             return
-        pause_s = self.random.expovariate(1 / self.pace.pause_s) * self.current.slowness
+        pause_s = self.random.expovariate(1 / self.pace.pause_s) * task.slowness
         if self.random.random() < self.pace.stall_share:
             pause_s = self.pace.stall_s
-        self._push(self.now + pause_s, self.current)
+        self._push(self.now + pause_s, task)
         self._main.switch()
 
     def block(self) -> None:
         """Wait until `release` is called for this task."""
         task = self.current
         assert task is not None
-        task.blocked, task.within = True, False
+        task.blocked = True
+        self._leave(task)
         while task.blocked:
             self._main.switch()
 
@@ -149,16 +223,30 @@ class Simulation:
         task.blocked = False
         self._push(self.now + self.random.expovariate(1 / self.pace.pause_s), task)
 
-    def send(self, sender: Address, to: Address, block: np.ndarray) -> None:
+    def channel(self, sender: Address, to: Address) -> Channel:
+        """Return the channel between two ends."""
+        channel = self.channels.get((sender, to))
+        if channel is None:
+            if to.tag == VALUES:
+                receiver = Address(to.rank, TO_WORKER)
+                arrived = self.values.setdefault((sender.rank, to.rank), deque())
+            else:
+                receiver, arrived = to, self.inboxes.setdefault(to, deque())
+            channel = self.channels[sender, to] = Channel((sender, to), receiver, arrived)
+            self.outgoing.setdefault(receiver, 0)
+        return channel
+
+    def send(self, channel: Channel, block: np.ndarray) -> None:
         """Begin to send a copy of ``block``."""
-        channel = (sender, to)
-        mean_s = self.pace.latency_s if self.random.random() >= self.pace.slow_share else self.pace.slow_latency_s
-        when = max(self.now + self.random.expovariate(1 / mean_s), self._last.get(channel, 0.0))
-        self._last[channel] = when
-        self.channels.setdefault(channel, deque()).append(block.copy())
-        end = to._replace(tag=TO_WORKER) if to.tag == VALUES else to
-        self.outgoing[end] = self.outgoing.get(end, 0) + block.nbytes
-        self._push(when, channel)
+        assert self.current is not None
+        self.current.polled = False
+        pace, random = self.pace, self.random
+        mean_s = pace.latency_s if random.random() >= pace.slow_share else pace.slow_latency_s
+        channel.last = max(self.now + random.expovariate(1 / mean_s), channel.last)
+        channel.blocks.append(block.copy())
+        self.outgoing[channel.receiver] += block.nbytes
+        self.total_outgoing += block.nbytes
+        self._push(channel.last, channel)
 
 
 class SimTransport:
@@ -167,26 +255,40 @@ class SimTransport:
     def __init__(self, simulation: Simulation, rank: int, tag: int) -> None:
         self.address = Address(rank, tag)
         self._simulation = simulation
-        self._inbox = simulation.inboxes.setdefault(self.address, deque())
+        self.inbox = simulation.inboxes.setdefault(self.address, deque())
+        self._channels: dict[Address, Channel] = {}
+
+    def _channel(self, to: Address) -> Channel:
+        channel = self._channels.get(to)
+        if channel is None:
+            channel = self._channels[to] = self._simulation.channel(self.address, to)
+        return channel
 
     def send(self, to: Address, block: np.ndarray) -> None:
-        self._simulation.send(self.address, to, block)
+        self._simulation.send(self._channel(to), block)
 
     def receive(self) -> np.ndarray | None:
-        return self._inbox.popleft() if self._inbox else None
+        if self.inbox:
+            return self.inbox.popleft()
+        task = self._simulation.current
+        assert task is not None
+        task.polled = True
+        return None
 
     def send_values(self, rank: int, values: np.ndarray) -> None:
-        self._simulation.send(self.address, Address(rank, VALUES), values)
+        self._simulation.send(self._channel(Address(rank, VALUES)), values)
 
     def receive_values(self, rank: int, values: np.ndarray) -> None:
         waiting = self._simulation.values.setdefault((rank, self.address.rank), deque())
-        while not waiting:
-            self._simulation.sleep(1e-4)
+        self._simulation.sleep_until(waiting.__len__, 1e-4)
         values[:] = waiting.popleft()
 
     def outgoing_bytes(self, to: Address | None = None) -> int:
-        outgoing = self._simulation.outgoing
-        return (sum(outgoing.values()) if to is None else outgoing.get(to, 0)) * self._simulation.pace.outgoing_scale
+        simulation = self._simulation
+        assert simulation.current is not None
+        simulation.current.looked = True
+        number = simulation.total_outgoing if to is None else simulation.outgoing.get(to, 0)
+        return number * simulation.pace.outgoing_scale
 
     def allocate(self, size: int) -> np.ndarray:
         return np.empty(size, np.uint8)
@@ -199,8 +301,3 @@ class SimTransport:
 
     def finish(self) -> None:
         """Return at once: whatever was sent has been copied."""
-
-
-def manager_address(rank: int) -> Address:
-    """Return the address of the manager of the node whose first rank is ``rank``."""
-    return Address(rank, TO_MANAGER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,39 +11,77 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lapse_elmo import native
-from lapse_elmo.errors import ConfigError
 from lapse_elmo.progress import Progress
+from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.manager import Manager
+from lapse_elmo.ps.platform import Shapes
 from lapse_elmo.ps.rows import SOURCE, NativeRows, Rows
+from lapse_elmo.ps.transport import TO_MANAGER, TO_WORKER, Address
+from tests.simulator.memory import JobMemory, Memory
 from tests.simulator.network import SimTransport, Simulation, Task
+from tests.simulator.polls import ManagerPoll, WorkerPoll
 
 T = TypeVar("T")
-
-
-@dataclass
-class Memory:
-    """The arrays of one node. ``capacity`` limits the elements that may be reserved in total, unless negative."""
-
-    arrays: dict[str, np.ndarray]
-    capacity: int = -1
-
-    def reserve(self, name: str, first: int, end: int) -> None:
-        if self.capacity >= 0:
-            self.capacity -= end - first
-            if self.capacity < 0:
-                raise ConfigError(f"no room for {name}")
+_WORD, _HEAD = ctypes.c_size_t, object.__basicsize__
 
 
 class SimRows(NativeRows):
-    """Rows accessed through rows.c; before each access other tasks may run, as other processes would."""
+    """Rows accessed through rows.c; before each access other tasks may run, as other processes would.
+
+    Rows here are so short that most of the time of a call would go into its arguments. So ctypes knows their types in
+    advance, and an array's address is read from where NumPy's interface in C has it.
+    """
 
     def __init__(self, simulation: Simulation, memory: Any, segment: Segment, library: ctypes.CDLL) -> None:
-        super().__init__(memory, segment, library)
-        self._simulation = simulation
+        Rows.__init__(self, memory, segment)
+        self._preempt = simulation.preempt
+        self._library, self._functions = library, _functions(library)
+        own = (self.entries, self.main, self.replica)
+        self._addresses = {id(array): _address(array) for array in own}  # they stay as long as this object
 
     def _call(self, name: str, *arguments: np.ndarray | float) -> int:
-        self._simulation.preempt()
-        return super()._call(name, *arguments)
+        self._preempt()
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = _Function(self._library[f"rows_{name}"], arguments)
+        passed: list[Any] = list(arguments)
+        for index in function.arrays:
+            array = passed[index]
+            passed[index] = self._addresses.get(id(array)) or _address(array)
+        return function.call(*passed)
+
+
+class _Function:
+    """A function of rows.c, with the types of its arguments: arrays are pointers, ints int64, floats float."""
+
+    def __init__(self, call: Any, arguments: tuple[np.ndarray | float, ...]) -> None:
+        types = {np.ndarray: ctypes.c_void_p, int: ctypes.c_int64, float: ctypes.c_float}
+        self.call = call
+        self.call.restype = ctypes.c_int64
+        self.call.argtypes = [types[type(argument)] for argument in arguments]
+        self.arrays = [index for index, argument in enumerate(arguments) if isinstance(argument, np.ndarray)]
+
+
+@functools.cache
+def _functions(library: ctypes.CDLL) -> dict[str, _Function]:
+    """Return the functions of ``library`` that have been called, by name; not those that NativeRows uses."""
+    return {}
+
+
+def _address(array: np.ndarray) -> int:
+    """Return the address of a contiguous array's first element: the first field of NumPy's ``PyArrayObject``."""
+    assert array.flags.c_contiguous, array.strides
+    return _WORD.from_address(id(array) + _HEAD).value
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.load(SOURCE)
+    assert library is not None, "the simulator needs a C compiler"
+    probe = np.empty(1, np.int64)
+    assert _address(probe) == probe.ctypes.data, "NumPy keeps an array's address in another place"
+    return library
 
 
 @dataclass
@@ -53,15 +92,11 @@ class Job:
     num_nodes: int
     workers_per_node: int
     capacity: int = -1
+    memory: JobMemory | None = None
     memories: dict[int, Memory] = field(default_factory=dict)
-    library: ctypes.CDLL = field(init=False)
-    _arrived: list[tuple[Task, Any]] = field(default_factory=list)
+    library: ctypes.CDLL = field(default_factory=_library)
+    _arrived: list[tuple[Task, int, Any]] = field(default_factory=list)
     _gathered: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        library = native.load(SOURCE)
-        assert library is not None, "the simulator needs a C compiler"
-        self.library = library
 
     @property
     def size(self) -> int:
@@ -71,15 +106,15 @@ class Job:
         """Wait for all ranks; return their items by rank."""
         task = self.simulation.current
         assert task is not None
-        self._arrived.append((task, (rank, item)))
+        self._arrived.append((task, rank, item))
         if len(self._arrived) == self.size:
             arrived, self._arrived = self._arrived, []
-            self._gathered = [item for _, item in sorted((pair for _, pair in arrived), key=lambda pair: pair[0])]
-            result = self._gathered
-            for other, _ in arrived:
+            self._gathered = result = [None] * self.size
+            for other, of, brought in arrived:
+                result[of] = brought
                 if other is not task:
                     self.simulation.release(other)
-            return result
+            return result  # type: ignore[return-value]
         self.simulation.block()
         return self._gathered
 
@@ -110,7 +145,7 @@ class SimWorld:
         return result
 
     def sum_(self, array: np.ndarray) -> np.ndarray:
-        array[:] = np.sum(self.job.gather(self.rank, array.copy()), 0)
+        np.add.reduce(self.job.gather(self.rank, array.copy()), 0, out=array)
         return array
 
 
@@ -122,11 +157,12 @@ class SimPlatform:
         self._slowness = slowness
         self._manager: Task | None = None
 
-    def memory(self, shapes: dict[str, tuple[tuple[int, ...], Any]]) -> Memory:
+    def memory(self, shapes: Shapes) -> Memory:
         job, node = self._job, self._world.node
+        if job.memory is None:
+            job.memory = JobMemory(job.num_nodes, shapes)
         if node not in job.memories:
-            arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-            job.memories[node] = Memory(arrays, job.capacity)
+            job.memories[node] = job.memory.of(node, job.capacity)
         return job.memories[node]
 
     def rows(self, memory: Any, segment: Segment) -> Rows:
@@ -136,12 +172,24 @@ class SimPlatform:
         return SimTransport(self._job.simulation, self._world.rank, tag)
 
     def start(self, serve: Callable[[], None], name: str, halt: Callable[[], None]) -> None:
-        self._manager = Task(name, serve, self._slowness)
-        self._job.simulation.add(self._manager)
+        manager = serve.__self__  # type: ignore[attr-defined]
+        assert isinstance(manager, Manager)
+        simulation, polled = self._job.simulation, self._job.memories[self._world.node].polled
+        inbox = simulation.inboxes[Address(self._world.rank, TO_MANAGER)]
+        self._manager = Task(name, serve, self._slowness, poll=ManagerPoll(simulation, inbox, polled, manager))
+        simulation.add(self._manager)
+
+    def opened(self, server: EmbeddedServer) -> None:
+        """Know the polls of the worker that has opened ``server``."""
+        task, polled = self._job.simulation.current, self._job.memories[self._world.node].polled
+        assert task is not None
+        inbox = self._job.simulation.inboxes[Address(self._world.rank, TO_WORKER)]
+        task.poll = WorkerPoll(inbox, polled, server._requests.backoff)
 
     def join(self) -> None:
-        while self._manager is not None and self._manager.let is not None:
-            self._job.simulation.sleep(1e-4)
+        manager = self._manager
+        if manager is not None:
+            self._job.simulation.sleep_until(lambda: manager.let is None, 1e-4)
 
     def close(self) -> None:
         self._job.memories.pop(self._world.node, None)

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 ONE_COPY = ("relocation", "static")
 
 
+def require_equal(found: np.ndarray, expected: np.ndarray) -> None:
+    """Raise AssertionError unless the arrays are equal; a tenth of the time of NumPy's own function."""
+    if found.shape != expected.shape or np.count_nonzero(found != expected):
+        raise AssertionError(f"found {found.tolist()}, expected {expected.tolist()}")
+
+
 class Ledger:
     """The pushes of all workers: (worker, row) counts, begun and complete, and complete by clock."""
 
@@ -87,6 +93,7 @@ class Worker:
             self.world, self.ledger.layout, ("counts", sampler), technique=schedule.technique,  # type: ignore[arg-type]
             staleness=schedule.staleness, platform=self.platform,
         )
+        self.platform.opened(self.server)
         self.invariants.opened(self.server)
         calls = [self.push, self.push, self.pull, self.pull, self.wait, self.push_gradients, self.set]
         if not schedule.alone or self.rank == 0:
@@ -261,7 +268,7 @@ class Worker:
         segment = self.ledger.layout["frequent"]
         keys, out = segment.keys(np.arange(segment.num_rows)), np.empty_like(self.frequent)
         self.server.pull(keys, out)
-        np.testing.assert_array_equal(out, self.frequent)
+        require_equal(out, self.frequent)
         self.world.barrier()
         deltas = np.full((segment.frequent, 2), 1 + phase, np.float32)
         if self.world.local_rank == phase % self.world.local_size:
@@ -269,7 +276,7 @@ class Worker:
         self.world.barrier()
         self.frequent[: segment.frequent] += deltas
         self.server.pull(keys, out)
-        np.testing.assert_array_equal(out, self.frequent)
+        require_equal(out, self.frequent)
 
     def sample(self) -> None:
         """Prepare a sample, or pull one that was prepared."""
@@ -291,11 +298,11 @@ class Worker:
         keys = np.arange(self.schedule.num_rows)
         out = np.empty((keys.size, self.ledger.begun.shape[0]), np.float32)
         self.server.pull(keys, out)
-        np.testing.assert_array_equal(out.T, self.ledger.begun)
+        require_equal(out.T, self.ledger.begun)
         if (self.schedule.seed + phase) % 3 == 0:
             mine = self.server.owned_rows("counts")
             everybody = np.concatenate(self.world.allgather(mine))
-            np.testing.assert_array_equal(np.sort(everybody), keys)
+            require_equal(np.sort(everybody), keys)
             frequent = np.concatenate(self.world.allgather(self.server.owned_rows("frequent")))
-            np.testing.assert_array_equal(np.sort(frequent), np.arange(len(self.frequent)))
+            require_equal(np.sort(frequent), np.arange(len(self.frequent)))
         self.world.barrier()
