@@ -23,64 +23,24 @@ from tests.simulator.network import SimTransport, Simulation, Task
 from tests.simulator.polls import ManagerPoll, WorkerPoll
 
 T = TypeVar("T")
-_WORD, _HEAD = ctypes.c_size_t, object.__basicsize__
 
 
 class SimRows(NativeRows):
-    """Rows accessed through rows.c; before each access other tasks may run, as other processes would.
-
-    Rows here are so short that most of the time of a call would go into its arguments. So ctypes knows their types in
-    advance, and an array's address is read from where NumPy's interface in C has it.
-    """
+    """Rows accessed through rows.c; before each access other tasks may run, as other processes would."""
 
     def __init__(self, simulation: Simulation, memory: Any, segment: Segment, library: ctypes.CDLL) -> None:
-        Rows.__init__(self, memory, segment)
+        super().__init__(memory, segment, library)
         self._preempt = simulation.preempt
-        self._library, self._functions = library, _functions(library)
-        own = (self.entries, self.main, self.replica)
-        self._addresses = {id(array): _address(array) for array in own}  # they stay as long as this object
 
     def _call(self, name: str, *arguments: np.ndarray | float) -> int:
         self._preempt()
-        function = self._functions.get(name)
-        if function is None:
-            function = self._functions[name] = _Function(self._library[f"rows_{name}"], arguments)
-        passed: list[Any] = list(arguments)
-        for index in function.arrays:
-            array = passed[index]
-            passed[index] = self._addresses.get(id(array)) or _address(array)
-        return function.call(*passed)
-
-
-class _Function:
-    """A function of rows.c, with the types of its arguments: arrays are pointers, ints int64, floats float."""
-
-    def __init__(self, call: Any, arguments: tuple[np.ndarray | float, ...]) -> None:
-        types = {np.ndarray: ctypes.c_void_p, int: ctypes.c_int64, float: ctypes.c_float}
-        self.call = call
-        self.call.restype = ctypes.c_int64
-        self.call.argtypes = [types[type(argument)] for argument in arguments]
-        self.arrays = [index for index, argument in enumerate(arguments) if isinstance(argument, np.ndarray)]
-
-
-@functools.cache
-def _functions(library: ctypes.CDLL) -> dict[str, _Function]:
-    """Return the functions of ``library`` that have been called, by name; not those that NativeRows uses."""
-    return {}
-
-
-def _address(array: np.ndarray) -> int:
-    """Return the address of a contiguous array's first element: the first field of NumPy's ``PyArrayObject``."""
-    assert array.flags.c_contiguous, array.strides
-    return _WORD.from_address(id(array) + _HEAD).value
+        return super()._call(name, *arguments)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.load(SOURCE)
     assert library is not None, "the simulator needs a C compiler"
-    probe = np.empty(1, np.int64)
-    assert _address(probe) == probe.ctypes.data, "NumPy keeps an array's address in another place"
     return library
 
 
