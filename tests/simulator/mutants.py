@@ -278,8 +278,8 @@ MUTANTS = (
     ),
     Mutant(
         "a replica is kept for ever", "moves.py",
-        "self._rounds.schedule_release(state.number, message.rows",
-        "len((state.number, message.rows",
+        "self._rounds.schedule_release(state.number, message.rows[state.intents[message.rows] == 0])",
+        "pass",
     ),
     Mutant(
         "drops wait while pushes come back", "service.py",
