@@ -198,7 +198,8 @@ def _time_steps(server: EmbeddedServer, counts: Counter[str]) -> None:
 
 def count(workload: Workload) -> Counts:
     """Run ``workload``; return its costs."""
-    simulation = Simulation(Random(0), Pace(latency_s=5e-5, slow_share=0.0, preemption=0.0, poll_s=1e-3), longest_s=1e6)
+    pace = Pace(latency_s=5e-5, slow_share=0.0, preemption=0.0, poll_s=1e-3)
+    simulation = Simulation(Random(0), pace, longest_s=1e6, repeat_polls=False)  # managers' polls are counted, too
     job = Job(simulation, workload.num_nodes, workload.workers_per_node)
     counts: Counter[str] = Counter()
     warm_up: Counter[str] = Counter()  # counts at the end of the warm-up
