@@ -1,6 +1,7 @@
 """Runs tests with the C sources compiled by ``CC`` for AddressSanitizer and UndefinedBehaviorSanitizer.
 
 ``python -m tests.sanitized_program TEST...``; their runtime libraries have to be preloaded. A fault ends the process.
+Tests of the Triton kernels, in which no C runs, are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ OPTIONS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=a
 def main(tests: list[str]) -> int:
     native._VARIANTS = (("-march=native", "-mprefer-vector-width=512", "-fopenmp", *OPTIONS),)  # type: ignore
     native._TARGETS = ()
-    return pytest.main(["-p", "no:cacheprovider", *tests])
+    return pytest.main(["-p", "no:cacheprovider", "-k", "not triton and not machine_code", *tests])
 
 
 if __name__ == "__main__":
