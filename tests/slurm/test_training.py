@@ -46,7 +46,7 @@ fi
 """
 
 
-# In the place of bin/train, for a job that trains until Slurm warns it: a step sleeps for a tenth of a second.
+# In the place of bin/train, for a job that trains until Slurm warns it: a step sleeps for half a second.
 SLOW = f"""\
 #!/usr/bin/env python3
 import sys, time
@@ -55,7 +55,7 @@ import _venv
 from lapse_elmo.commands import run
 from lapse_elmo.step import TrainingStep
 step = TrainingStep.__call__
-TrainingStep.__call__ = lambda *arguments: (time.sleep(0.1), step(*arguments))[1]
+TrainingStep.__call__ = lambda *arguments: (time.sleep(0.5), step(*arguments))[1]
 run("train", sys.argv[1:])
 """
 
