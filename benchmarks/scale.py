@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 
 from lapse_elmo.frequent_rows import frequent_in
-from lapse_elmo.traffic import sum_bytes
+from lapse_elmo.node_sums import sum_bytes
 from tests.simulator.scale import Counts, Workload, count
 
 _HEADER = (

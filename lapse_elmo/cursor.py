@@ -106,6 +106,12 @@ class Cursor:
         return self.epoch >= self._training.epochs or 0 < steps <= self.step
 
     @property
+    def at_last_step(self) -> bool:
+        """Whether the next step is the last one of an epoch or of the run."""
+        ends_epoch = self.step_in_epoch + 1 == self._streams[0].steps_of(self.epoch)
+        return ends_epoch or self.step + 1 == self._training.max_steps
+
+    @property
     def within_epoch(self) -> bool:
         """Whether an epoch has begun and is not over."""
         return self.step_in_epoch > 0 or self._streams is not self._whole_streams

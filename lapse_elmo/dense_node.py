@@ -20,11 +20,11 @@ from lapse_elmo.model.dense import add_up
 from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
-from lapse_elmo.node_sums import NodeSums
+from lapse_elmo.node_sums import NodeSums, sum_bytes
 
 _WEIGHTS, _MEANS, _GRADIENTS = "dense weights", "averaged dense weights", "dense gradients"
 _ALIGNMENT = 16  # numbers; each tensor and each slice starts at a cache line of its own
-_EXCHANGED = 1 << 20  # numbers; while one block of a slice is under way to the other nodes, the next one is added up
+EXCHANGED = 1 << 20  # numbers; while one block of a slice is under way to the other nodes, the next one is added up
 
 
 class NodeDense:
@@ -135,11 +135,12 @@ class NodeUpdate:
         self._slices = buffers[:, own]  # of every rank of the node
         self._mean = self._slices[0]  # the sum replaces the first rank's gradient, which is not needed any more
         self._stepper = dense.own_optimizer(optimizer.learning_rate)
-        across = world.across_nodes(dense.num_slices)
-        self._sums = None if across is None else NodeSums(across, bf16)
+        self._across = world.across_nodes(dense.num_slices)
+        self._sums = None if self._across is None else NodeSums(self._across, bf16)
         self._squares = False
+        self.sent_bytes = world.num_nodes * sum_bytes(dense.size, world.num_nodes, 2 if bf16 else 4)
 
-    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+    def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Begin to average the gradients; see :meth:`DenseUpdate.start`."""
         self._squares = squares
         for view, gradient in zip(self._views, gradients, strict=True):
@@ -150,8 +151,8 @@ class NodeUpdate:
         if self._sums is None:
             return DenseNorms(*add_up(self._slices, self._world.size, self._squares, True))
         own_square, sums = 0.0, []
-        for first in range(0, self._mean.numel(), _EXCHANGED):
-            block = slice(first, first + _EXCHANGED)
+        for first in range(0, self._mean.numel(), EXCHANGED):
+            block = slice(first, first + EXCHANGED)
             own_square += add_up(self._slices[:, block], 1, self._squares, False)[0]
             sums.append(self._sums.start(self._mean[block].numpy()))
         for wait in sums:
@@ -159,10 +160,11 @@ class NodeUpdate:
         _, mean_square = add_up(self._mean[None], self._world.size, False, True)
         return DenseNorms(own_square, mean_square / self._world.num_nodes)
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, step: int, last: bool) -> bool:
         """Update this rank's slice; see :meth:`DenseUpdate.apply`."""
         self._stepper.learning_rate = self._optimizer.learning_rate
         self._stepper.step([self._mean], scale)
+        return True
 
     def close(self) -> None:
         """Do nothing: the memory is freed with the parameters."""

@@ -18,6 +18,7 @@ from lapse_elmo.dense_mean import open_dense_mean
 from lapse_elmo.model.dense import sum_of_squares
 from lapse_elmo.model.optimizers import DenseOptimizer
 from lapse_elmo.mpi.world import World
+from lapse_elmo.node_sums import sum_bytes
 from lapse_elmo.tables import DenseTable
 
 
@@ -39,16 +40,22 @@ class DenseUpdate(Protocol):
 
     All methods are collective: every rank makes the same calls in the same order: ``start``, ``finish``, and
     ``apply`` unless the step is refused.
+
+    Attributes:
+        fallback: A warning about a slow way of averaging, or "".
+        sent_bytes: Bytes that all ranks have sent to other nodes for the last step, if they sum in a ring.
     """
 
-    fallback: str  # a warning about a slow way of averaging, or ""
+    fallback: str
+    sent_bytes: float
 
-    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+    def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Begin to average ``gradients``, one per parameter, which are not changed.
 
         Args:
             gradients: This rank's gradients.
             squares: Whether ``DenseNorms.own_squares`` is wanted.
+            turns: One in so many parts has sentences at this step.
         """
 
     def finish(self) -> DenseNorms:
@@ -57,10 +64,18 @@ class DenseUpdate(Protocol):
         All ranks of the node must have called :meth:`start` before (a barrier of the node).
         """
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, step: int, last: bool) -> bool:
         """Update the parameters with ``scale`` times the mean gradients, at the learning rate of the optimizer.
 
         The ranks of a node may update the same memory: they must wait for each other before they read it.
+
+        Args:
+            scale: Factor of the gradients.
+            step: The number of the step, from 1.
+            last: Whether all nodes must have the same parameters afterwards.
+
+        Returns:
+            Whether they have.
         """
 
     def close(self) -> None:
@@ -78,12 +93,14 @@ class RankUpdate:
 
     def __init__(self, world: World, device: torch.device, optimizer: DenseOptimizer) -> None:
         self._world, self._optimizer = world, optimizer
-        self._averager, self.fallback = open_dense_mean(world, device, sum(p.numel() for p in optimizer.parameters))
+        numbers = sum(p.numel() for p in optimizer.parameters)
+        self._averager, self.fallback = open_dense_mean(world, device, numbers)
+        self.sent_bytes = sum_bytes(numbers, world.size) * world.num_nodes if world.num_nodes > 1 else 0.0
         self._own_squares = 0.0
         self._means: list[Tensor] = []
         self._wait: Callable[[], list[Tensor]] = list
 
-    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+    def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Begin to average; see :meth:`DenseUpdate.start`."""
         self._wait = self._averager.start(gradients)
         self._own_squares = squares_of(gradients) if squares else 0.0  # while the gradients are being summed
@@ -93,9 +110,10 @@ class RankUpdate:
         self._means = self._wait()
         return DenseNorms(self._own_squares, squares_of(self._means) / self._world.size)
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, step: int, last: bool) -> bool:
         """Update this rank's copy; see :meth:`DenseUpdate.apply`."""
         self._optimizer.step(self._means, scale)
+        return True
 
     def close(self) -> None:
         """Release the averager's resources."""
@@ -114,12 +132,13 @@ class ServerUpdate:
     """
 
     fallback = ""
+    sent_bytes = 0.0  # the server counts its own
 
     def __init__(self, world: World, table: DenseTable) -> None:
         self._world, self._table = world, table
         self._gradients: Sequence[Tensor] = ()
 
-    def start(self, gradients: Sequence[Tensor], squares: bool) -> None:
+    def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Keep the gradients; see :meth:`DenseUpdate.start`."""
         assert not squares, "the squared norm of the mean, with which to compare, is not known"
         self._gradients = gradients
@@ -128,10 +147,11 @@ class ServerUpdate:
         """Return the norms; see :meth:`DenseUpdate.finish`."""
         return DenseNorms(0.0, squares_of(self._gradients) / self._world.size)
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, step: int, last: bool) -> bool:
         """Push the gradients; see :meth:`DenseUpdate.apply`."""
         # With gradients divided by the number of ranks the sum of their steps is a mean.
         self._table.push(self._gradients, scale / self._world.size)
+        return True
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

@@ -14,11 +14,15 @@ from lapse_elmo.config.training import Config
 from lapse_elmo.devices import Device
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.frequent_rows import node_use, num_frequent
+from lapse_elmo.gradient_sample import STRIDE
+from lapse_elmo.local_steps import averaging_bytes
 from lapse_elmo.memory import Estimate, dense_size, estimate
+from lapse_elmo.model.optimizers import DenseRule
 from lapse_elmo.mpi.world import World
+from lapse_elmo.node_sums import sum_bytes
 from lapse_elmo.step_report import report_bytes
 from lapse_elmo.tables import rule_of
-from lapse_elmo.traffic import RowTraffic, row_traffic, sum_bytes
+from lapse_elmo.traffic import RowTraffic, row_traffic
 from lapse_elmo.training_data import TrainingData
 from lapse_elmo.trial import Trial, run_trial
 
@@ -54,7 +58,8 @@ class Forecast:
         shape: Nodes and ranks.
         memory: Of a rank, and of what a node shares.
         rows: Rows that a node sends per step.
-        dense_bytes: Bytes that a node sends per step to sum the gradients of dense parameters and frequent rows.
+        dense_bytes: Bytes that a node sends per step to sum the gradients of dense parameters and frequent rows, and to
+            average dense parameters.
         report_bytes: Bytes of the ranks' reports that a node receives per step.
         seconds: Seconds of a step by phase.
         network_s: Seconds that the node's link is busy per step.
@@ -106,8 +111,7 @@ def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Tri
     rule, size = rule_of(config.optimizer), model.projection_size
     frequent = num_frequent(config, data.vocabulary.size, shape)
     rows = row_traffic(use, nodes, [4 * (width + rule.state_width(width)) for width in (size, size + 1)], frequent)
-    summed = dense_size(size, model.cell_size, model.num_layers) + frequent[0] * size + frequent[1] * (size + 1)
-    dense_bytes = sum_bytes(summed, nodes, 2 if training.node_sums == "bf16" else 4)
+    dense_bytes = summed_bytes(config, nodes, frequent[0] * size + frequent[1] * (size + 1))
     reported = float(report_bytes() * shape.local_size * (nodes - 1))
     bytes_per_s, latency_s = plan.network_gbit * 1e9 / 8, plan.network_us * 1e-6
     hops = math.ceil(math.log2(nodes)) if nodes > 1 else 0
@@ -128,6 +132,25 @@ def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Tri
         shape, memory, rows, dense_bytes, reported, seconds,
         (rows.num_bytes + dense_bytes + reported) / bytes_per_s, trial.tokens * shape.size, run_tokens,
     )
+
+
+def summed_bytes(config: Config, num_nodes: int, row_numbers: float) -> float:
+    """Return the bytes that a node sends per step for sums and averages over the nodes.
+
+    Args:
+        config: The options.
+        num_nodes: The number of nodes.
+        row_numbers: Numbers of all frequent rows.
+    """
+    model, training = config.model, config.training
+    dense = dense_size(model.projection_size, model.cell_size, model.num_layers)
+    bf16, every = training.node_sums == "bf16", training.local_steps
+    if every == 1:
+        return sum_bytes(dense + row_numbers, num_nodes, 2 if bf16 else 4)
+    state = list(DenseRule(config.dense_optimizer).initial_state)
+    sampled = sum_bytes(dense / STRIDE, num_nodes)
+    averaged = averaging_bytes(dense, state, num_nodes, bf16=bf16) / every
+    return sum_bytes(row_numbers, num_nodes, 2 if bf16 else 4) + sampled + averaged
 
 
 def forecast_lines(config: Config, world: World, data: TrainingData, device: Device) -> tuple[str, ...]:

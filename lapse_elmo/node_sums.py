@@ -54,6 +54,14 @@ class NodeSums:
         return finish
 
 
+def sum_bytes(numbers: float, num_nodes: int, number_bytes: int = 4) -> float:
+    """Return the bytes that each node sends per sum of ``numbers`` over the nodes, as by a ring.
+
+    Every node sends its share of the sum twice: as a part of it, and to share the result.
+    """
+    return 2 * (1 - 1 / num_nodes) * number_bytes * numbers
+
+
 def _bits(tensor: Tensor) -> np.ndarray:
     """Return the bits of a bfloat16 tensor, which share its memory, as a type that MPI knows."""
     return tensor.view(torch.int16).numpy()

@@ -18,6 +18,7 @@ from lapse_elmo.dense_node import NodeDense, NodeUpdate
 from lapse_elmo.dense_update import DenseUpdate, RankUpdate, ServerUpdate
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.frequent_rows import num_frequent
+from lapse_elmo.local_steps import LocalUpdate
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule
@@ -82,6 +83,12 @@ class Parameters:
         if self._bf16_sums and world.num_nodes > 1 and not in_node:
             raise ConfigError(
                 "--node-sums bf16 needs ranks on CPUs, --dense allreduce and --ps embedded: drop it"
+            ).on_every_rank()
+        self._local_steps = config.training.local_steps if world.num_nodes > 1 else 1  # one node never differs
+        if self._local_steps > 1 and not in_node:
+            raise ConfigError(
+                f"--local-steps {self._local_steps} needs ranks on CPUs, where the ranks of a node share the LSTM's "
+                "parameters: drop it"
             ).on_every_rank()
         self.model = build_model(config.model, config.training.seed, not in_node or world.local_rank == 0)
         self.model.to(device)
@@ -173,6 +180,11 @@ class Parameters:
 
     def open_dense_update(self, device: torch.device) -> DenseUpdate:
         """Open what averages the dense gradients and updates the dense parameters (collective)."""
+        if self.node_dense is not None and self._local_steps > 1:
+            steps, parts = self._local_steps, self.config.training.accumulate
+            return LocalUpdate(
+                self.world, self.node_dense, self.dense_optimizer, steps, parts, bf16=self._bf16_sums
+            )
         if self.node_dense is not None:
             return NodeUpdate(self.world, self.node_dense, self.dense_optimizer, bf16=self._bf16_sums)
         if self.dense_table is not None:

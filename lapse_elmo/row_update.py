@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 from lapse_elmo.model.dense import sum_of_squares
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
-from lapse_elmo.node_sums import NodeSums
+from lapse_elmo.node_sums import NodeSums, sum_bytes
 from lapse_elmo.tables import RowTable
 
 
@@ -47,6 +47,9 @@ class RowUpdate:
     is pushed by one rank, so on one node equal gradients give equal bits. If the table has frequent rows,
     :meth:`add_up` and :meth:`finish` are collective over all ranks.
 
+    Attributes:
+        sent_bytes: Bytes that all ranks send to other nodes per step, if they sum in a ring.
+
     Args:
         world: The world.
         table: The table.
@@ -64,6 +67,8 @@ class RowUpdate:
         self._table = table
         self._sums = RowGradients(np.empty(0, np.int64), torch.empty(0, table.size), 1.0)
         self._frequent = _FrequentRows(world, table, bf16)
+        numbers = table.segment.frequent * table.size
+        self.sent_bytes = world.num_nodes * sum_bytes(numbers, world.num_nodes, 2 if bf16 else 4)
         # All ranks create the shared memory together, also one that is alone on its node.
         several = world.size > world.num_nodes
         self._shared: _SharedGradients | None = None

@@ -81,7 +81,8 @@ class TrainingStep:
     those of frequent rows over all nodes.
 
     Attributes:
-        measures_noise: Whether there are several gradients of the same parameters, which show the gradient noise.
+        measures_noise: Whether there are several gradients of the same parameters, which show the gradient noise; with
+            ``--local-steps``, those of the first step after each average.
         dense_fallback: A warning about a slow way of summing dense gradients, or "".
 
     Args:
@@ -118,6 +119,7 @@ class TrainingStep:
         self.measures_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
         self._update = parameters.open_dense_update(device)
         self.dense_fallback = self._update.fallback
+        self._settled = True  # whether all nodes have the same dense parameters
         self._row_updates = parameters.open_row_updates()
         self._wait_for_pushes: Callable[[], None] = world.start_node_barrier()
 
@@ -138,13 +140,14 @@ class TrainingStep:
             return AnnouncedBatch(batch, None)
         return AnnouncedBatch(batch, server.prepare_sample(self.config.softmax.num_samples, clock, clock + 1))
 
-    def __call__(self, announced: Sequence[AnnouncedBatch], step: int, rates: Rates) -> StepResult:
+    def __call__(self, announced: Sequence[AnnouncedBatch], step: int, rates: Rates, last: bool = False) -> StepResult:
         """Train one step.
 
         Args:
             announced: One batch for each part.
             step: The number of the step, from 1.
             rates: The learning rates.
+            last: Whether this is the last step of an epoch or of the run, after which nodes average local steps.
 
         Raises:
             TrainingError: On every rank, before anything is pushed, if a loss or gradient is not finite.
@@ -155,19 +158,19 @@ class TrainingStep:
         timer.next("agree")
         for number, update in enumerate(self._row_updates):
             update.put([part.rows[number] for part in parts])
-        self._update.start(gradients, squares=self.measures_noise and len(parts) == 1)
+        turns = parts[0].batch.turns
+        self._update.start(gradients, self.measures_noise and len(parts) == 1, turns)
         self.world.node_barrier()
         for update in self._row_updates:
             update.add_up()
         norms = self._update.finish()
-        row_square = sum(update.finish() for update in self._row_updates)
         report = RankReport(
             nll=sum(part.nll for part in parts),
             num_targets=sum(part.batch.num_targets for part in parts),
             num_tokens=sum(part.batch.num_tokens for part in parts),
             num_cut=sum(part.batch.num_cut for part in parts),
             num_sentences=sum(part.batch.sentences.size for part in parts),
-            row_square=row_square,
+            row_square=sum(update.finish() for update in self._row_updates),
             dense_square=norms.mean_square,
             own_dense_squares=square if len(parts) > 1 else norms.own_squares,
             compute_s=timer.seconds["compute"],
@@ -175,27 +178,26 @@ class TrainingStep:
         reports = exchange_reports(self.world, report, self.vote())
         total = reports.total
         num_parts = self.world.size * len(parts)
-        # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite. The
-        # gradients that nodes have for a rare row hardly correlate, so they are taken as those of different rows.
+        # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite.
+        # Nodes' gradients for a rare row hardly correlate, so they are taken as those of different rows.
         row_square = total["row_square"] * self._mean_factor(total["num_sentences"], num_parts) ** 2
         norm = math.sqrt(row_square + total["dense_square"])
         if not (math.isfinite(norm) and reports.finite):
             self._refuse(parts, step, gradients)
         timer.next("push")
-        self._push(self._clip_factor(norm), rates)
+        before, self._settled = self._settled, self._push(self._clip_factor(norm), rates, step, last)
         self.parameters.server.advance_clock()
         timer.end()
-        signal, noise = 0.0, 0.0
-        turns = parts[0].batch.turns
-        if self.measures_noise and num_parts >= 2 * turns:
-            # The parts without sentences have no gradient; those with sentences count ``turns`` times.
+        signal = noise = 0.0
+        if self.measures_noise and before and num_parts >= 2 * turns:
+            # Parts without sentences have no gradient; those with sentences count ``turns`` times.
             mean_square = total["own_dense_squares"] / self.world.size / turns
             signal, noise = noise_of(mean_square, total["dense_square"], num_parts / turns, total["num_tokens"])
         return StepResult(
             nll=total["nll"], num_targets=int(total["num_targets"]), num_tokens=int(total["num_tokens"]),
             num_cut=int(total["num_cut"]), num_sentences=int(total["num_sentences"]), gradient_norm=norm,
-            learning_rate=rates.rows, dense_rate=rates.dense, signal=signal, noise=noise, votes=reports.votes,
-            seconds=timer.seconds, compute_s=reports.ranks["compute_s"],
+            learning_rate=rates.rows, dense_rate=rates.dense, sums_bytes=self._sums_bytes, signal=signal, noise=noise,
+            settled=self._settled, votes=reports.votes, seconds=timer.seconds, compute_s=reports.ranks["compute_s"],
         )
 
     def _parts(
@@ -294,10 +296,14 @@ class TrainingStep:
         bound = self.config.optimizer.clip_norm
         return bound / norm if bound and norm > bound else 1.0
 
-    def _push(self, scale: float, rates: Rates) -> None:
-        """Update rows and dense parameters with ``scale`` times their gradients."""
+    @property
+    def _sums_bytes(self) -> float:
+        return self._update.sent_bytes + sum(update.sent_bytes for update in self._row_updates)
+
+    def _push(self, scale: float, rates: Rates, step: int, last: bool) -> bool:
+        """Update rows and dense parameters with ``scale`` times their gradients; see :meth:`DenseUpdate.apply`."""
         self.parameters.set_learning_rates(rates)
-        self._update.apply(scale)
+        settled = self._update.apply(scale, step, last)
 
         def push_rows() -> None:
             for update in self._row_updates:
@@ -313,6 +319,7 @@ class TrainingStep:
         else:
             push_rows()
         self._wait_for_pushes = self.world.start_node_barrier()
+        return settled
 
     def _row_factor(self, batch: Batch) -> float:
         """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""

@@ -125,6 +125,9 @@ class StepResult(StepCounts):
         gradient_norm: Norm of the gradient before clipping.
         learning_rate: The learning rate of rows at this step.
         dense_rate: That of the dense parameters.
+        sums_bytes: Bytes that all ranks have sent to other nodes to sum gradients and to average dense parameters, if
+            they sum in a ring.
+        settled: Whether all nodes have the same dense parameters after the step.
         signal: With ``noise``, the parts of the gradient noise scale (:mod:`lapse_elmo.gradient_noise`), or 0 if the
             step does not show it.
         noise: See ``signal``.
@@ -136,6 +139,8 @@ class StepResult(StepCounts):
     gradient_norm: float
     learning_rate: float
     dense_rate: float
+    sums_bytes: float
+    settled: bool
     signal: float
     noise: float
     votes: Tally

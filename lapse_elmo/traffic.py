@@ -78,14 +78,6 @@ class NodeUse:
         return 1 - missed * (1 - self.input_words())
 
 
-def sum_bytes(numbers: float, num_nodes: int, number_bytes: int = 4) -> float:
-    """Return the bytes that each node sends per sum of ``numbers`` over the nodes, as by a ring.
-
-    Every node sends its share of the sum twice: as a part of it, and to share the result.
-    """
-    return 2 * (1 - 1 / num_nodes) * number_bytes * numbers
-
-
 @dataclass(frozen=True)
 class RowTraffic:
     """Rows that a node sends per step, and their bytes, with what belongs to them.

@@ -157,7 +157,7 @@ class Training:
         if step_once.dense_fallback:
             log.log_line(step_once.dense_fallback)
         profile = StepProfile(self.run_dir, every.profile, self.world.rank)
-        stopped = False
+        stopped = save_due = False
         with self.saver:
             if state.evaluation_due:
                 self.save(self.evaluate())
@@ -167,22 +167,25 @@ class Training:
             for announced in announce_ahead(batches, step_once.announce, self.config.training.lookahead):
                 log.epoch = cursor.epoch + 1
                 with profile.of_step():
-                    result = step_once(announced, cursor.step + 1, self.rates())
+                    result = step_once(announced, cursor.step + 1, self.rates(), cursor.at_last_step)
                 epoch_ended = cursor.trained([part.batch for part in announced])
                 state.add(result)
-                milestone = self.milestones.add(result.num_tokens, cursor.step)
+                # With --local-steps, what is due waits until the nodes have the same parameters.
+                settled = result.settled
+                milestone = self.milestones.add(result.num_tokens, cursor.step, settled=settled)
                 self.refuse_divergence(state.watch.seen())
                 log.step(cursor.step, state.meter)
                 self.saver.poll(result.votes)
-                stopped = result.votes.stop > 0
-                over = result.votes.end > 0 or cursor.finished
+                stopped = settled and result.votes.stop > 0
+                over = settled and (result.votes.end > 0 or cursor.finished)
                 if is_multiple(cursor.step, every.report_every) or over:
                     self.report()
-                state.evaluation_due = epoch_ended or over or is_multiple(cursor.step, self.evaluate_every)
-                perplexity = self.evaluate() if state.evaluation_due and not stopped else None
+                state.evaluation_due |= epoch_ended or over or is_multiple(cursor.step, self.evaluate_every)
+                perplexity = self.evaluate() if state.evaluation_due and settled and not stopped else None
                 over = over or self.out_of_patience
-                save = result.votes.save > 0 or milestone or is_multiple(cursor.step, every.save_every_steps)
-                save = save and not state.watch.suspicious
+                save_due |= result.votes.save > 0 or milestone or is_multiple(cursor.step, every.save_every_steps)
+                save = settled and save_due and not state.watch.suspicious
+                save_due = save_due and not settled
                 if perplexity is not None or stopped or save:
                     self.save(perplexity)
                 if over or stopped:

@@ -44,7 +44,7 @@ class Checks:
             assert all(map(torch.equal, gradients, given))
             every = self.world.allgather((share.own_squares, share.mean_square))
             norms.append((sum(own for own, _ in every), sum(mean for _, mean in every)))
-            update.apply(0.5)
+            assert update.apply(0.5, step + 1, last=False)
             self.world.node_barrier()
         update.close()
         return norms

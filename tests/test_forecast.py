@@ -14,6 +14,7 @@ import pytest
 from lapse_elmo import train
 from lapse_elmo.balance import longest_batch
 from lapse_elmo.config.plan import PlanConfig
+from lapse_elmo.config.server import ServerConfig
 from lapse_elmo.config.training import Config, ModelConfig, TrainingConfig, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
@@ -93,6 +94,16 @@ def test_the_dense_sum_is_that_of_a_ring(data: TrainingData) -> None:
     size = 4 * (dense_size(model.projection_size, model.cell_size, model.num_layers) + rows)
     assert plan.dense_bytes == 2 * 7 / 8 * size
     assert plan.seconds["dense sum"] == pytest.approx(plan.dense_bytes * 8e-9 + 6 * 0.001)
+
+
+@pytest.mark.parametrize(("bf16", "every", "per_number"), [(False, 4, 12 / 4), (True, 16, 10 / 16), (True, 1, 2)])
+def test_local_steps_send_averages(data: TrainingData, bf16: bool, every: int, per_number: float) -> None:
+    """Weights and moments at each K-th step, and one in 61 gradients at each; first moments may be bfloat16."""
+    training = TrainingConfig(batch_size=10, local_steps=every, node_sums="bf16" if bf16 else "fp32")
+    config, shape = Config(training=training, server=ServerConfig(frequent_rows=0)), PlannedShape(8, 4)
+    numbers = dense_size(config.model.projection_size, config.model.cell_size, config.model.num_layers)
+    sampled = 4 / 61 if every > 1 else 0
+    assert of(config, data, shape).dense_bytes == pytest.approx(2 * 7 / 8 * numbers * (per_number + sampled))
 
 
 def test_a_slow_network_is_the_limit(data: TrainingData) -> None:

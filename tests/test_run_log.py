@@ -31,7 +31,7 @@ from tests.mpi import MPIRUN, ROOT, mpirun
 
 RESULT = StepResult(
     nll=200.0, num_targets=100, num_tokens=50, num_cut=1, num_sentences=4, gradient_norm=3.0, learning_rate=0.2,
-    dense_rate=0.002,
+    dense_rate=0.002, sums_bytes=1e6, settled=True,
     signal=2.0, noise=300.0, votes=Tally(1), seconds={"pull": 0.5, "compute": 1.0}, compute_s=np.array([1.0, 1.0, 2.5]),
 )
 IS_TERMINAL = "from lapse_elmo.metrics.terminal import stderr_is_terminal; print(stderr_is_terminal(), flush=True)"

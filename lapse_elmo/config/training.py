@@ -175,9 +175,16 @@ class TrainingConfig:
         "they are, or rounded to bfloat16, in half the bytes",
     )
 
+    local_steps: int = option(
+        1, metavar="K",
+        help="for slow networks: each node updates its LSTM parameters by its own gradients, and nodes average them "
+        "every K steps, for which saves and evaluations wait (1: gradients are summed over all nodes at each step)",
+    )
+
     def __post_init__(self) -> None:
-        positive(self, "epochs", "batch_size", "accumulate")
-        for name, limit in (("epochs", 1_000_000), ("accumulate", 100_000), ("lookahead", 10_000)):
+        positive(self, "epochs", "batch_size", "accumulate", "local_steps")
+        limits = {"epochs": 1_000_000, "accumulate": 100_000, "lookahead": 10_000, "local_steps": 10_000}
+        for name, limit in limits.items():
             require(getattr(self, name) <= limit, name, getattr(self, name), f"at most {limit:,}")
         for name in (
             "max_steps", "max_minutes", "evaluate_every", "patience", "lookahead", "seed", "first_batch",
@@ -188,6 +195,8 @@ class TrainingConfig:
             raise ConfigError("--sync orders only the pushes of table rows; it needs --dense allreduce")
         if self.accumulate > 1 and self.dense == "ps":
             raise ConfigError("--accumulate sums dense gradients before each update; it needs --dense allreduce")
+        if self.local_steps > 1 and self.dense == "ps":
+            raise ConfigError("--local-steps averages the nodes' copies of the LSTM; it needs --dense allreduce")
 
 
 @dataclass(frozen=True)

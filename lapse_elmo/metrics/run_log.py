@@ -26,7 +26,7 @@ EVENTS = "tensorboard"
 _STRAGGLER = 1.5  # progress lines name the slowest rank if its compute time is this many times the median
 _SUMS = (
     "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "dense_rate",
-    "signal", "noise",
+    "signal", "noise", "sums_bytes",
 )
 
 
@@ -52,6 +52,7 @@ class Meter:
     dense_rate: float = 0.0
     signal: float = 0.0
     noise: float = 0.0
+    sums_bytes: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
     compute_s: np.ndarray | None = None
@@ -70,6 +71,7 @@ class Meter:
         self.dense_rate += result.dense_rate
         self.signal += result.signal
         self.noise += result.noise
+        self.sums_bytes += result.sums_bytes
         for name, seconds in result.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.compute_s = result.compute_s if self.compute_s is None else self.compute_s + result.compute_s
@@ -124,6 +126,7 @@ class Meter:
             "train/global_batch_sentences": self.num_sentences / steps,
             "train/global_batch_tokens": self.num_tokens / steps,
             "train/noise_scale_tokens": self.noise_scale_tokens,
+            "train/sums_bytes": self.sums_bytes / steps,
             **{f"step/{name}_s": seconds / steps for name, seconds in self.seconds.items()},
         }
 

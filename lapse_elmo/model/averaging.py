@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_INTERVAL = 8  # steps between two updates: neighbouring steps hardly differ, and each update reads all parameters
+INTERVAL = 8  # steps between two updates: neighbouring steps hardly differ, and each update reads all parameters
 
 
 class Averages:
     """Exponential means of parameters over about the last ``fraction`` of the steps.
 
-    A window that grows with the run needs no tuning to its length. Until it exceeds ``_INTERVAL`` steps, the means are
-    the parameters.
+    A window that grows with the run needs no tuning to its length. Until it exceeds the interval of the updates, the
+    means are the parameters.
 
     Args:
         parameters: The parameters, held by reference.
@@ -33,12 +33,18 @@ class Averages:
         self._parameters, self._fraction = list(parameters), fraction
 
     @torch.no_grad()
-    def update(self, num_steps: int) -> None:
-        """Account for the parameters after step number ``num_steps``, from 1."""
-        rate = min(_INTERVAL / (self._fraction * num_steps), 1.0)
+    def update(self, num_steps: int, interval: int = INTERVAL, due: bool | None = None) -> None:
+        """Account for the parameters after step number ``num_steps``, from 1.
+
+        Args:
+            num_steps: The number of the step.
+            interval: Steps between two updates.
+            due: Whether the means are updated at this step; by default, at each multiple of ``interval``.
+        """
+        rate = min(interval / (self._fraction * num_steps), 1.0)
         if rate == 1.0:
             self.restart()
-        elif num_steps % _INTERVAL == 0:
+        elif num_steps % interval == 0 if due is None else due:
             for mean, parameter in zip(self.means, self._parameters, strict=True):
                 mean.lerp_(parameter, rate)
 

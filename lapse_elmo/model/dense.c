@@ -94,9 +94,9 @@ static void adam(int64_t n, const float *restrict gradient, float *restrict weig
 
 static void adagrad(int64_t n, const float *restrict gradient, float *restrict weights, float *restrict squares,
                     const float *numbers) {
-    const float scale = numbers[0], rate = numbers[1], epsilon = numbers[2];
+    const float scale = numbers[0], rate = numbers[1], epsilon = numbers[2], share = numbers[5];
     for (int64_t j = 0; j < n; j++) {
-        float g = gradient[j] * scale, s = FUSED(g, g, squares[j]);
+        float g = gradient[j] * scale, s = FUSED(share * g, g, squares[j]);
         squares[j] = s;
         weights[j] += rate * g / (sqrtf(s) + epsilon);
     }
@@ -110,8 +110,9 @@ static void sgd(int64_t n, const float *restrict gradient, float *restrict weigh
     }
 }
 
-/* Update weights and the rule's state. numbers: the factor of the gradient, minus the rate, epsilon; for Adam then
- * 1 - beta1, beta2, 1 - beta2, and the square root of the bias of the second moments. */
+/* Update weights and the rule's state. numbers: the factor of the gradient, minus the rate, epsilon; for Adam 1 - beta1
+ * and beta2; the factor of the gradient's square (for Adam with 1 - beta2); for Adam the square root of the bias of the
+ * second moments. */
 void dense_step(int64_t n, int64_t rule, const float *gradient, float *weights, float *state, float *state2,
                 const float *numbers) {
 #pragma omp parallel for schedule(static)

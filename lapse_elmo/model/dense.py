@@ -35,12 +35,14 @@ class Rates:
         learning_rate: The step size; Adam's is divided by the bias of its first moments.
         epsilon: Added to square roots.
         root: The square root of the bias of Adam's second moments.
+        square: Factor of the gradients' squares in Adam's second moments and in Adagrad's accumulators.
     """
 
     scale: float
     learning_rate: float
     epsilon: float
     root: float = 1.0
+    square: float = 1.0
 
 
 def iter_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -105,10 +107,10 @@ def update(kind: str, weights: Tensor, gradient: Tensor, state: Sequence[Tensor]
     fit = all(t.dtype is torch.float32 and t.is_contiguous() and t.numel() == weights.numel() for t in tensors)
     assert fit and len(state) == (2, 1, 0)[_RULES[kind]], [(t.dtype, t.shape, t.stride()) for t in tensors]
     pointers = [tensor.data_ptr() for tensor in state] + [None, None]
+    share = (1.0 - BETAS[1] if kind == "adam" else 1.0) * rates.square
     # Held by a name during the call: other threads run meanwhile, and would reuse the memory of a temporary array.
     numbers = np.array(
-        [rates.scale, -rates.learning_rate, rates.epsilon, 1.0 - BETAS[0], BETAS[1], 1.0 - BETAS[1], rates.root],
-        np.float32,
+        [rates.scale, -rates.learning_rate, rates.epsilon, 1.0 - BETAS[0], BETAS[1], share, rates.root], np.float32
     )
     library.dense_step(
         weights.numel(), _RULES[kind], gradient.data_ptr(), weights.data_ptr(), *pointers[:2], numbers.ctypes.data
@@ -121,14 +123,14 @@ def update(kind: str, weights: Tensor, gradient: Tensor, state: Sequence[Tensor]
 def _adam(weights: Tensor, gradient: Tensor, state: Sequence[Tensor], rates: Rates) -> None:
     first, second = state
     first.lerp_(gradient, 1.0 - BETAS[0])
-    second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1.0 - BETAS[1])
+    second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=(1.0 - BETAS[1]) * rates.square)
     size = _root(second).div_(rates.root).add_(rates.epsilon)
     weights.addcdiv_(first, size, value=-rates.learning_rate)
 
 
 def _adagrad(weights: Tensor, gradient: Tensor, state: Sequence[Tensor], rates: Rates) -> None:
     (squares,) = state
-    squares.addcmul_(gradient, gradient)
+    squares.addcmul_(gradient, gradient, value=rates.square)
     weights.addcdiv_(gradient, _root(squares).add_(rates.epsilon), value=-rates.learning_rate)
 
 

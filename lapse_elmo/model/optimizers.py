@@ -80,19 +80,20 @@ class DenseOptimizer:
             self.averages = Averages(self.parameters, means, rule.average)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], scale: float = 1.0) -> None:
+    def step(self, gradients: Sequence[Tensor], scale: float = 1.0, square: float = 1.0) -> None:
         """Update the parameters with ``scale * gradients``; the gradients themselves are not modified.
 
         Args:
             gradients: One per parameter, of its shape.
             scale: Factor applied to all gradients, such as that of clipping by global norm.
+            square: Factor of the squares of the scaled gradients in the rule's state.
         """
         self.num_steps += 1
         rate, root = self.learning_rate, 1.0
         if self.rule.kind == "adam":  # whose moments start at 0
             bias_1, bias_2 = (1.0 - beta ** float(self.num_steps) for beta in BETAS)
             rate, root = rate / bias_1, math.sqrt(bias_2)
-        rates = Rates(scale, rate, self.rule.epsilon, root)
+        rates = Rates(scale, rate, self.rule.epsilon, root, square)
         for parameter, gradient, *state in zip(self.parameters, gradients, *self.state.values(), strict=True):
             update(self.rule.kind, parameter, gradient.contiguous(), state, rates)
         if self.averages is not None:

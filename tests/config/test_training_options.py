@@ -35,7 +35,7 @@ OTHER = {
     "distribution": "uniform", "sampling_scheme": "pool", "share_samples": "job", "row_accumulators": "row",
     "optimizer": "sgd", "dense_optimizer": "sgd", "dense": "ps", "device": "cuda", "progress": "bar", "split": "train",
     "ps": "lapse", "technique": "static", "schedule": "linear", "init_accumulators": "kept", "save_at_tokens": (5, 7),
-    "trace_rows": ("3", "5-7", "random:2"), "dense_average": 0.25, "node_sums": "bf16",
+    "trace_rows": ("3", "5-7", "random:2"), "dense_average": 0.25, "node_sums": "bf16", "local_steps": 3,
 }
 # What contradicts other options.
 ALONE = (

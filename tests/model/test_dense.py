@@ -48,7 +48,8 @@ def test_updates(monkeypatch: pytest.MonkeyPatch, kind: str, size: int, scale: f
     for _ in both(monkeypatch):
         weights, *state = tensors = [random(size, seed=seed).abs() for seed in range(1 + STATES[kind])]
         for step in range(1, 4):
-            update(kind, weights, random(size, seed=10 + step), state, Rates(scale, 0.01 / step, 1e-7, 0.03 * step))
+            rates = Rates(scale, 0.01 / step, 1e-7, 0.03 * step, square=scale)
+            update(kind, weights, random(size, seed=10 + step), state, rates)
         results.append(tensors)
     assert_same(*results)
 

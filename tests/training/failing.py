@@ -65,7 +65,9 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
     run_dir = Path(options[options.index("--run-dir") + 1])
     once = TrainingStep.__call__
 
-    def faulty(self: TrainingStep, announced: Sequence[AnnouncedBatch], number: int, rates: Rates) -> StepResult:
+    def faulty(
+        self: TrainingStep, announced: Sequence[AnnouncedBatch], number: int, rates: Rates, last: bool
+    ) -> StepResult:
         if self.world.rank == int(rank) and checkpoint.candidates(run_dir):
             if kind in IN_SAVE:
                 files._pwrite_all = IN_SAVE[kind]
@@ -78,7 +80,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
                     parameter.register_hook(lambda gradient: gradient * math.nan)
             else:
                 AT_STEP[kind]()
-        return once(self, announced, number, rates)
+        return once(self, announced, number, rates, last)
 
     TrainingStep.__call__ = faulty  # type: ignore[method-assign, assignment]
     return train.main(options, enter)

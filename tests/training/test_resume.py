@@ -207,11 +207,11 @@ def test_a_growing_run_that_a_signal_stopped_resumes_to_the_bit(
     once = step.TrainingStep.__call__
 
     def interrupted(
-        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rates: Rates
+        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rates: Rates, last: bool
     ) -> step.StepResult:
         if number == 17:
             signal.raise_signal(signal.SIGUSR1)
-        return once(self, announced, number, rates)
+        return once(self, announced, number, rates, last)
 
     monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     run_dir = train_alone(small, tmp_path / "run", *options)
@@ -339,11 +339,11 @@ def test_an_evaluation_that_a_signal_put_off(
     once = step.TrainingStep.__call__
 
     def interrupted(
-        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rates: Rates
+        self: step.TrainingStep, announced: Sequence[step.AnnouncedBatch], number: int, rates: Rates, last: bool
     ) -> step.StepResult:
         if number == 26:
             signal.raise_signal(signal.SIGUSR1)
-        return once(self, announced, number, rates)
+        return once(self, announced, number, rates, last)
 
     monkeypatch.setattr(step.TrainingStep, "__call__", interrupted)
     run_dir = train_alone(small, tmp_path / "run", *OPTIONS)
