@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lapse_elmo.dense_mean import open_dense_mean
+from lapse_elmo.gradient_sample import mean_squares, sample_of
 from lapse_elmo.model.dense import sum_of_squares
 from lapse_elmo.model.optimizers import DenseOptimizer
 from lapse_elmo.mpi.world import World
@@ -123,8 +124,7 @@ class RankUpdate:
 class ServerUpdate:
     """Pushes gradients to parameters that are rows of the server; see :class:`DenseUpdate`.
 
-    The server adds up the ranks' steps, so the mean gradient is not known; its squared norm is taken as that of a
-    rank's own gradient, on average.
+    The server adds up the ranks' steps, so the mean gradient is not known; its norm is estimated from a sample.
 
     Args:
         world: The world.
@@ -132,20 +132,25 @@ class ServerUpdate:
     """
 
     fallback = ""
-    sent_bytes = 0.0  # the server counts its own
+    sent_bytes = 0.0  # of the sample; the server counts its own
 
     def __init__(self, world: World, table: DenseTable) -> None:
         self._world, self._table = world, table
         self._gradients: Sequence[Tensor] = ()
+        self._squares = False
 
     def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Keep the gradients; see :meth:`DenseUpdate.start`."""
-        assert not squares, "the squared norm of the mean, with which to compare, is not known"
-        self._gradients = gradients
+        self._gradients, self._squares = gradients, squares
 
     def finish(self) -> DenseNorms:
         """Return the norms; see :meth:`DenseUpdate.finish`."""
-        return DenseNorms(0.0, squares_of(self._gradients) / self._world.size)
+        own, ranks = squares_of(self._gradients), self._world.size
+        sample = sample_of(self._gradients)
+        mean_square, _ = mean_squares(self._world, 1 / ranks, sample, own)
+        nodes = self._world.num_nodes
+        self.sent_bytes = nodes * sum_bytes(sample.numel(), ranks) if nodes > 1 else 0.0
+        return DenseNorms(own if self._squares else 0.0, mean_square / ranks)
 
     def apply(self, scale: float, step: int, last: bool) -> bool:
         """Push the gradients; see :meth:`DenseUpdate.apply`."""

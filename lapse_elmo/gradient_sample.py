@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,15 @@ from lapse_elmo.model.dense import sum_of_squares
 from lapse_elmo.mpi.collectives import Collectives
 
 STRIDE = 61  # a prime, so that the sample has all columns of matrices whose rows are a power of two
+
+
+def sample_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Return every ``STRIDE``-th number of all gradients, one after another, on the CPU."""
+    parts, first = [], 0
+    for gradient in gradients:
+        parts.append(gradient.reshape(-1)[first::STRIDE])
+        first = (first - gradient.numel()) % STRIDE
+    return torch.cat(parts).to("cpu")
 
 
 def mean_squares(across: Collectives, share: float, sample: Tensor, square: float) -> tuple[float, float]:
@@ -19,7 +30,7 @@ def mean_squares(across: Collectives, share: float, sample: Tensor, square: floa
     Args:
         across: Those who have the gradients (collective).
         share: The weight of one's own gradient; the sum of all weights is 1.
-        sample: Every ``STRIDE``-th number of one's own gradient, on the CPU.
+        sample: Of one's own gradient, as of :func:`sample_of`.
         square: Its whole squared norm.
     """
     numbers = torch.cat([sample, torch.tensor([sum_of_squares(sample), square])]).mul_(share)

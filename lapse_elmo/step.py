@@ -116,7 +116,7 @@ class TrainingStep:
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
-        self.measures_noise = parameters.dense_table is None and world.size * config.training.accumulate > 1
+        self.measures_noise = world.size * config.training.accumulate > 1
         self._update = parameters.open_dense_update(device)
         self.dense_fallback = self._update.fallback
         self._settled = True  # whether all nodes have the same dense parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lapse_elmo.config.training import parse_train
-from lapse_elmo.plan import MOST_FULL_PUSHERS, MOST_PUSHERS, many_pushers
+from lapse_elmo.plan import MOST_DENSE_PUSHERS, MOST_FULL_PUSHERS, MOST_PUSHERS, many_pushers
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,9 @@ from lapse_elmo.plan import MOST_FULL_PUSHERS, MOST_PUSHERS, many_pushers
         (64, 2, ["--first-batch", "0", "--frequent-rows", "0"], True),
         (2, 1, ["--first-batch", "0", "--ps", "lapse"], True),
         (128, 128, ["--optimizer", "sgd"], False),
+        (MOST_DENSE_PUSHERS, 1, ["--dense", "ps", "--first-batch", "0"], False),
+        (MOST_DENSE_PUSHERS + 1, 1, ["--dense", "ps"], True),
+        (128, 1, ["--dense", "ps", "--optimizer", "sgd"], False),
     ],
 )
 def test_many_pushers_are_warned_of(ranks: int, nodes: int, options: list[str], warned: bool) -> None:

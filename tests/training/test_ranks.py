@@ -118,6 +118,19 @@ def test_sixteen_ranks(small: Prepared, tmp_path: Path) -> None:
     assert len(saved_arrays(checkpoints(run_dir)[0])["embedding"]) == 43
 
 
+def test_dense_parameters_in_the_server_have_the_norm_of_the_mean_gradient(
+    small: Prepared, drive: Drive, tmp_path: Path
+) -> None:
+    """Clipping and the noise scale depend on it; the ranks know it from a sample of a few hundred numbers."""
+    ways = {"server": ["--dense", "ps"], "sums": ["--dense-optimizer", "adagrad", "--dense-average", "0"]}
+    common = [*small.options, *TINY, "--batch-size", "2", "--max-steps", "1", "--report-every", "1", "--run-dir"]
+    drive(4, [("train", [*common, str(tmp_path / name), *options]) for name, options in ways.items()])
+    server, sums = (records(tmp_path / name, "train")[0] for name in ways)
+    assert server["train/loss_nats"] == pytest.approx(sums["train/loss_nats"], rel=1e-5)
+    for name, tolerance in (("train/gradient_norm", 0.1), ("train/noise_scale_tokens", 0.5)):
+        assert server[name] == pytest.approx(sums[name], rel=tolerance), name
+
+
 def losses(run_dir: Path) -> list[float]:
     return [line["train/loss_nats"] for line in records(run_dir, "train")]
 
