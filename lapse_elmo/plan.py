@@ -18,6 +18,7 @@ from lapse_elmo.training_data import TrainingData
 # batches from the first step if the gradients for frequent rows are summed over the nodes.
 MOST_PUSHERS, MOST_FULL_PUSHERS = 64, 16
 MOST_DENSE_PUSHERS = 16  # ranks with --dense ps
+MOST_LOCAL_STEPS = 16
 
 
 def plan_lines(
@@ -50,7 +51,7 @@ def plan_lines(
             f"--num-samples {config.softmax.num_samples:,} is not below the {data.vocabulary.size:,} classes: "
             "training uses the full softmax"
         )
-    lines += many_pushers(config, world.size, world.num_nodes)
+    lines += many_pushers(config, world.size, world.num_nodes) + local_step_lines(config, world.num_nodes)
     return lines
 
 
@@ -75,6 +76,18 @@ def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
         *lines,
         f"{pushers} {what} push gradients at each step: with more than {most}, the rows of frequent words may move too "
         f"far and the model learn less per token; {instead}"
+    ]
+
+
+def local_step_lines(config: Config, num_nodes: int) -> list[str]:
+    """Return what local steps cost, if there are any."""
+    every = config.training.local_steps
+    if every == 1 or num_nodes == 1:
+        return []
+    known = "up to 2.3 % of perplexity were measured" if every <= MOST_LOCAL_STEPS else "not measured for so many"
+    return [
+        f"--local-steps {every}: the nodes average the LSTM's parameters every {every} steps, which costs quality per "
+        f"token ({known}); saves and evaluations wait for these steps"
     ]
 
 

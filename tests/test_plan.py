@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from lapse_elmo.config.training import parse_train
-from lapse_elmo.plan import MOST_DENSE_PUSHERS, MOST_FULL_PUSHERS, MOST_PUSHERS, many_pushers
+from lapse_elmo.plan import (
+    MOST_DENSE_PUSHERS,
+    MOST_FULL_PUSHERS,
+    MOST_LOCAL_STEPS,
+    MOST_PUSHERS,
+    local_step_lines,
+    many_pushers,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,3 +35,13 @@ from lapse_elmo.plan import MOST_DENSE_PUSHERS, MOST_FULL_PUSHERS, MOST_PUSHERS,
 )
 def test_many_pushers_are_warned_of(ranks: int, nodes: int, options: list[str], warned: bool) -> None:
     assert bool(many_pushers(parse_train(options), ranks, nodes)) == warned
+
+
+@pytest.mark.parametrize(
+    ("steps", "nodes", "said"),
+    [(1, 8, ""), (4, 1, ""), (MOST_LOCAL_STEPS, 2, "measured"), (MOST_LOCAL_STEPS + 1, 2, "not measured")],
+)
+def test_what_local_steps_cost_is_said(steps: int, nodes: int, said: str) -> None:
+    lines = local_step_lines(parse_train(["--local-steps", str(steps)]), nodes)
+    assert len(lines) == bool(said)
+    assert all(said in line and ("not measured" in line) == (steps > MOST_LOCAL_STEPS) for line in lines)
