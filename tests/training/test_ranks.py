@@ -140,10 +140,10 @@ def test_golden_losses(small: Prepared, tmp_path: Path) -> None:
     # Adam's first steps depend on the sign of the smallest gradients, which rounding may change.
     options = ("--max-steps", "6", "--report-every", "3", "--num-samples", "20", "--dense-optimizer", "adagrad")
     run_dir = train_alone(small, tmp_path / "run", *options)
-    assert losses(run_dir) == pytest.approx([2.8446229383680555, 2.956885707350729], rel=2e-4)
+    assert losses(run_dir) == pytest.approx([2.8317199372286335, 2.9443652836963383], rel=2e-4)
     epoch = records(run_dir, "epoch")[-1]
-    assert epoch["heldout/forward_perplexity"] == pytest.approx(22.988285223898192, rel=5e-4)
-    assert epoch["heldout/backward_perplexity"] == pytest.approx(24.57192498709551, rel=5e-4)
+    assert epoch["heldout/forward_perplexity"] == pytest.approx(24.46274699152505, rel=5e-4)
+    assert epoch["heldout/backward_perplexity"] == pytest.approx(24.093366715303, rel=5e-4)
 
 
 def test_both_lstms_train_alike(small: Prepared, tmp_path: Path) -> None:
