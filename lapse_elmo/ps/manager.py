@@ -142,8 +142,7 @@ class Manager:
         for message in self._router.take_queued():
             self._handle(message)
         now = self.mailbox.transport.now()
-        # Not at every step: messages that wait a little are merged into fewer transmissions.
-        flush_due = now - self._flushed_s >= min(self._rounds.clock_s * _DELAY_SHARE, _MAX_DELAY_S)
+        flush_due = self._flush_due(now)
         if not self._frozen:
             if self._intents.clocks_advanced():
                 self._process_clocks()
@@ -158,6 +157,10 @@ class Manager:
         self.mailbox.flush(urgent_only=not flush_due)
         self._steps += 1
         return busy
+
+    def _flush_due(self, now: float) -> bool:
+        """Return whether to send what waits: not at every step, since messages that wait a little are merged."""
+        return now - self._flushed_s >= min(self._rounds.clock_s * _DELAY_SHARE, _MAX_DELAY_S)
 
     @property
     def pending(self) -> int:

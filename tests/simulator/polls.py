@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lapse_elmo.ps.manager import _DELAY_SHARE, _MAX_DELAY_S, Manager
+from lapse_elmo.ps.manager import Manager
 from lapse_elmo.ps.transport import Backoff
 from tests.simulator.network import Simulation
 
@@ -70,7 +70,7 @@ class ManagerPoll:
         if self._inbox or self._shared.tobytes() != self._before:
             return False
         manager, now = self._manager, self._simulation.now
-        flush_due = now - manager._flushed_s >= min(manager._rounds.clock_s * _DELAY_SHARE, _MAX_DELAY_S)
+        flush_due = manager._flush_due(now)
         if (manager._rounds._due(), flush_due) != self._gates:
             return False
         if flush_due:
