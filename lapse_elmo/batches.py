@@ -255,7 +255,7 @@ class BatchStream:
     def first_words(self) -> np.ndarray:
         """Return the number of words of each batch of the first pool of a run, (batches,) int64."""
         _, _, offsets, members = self._pool(0, self._block_order(0), self.pools(0)[0])
-        lengths = np.minimum(np.diff(offsets), self.max_length)
+        lengths = self._lengths(offsets)
         return np.array([lengths[places].sum() for places in members])
 
     @property
@@ -298,8 +298,11 @@ class BatchStream:
         # Ascending, so that the blocks are read as runs; the order of training is made by _pool_batches.
         numbers = np.sort(order[pool.first : pool.first + pool.size * pool.num_batches])
         tokens, offsets = self.shards.read(numbers)
-        lengths = np.minimum(np.diff(offsets), self.max_length)
-        return numbers, tokens, offsets, self._pool_batches(epoch, pool, lengths)
+        return numbers, tokens, offsets, self._pool_batches(epoch, pool, self._lengths(offsets))
+
+    def _lengths(self, offsets: np.ndarray) -> np.ndarray:
+        """Return how many words of each sentence are trained, given the offsets (n + 1,) of all."""
+        return np.minimum(np.diff(offsets), self.max_length)
 
     def _pool_batches(self, epoch: int, pool: Pool, lengths: np.ndarray) -> list[np.ndarray]:
         """Return the pool's batches as arrays of indices into its sentences."""
