@@ -138,7 +138,7 @@ class NodeUpdate:
         self._across = world.across_nodes(dense.num_slices)
         self._sums = None if self._across is None else NodeSums(self._across, bf16)
         self._squares = False
-        self.sent_bytes = world.num_nodes * sum_bytes(dense.size, world.num_nodes, 2 if bf16 else 4)
+        self.sent_bytes = world.num_nodes * sum_bytes(dense.size, world.num_nodes, bf16=bf16)
 
     def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Begin to average the gradients; see :meth:`DenseUpdate.start`."""

@@ -146,11 +146,11 @@ def summed_bytes(config: Config, num_nodes: int, row_numbers: float) -> float:
     dense = dense_size(model.projection_size, model.cell_size, model.num_layers)
     bf16, every = training.node_sums == "bf16", training.local_steps
     if every == 1:
-        return sum_bytes(dense + row_numbers, num_nodes, 2 if bf16 else 4)
+        return sum_bytes(dense + row_numbers, num_nodes, bf16=bf16)
     state = list(DenseRule(config.dense_optimizer).initial_state)
     sampled = sum_bytes(dense / STRIDE, num_nodes)
     averaged = averaging_bytes(dense, state, num_nodes, bf16=bf16) / every
-    return sum_bytes(row_numbers, num_nodes, 2 if bf16 else 4) + sampled + averaged
+    return sum_bytes(row_numbers, num_nodes, bf16=bf16) + sampled + averaged
 
 
 def forecast_lines(config: Config, world: World, data: TrainingData, device: Device) -> tuple[str, ...]:

@@ -118,4 +118,4 @@ class LocalUpdate(NodeUpdate):
 
 def averaging_bytes(numbers: float, state: Sequence[str], num_nodes: int, *, bf16: bool) -> float:
     """Return the bytes that each node sends to average so many weights and the named arrays of their state."""
-    return sum_bytes(numbers, num_nodes, 4 + sum(2 if bf16 and name == _MOMENTS else 4 for name in state))
+    return sum(sum_bytes(numbers, num_nodes, bf16=bf16 and name == _MOMENTS) for name in ("weights", *state))

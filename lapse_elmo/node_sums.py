@@ -54,12 +54,12 @@ class NodeSums:
         return finish
 
 
-def sum_bytes(numbers: float, num_nodes: int, number_bytes: int = 4) -> float:
+def sum_bytes(numbers: float, num_nodes: int, *, bf16: bool = False) -> float:
     """Return the bytes that each node sends per sum of ``numbers`` over the nodes, as by a ring.
 
     Every node sends its share of the sum twice: as a part of it, and to share the result.
     """
-    return 2 * (1 - 1 / num_nodes) * number_bytes * numbers
+    return 2 * (1 - 1 / num_nodes) * (2 if bf16 else 4) * numbers
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

@@ -68,7 +68,7 @@ class RowUpdate:
         self._sums = RowGradients(np.empty(0, np.int64), torch.empty(0, table.size), 1.0)
         self._frequent = _FrequentRows(world, table, bf16)
         numbers = table.segment.frequent * table.size
-        self.sent_bytes = world.num_nodes * sum_bytes(numbers, world.num_nodes, 2 if bf16 else 4)
+        self.sent_bytes = world.num_nodes * sum_bytes(numbers, world.num_nodes, bf16=bf16)
         # All ranks create the shared memory together, also one that is alone on its node.
         several = world.size > world.num_nodes
         self._shared: _SharedGradients | None = None
