@@ -57,23 +57,30 @@ def plan_lines(
 
 def many_pushers(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
     """Return warnings if rows may get too many pushes per step: those of frequent words, or of the LSTM."""
-    dense = config.training.dense == "ps" and config.optimizer.optimizer == "adagrad"
-    lines = []
-    if dense and num_ranks > MOST_DENSE_PUSHERS:
-        lines = [
-            f"{num_ranks} ranks push gradients of the LSTM per step: no more than {MOST_DENSE_PUSHERS} were measured "
-            "with --dense ps, and the model may learn less per token; drop it, or start fewer ranks, with more threads "
-            "per rank"
-        ]
+    if config.optimizer.optimizer != "adagrad":
+        return []
+    return _many_for_dense(config, num_ranks) + _many_for_words(config, num_ranks, num_nodes)
+
+
+def _many_for_dense(config: Config, num_ranks: int) -> list[str]:
+    if config.training.dense != "ps" or num_ranks <= MOST_DENSE_PUSHERS:
+        return []
+    return [
+        f"{num_ranks} ranks push gradients of the LSTM per step: no more than {MOST_DENSE_PUSHERS} were measured "
+        "with --dense ps, and the model may learn less per token; drop it, or start fewer ranks, with more threads "
+        "per rank"
+    ]
+
+
+def _many_for_words(config: Config, num_ranks: int, num_nodes: int) -> list[str]:
     pushers, what = (num_nodes, "nodes") if config.server.shares_rows else (num_ranks, "ranks")
     full = not config.training.first_batch
     summed = config.server.shares_rows and config.server.frequent_rows != 0
     most = (MOST_FULL_PUSHERS if summed else 1) if full else MOST_PUSHERS
-    if pushers <= most or config.optimizer.optimizer != "adagrad":
-        return lines
+    if pushers <= most:
+        return []
     instead = f"start fewer {what}, with more threads per rank" + ", or let the batch grow (--first-batch)" * full
     return [
-        *lines,
         f"{pushers} {what} push gradients at each step: with more than {most}, the rows of frequent words may move too "
         f"far and the model learn less per token; {instead}"
     ]
