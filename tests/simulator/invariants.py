@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
-from lapse_elmo.ps import wire
+from lapse_elmo.mpi.world import World
+from lapse_elmo.ps import embedded, wire
 from lapse_elmo.ps.directory import node_of
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.manager import Manager
 from lapse_elmo.ps.messages import Deltas, HolderPush, Message, Push, Relocate
 from lapse_elmo.ps.node_state import SegmentState
+from lapse_elmo.ps.requests import Requests
 from lapse_elmo.ps.rows import COPY, DIRTY, MAIN, MAIN_ROWS, REPLICA, REPLICA_ROWS
 from lapse_elmo.ps.transport import VALUES
 from tests.simulator.memory import JobMemory
@@ -158,15 +161,37 @@ class Invariants:
                 wrong = rows[(values[:, segment.width :] != self._ledger.squares[rows]).nonzero()[0]]
                 assert not wrong.size, f"row {wrong[0]}: accumulators are not all squares"
 
-    def check_end(self) -> None:
-        """All calls have been answered, and no message is in transit."""
-        channels = self._simulation.channels.values()
-        assert not any(channel.blocks for channel in channels), "messages were on their way when the job ended"
+    @contextmanager
+    def of_drains(self) -> Iterator[None]:
+        """Check what a drain promises whenever one has ended on a rank."""
+        before = embedded.drain
+
+        def drain(world: World, requests: Requests, manager: Manager | None) -> None:
+            before(world, requests, manager)
+            self._nothing_in_transit("after a drain")
+
+        embedded.drain = drain
+        try:
+            yield
+        finally:
+            embedded.drain = before
+
+    def _nothing_in_transit(self, when: str) -> None:
+        """No message is on its way, waits to be sent or handled, or is owed."""
+        for (_, to), channel in self._simulation.channels.items():
+            assert to.tag == VALUES or not channel.blocks, f"messages were on their way to {to} {when}"
         left = [m for blocks in self._simulation.inboxes.values() for block in blocks for m in wire.read(block)]
-        assert not left, f"messages were not received when the job ended: {left}"
+        assert not left, f"messages were not received {when}: {left}"
         for manager in self._managers:
             mailbox = manager.mailbox
-            assert not (manager.pending or manager._router._queued or mailbox._outbox or mailbox._inbox)
+            assert not (mailbox._outbox or mailbox._inbox), f"the mailbox of node {manager.node} was not empty {when}"
+            assert not manager._router._queued, f"node {manager.node} had requests queued {when}"
+            assert not (manager._jobs or manager.pending), f"node {manager.node} owed answers {when}"
+
+    def check_end(self) -> None:
+        """All calls have been answered, and no message is in transit."""
+        assert not any(channel.blocks for channel in self._simulation.channels.values()), "values were on their way"
+        self._nothing_in_transit("when the job ended")
         assert all(server.closed and not server._calls for server in self._servers)
 
 

@@ -133,7 +133,7 @@ def run(schedule: Schedule, *, repeat_polls: bool = True) -> Result:
     def slowness() -> float:
         return random.choice((1.0, 1.0, 8.0, 40.0)) if schedule.crowded else 1.0
 
-    with _sizes(schedule):
+    with _sizes(schedule), invariants.of_drains():
         for rank in range(job.size):
             worker = Worker(schedule, job, rank, ledger, invariants, slowness())
             simulation.add(Task(f"worker {rank}", worker.run, slowness()))
