@@ -159,6 +159,7 @@ _ARGUMENTS = {
     "refresh": "ppipip", "overwrite": "ppipip", "release": "ppip",
 }
 _LISTING = ("owned", "pull", "add", "step", "set", "clear_dirty", "collect", "release")
+_ANYTHING = ctypes.c_char * 0  # an array of any size and kind contains it
 _CTYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -260,9 +261,12 @@ class NativeRows(Rows):
 
 
 def _address(array: np.ndarray) -> int:
-    """Return the address of a contiguous array."""
-    assert array.flags.c_contiguous, array.strides
-    return array.ctypes.data
+    """Return the address of a contiguous array. ``array.ctypes.data`` is the same, but takes eight times as long."""
+    try:
+        return ctypes.addressof(_ANYTHING.from_buffer(array.data))  # which refuses arrays that are not contiguous
+    except TypeError:
+        assert array.flags.c_contiguous and not array.flags.writeable, array.strides
+        return array.ctypes.data
 
 
 def _check(rows: np.ndarray, values: np.ndarray, width: int, slots: np.ndarray | None = None) -> None:

@@ -22,6 +22,8 @@ from lapse_elmo.ps.messages import KINDS, Message
 CHUNK_BYTES = 1 << 20  # of values per message: small enough that sender and receiver work at the same time
 _SMALLEST_REQUEST_BYTES, _LARGEST_REQUEST_BYTES, _GROWTH = 1 << 19, 1 << 24, 4  # of values requested per `Pull`
 _WORD = 8
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
+_KIND_AND_SIZE = struct.Struct("=qq")
 
 
 class Allocator(Protocol):
@@ -97,25 +99,34 @@ def new(kind: type[M], allocator: Allocator | None = None, /, *, width: int = 0,
             arrays[name][:] = fields[name]
     if given is not None:
         arrays[str(schema.values)][:] = given
-    return kind(block=block, **values, **arrays)
+    return _message(kind, block, values, arrays)
 
 
 def read(block: np.ndarray) -> Iterator[Message]:
     """Yield the messages in ``block`` (n,) uint8, one after another, as views of it."""
     start = 0
     while start < block.size:
-        kind, size = struct.unpack_from("=qq", block.data, start)
+        kind, size = _KIND_AND_SIZE.unpack_from(block.data, start)
         yield _parse(_kinds()[kind], block[start : start + size])
         start += size
 
 
 def _parse(schema: _Schema, block: np.ndarray) -> Message:
     """Return the message encoded in ``block``, whose arrays are views of it."""
-    header = schema.header.unpack_from(block.data, 0)
+    header = schema.header.unpack_from(block.data)
     end = 2 + len(schema.scalars)
-    return schema.kind(
-        block=block, **dict(zip(schema.scalars, header[2:end], strict=True)), **_arrays(schema, block, header[end:])
-    )
+    scalars = dict(zip(schema.scalars, header[2:end], strict=True))
+    return _message(schema.kind, block, scalars, _arrays(schema, block, header[end:]))
+
+
+def _message(kind: type[M], block: np.ndarray, scalars: dict[str, Any], arrays: dict[str, np.ndarray]) -> M:
+    """Return the message with these fields.
+
+    The constructor of a frozen dataclass would set them one by one, which takes longer than the rest of decoding.
+    """
+    message = object.__new__(kind)
+    message.__dict__.update(block=block, **scalars, **arrays)
+    return message
 
 
 def _arrays(schema: _Schema, block: np.ndarray, shape: Sequence[int]) -> dict[str, np.ndarray]:
@@ -123,11 +134,10 @@ def _arrays(schema: _Schema, block: np.ndarray, shape: Sequence[int]) -> dict[st
     arrays: dict[str, np.ndarray] = {}
     at = schema.header.size
     for name, number in zip(schema.rows, shape, strict=False):
-        arrays[name] = block[at : at + _WORD * number].view(np.int64)
+        arrays[name] = np.ndarray((number,), _INT64, block, at)
         at += _WORD * number
     if schema.values is not None:
-        number, width = shape[0], shape[-1]
-        arrays[schema.values] = block[at : at + 4 * number * width].view(np.float32).reshape(number, width)
+        arrays[schema.values] = np.ndarray((shape[0], shape[-1]), _FLOAT32, block, at)
     return arrays
 
 

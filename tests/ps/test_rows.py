@@ -17,7 +17,7 @@ from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.layout import Layout, Segment, by_occurrence
 from lapse_elmo.ps.locked_rows import LockedRows
-from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, array_shapes
+from lapse_elmo.ps.rows import COPY, MAIN, SOURCE, NativeRows, Rows, _address, array_shapes
 from lapse_elmo.ps.rules import Rule
 
 ROWS = 60
@@ -248,3 +248,17 @@ def test_turns() -> None:
     rows = np.array([5, 3, 5, 5, 9, 3])
     assert [turn.tolist() for turn in by_occurrence(rows)] == [[0, 1, 4], [2, 5], [3]]
     assert list(by_occurrence(rows[:0])) == []
+
+
+def test_addresses() -> None:
+    """Of contiguous arrays, also empty and read-only ones; others are refused before C gets them."""
+    for shape in ((7,), (0,), (0, 4), (3, 5)):
+        array = np.zeros(shape, np.float32)
+        assert _address(array) == array.ctypes.data
+        array.flags.writeable = False
+        assert _address(array) == array.ctypes.data
+    strided = np.zeros((4, 6))[:, ::2]
+    for writeable in (True, False):
+        strided.flags.writeable = writeable
+        with pytest.raises(AssertionError, match="48, 16"):
+            _address(strided)
