@@ -4,7 +4,7 @@
 #   make train   a first model, on English found on this machine  make bench   the benchmarks of benchmarks/
 #   make test    all tests                                        make soak    kill a run 20 times, compare to the bit
 #   make quick   the tests without MPI jobs, about a minute: run them after each change
-#   make simulate MINUTES=10   the server under random schedules
+#   make simulate MINUTES=10   the server under random schedules; or SCHEDULES=15000, so many of them
 #   make mutants   the same with each guard of the protocol removed in turn, which the simulator must notice
 #   make transports   the server on every transport of this machine: MPICH without CMA, Open MPI, TCP, 16 ranks as 2 to 16 nodes
 #   make docs    the documentation as a site, in site/
@@ -77,7 +77,7 @@ soak: .venv/.installed-dev
 	.venv/bin/python -m tests.training.soak $(SEED)
 
 simulate: .venv/.installed-dev
-	.venv/bin/python -m tests.simulator --minutes $(MINUTES)
+	.venv/bin/python -m tests.simulator $(if $(SCHEDULES),--schedules $(SCHEDULES),--minutes $(MINUTES))
 
 mutants: .venv/.installed-dev
 	.venv/bin/python -m tests.simulator.mutants

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.mpi import ROOT
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "20000"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "5000"))
 _FIRST = 1_000_000  # the seed of the first schedule
 _PROCESSES = 2  # one a core, for when the other tests have ended
 _LIMIT_S = 1800.0
