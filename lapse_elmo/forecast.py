@@ -56,7 +56,7 @@ class Forecast:
 
     Attributes:
         shape: Nodes and ranks.
-        memory: Of a rank, and of what a node shares.
+        memory: Of rank 0, and of what a node shares.
         rows: Rows that a node sends per step.
         dense_bytes: Bytes that a node sends per step to sum the gradients of dense parameters and frequent rows, and to
             average dense parameters.
@@ -91,7 +91,12 @@ class Forecast:
     def node_bytes(self) -> int:
         """Memory of the first node, which also holds what rank 0 alone keeps, with the libraries of its ranks."""
         own, ranks = self.memory, self.shape.local_size
-        return own.shared + ranks * (own.dense + own.activations + own.copy + own.libraries)
+        return own.shared + self.copied_bytes + ranks * (own.dense + own.activations + own.libraries)
+
+    @property
+    def copied_bytes(self) -> int:
+        """What the ranks of the first node copy for a checkpoint: their rows, and rank 0 the dense parameters."""
+        return self.memory.copy + (self.shape.local_size - 1) * (self.memory.rows // self.shape.size)
 
 
 def forecast(config: Config, data: TrainingData, shape: PlannedShape, trial: Trial, memory: Estimate) -> Forecast:
@@ -187,9 +192,9 @@ def _lines(config: Config, plan: Forecast, trial: Trial) -> list[str]:
         f"plan for {plan.shape.num_nodes} nodes of {ranks} ranks, {config.plan.network_gbit:g} Gbit/s and "
         f"{config.plan.network_us:g} us between nodes, from {trial.num_steps} steps of {trial.num_ranks} ranks here"
         f"{f' as {trial.num_nodes} nodes' if trial.num_nodes > 1 else ''}:",
-        f"  memory per node: {plan.node_bytes / 1e9:.2f} GB: {memory.shared / 1e9:.2f} shared, {ranks} ranks "
-        f"with {memory.dense / 1e9:.2f} dense, {memory.activations / 1e9:.2f} activations, {memory.copy / 1e9:.2f} for "
-        f"checkpoints, {memory.libraries / 1e9:.2f} libraries each",
+        f"  memory per node: {plan.node_bytes / 1e9:.2f} GB: {memory.shared / 1e9:.2f} shared, "
+        f"{plan.copied_bytes / 1e9:.2f} for checkpoints, {ranks} ranks with {memory.dense / 1e9:.2f} dense, "
+        f"{memory.activations / 1e9:.2f} activations, {memory.libraries / 1e9:.2f} libraries each",
         f"  sent per node and step: {sent / 1e6:.1f} MB: rows that move {rows.moved_bytes / 1e6:.1f}, updates of "
         f"replicas {rows.changed_bytes / 1e6:.1f}, refreshed replicas {rows.refreshed_bytes / 1e6:.1f}, sums of "
         f"gradients {plan.dense_bytes / 1e6:.1f}",

@@ -71,7 +71,7 @@ class Estimate:
             state, and copies of all gradients.
         dense: Dense gradients of this rank, and the parameters with optimizer state if it has copies of its own.
         activations: Activations of a long batch, with the rows it pulls, and what libraries compile for it.
-        copy: The copy that a checkpoint is written from, until it is written.
+        copy: The copy that a checkpoint is written from, until it is written. Rank 0 also copies the dense parameters.
         libraries: What the process had allocated before.
     """
 
@@ -195,9 +195,9 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
         needed = ranks[0].shared + private
         lines.append(
             f"memory on {host}: {_gb(needed)} GB needed of {_gb(room)} GB free: {_gb(ranks[0].shared)} "
-            f"shared (of {_gb(shared_room)} GB in /dev/shm), {len(ranks)} rank{'s'[: len(ranks) - 1]} with "
-            f"{_gb(ranks[0].dense)} dense, {_gb(ranks[0].activations)} activations, {_gb(ranks[0].copy)} for "
-            "checkpoints per rank"
+            f"shared (of {_gb(shared_room)} GB in /dev/shm), {_gb(sum(rank.copy for rank in ranks))} for checkpoints, "
+            f"{len(ranks)} rank{'s'[: len(ranks) - 1]} with {_gb(ranks[0].dense)} dense, "
+            f"{_gb(ranks[0].activations)} activations{' each'[: 5 * (len(ranks) - 1)]}"
         )
         if needed > room or ranks[0].shared > shared_room:
             refused.append((host, ranks, room, shared_room, needed))
@@ -213,18 +213,18 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
 
 def _what_fits(ranks: list[Estimate], room: int, shared_room: int, num_classes: int, batch_size: int) -> str:
     """Return a change of settings with which the run would fit."""
-    own, count = ranks[0], len(ranks)
-    fixed = own.shared + count * (own.dense + own.copy)
+    own, count, copies = ranks[0], len(ranks), sum(rank.copy for rank in ranks)
+    fixed = own.shared + count * own.dense + copies
     if own.shared <= shared_room:
         batch = int(0.9 * batch_size * (room - fixed) / max(count * own.activations, 1))
         if batch >= 1:
             return f"--batch-size {batch} would fit"
-        fit = int((room - own.shared) / (own.dense + own.copy + own.activations))
+        fit = int((room - own.shared) / (own.dense + copies / count + own.activations))
         if 1 <= fit < count:
             return f"{fit} ranks there would fit"
     per_class = own.rows / max(num_classes, 1)
     # Memory on this machine per byte of rows.
-    shares = own.shared / max(own.rows, 1) + count * own.copy / max(own.rows, 1)
+    shares = (own.shared + copies) / max(own.rows, 1)
     left = min(shared_room * own.rows / max(own.shared, 1), (room - count * (own.dense + own.activations)) / shares)
     classes = int(0.9 * left / max(per_class, 1)) // 1000 * 1000
     if classes > 0:

@@ -122,6 +122,18 @@ def test_tables_are_divided_among_the_nodes(data: TrainingData) -> None:
     assert (many.dense, many.activations) == (one.dense, one.activations)
 
 
+def test_only_one_rank_copies_the_dense_parameters(data: TrainingData) -> None:
+    """A node's memory is the sum over its ranks; the first one copies the dense parameters for a checkpoint, too."""
+    config, shape = Config(model=ModelConfig("original")), PlannedShape(2, 32)
+    ranks = [
+        estimate(config, data.vocabulary.size, data.train, dataclasses.replace(shape, rank=rank)) for rank in range(32)
+    ]
+    assert ranks[0].copy > 2 * sum(other.copy for other in ranks[1:]) > 0
+    libraries = sum(rank.libraries for rank in ranks)  # the test's own, which may grow between two estimates
+    expected = ranks[0].shared + sum(rank.rank for rank in ranks)
+    assert of(config, data, shape).node_bytes == pytest.approx(expected, abs=0.1 * libraries)
+
+
 def test_max_steps_bound_the_run(data: TrainingData) -> None:
     config = Config(training=TrainingConfig(max_steps=2))
     plan = of(config, data, PlannedShape(2, 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +147,16 @@ def test_what_is_said_to_fit_fits(shards: ShardSet, monkeypatch: pytest.MonkeyPa
 
 
 class TwoHosts(TwoNodes):
-    """Every rank needs as much; ``rooms`` are the free memory and shared memory of the two hosts."""
+    """Every rank copies 1 GB for a checkpoint, rank 0 10 GB; ``rooms`` are the hosts' free memory and shared memory."""
 
     def __init__(self, *rooms: tuple[int, int]) -> None:
         super().__init__()
         self.rooms = rooms
 
     def allgather(self, value: Any) -> list[Any]:
-        own = value[1]
-        return [(f"host{number}", own, *room) for number, room in enumerate(self.rooms) for _ in range(self.local_size)]
+        first, other = (dataclasses.replace(value[1], copy=size) for size in (10**10, 10**9))
+        hosts = [(f"host{number}", room) for number, room in enumerate(self.rooms) for _ in range(self.local_size)]
+        return [(host, other if rank else first, *room) for rank, (host, room) in enumerate(hosts)]
 
 
 @pytest.mark.parametrize(("short", "kind"), [((10**12, 10**6), "shared memory"), ((10**8, 10**12), "memory")])
@@ -161,6 +164,13 @@ def test_each_host_must_have_room(shards: ShardSet, short: tuple[int, int], kind
     """Also where rank 0's host and most others have enough."""
     enough = (10**12, 10**12)
     lines = check_memory(config_of(), 100_000, shards, TwoHosts(enough, enough))
+    for line in lines:  # the parts add up to the whole
+        needed, shared, copies, dense, activations = (
+            float(re.search(rf"([\d.]+) {what}", line)[1])  # type: ignore[index]
+            for what in ("GB needed", "shared", "for checkpoints", "dense", "activations")
+        )
+        ranks = int(re.search(r"(\d+) ranks? with", line)[1])  # type: ignore[index]
+        assert needed == pytest.approx(shared + copies + ranks * (dense + activations), abs=0.01 * (2 + ranks))
     assert [line.partition(":")[0] for line in lines] == ["memory on host0", "memory on host1"]
     for rooms, host in (((enough, short), "host1"), ((short, enough), "host0")):
         with pytest.raises(ConfigError, match=rf"GB of {kind} on {host}, where 0\.\d+ GB are free: ") as refused:
