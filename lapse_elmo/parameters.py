@@ -1,4 +1,4 @@
-"""All parameters of a model: two tables in the server, and the dense part in the server or on every rank (--dense)."""
+"""All parameters of a model: two tables in the server, and the dense part there, once per node, or once per GPU."""
 
 from __future__ import annotations
 

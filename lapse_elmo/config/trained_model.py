@@ -12,16 +12,14 @@ from lapse_elmo.config.training import DeviceConfig
 from lapse_elmo.errors import ConfigError
 
 LAYERS = ("all", "top", "average")
+_MODEL_HELP = "a run, one of its checkpoints, or a directory in bilm-tf's or Hugging Face's format, as of bin/export"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """The options of all programs that read a model and write an output."""
 
-    model: str = option(
-        positional=True, metavar="MODEL",
-        help="a run, one of its checkpoints, or (except for evaluate) an exported directory",
-    )
+    model: str = option(positional=True, metavar="MODEL", help=_MODEL_HELP)
     vocab: str = option("", metavar="FILE", help="vocabulary file (default: the model's)")
     overwrite: bool = option(False, help="replace --output if it exists")
 
@@ -51,6 +49,7 @@ class ComputeOptions(ModelOptions):
 class EvaluateConfig(ComputeOptions):
     """The options of ``bin/evaluate``."""
 
+    model: str = option(positional=True, metavar="MODEL", help="a run or one of its checkpoints")
     shards: str = option("", metavar="DIR", help="directory of the shards to evaluate on (default: those of the run)")
     split: str = option("heldout", choices=("heldout", "train"), help="which shards of the directory")
     output: str = option("", metavar="FILE", help="also write the result to this JSON file")
@@ -174,7 +173,7 @@ def parse_score(argv: Sequence[str]) -> ScoreConfig:
 class NearestConfig:
     """The options of ``bin/nearest``."""
 
-    model: str = option(positional=True, metavar="MODEL", help="a run, a checkpoint or an exported directory")
+    model: str = option(positional=True, metavar="MODEL", help=_MODEL_HELP)
     words: tuple[str, ...] = option(positional=True, metavar="WORD", help="words of the vocabulary")
     vocab: str = option("", metavar="FILE", help="vocabulary file (default: the model's)")
     count: int = option(10, metavar="N", help="number of neighbours per word")

@@ -130,7 +130,9 @@ class TrainingConfig:
 
     epochs: int = option(2, metavar="N", help="number of passes over the training shards")
     max_steps: int = option(0, metavar="N", help="stop after N steps (0: after --epochs)")
-    max_minutes: float = option(0.0, metavar="N", help="stop after N minutes of training (0: no limit)")
+    max_minutes: float = option(
+        0.0, metavar="N", help="stop after N minutes of training, in all starts of the run together (0: no limit)"
+    )
     evaluate_every: int = option(
         0, metavar="N",
         help="also measure held-out perplexity and save a checkpoint every N steps (0: only at the end of each epoch)",
