@@ -2,7 +2,7 @@
 
 At each step, every rank copies its gradient to a buffer that the node's ranks can read. Each rank then adds up one
 slice of all buffers and exchanges that slice's sum with the ranks of the other nodes that have the same slice. So a
-node holds weights and accumulators once, a gradient crosses the network once per node, and each number is updated by
+node holds weights and optimizer state once, a gradient crosses the network once per node, and each number is updated by
 one rank of the node.
 """
 
