@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from lapse_elmo.dense_node import EXCHANGED, NodeDense, NodeUpdate
@@ -56,7 +57,8 @@ class LocalUpdate(NodeUpdate):
     ) -> None:
         super().__init__(world, dense, optimizer, bf16=bf16)
         self._every = every
-        self._fewest_parts = parts * dense.num_slices
+        self._parts, self._nodes = parts, world.gather_numbers(np.array([world.node]))[:, 0]
+        self._turns = (0, False)  # those of the last step, and whether every node has sentences at each of them
         self._share = world.local_size / world.size  # of this node in all averages
         self._exact_sums = None if self._across is None else NodeSums(self._across, bf16=False)
         # The averages over steps are updated when the nodes have the same parameters, so that they have the same bits.
@@ -71,7 +73,9 @@ class LocalUpdate(NodeUpdate):
     def start(self, gradients: Sequence[Tensor], squares: bool, turns: int = 1) -> None:
         """Begin to average the gradients over the node; see :meth:`DenseUpdate.start`."""
         super().start(gradients, squares, turns)
-        self._local = turns <= self._fewest_parts
+        if turns != self._turns[0]:
+            self._turns = turns, every_node_takes_part(self._nodes, self._parts, turns)
+        self._local = self._turns[1]
         self.sent_bytes = self._sampling_bytes if self._local else self._summing_bytes
 
     def finish(self) -> DenseNorms:
@@ -114,6 +118,25 @@ class LocalUpdate(NodeUpdate):
                     waits.popleft()()
         for wait in waits:
             wait()
+
+
+def every_node_takes_part(nodes: np.ndarray, parts: int, turns: int) -> bool:
+    """Return whether each node has a part in each of ``turns`` turns, which the parts of all ranks take in order.
+
+    The ranks of a node need not follow one another: a launcher that deals them out like cards gives each node every
+    M-th rank, and with M turns all ranks of a node are in the same turn.
+
+    Args:
+        nodes: (ranks,) int64, the node of each rank, from 0.
+        parts: Parts of a step per rank.
+        turns: One in so many parts has sentences at a step.
+    """
+    if turns <= parts:
+        return True
+    if turns * (nodes.max() + 1) > nodes.size * parts:
+        return False
+    turn = np.arange(nodes.size * parts) % turns
+    return np.unique(np.repeat(nodes, parts) * turns + turn).size == turns * (nodes.max() + 1)
 
 
 def averaging_bytes(numbers: float, state: Sequence[str], num_nodes: int, *, bf16: bool) -> float:

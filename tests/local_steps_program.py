@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
 from tests import collective
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 SHAPES = ((3, 5), (400, 300), (7,))
 RATE, SCALE, EVERY = 0.01, 0.5, 4
@@ -134,7 +138,19 @@ class Checks:
 
     def turns(self) -> None:
         """While some node has no sentence, steps are those of exact sums."""
-        dense, _, norms = self.train(ADAM, 4, turns=self.world.size + 1)
+        self.check_turns(self.world.size + 1)
+
+    def dealt_ranks(self) -> None:
+        """Likewise if every M-th rank is on a node and there are M turns, so that each step is that of one node."""
+        world = self.world
+        assert world.comm is not None
+        dealt = World(world.comm)
+        dealt.node_comm = cast("MPI.Intracomm", world.comm.Split(world.rank % world.num_nodes, world.rank))
+        dealt._find_nodes()
+        Checks(dealt).check_turns(world.num_nodes)
+
+    def check_turns(self, turns: int) -> None:
+        dense, _, norms = self.train(ADAM, 4, turns=turns)
         generator = torch.Generator().manual_seed(0)
         exact = NodeDense(self.world, [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES], ADAM)
         update = NodeUpdate(self.world, exact, exact.optimizer(RATE))
@@ -198,8 +214,8 @@ def move(
 
 def names() -> list[str]:
     return [
-        "adam", "adagrad", "descent", "norms", "averages_over_steps", "turns", "bfloat16",
-        "zero_and_infinite_gradients", "other_devices_are_refused",
+        "adam", "adagrad", "descent", "norms", "averages_over_steps", "turns", "dealt_ranks",
+        "bfloat16", "zero_and_infinite_gradients", "other_devices_are_refused",
     ]
 
 
