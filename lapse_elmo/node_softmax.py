@@ -78,18 +78,22 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 def exchange(world: World, given: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Send an array to each of some ranks (collective); empty arrays are not sent.
 
+    An array for several ranks is not copied for each of them.
+
     Returns:
         What was received as flat bytes, keyed by the sender, in the order of ranks.
     """
-    blocks = {rank: np.ascontiguousarray(given[rank]).reshape(-1).view(np.uint8) for rank in sorted(given)}
+    distinct = {id(array): np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in given.values()}
     if world.comm is None:
-        return {rank: block for rank, block in blocks.items() if block.size}
-    sizes, coming = np.zeros(world.size, np.int64), np.empty(world.size, np.int64)
-    for rank, block in blocks.items():
-        sizes[rank] = block.size
+        return {rank: distinct[id(array)] for rank, array in sorted(given.items()) if array.size}
+    sizes, starts, coming = (np.zeros(world.size, np.int64) for _ in range(3))
+    ends_of = dict(zip(distinct, np.cumsum([block.size for block in distinct.values()]).tolist(), strict=True))
+    for rank, array in given.items():
+        sizes[rank] = distinct[id(array)].size
+        starts[rank] = ends_of[id(array)] - sizes[rank]
     world.wait(world.comm.Ialltoall(sizes, coming))
-    out = np.concatenate([np.empty(0, np.uint8), *blocks.values()])
+    out = np.concatenate([np.empty(0, np.uint8), *distinct.values()])
     into = np.empty(int(coming.sum()), np.uint8)
-    ends, starts = np.cumsum(coming), np.cumsum(sizes) - sizes
+    ends = np.cumsum(coming)
     world.wait(world.comm.Ialltoallv([out, (sizes, starts)], [into, (coming, ends - coming)]))
     return {int(rank): into[ends[rank] - coming[rank] : ends[rank]] for rank in np.flatnonzero(coming)}

@@ -99,7 +99,10 @@ def measure_perplexity(
 def _held(
     batches: Iterator[Batch], parameters: Parameters, device: torch.device, most_bytes: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield context vectors (2 n, D) and targets (2 n,), forward ones first, of ``most_bytes`` of batches at a time."""
+    """Yield context vectors (2 n, D) and targets (2 n,), forward ones first, of ``most_bytes`` at a time.
+
+    Only the vectors of a single pair of neighbours, one of each direction, may take more than that.
+    """
     held: list[tuple[torch.Tensor, np.ndarray]] = []
     num_bytes = 0
     for batch in parameters.world.progress.counted(batches):
@@ -107,13 +110,32 @@ def _held(
             continue
         embedding = parameters.embedding.pull(batch.input_rows).weights.to(device)
         context = parameters.model.context_vectors(embedding, torch.from_numpy(batch.input_index), batch.packing)
-        held.append((context, batch.target_rows))
-        num_bytes += context.nbytes
-        if num_bytes >= most_bytes:
-            yield _joined(held, device)
-            held, num_bytes = [], 0
+        for piece, targets in _pieces(context, batch.target_rows, most_bytes):
+            if held and num_bytes + piece.nbytes > most_bytes:
+                yield _joined(held, device)
+                held, num_bytes = [], 0
+            held.append((piece, targets))
+            num_bytes += piece.nbytes
     if held:
         yield _joined(held, device)
+
+
+def _pieces(
+    context: torch.Tensor, targets: np.ndarray, most_bytes: int
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Cut a batch's context vectors (2 n, D) and targets (2 n,) into pieces that have both directions of some pairs.
+
+    A batch of long sentences takes far more than what is sent to each of many nodes at a time.
+    """
+    pairs = len(context) // 2
+    most = max(most_bytes * pairs // context.nbytes, 1)
+    if most >= pairs:
+        yield context, targets
+        return
+    for first in range(0, pairs, most):
+        some = slice(first, min(first + most, pairs))
+        both = [half[some] for half in context.chunk(2)]
+        yield torch.cat(both), np.concatenate([half[some] for half in np.split(targets, 2)])
 
 
 def _joined(held: list[tuple[torch.Tensor, np.ndarray]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

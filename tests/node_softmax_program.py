@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from lapse_elmo.model.full_softmax import full_softmax_nll
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
-from lapse_elmo.node_softmax import NodeSoftmax
+from lapse_elmo.node_softmax import NodeSoftmax, exchange
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.tables import RowTable
@@ -61,11 +62,29 @@ class Checks:
     def one_rank_has_all(self) -> None:
         self.check(50, 0, 0, 0, 0)
 
+    def an_array_for_several_ranks_is_not_copied(self) -> None:
+        """What a rank sends takes memory once for any number of nodes, and arrives with the sender's other arrays."""
+        ranks, size = range(self.world.size), 1 << 20
+        large = np.full(size, self.world.rank, np.uint8)
+        tracemalloc.start()
+        received = exchange(self.world, dict.fromkeys(ranks, large))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < (self.world.size + 1.5) * size
+        assert all(np.array_equal(received[rank], np.full(size, rank, np.uint8)) for rank in ranks)
+        both = np.arange(3), np.array([self.world.rank])
+        received = exchange(self.world, {rank: both[rank % 2] for rank in reversed(ranks)})
+        expected = [np.array([rank]) if self.world.rank % 2 else both[0] for rank in ranks]
+        assert all(np.array_equal(received[rank].view(np.int64), expected[rank]) for rank in ranks)
+
     def close(self) -> None:
         self.server.close()
 
 
-NAMES = ["every_rank_has_as_many", "some_ranks_have_none", "no_rank_has_any", "one_rank_has_all", "close"]
+NAMES = [
+    "every_rank_has_as_many", "some_ranks_have_none", "no_rank_has_any", "one_rank_has_all",
+    "an_array_for_several_ranks_is_not_copied", "close",
+]
 
 
 def values(end: int) -> Tensor:
