@@ -16,6 +16,9 @@ from lapse_elmo.mpi.host import own_address
 from lapse_elmo.mpi.world import World
 
 _START_S = 60.0
+# How late a rank may be for a sum. By default NCCL aborts the job after 10 minutes, even if the rank only waits for its
+# file system, or all ranks were suspended; finding ranks that hang is the watchdog's task. (As milliseconds, 31 bits.)
+_LONGEST = datetime.timedelta(days=20)
 
 
 class DenseMean(Protocol):
@@ -157,7 +160,7 @@ class TorchMean:
         """
         world, device = self._world, self._flat.device
         dist.init_process_group(
-            backend, store=self._store, rank=world.rank, world_size=world.size,
+            backend, store=self._store, rank=world.rank, world_size=world.size, timeout=_LONGEST,
             device_id=device if device.type == "cuda" else None,
         )
         trial = torch.full((2,), world.rank + 1.0, device=device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lapse_elmo import dense_mean
@@ -55,6 +58,16 @@ class Checks:
             self.means(mean)
             mean.close()
 
+    def a_late_rank(self) -> None:
+        """The ranks wait for one that is later than torch's default, here a second, lets it be."""
+        dist.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+        mean, why = open_torch_mean(self.world, CPU, NUMBERS, "gloo")
+        assert mean is not None, why
+        if self.world.rank == 0:
+            time.sleep(3)
+        self.means(mean)
+        mean.close()
+
     def over_nccl(self) -> None:
         mean: DenseMean | None
         if self.world.size > 1:
@@ -96,7 +109,7 @@ class Checks:
 def names(device: str) -> list[str]:
     if device == "cuda":
         return ["over_nccl"]
-    return ["over_mpi", "over_torch", "without_gpus", "with_gpus", "one_rank_fails"]
+    return ["over_mpi", "over_torch", "a_late_rank", "without_gpus", "with_gpus", "one_rank_fails"]
 
 
 def main(argv: list[str], enter: Callable[[], World]) -> None:
