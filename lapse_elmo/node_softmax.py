@@ -21,6 +21,10 @@ from lapse_elmo.tables import RowTable
 class NodeSoftmax:
     """Computes the nll of targets on all nodes together (collective: every rank constructs and calls it).
 
+    Attributes:
+        most_senders: The most ranks whose vectors one rank receives: one per node, or more where nodes have different
+            numbers of ranks.
+
     Args:
         table: The softmax rows. No row may move between the server's last ``quiesce`` and the construction, because it
             calls :meth:`~lapse_elmo.ps.api.ParameterServer.owned_rows`.
@@ -34,6 +38,8 @@ class NodeSoftmax:
         ranks_by_node = [np.flatnonzero(nodes == node) for node in range(world.num_nodes)]
         # This rank's partner on each node, in the order of nodes. The ranks of a node share the work evenly.
         self._partners = [int(ranks[world.local_rank % ranks.size]) for ranks in ranks_by_node]
+        sizes = np.array([ranks.size for ranks in ranks_by_node])
+        self.most_senders = int((-(-sizes // sizes.min())).sum())  # those of the first rank of the smallest node
         share = table.server.owned_rows(table.segment.name)
         shares = exchange(world, {int(rank): share for rank in ranks_by_node[world.node]})
         # (With an empty array first, since a rank may receive nothing.)

@@ -81,8 +81,8 @@ def measure_perplexity(
             sums += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
     else:
         across = NodeSoftmax(softmax, world, device)
-        # A rank receives as many vectors from each other node as it sends.
-        held = _held(batches, parameters, device, HELD_BYTES // world.num_nodes)
+        # Each of the ranks that send to one and the same rank sends it all vectors that it holds.
+        held = _held(batches, parameters, device, HELD_BYTES // across.most_senders)
         nothing = torch.empty(0, softmax.size - 1, device=device), torch.empty(0, dtype=torch.int64, device=device)
         while True:  # as often as the rank with the most batches needs
             mine = next(held, None)

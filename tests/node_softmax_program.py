@@ -77,13 +77,19 @@ class Checks:
         expected = [np.array([rank]) if self.world.rank % 2 else both[0] for rank in ranks]
         assert all(np.array_equal(received[rank].view(np.int64), expected[rank]) for rank in ranks)
 
+    def as_many_send_to_a_rank_as_is_said(self) -> None:
+        """Nodes of three and two ranks: one of the latter receives from two of the former."""
+        softmax = NodeSoftmax(self.table, self.world, CPU)
+        receivers = [rank for partners in self.world.allgather(softmax._partners) for rank in partners]
+        assert softmax.most_senders == np.bincount(receivers).max() == 3
+
     def close(self) -> None:
         self.server.close()
 
 
 NAMES = [
     "every_rank_has_as_many", "some_ranks_have_none", "no_rank_has_any", "one_rank_has_all",
-    "an_array_for_several_ranks_is_not_copied", "close",
+    "an_array_for_several_ranks_is_not_copied", "as_many_send_to_a_rank_as_is_said", "close",
 ]
 
 
