@@ -23,6 +23,7 @@ from lapse_elmo.mpi.node_memory import free_bytes as free_shared_bytes
 from lapse_elmo.mpi.world import World
 from lapse_elmo.ps.manager import REPLICATING
 from lapse_elmo.tables import DENSE_ROW, rule_of
+from lapse_elmo.traffic import NodeUse
 
 _LONG_BATCH = 3  # tokens of the longest batches, in multiples of the mean: sentences are sorted by length
 _ROW_INDEX_BYTES = 45  # bookkeeping of every node for each row of a table, wherever the row is
@@ -105,17 +106,42 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     shared = nodes_here * (rows // world.num_nodes + 2 * num_classes * _ROW_INDEX_BYTES + room)
     shared += nodes_here * in_node * 4 * copies * num_dense
     lstm = positions * 2 * model.num_layers * (_CELL_NUMBERS[model.lstm] * model.cell_size + 4 * size)
-    pulled = min(num_classes, config.softmax.num_samples + positions) + min(num_classes, positions)
+    parts, samples = config.training.accumulate, min(config.softmax.num_samples, num_classes)
+    pulled = min(num_classes, samples + positions) + min(num_classes, positions)
     shared += world.host_size * shards.kept_bytes(world.size)
-    # The ranks of a node share copies of their gradients.
-    shared += in_node * world.host_size * 4 * (num_dense + 9 * pulled * (size + 1) // 8)
-    row_copies = 3 + config.training.accumulate
-    softmax = 2 * _CHUNK_TARGETS * min(config.softmax.num_samples, num_classes) + row_copies * pulled * (size + 1)
+    # The ranks of a node share copies of their gradients, which are sums over their parts.
+    shares_rows = in_node or (config.server.shares_rows and world.size > world.num_nodes)
+    summed = int(pulled * _growth_by_parts(config, num_classes, positions))
+    shared += world.host_size * 4 * (in_node * num_dense + shares_rows * 9 * summed * (size + 1) // 8)
+    # The parts' gradients of rows are kept until all are summed, and joined for that. The sum of those of the LSTM is
+    # kept while the next part's are computed.
+    row_copies = 4 if parts == 1 else 3 + 2 * parts
+    softmax = 2 * _CHUNK_TARGETS * samples + row_copies * pulled * (size + 1)
     return Estimate(
-        rows, shared, 4 * num_dense * (1 if in_node else max(2 + copies, 4)),
+        rows, shared, 4 * num_dense * ((1 if in_node else max(2 + copies, 4)) + (parts > 1)),
         4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES,
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
+
+
+def _growth_by_parts(config: Config, num_classes: int, positions: int) -> float:
+    """Return how many times as many distinct rows as one part all parts of a rank use, by the log-uniform law.
+
+    Args:
+        config: The options.
+        num_classes: V.
+        positions: Positions of a long batch.
+    """
+    if config.training.accumulate == 1:
+        return 1.0
+    softmax, rows = config.softmax, []
+    for parts in (1, config.training.accumulate):
+        drawers = parts if softmax.share_samples == "none" else 1
+        use = NodeUse(
+            num_classes, parts * positions, 1, softmax.num_samples, drawers, softmax.distribution, softmax.replacement
+        )
+        rows.append(float(use.input_words().sum() + use.classes().sum()))
+    return rows[1] / rows[0]
 
 
 def _room_bytes(config: Config, num_classes: int, positions: int, world: Shape) -> int:
@@ -155,7 +181,7 @@ def _borrowed_rows(
     """
     if config.server.technique_for(config.training.sync) not in REPLICATING:
         return 0, 0
-    steps, workers = config.training.lookahead + 1, world.local_size
+    steps, workers = config.training.lookahead + 1, config.training.accumulate * world.local_size
     drawers = workers if config.softmax.share_samples == "none" else 1
     probabilities = log_uniform_probability(np.arange(num_classes), num_classes)
 

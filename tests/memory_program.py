@@ -30,25 +30,34 @@ def private_bytes() -> int:
 
 def main(argv: list[str], join: Callable[[], World]) -> int:
     results, seen, over = argv[0], dict[str, Any](private=0, shared=0), threading.Event()
-    estimate, close = memory.estimate, NodeMemory.close
+    estimate, make, close = memory.estimate, NodeMemory.__init__, NodeMemory.close
     worlds = []
+    opened: list[NodeMemory] = []
 
     def enter() -> World:
         worlds.append(join())
         return worlds[0]
 
     def noted(*args: Any) -> memory.Estimate:
-        made = estimate(*args)
+        own = estimate(*args)
         world = worlds[0]
-        seen["estimated private"] = made.rank
-        seen["parts"] = vars(made)
+        seen["estimated private"] = own.rank
+        seen["parts"] = vars(own)
         # The estimate is for all nodes of a machine; here they are equal.
-        seen["estimated shared"] = 0 if world.local_rank else made.shared * world.local_size // world.host_size
-        return made
+        seen["estimated shared"] = 0 if world.local_rank else own.shared * world.local_size // world.host_size
+        return own
 
-    def closed(self: NodeMemory) -> None:
+    def made(self: NodeMemory, *args: Any) -> None:
+        make(self, *args)
+        opened.append(self)
+
+    def count(self: NodeMemory) -> None:
+        opened.remove(self)
         if worlds[0].local_rank == 0:
             seen["shared"] += 512 * os.fstat(self.file).st_blocks  # pages are never given back before
+
+    def closed(self: NodeMemory) -> None:
+        count(self)
         close(self)
 
     def watch() -> None:
@@ -56,9 +65,12 @@ def main(argv: list[str], join: Callable[[], World]) -> int:
             seen["private"] = max(seen["private"], private_bytes())
 
     memory.estimate, NodeMemory.close = noted, closed  # type: ignore[assignment, method-assign]
+    NodeMemory.__init__ = made  # type: ignore[assignment, method-assign]
     threading.Thread(target=watch, daemon=True).start()
     status = train.main(argv[1:], enter)
     over.set()
+    for left in list(opened):  # that of gradients is open to the end
+        count(left)
     everyone = worlds[0].gather(seen)
     if worlds[0].rank == 0:
         Path(results).write_text(json.dumps(everyone), encoding="utf-8")
