@@ -24,6 +24,11 @@ def partial_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def _removed_of(final: Path) -> Path:
+    """Return the hidden name under which the checkpoint ``final`` is removed."""
+    return final.with_name(f".{final.name}.removed")
+
+
 def candidates(run_dir: Path) -> list[Path]:
     """Return the paths of the run's checkpoints, newest first. They may be damaged."""
     folder = run_dir / FOLDER
@@ -52,10 +57,13 @@ def find(path: Path) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
     sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
-    if final.exists():
-        remove(final)  # rename() does not replace a directory that has files
+    older = _removed_of(final)
+    if final.exists():  # rename() does not replace a directory that has files
+        shutil.rmtree(older, ignore_errors=True)
+        final.rename(older)
     partial.rename(final)
     sync_directory(final.parent)  # so that the rename itself survives a crash
+    shutil.rmtree(older, ignore_errors=True)  # last: it takes long, and a kill meanwhile must leave one of them
 
 
 def mark_best(run_dir: Path, best: Path) -> None:
@@ -78,7 +86,7 @@ def prune(run_dir: Path, keep: set[Path]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a directory atomically: it is renamed to a hidden name first, so that no reader sees half of it."""
-    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
+    hidden = folder if folder.name.startswith(".") else _removed_of(folder)
     with contextlib.suppress(OSError):
         if hidden != folder:
             shutil.rmtree(hidden, ignore_errors=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -191,6 +192,22 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     background.finish()
     checkpoint.restore(checkpoint.OpenFiles(path), checkpoint.read_manifest(path), parameters, solo())
     np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
+
+
+def test_a_checkpoint_is_there_while_the_one_it_replaces_is_removed(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill during the removal, which may take long, must not leave the run without both."""
+    path, found, remove = save(tmp_path, parameters, cursor), [], shutil.rmtree
+
+    def watched(folder: Path, **rest: Any) -> None:
+        if (folder / "manifest.json").exists():
+            found.append(checkpoint.candidates(tmp_path))
+        remove(folder, **rest)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    assert save(tmp_path, parameters, cursor) == path
+    assert found == [[path]] and checkpoints(tmp_path) == [path]
 
 
 def resident_bytes() -> int:
