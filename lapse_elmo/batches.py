@@ -194,7 +194,8 @@ class BatchStream:
         self.boundaries = boundaries
         self.num_all = shards.num_sentences if rest is None else rest.num_all  # sentences of all workers
         self.part = WorkerPart.of(self.num_all, worker, num_workers)
-        self.longest = -(-self.num_all // num_workers)  # sentences of the largest part
+        # Sentences of the largest part; at least one, so that an epoch of which nothing is left has a last step, too.
+        self.longest = max(-(-self.num_all // num_workers), 1)
         self._rest = None if rest is None else rest.of(self.part)
         self._pools: tuple[int, list[Pool]] = (-1, [])  # those of the epoch requested last
 

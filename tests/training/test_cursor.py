@@ -78,6 +78,15 @@ def test_each_sentence_once_through_many_changes(
     assert sorted(number for world in trained for number in world) == list(range(1501))
 
 
+def test_an_epoch_of_which_nothing_is_left_ends(tmp_path: Path) -> None:
+    """Of 16 ranks one has a third sentence, for the eleventh of 15 steps; the run stops after the twelfth."""
+    corpus = prepare(tmp_path, random_sentences(4, 33, 20, (1, 9)), ["w00 w01"])
+    options = [*corpus.options, *TINY, "--first-batch", "3", "--growth-tokens", "0", "--epochs", "2"]
+    with ShardSet.open(corpus.shards) as shards:
+        trained = play(options, [(16, 12), (3, TO_THE_END)], shards)
+    assert sorted(trained[0]) == [*range(33)] and sorted(trained[1]) == [*range(33)]
+
+
 def test_the_same_ranks_take_the_same_batches(tmp_path: Path) -> None:
     corpus = prepare(tmp_path, random_sentences(4, 1501, 20, (1, 9)), ["w00 w01"])
     options = [*corpus.options, *TINY, "--batch-size", "4", "--epochs", "1"]
