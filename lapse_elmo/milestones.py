@@ -23,16 +23,16 @@ class Milestones:
         self.reached: dict[int, int] = dict(saved["reached"]) if saved else {}
         self._left = sorted(tokens for tokens in set(wanted) if tokens > self.num_tokens)
 
-    def add(self, num_tokens: int, step: int, *, settled: bool = True) -> bool:
+    def add(self, num_tokens: int, step: int, *, savable: bool = True) -> bool:
         """Count the tokens of a step; return whether a checkpoint must be saved at this step and kept.
 
         Args:
             num_tokens: Tokens that all ranks have trained in the step.
             step: The number of the step.
-            settled: Whether a checkpoint can be saved at this step; else it waits for the next one at which it can.
+            savable: Whether a checkpoint can be saved at this step; else it waits for the next one at which it can.
         """
         self.num_tokens += num_tokens
-        if not settled:
+        if not savable:
             return False
         passed = [tokens for tokens in self._left if tokens <= self.num_tokens]
         self._left = self._left[len(passed) :]

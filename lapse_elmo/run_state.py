@@ -59,7 +59,8 @@ class RunState:
         """Count a step."""
         self.meter.add(result)
         self.epoch_meter.add(result)
-        self.watch.add(result.nll / max(result.num_targets, 1), result.gradient_norm)
+        if result.num_targets:  # a step in which no rank has a sentence says nothing, and its norm is 0
+            self.watch.add(result.nll / result.num_targets, result.gradient_norm)
 
     def out_of_patience(self, patience: int) -> bool:
         """Return whether none of the last ``patience`` evaluations was better than the best one before; 0: never."""

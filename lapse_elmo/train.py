@@ -172,11 +172,13 @@ class Training:
                 state.add(result)
                 # With --local-steps, what is due waits until the nodes have the same parameters.
                 settled = result.settled
-                milestone = self.milestones.add(result.num_tokens, cursor.step, settled=settled)
+                stopped = settled and result.votes.stop > 0
+                # A save waits for a step that looks good, too, unless there will be no other step.
+                savable = settled and (stopped or not state.watch.suspicious)
+                milestone = self.milestones.add(result.num_tokens, cursor.step, savable=savable)
                 self.refuse_divergence(state.watch.seen())
                 log.step(cursor.step, state.meter)
                 self.saver.poll(result.votes)
-                stopped = settled and result.votes.stop > 0
                 over = settled and (result.votes.end > 0 or cursor.finished)
                 if is_multiple(cursor.step, every.report_every) or over:
                     self.report()
@@ -184,8 +186,8 @@ class Training:
                 perplexity = self.evaluate() if state.evaluation_due and settled and not stopped else None
                 over = over or self.out_of_patience
                 save_due |= result.votes.save > 0 or milestone or is_multiple(cursor.step, every.save_every_steps)
-                save = settled and save_due and not state.watch.suspicious
-                save_due = save_due and not settled
+                save = savable and save_due
+                save_due = save_due and not savable
                 if perplexity is not None or stopped or save:
                     self.save(perplexity)
                 if over or stopped:

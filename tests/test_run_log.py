@@ -23,9 +23,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lapse_elmo.config.training import RunConfig
+from lapse_elmo.divergence import MAX_BAD_STEPS
 from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
 from lapse_elmo.metrics.versions import versions
+from lapse_elmo.run_state import RunState
 from lapse_elmo.step_report import StepResult, Tally
 from tests.mpi import MPIRUN, ROOT, mpirun
 
@@ -193,6 +195,17 @@ def test_terminal_is_seen_through_the_launcher() -> None:
 
 def test_file_is_seen_through_the_launcher() -> None:
     assert mpirun(1, ["-c", IS_TERMINAL]).stdout.strip() == "False"
+
+
+def test_a_step_without_sentences_is_no_evidence_of_divergence() -> None:
+    """Where ranks take turns, an epoch may end with steps of which no rank has a sentence: their norm is 0."""
+    state = RunState()
+    for _ in range(MAX_BAD_STEPS):
+        state.add(RESULT)
+    before = state.watch.plain()
+    for _ in range(100):
+        state.add(dataclasses.replace(RESULT, nll=0.0, num_targets=0, gradient_norm=0.0))
+    assert state.watch.plain() == before
 
 
 def test_meter_without_targets() -> None:

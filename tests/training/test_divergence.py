@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lapse_elmo.divergence import Watch
 from lapse_elmo.errors import TrainingError
 from tests.training.corpora import Prepared, checkpoints, records, train_alone, train_job
 
@@ -36,3 +37,11 @@ def test_the_best_checkpoint_is_kept(small: Prepared, tmp_path: Path) -> None:
     assert good in checkpoints(run_dir) and len(checkpoints(run_dir)) <= 3
     train_alone(small, run_dir, "--epochs", "2", "--batch-size", "4", "--resume", str(good), "--overwrite")
     assert records(run_dir, "epoch")[-1]["heldout/mean_perplexity"] < 43
+
+
+def test_a_save_waits_for_a_good_step(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is due at a step that looks bad is saved after the next good one, and kept if it was to be kept."""
+    monkeypatch.setattr(Watch, "suspicious", property(lambda self: self.steps <= 3 or self.steps == 6))
+    options = ("--max-steps", "12", "--save-every-steps", "6", "--save-at-tokens", "1", "--keep-checkpoints", "2")
+    run_dir = train_alone(small, tmp_path / "run", "--batch-size", "4", *options)
+    assert [path.name for path in checkpoints(run_dir)] == ["step-00000004", "step-00000007", "step-00000012"]
