@@ -21,7 +21,7 @@ from lapse_elmo.parameters import Parameters
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A verified checkpoint with its vocabulary and its config, in which the server's options are the defaults.
+    """A verified checkpoint with its vocabulary and its config, without the options that only training needs.
 
     Its files stay open from their verification until :meth:`parameters` has read them.
     """
@@ -49,7 +49,9 @@ class SavedModel:
         files = OpenFiles(path)
         manifest = verified(files, world)
         config = world.agree(lambda: config_of(manifest, path))
-        config = dataclasses.replace(config, server=ServerConfig())  # independent of the server used in training
+        # Independent of the server used in training, and of options that only some kinds of ranks can train with.
+        training = dataclasses.replace(config.training, local_steps=1, node_sums="fp32")
+        config = dataclasses.replace(config, server=ServerConfig(), training=training)
         vocabulary = world.agree(lambda: VocabularyFile.check(vocab or vocabulary_path(path, config)))
         world.agree(lambda: require_vocabulary(manifest, vocabulary, path))
         return cls(path, files, manifest, config, vocabulary)

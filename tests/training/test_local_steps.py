@@ -14,6 +14,7 @@ from lapse_elmo import checkpoint
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.signals import RESUMABLE
+from lapse_elmo.mpi.world import solo
 from tests.training.conftest import Drive
 from tests.training.corpora import (
     TINY,
@@ -116,3 +117,11 @@ def test_one_node_is_not_changed(small: Prepared, drive: Drive, tmp_path: Path, 
 def test_what_cannot_be_averaged_is_refused(options: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_train(options)
+
+
+def test_what_only_training_needs_is_left_out(small: Prepared, tmp_path: Path) -> None:
+    """Local steps and sums in bfloat16 need ranks on CPUs; to evaluate a model that was trained with them does not."""
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1", "--local-steps", "3", "--node-sums", "bf16")
+    opened = checkpoint.SavedModel.open(str(run_dir), "", solo())
+    opened.files.close()
+    assert (opened.config.training.local_steps, opened.config.training.node_sums) == (1, "fp32")
