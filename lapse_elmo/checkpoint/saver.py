@@ -118,6 +118,8 @@ class Saver:
         self._num_newest = num_newest
         self.best = best
         self._world = world
+        # Of the code that runs, and not of a later checkout in the same place.
+        self._versions = versions() if world.rank == 0 else {}
         self._kept = list(kept)
         self._snapshot = Snapshot()  # of the current save, until it is written
         self._layouts: dict[str, Layout] = {}  # of this node's file of each table
@@ -161,7 +163,7 @@ class Saver:
         self._manifest = {
             "format": FORMAT, "version": VERSION, **vars(cursor.position), "world_size": self._world.size,
             "num_nodes": self._world.num_nodes, **manifest,
-            "best": best, "versions": versions() if self._world.rank == 0 else {},
+            "best": best, "versions": self._versions,
         }
         self._world.agree(lambda: self._guarded(final, lambda: _make(partial_of(final))))
         self._final, self._written = final, False

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import lapse_elmo
-from lapse_elmo import export, train
+from lapse_elmo import checkpoint, export, train
+from lapse_elmo.checkpoint import saver
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError, CorpusError, UserError
@@ -220,3 +221,14 @@ def test_checkpoints_that_stay(small: Prepared, tmp_path: Path) -> None:
         assert step < 7 and f"step-{step:08d}" in names
     assert len(names) <= 3 + 2 + 1
     lapse_elmo.load(checkpoints(run)[0])
+
+
+def test_checkpoints_name_the_versions_that_started(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout that changes during a run is not what the run computes with."""
+    commits = iter(["first", "second", "third"])
+    monkeypatch.setattr(saver, "versions", lambda: {"git_commit": next(commits)})
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "2", "--save-every-steps", "1")
+    found = [checkpoint.read_manifest(path)["versions"] for path in checkpoints(run_dir)]
+    assert found == [{"git_commit": "first"}] * 2
