@@ -147,7 +147,8 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
                         f"--init-accumulators kept: {path} has no state of --dense-optimizer {kind}: give the one that "
                         "the model was trained with, or fresh"
                     )
-                parameters.set_dense(tensor, file[saved][()])
+                if parameters.sets_dense(tensor):  # else another rank of the node reads it
+                    parameters.set_dense(tensor, file[saved][()])
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 

@@ -243,8 +243,12 @@ class Parameters:
 
     def set_dense(self, tensor: torch.Tensor, values: np.ndarray) -> None:
         """Set one of :meth:`dense_tensors`; every rank of a node calls it, and the first one sets what they share."""
-        if self.writes_dense or tensor is self.dense_optimizer.num_steps:
+        if self.sets_dense(tensor):
             tensor.copy_(torch.from_numpy(values))
+
+    def sets_dense(self, tensor: torch.Tensor) -> bool:
+        """Whether this rank sets one of :meth:`dense_tensors`, which may be shared by the node's ranks."""
+        return self.writes_dense or tensor is self.dense_optimizer.num_steps
 
     @property
     def writes_dense(self) -> bool:

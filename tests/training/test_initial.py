@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
+import torch
 
 import lapse_elmo
-from lapse_elmo import checkpoint, export, train
+from lapse_elmo import checkpoint, export, initial, train
 from lapse_elmo.checkpoint import saver
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.corpus.word_vectors import read_word_vectors
 from lapse_elmo.errors import CheckpointError, ConfigError, CorpusError, UserError
 from lapse_elmo.mpi.world import solo
+from lapse_elmo.parameters import Parameters
 from tests.training.conftest import Drive
 from tests.training.corpora import (
     TINY,
@@ -112,6 +115,25 @@ def test_accumulators(small: Prepared, model: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(new[f"{name}/{parameter}"], wanted, rtol=1e-5, atol=1e-9)
             assert abs(wanted).max() > 1e-6 or choice == "fresh"
         assert new["num_steps"] == (old["num_steps"] if choice == "kept" else 0) + 1
+
+
+def test_a_rank_reads_only_the_state_that_it_sets(
+    small: Prepared, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a node share the state, which the first of them reads; each counts the steps for itself."""
+    config = parse_train([*small.options, *TINY])
+    parameters = Parameters(config, 43, solo(), torch.device("cpu"))
+    monkeypatch.setattr(Parameters, "writes_dense", False)
+    read, get = [], h5py.Dataset.__getitem__
+
+    def note(dataset: h5py.Dataset, *rest: Any) -> Any:
+        read.append(dataset.name)
+        return get(dataset, *rest)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", note)
+    initial._keep_dense_state(checkpoints(model)[-1] / "dense.h5", parameters)
+    parameters.server.close()
+    assert read == ["/num_steps"]
 
 
 def test_state_of_another_optimizer_is_refused(small: Prepared, model: Path, tmp_path: Path) -> None:
