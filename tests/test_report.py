@@ -112,6 +112,25 @@ def test_charts_show_the_metrics(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(bands.collections[0].get_array()).T, [[1, 1 / 2, 2 / 6], [1, 1 / 2, 3 / 6]])
 
 
+def test_a_run_that_changes_its_number_of_nodes(tmp_path: Path) -> None:
+    """A run is resumed on one node, then on two: its line of the second node has a gap."""
+    lines = records(2)
+    for number, line in enumerate([*records(1), *records(2)], 3):
+        lines.append({**line, "step": 10 * number})
+    owners = figure_of(lambda axis: _draw_owners(axis, read_run(write(tmp_path / "run", lines), "run"))).axes[0]
+    main = [np.array(line.get_ydata()) for line in owners.lines[::2]]
+    np.testing.assert_array_equal(main, [[12, 12, 18, 18, 12, 12], [6, 6, np.nan, np.nan, 6, 6]])
+
+
+def test_a_line_that_is_not_complete_is_left_out(tmp_path: Path) -> None:
+    """A run may be writing it, or have been killed meanwhile."""
+    folder = write(tmp_path / "run", records(1))
+    whole = read_run(folder, "run")
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "step": 30, "train/lo')
+    assert read_run(folder, "run") == whole
+
+
 def test_metrics_without_tokens_are_drawn_by_steps() -> None:
     lines = [{k: v for k, v in line.items() if k != "train/trained_tokens"} for line in records(1)]
     run = Run("old", [r for r in lines if r["kind"] == "train"], [r for r in lines if r["kind"] == "epoch"], [])

@@ -192,11 +192,13 @@ def _draw_traffic(axis: Axes, run: Run) -> None:
 
 def _draw_owners(axis: Axes, run: Run) -> None:
     steps = [record["step"] for record in run.placed]
-    totals = {
-        kind: np.array([sum(np.sum(record[n][kind], 1) for n in _SEGMENTS) for record in run.placed])
-        for kind in ("main", "replicas")
-    }
-    for node in range(totals["main"].shape[1]):
+    # A run that was resumed may have had other numbers of nodes before: there is no line where a node was not there.
+    totals = {kind: np.full((len(steps), run.num_nodes), np.nan) for kind in ("main", "replicas")}
+    for kind, total in totals.items():
+        for number, record in enumerate(run.placed):
+            rows = sum(np.sum(record[name][kind], 1) for name in _SEGMENTS)
+            total[number, : np.size(rows)] = rows
+    for node in range(run.num_nodes):
         colour = f"C{node % 10}"
         axis.plot(steps, totals["main"][:, node], color=colour, label=f"node {node}")
         axis.plot(steps, totals["replicas"][:, node], ":", color=colour)

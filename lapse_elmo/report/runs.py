@@ -132,7 +132,9 @@ def read_metrics(run_dir: Path) -> Records:
     """
     path = run_dir / METRICS
     try:
-        records = [json.loads(line) for line in read_small(path, _MOST_METRICS_BYTES).decode().splitlines()]
+        text = read_small(path, _MOST_METRICS_BYTES).decode()
+        # What follows the last line break is a line that is being written, or was when the run was killed.
+        records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the directory of a run of bin/train") from None
     except (ValueError, RecursionError):
