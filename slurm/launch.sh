@@ -26,8 +26,8 @@ stalls() {
 
 launch() {
   local step status=0 interrupted=1 before
+  before=$(stalls) # may wait for a file system, and a warning meanwhile must be seen
   if ((warned)); then return 75; fi # there is no time left: as if the program had saved at once
-  before=$(stalls)
   "${launcher[@]}" "$@" &
   step=$!
   # Slurm sends its warning (USR1) only to this script, so it is forwarded. When a job is cancelled, preempted or out of

@@ -80,6 +80,19 @@ def test_what_the_site_sets_is_not_tried(root: Path) -> None:
     assert choose(root, "mpich", "pmi2", "").stdout == "chosen: own --way\n"
 
 
+def test_a_warning_while_stalls_are_counted_is_seen(root: Path) -> None:
+    """The count reads a file, for which it may wait; a job that was warned meanwhile must not start its program."""
+    (root / "slurm" / "site.sh").write_text("launcher=(bash -c)\n")
+    script = """
+        source slurm/launch.sh
+        stalls() { if [[ ! -e warned ]]; then : >warned; kill -USR1 $$; fi; echo 0; }
+        launch 'exit 3'
+    """
+    env = {"PATH": f"{root}/bin", "SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(["bash", "-c", script], cwd=root, env=env, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 75, done.stderr
+
+
 @pytest.mark.parametrize(
     ("version", "family"),
     [
