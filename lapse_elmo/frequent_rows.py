@@ -50,10 +50,11 @@ def num_frequent(config: Config, num_classes: int, shape: Shape) -> tuple[int, i
 def node_use(config: Config, num_classes: int, sentence_positions: float, num_ranks: int) -> NodeUse:
     """Return what a node of ``num_ranks`` ranks uses in a step of full batches of sentences of this length."""
     training, softmax = config.training, config.softmax
+    # The parts of a rank draw as so many ranks do: the same samples, or samples of their own.
+    drawers = training.accumulate * num_ranks if softmax.share_samples == "none" else 1
     return NodeUse(
         num_classes, round(training.batch_size * training.accumulate * sentence_positions), num_ranks,
-        softmax.num_samples, training.accumulate * (num_ranks if softmax.share_samples == "none" else 1),
-        softmax.distribution, softmax.replacement,
+        softmax.num_samples, drawers, softmax.distribution, softmax.replacement,
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lapse_elmo import native
-from lapse_elmo.frequent_rows import frequent_in
+from lapse_elmo.config.training import parse_train
+from lapse_elmo.frequent_rows import frequent_in, node_use
 from lapse_elmo.ps.rows import SOURCE
+from lapse_elmo.ps.sampling import Distribution, Sampler
 from lapse_elmo.traffic import NodeUse, row_traffic
 from tests.simulator.scale import Counts, Workload, count
 
@@ -63,6 +65,18 @@ def test_frequent_rows_are_not_sent() -> None:
     all_bytes = counted_and_expected("mixed", 4)[0].sent_bytes
     counts, _, num_bytes = counted_and_expected("mixed", 4, frequent=frequent)
     assert num_bytes == pytest.approx(counts.sent_bytes, rel=0.1) and counts.sent_bytes < 0.65 * all_bytes
+
+
+@pytest.mark.parametrize(("sharing", "drawers"), [("node", 1), ("job", 1), ("none", 6)])
+def test_the_parts_of_a_rank_draw_as_ranks_do(sharing: str, drawers: int) -> None:
+    """Two ranks of three parts each: at a step they draw so many different samples, which is what a plan counts."""
+    samplers = [
+        Sampler(Distribution("uniform", 10**6), "preloc", False, 1, rank, 0, sharing, parts=3) for rank in range(2)
+    ]
+    step = 5
+    drawn = {tuple(sampler.draw(3 * step + part, 9).tolist()) for sampler in samplers for part in range(3)}
+    config = parse_train(["--accumulate", "3", "--share-samples", sharing])
+    assert len(drawn) == drawers == node_use(config, 10**6, 27, 2).drawers
 
 
 def test_one_node_sends_nothing() -> None:
