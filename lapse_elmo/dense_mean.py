@@ -18,7 +18,7 @@ from lapse_elmo.mpi.world import World
 _START_S = 60.0
 # How late a rank may be for a sum. By default NCCL aborts the job after 10 minutes, even if the rank only waits for its
 # file system, or all ranks were suspended; finding ranks that hang is the watchdog's task. (As milliseconds, 31 bits.)
-_LONGEST = datetime.timedelta(days=20)
+_LONGEST_S = 20 * 24 * 3600
 
 
 class DenseMean(Protocol):
@@ -160,8 +160,8 @@ class TorchMean:
         """
         world, device = self._world, self._flat.device
         dist.init_process_group(
-            backend, store=self._store, rank=world.rank, world_size=world.size, timeout=_LONGEST,
-            device_id=device if device.type == "cuda" else None,
+            backend, store=self._store, rank=world.rank, world_size=world.size,
+            device_id=device if device.type == "cuda" else None, timeout=datetime.timedelta(seconds=_LONGEST_S),
         )
         trial = torch.full((2,), world.rank + 1.0, device=device)
         dist.all_reduce(trial)
