@@ -170,7 +170,7 @@ def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) ->
         rows.clear()
         vectors.clear()
 
-    for word, vector in read_word_vectors(path, table.size):
+    for word, vector in world.progress.counted(read_word_vectors(path, table.size)):
         if word in known:
             row = vocabulary.encode([word])[0] - 1
             if row // _CHUNK_ROWS % world.size == world.rank:
