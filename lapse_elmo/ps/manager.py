@@ -287,7 +287,8 @@ class Manager:
                 refresh = new(
                     Refresh, self.mailbox.transport, segment=state.number, node=self.node, rows=rows, width=width
                 )
-                state.rows.pull(rows, refresh.values)
+                missing = state.rows.pull(rows, refresh.values)
+                assert not missing.size, "a replica is to be refreshed of a row that is not here"
                 self._send(message.node, refresh)
                 state.stats.synchronised_rows += rows.size
                 yield

@@ -195,7 +195,8 @@ class Moves:
             rows = rows[state.intents[rows] == 0]
             for chunk in chunks(rows.size, state.segment.row_width):
                 some = rows[chunk]
-                unused = some[state.intents[some] == 0]
+                # Again for each chunk: another node may have got replicas while this job waited for room.
+                unused = some[(state.intents[some] == 0) & (state.holders.num_holders[some] == 1)]
                 if unused.size:
                     state.holders.remove(unused, holder)
                     self._relocate(state, unused, holder)
@@ -233,7 +234,8 @@ class Moves:
             Replicate, self._transport, segment=state.number, node=self._node, rows=rows, stamps=state.stamps[rows],
             width=state.segment.row_width,
         )
-        state.rows.pull(rows, message.values)
+        missing = state.rows.pull(rows, message.values)
+        assert not missing.size, "a row that is not here is to be replicated"
         self._send(receiver, message)
 
     # Receiving rows

@@ -173,6 +173,7 @@ class SegmentState:
 
     def give_main(self, rows: np.ndarray, receiver: int, out: np.ndarray) -> np.ndarray:
         """Move main copies into ``out`` (n, row_width) for ``receiver``; return their new owner stamps (n,)."""
+        assert self.rows.all_owned(rows), "a row that is not here is to be given"
         slots = self.rows.slots[rows].copy()
         stamps = stamp(epoch_of(self.stamps[rows]) + 1, receiver)
         self.rows.take(rows, out)

@@ -136,6 +136,11 @@ MUTANTS = (
         "rows = state.holders.rows_of(holder)",
     ),
     Mutant(
+        "rows that others have got meanwhile are promoted", "moves.py",
+        "(state.intents[some] == 0) & (state.holders.num_holders[some] == 1)",
+        "state.intents[some] == 0",
+    ),
+    Mutant(
         "promoted rows stay replicated", "moves.py",
         "                    state.holders.remove(unused, holder)\n",
         "",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lapse_elmo.ps import ring, wire
+from lapse_elmo.ps import mailbox, ring, wire
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.rules import Rule
 from lapse_elmo.ps.sampling import SCHEMES
@@ -44,6 +44,7 @@ class Schedule:
     alone: bool = False  # worker 0 alone has rows moved
     poll_s: float = 4e-4
     outgoing_scale: int = 1
+    merged_bytes: int = 1 << 16  # smaller messages wait for others and are sent together
     hot: bool = False  # all workers announce, push and pull the same rows in each clock, as training does
 
     @classmethod
@@ -51,7 +52,7 @@ class Schedule:
         """Return the schedule of ``seed``."""
         random = Random(seed)
         nodes = random.choice((2, 2, 2, 3, 3, 4))
-        return cls(
+        schedule = cls(
             seed=seed,
             technique=random.choice(("adaptive", "adaptive", "relocation", "replication", "static")),
             scheme=random.choice(SCHEMES),
@@ -73,21 +74,26 @@ class Schedule:
             outgoing_scale=random.choice((1, 1, 1 << 20)),
             hot=random.random() < 0.2,
         )
+        if Random(f"{seed} room").random() < 0.25:
+            # Jobs send row by row and wait for room after each, so that whatever else comes may come in between.
+            return dataclasses.replace(schedule, chunk_bytes=16, merged_bytes=1 << 6, outgoing_scale=1 << 20)
+        return schedule
 
     def smaller(self) -> Iterator[Schedule]:
         """Yield simpler schedules of the same seed, the greatest simplifications first."""
         simplest: tuple[tuple[str, tuple[object, ...]], ...] = (
             ("phases", (1,)), ("num_nodes", (2, 3)), ("workers_per_node", (1,)), ("num_rows", (1, 3, 8)),
             ("clocks_per_phase", (1, 2, 3)), ("calls_per_clock", (1, 2)), ("scheme", ("naive",)),
-            ("outgoing_scale", (1,)), ("chunk_bytes", (1 << 20,)), ("ring_bytes", (1 << 14,)), ("crowded", (False,)),
-            ("stall_share", (0.0,)), ("preemption", (0.0,)), ("slow_share", (0.0,)),
-            ("hot", (False,)),
+            ("outgoing_scale", (1,)), ("merged_bytes", (1 << 16,)), ("chunk_bytes", (1 << 20,)),
+            ("ring_bytes", (1 << 14,)), ("crowded", (False,)), ("stall_share", (0.0,)), ("preemption", (0.0,)),
+            ("slow_share", (0.0,)), ("hot", (False,)),
         )
         for name, values in simplest:
             present: Any = getattr(self, name)
             for value in values:
                 simpler: Any = value
-                if simpler != present and (name in ("scheme", "chunk_bytes", "ring_bytes") or simpler < present):
+                larger = name in ("scheme", "merged_bytes", "chunk_bytes", "ring_bytes")  # values that are not smaller
+                if simpler != present and (larger or simpler < present):
                     yield dataclasses.replace(self, **{name: simpler})
 
     def __str__(self) -> str:
@@ -145,12 +151,13 @@ def run(schedule: Schedule, *, repeat_polls: bool = True) -> Result:
 @contextmanager
 def _sizes(schedule: Schedule) -> Iterator[None]:
     """Make messages and rings so small that a few rows need several."""
-    before = wire.CHUNK_BYTES, ring.RING_BYTES
+    before = wire.CHUNK_BYTES, ring.RING_BYTES, mailbox._MERGED_BYTES
     wire.CHUNK_BYTES, ring.RING_BYTES = schedule.chunk_bytes, schedule.ring_bytes
+    mailbox._MERGED_BYTES = schedule.merged_bytes
     try:
         yield
     finally:
-        wire.CHUNK_BYTES, ring.RING_BYTES = before
+        wire.CHUNK_BYTES, ring.RING_BYTES, mailbox._MERGED_BYTES = before
 
 
 def shrink(schedule: Schedule, tries: int = 300) -> Schedule:
