@@ -64,7 +64,7 @@ class Schedule:
             calls_per_clock=random.choice((1, 2, 2, 5)),
             staleness=random.choice((2, 2, 3, 4)),
             chunk_bytes=random.choice((1 << 20, 40)),
-            ring_bytes=random.choice((1 << 14, 1 << 11)),
+            ring_bytes=random.choice((1 << 14, 1 << 10, 1 << 9)),  # of those below 1 << 11 some are full at times
             slow_share=random.choice((0.0, 0.1, 0.5)),
             preemption=random.choice((0.0, 0.1, 0.4)),
             stall_share=random.choice((0.0, 0.01, 0.05)),

@@ -300,6 +300,8 @@ class Worker:
         self.server.pull(keys, out)
         require_equal(out.T, self.ledger.begun)
         if (self.schedule.seed + phase) % 3 == 0:
+            if not self.schedule.alone or self.rank == 0:  # let rows move meanwhile
+                self.server.intent(self.rows(), self.server.clock, self.server.clock + 1)
             mine = self.server.owned_rows("counts")
             everybody = np.concatenate(self.world.allgather(mine))
             require_equal(np.sort(everybody), keys)
