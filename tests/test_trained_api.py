@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from lapse_elmo import trained
-from lapse_elmo.trained import SentenceScore, Totals, module
+from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.export import elmo
+from lapse_elmo.model.bilm import BiLM, BiLMOptions
+from lapse_elmo.trained import SentenceScore, StoredModel, Totals, module
+from lapse_elmo.trained.opening import open_stored
+from lapse_elmo.trained.stored import ArrayTable
+
+
+def stored_model(seed: int, **sizes: Any) -> StoredModel:
+    options = BiLMOptions(projection_size=2, cell_size=3, num_layers=1, **sizes)
+    model = BiLM(options, torch.Generator().manual_seed(seed))
+    dense = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    rows = np.full((5, 2), seed, np.float32)
+    return StoredModel(
+        Path("in memory"), "none", options, True, Vocabulary.from_words(["a", "b"]), ArrayTable(rows),
+        ArrayTable(rows, rows[:, 0]), lambda: dense,
+    )
 
 
 def test_every_public_class_and_method_has_an_example() -> None:
@@ -35,3 +55,13 @@ def test_bits_per_character_of_different_vocabularies() -> None:
     nothing = totals([True, True], [1, 1], 1)  # a model that knows no word, and is sure of that
     assert nothing.perplexity == 1 and nothing.bits_per_character == pytest.approx((3 + 6) * 3 / 9)
     assert np.isnan(Totals().bits_per_character) and np.isnan(Totals().spelling_bits_per_character)
+
+
+def test_an_export_without_clipping_does_not_clip_to_zero(tmp_path: Path) -> None:
+    """TensorFlow's cell, which bilm-tf uses, leaves out the clip for null alone; for 0 all its outputs would be 0."""
+    stored = stored_model(1, cell_clip=0.0, projection_clip=0.0)
+    lstm = elmo.bilm_options(stored, stored.vocabulary)["lstm"]
+    assert (lstm["cell_clip"], lstm["proj_clip"]) == (None, None)
+    elmo.write(stored, tmp_path / "out", overwrite=False)
+    again = open_stored(tmp_path / "out").options
+    assert (again.cell_clip, again.projection_clip) == (0.0, 0.0)

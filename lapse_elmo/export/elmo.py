@@ -1,7 +1,8 @@
 """Export a model in bilm-tf's format, which AllenNLP reads too.
 
 ``options.json``
-    Hyperparameters under bilm-tf's names. The absence of ``char_cnn`` marks a model of word vectors. The table
+    Hyperparameters under bilm-tf's names. The absence of ``char_cnn`` marks a model of word vectors. ``cell_clip`` and
+    ``proj_clip`` are null in a model that does not clip. The table
     ``lapse_elmo`` has entries without a counterpart in bilm-tf: whether sentences have boundaries, and the SHA-256 of
     ``vocab.txt``.
 ``weights.hdf5``
@@ -104,7 +105,9 @@ def bilm_options(stored: StoredModel, vocabulary: Vocabulary) -> dict[str, Any]:
         "bidirectional": True,
         "lstm": {
             "dim": sizes.cell_size, "projection_dim": sizes.projection_size, "n_layers": sizes.num_layers,
-            "cell_clip": sizes.cell_clip, "proj_clip": sizes.projection_clip, "use_skip_connections": True,
+            # TensorFlow's cell clips to the interval [-0, 0] if it is given 0, and not at all if it is given null.
+            "cell_clip": sizes.cell_clip or None, "proj_clip": sizes.projection_clip or None,
+            "use_skip_connections": True,
         },
         "n_tokens_vocab": vocabulary.size, "n_train_tokens": stored.about.get("num_train_tokens") or 0,
         OWN: {
