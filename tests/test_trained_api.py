@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 
 from lapse_elmo import trained
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.export import elmo
+from lapse_elmo.export import elmo, huggingface
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.trained import SentenceScore, StoredModel, Totals, module
 from lapse_elmo.trained.opening import open_stored
 from lapse_elmo.trained.stored import ArrayTable
+
+OLD_RUN = Path(__file__).parent / "training" / "version_2" / "one"
 
 
 def stored_model(seed: int, **sizes: Any) -> StoredModel:
@@ -65,3 +68,30 @@ def test_an_export_without_clipping_does_not_clip_to_zero(tmp_path: Path) -> Non
     elmo.write(stored, tmp_path / "out", overwrite=False)
     again = open_stored(tmp_path / "out").options
     assert (again.cell_clip, again.projection_clip) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("format_", [elmo, huggingface])
+def test_an_opened_export_stays_the_same_when_it_is_replaced(tmp_path: Path, format_: Any) -> None:
+    """Its tables are mapped at once, so its LSTM, which is read later, must not be that of the new files."""
+    old = stored_model(1, context="mix")
+    format_.write(old, tmp_path / "out", overwrite=False)
+    opened = open_stored(tmp_path / "out")
+    assert opened.kind == ("bilm-tf files" if format_ is elmo else "Hugging Face directory")
+    format_.write(stored_model(2, context="mix"), tmp_path / "out", overwrite=True)
+    np.testing.assert_array_equal(opened.embedding.weights(np.arange(5)), old.embedding.weights(np.arange(5)))
+    assert opened.dense.keys() == old.dense.keys()
+    for name, array in old.dense.items():
+        np.testing.assert_allclose(opened.dense[name], array, atol=1e-6)
+    assert not opened.bilm().training
+
+
+def test_an_opened_checkpoint_can_be_removed(tmp_path: Path) -> None:
+    """A run that trains on removes its older checkpoints."""
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    opened = open_stored(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    expected = open_stored(OLD_RUN).dense
+    assert opened.dense.keys() == expected.keys() and expected
+    for name, array in expected.items():
+        np.testing.assert_array_equal(opened.dense[name], array)
+    assert not opened.bilm().training

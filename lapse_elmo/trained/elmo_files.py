@@ -23,7 +23,7 @@ from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.errors import CheckpointError, ConfigError
 from lapse_elmo.inputs import MOST_JSON_BYTES, read_small, require_regular
 from lapse_elmo.model.bilm import BiLMOptions
-from lapse_elmo.trained.stored import ArrayTable, StoredModel, own_entries
+from lapse_elmo.trained.stored import ArrayTable, StoredModel, mapped, own_entries
 
 #: The version of the table of ``options.json`` with lapse-elmo's own entries.
 OWN_VERSION = 1
@@ -72,19 +72,21 @@ def open_elmo_files(
                 raise _characters(folder)
             sizes = _sizes(options, folder, "mix" if "mix" in file else "top")
             _check_dense(file, sizes, weights)
-            softmax = _softmax(file, weights, order)
-            table = _mapped(file, "embedding", weights) if "embedding" in file else None
+            content = np.memmap(weights, np.uint8, "r")
+            softmax = _softmax(file, content, weights, order)
+            table = _table(file, content, "embedding", weights) if "embedding" in file else None
+            dense = _map_dense(file, content, sizes)
         if table is None:
             other = Path(embedding) if embedding else _the_only(folder, "embedding.hdf5", "*embedding*.hdf5")
             require_regular(other)
             with h5py.File(other, "r") as file:
-                table = _mapped(file, "embedding", other)
+                table = _table(file, np.memmap(other, np.uint8, "r"), "embedding", other)
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}") from None
     about = {"num_train_tokens": options.get("n_train_tokens"), **own}
     return StoredModel(
         folder, "bilm-tf files", sizes, own.get("boundaries", True), vocabulary, ArrayTable(table, order=order),
-        softmax, lambda: _read_dense(sizes, weights), about,
+        softmax, lambda: _read_dense(sizes, dense), about,
     )
 
 
@@ -155,21 +157,18 @@ def line_order(vocabulary: Vocabulary, path: Path) -> np.ndarray | None:
     return np.concatenate([np.array(lines, np.int64), others])
 
 
-def _mapped(file: h5py.File, name: str, path: Path) -> np.ndarray:
-    """Return a dataset (V, D), memory-mapped if it is uncompressed float32, otherwise read into memory."""
+def _table(file: h5py.File, content: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """Return a dataset (V, D), memory-mapped if possible."""
     dataset = file[name]
     if dataset.ndim != 2:
         raise CheckpointError(f"{path}: {name} has shape {dataset.shape}, expected (words, size)")
-    offset = dataset.id.get_offset()
-    if offset is not None and dataset.dtype == np.float32:
-        return np.memmap(path, np.float32, "r", offset, dataset.shape)
-    return np.asarray(dataset[:], np.float32)
+    return mapped(dataset, content)
 
 
-def _softmax(file: h5py.File, path: Path, order: np.ndarray | None) -> ArrayTable | None:
+def _softmax(file: h5py.File, content: np.ndarray, path: Path, order: np.ndarray | None) -> ArrayTable | None:
     if "softmax/W" not in file:
         return None
-    array, bias = _mapped(file, "softmax/W", path), file["softmax/b"][:]
+    array, bias = _table(file, content, "softmax/W", path), file["softmax/b"][:]
     if bias.shape != array.shape[:1]:
         raise CheckpointError(f"{path}: softmax/b has shape {bias.shape}, expected {array.shape[:1]}")
     return ArrayTable(array, bias, order)
@@ -201,27 +200,35 @@ def _check_dense(file: h5py.File, sizes: BiLMOptions, path: Path) -> None:
                 )
 
 
-def _read_dense(sizes: BiLMOptions, path: Path) -> dict[str, np.ndarray]:
+def _map_dense(file: h5py.File, content: np.ndarray, sizes: BiLMOptions) -> dict[str, np.ndarray]:
+    """Return the LSTM's weights as stored, memory-mapped: by our prefix and bilm-tf's name, ``mix/`` as in the file."""
+    found = {
+        f"{prefix}/{name}": mapped(file[f"{group}/{name}"], content)
+        for prefix, group in _groups(sizes, file) for name in ("W_0", "B", "W_P_0")
+        if name != "W_P_0" or f"{group}/{name}" in file
+    }
+    if sizes.context == "mix":
+        found |= {f"mix/{name}": mapped(file[f"mix/{name}"], content) for name in ("scalars", "gamma")}
+    return found
+
+
+def _read_dense(sizes: BiLMOptions, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the LSTM's parameters under the names of :class:`~lapse_elmo.model.lstm.FusedElmoLstm`."""
     size, cell = sizes.projection_size, sizes.cell_size
     found: dict[str, np.ndarray] = {}
-    try:
-        with h5py.File(path, "r") as file:
-            for prefix, group in _groups(sizes, file):
-                gates = reordered(np.asarray(file[f"{group}/W_0"][:], np.float32).T)
-                bias = reordered(np.array(file[f"{group}/B"][:], np.float32))
-                bias[cell : 2 * cell] += 1
-                projection = np.eye(size, dtype=np.float32)  # bilm-tf omits the projection unless D < C
-                if f"{group}/W_P_0" in file:
-                    projection = np.asarray(file[f"{group}/W_P_0"][:], np.float32).T
-                found[f"{prefix}.input_linearity.weight"] = gates[:, :size]
-                found[f"{prefix}.state_linearity.weight"] = gates[:, size:]
-                found[f"{prefix}.state_linearity.bias"] = bias
-                found[f"{prefix}.state_projection.weight"] = projection
-            if sizes.context == "mix":
-                found |= {f"mix.{name}": file[f"mix/{name}"][:] for name in ("scalars", "gamma")}
-    except H5_ERRORS as error:
-        raise CheckpointError(f"cannot read the weights in {path}: {error}") from None
+    for prefix in (name.removesuffix("/W_0") for name in stored if name.endswith("/W_0")):
+        gates = reordered(stored[f"{prefix}/W_0"].T)
+        bias = reordered(stored[f"{prefix}/B"])
+        bias[cell : 2 * cell] += 1
+        projection = np.eye(size, dtype=np.float32)  # bilm-tf omits the projection unless D < C
+        if f"{prefix}/W_P_0" in stored:
+            projection = np.array(stored[f"{prefix}/W_P_0"].T)
+        found[f"{prefix}.input_linearity.weight"] = gates[:, :size]
+        found[f"{prefix}.state_linearity.weight"] = gates[:, size:]
+        found[f"{prefix}.state_linearity.bias"] = bias
+        found[f"{prefix}.state_projection.weight"] = projection
+    if sizes.context == "mix":
+        found |= {name.replace("/", "."): np.array(stored[name]) for name in ("mix/scalars", "mix/gamma")}
     return found
 
 

@@ -51,7 +51,7 @@ def open_huggingface_files(folder: Path) -> StoredModel:
     except (KeyError, TypeError, ConfigError, ValueError, IndexError) as error:
         raise CheckpointError(f"{folder} is damaged: {CONFIG} or {WEIGHTS} has no usable {error}") from None
     return StoredModel(
-        folder, "Hugging Face folder", options, bool(config.get("boundaries", True)), vocabulary, embedding, softmax,
+        folder, "Hugging Face directory", options, bool(config.get("boundaries", True)), vocabulary, embedding, softmax,
         lambda: tensors, {"num_train_tokens": config.get("num_train_tokens"), **own},
     )
 

@@ -32,7 +32,7 @@ from lapse_elmo.model.bilm import BiLMOptions
 from lapse_elmo.mpi.world import World
 from lapse_elmo.trained.elmo_files import holds_elmo_files, open_elmo_files
 from lapse_elmo.trained.huggingface_files import holds_huggingface_files, open_huggingface_files
-from lapse_elmo.trained.stored import StoredModel
+from lapse_elmo.trained.stored import StoredModel, mapped
 
 
 def open_stored(
@@ -93,19 +93,29 @@ def open_checkpoint(
     with contextlib.nullcontext(files) if files is not None else OpenFiles(path) as opened:
         embedding = SavedTable(opened, manifest, "embedding", vocabulary.size, size)
         softmax = SavedTable(opened, manifest, "softmax", vocabulary.size, size + 1)
+        dense = _map_dense(opened, path / DENSE)
     return StoredModel(
         path, "checkpoint", options, config.data.boundaries, vocabulary, embedding, softmax,
-        lambda: _read_dense(path / DENSE), about,
+        lambda: {name: np.array(array) for name, array in dense.items()}, about,
     )
 
 
-def _read_dense(path: Path) -> dict[str, np.ndarray]:
+def _map_dense(files: OpenFiles, path: Path) -> dict[str, np.ndarray]:
+    """Return the dense parameters by name, memory-mapped.
+
+    Mapped at once, as the tables are, although they are read later: a run that trains on removes the checkpoint.
+    """
     found: dict[str, np.ndarray] = {}
+
+    def add(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = mapped(item, content)
+
     try:
-        with h5py.File(path, "r") as file:
-            file["parameters"].visititems(
-                lambda name, item: found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
-            )
+        stored = files.get(DENSE)
+        content = np.memmap(stored, np.uint8, "r")
+        with h5py.File(stored, "r") as file:
+            file["parameters"].visititems(add)
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     return found

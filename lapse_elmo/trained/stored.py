@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import h5py
 import numpy as np
 import torch
 
@@ -57,6 +58,20 @@ def own_entries(content: dict[str, Any], newest: int, path: Path) -> dict[str, A
     return own
 
 
+def mapped(dataset: h5py.Dataset, content: np.ndarray) -> np.ndarray:
+    """Return a dataset as a view of its file if it is uncompressed float32; otherwise read it into memory.
+
+    Args:
+        dataset: The dataset.
+        content: The bytes of its file (uint8), memory-mapped. They stay if the file is removed, or replaced by another
+            of its name. One map per file, since each map keeps a file descriptor.
+    """
+    offset = dataset.id.get_offset()
+    if offset is not None and dataset.dtype == np.float32:
+        return content[offset : offset + dataset.nbytes].view(np.float32).reshape(dataset.shape)
+    return np.asarray(dataset[()], np.float32)
+
+
 class ArrayTable:
     """A table backed by an array, which may be memory-mapped.
 
@@ -95,7 +110,8 @@ class StoredModel:
         vocabulary: The model's vocabulary of V classes.
         embedding: (V, D).
         softmax: (V, D + 1), the bias in the last column; None if the files have no softmax.
-        read_dense: Function that reads :attr:`dense` at first use, so that opening a large model is fast.
+        read_dense: Function that reads :attr:`dense` at first use, so that opening a large model is fast. It reads what
+            was there when the model was opened, as the tables do.
         about: Metadata, if known: ``step``, ``num_train_tokens`` (of the corpus), ``num_trained_tokens`` (in all
             epochs), ``results``, ``versions``, ``config``.
 
