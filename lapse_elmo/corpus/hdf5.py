@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 from collections.abc import Iterable
 from types import TracebackType
@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from lapse_elmo.corpus.files import DeferredErrorFile
+from lapse_elmo.errors import in_one_line
 
 _CHUNK_BYTES = 1 << 20
 
@@ -80,12 +81,17 @@ class Hdf5Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        flushes = [functools.partial(self._flush, name) for name in self._pending] if kind is None else []
+        failure: Exception | None = None
         try:
-            with contextlib.suppress(OSError, RuntimeError):
-                for name in list(self._pending) if kind is None else ():
-                    self._flush(name)
-                self._file.close()
+            for step in (*flushes, self._file.close):  # HDF5 must close the file also after a failure
+                try:
+                    step()
+                except (OSError, RuntimeError) as caught:
+                    failure = failure or caught
             if kind is None:
-                self._sink.finish()
+                self._sink.finish()  # raises the error of a failed write, which says more than HDF5's own
+                if failure is not None:
+                    raise OSError(in_one_line(failure))
         finally:
             self._sink.close()
