@@ -51,7 +51,8 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     """Yield a hidden temporary name in the directory of ``path``; rename it to ``path`` when the block ends.
 
     The block creates a file or a directory under the temporary name and flushes it to the disk. Readers of ``path``
-    therefore see either the complete new output or, after an error or a kill, the old one.
+    therefore see either the complete new output or, after an error or a kill, the old one; a directory that is replaced
+    is missing for a moment.
 
     Raises:
         OutputError: ``path`` exists and ``overwrite`` is false, or the block raised an OSError.
@@ -61,10 +62,16 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     hidden, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(hidden)  # of a process that was killed and had our number, as in a container, where numbers are small
         yield hidden
-        if hidden.is_dir() and path.is_dir():  # rename() cannot replace a directory that is not empty
-            path.rename(old)
-        os.replace(hidden, path)
+        try:
+            if hidden.is_dir() and path.is_dir():  # rename() cannot replace a directory that is not empty
+                path.rename(old)
+            os.replace(hidden, path)
+        except BaseException:  # also an interrupt: the old output must come back, not be removed below
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
         sync_directory(path.parent)
     except OSError as error:
         raise write_failed(path, error) from None

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from lapse_elmo.corpus.files import atomic_output
 from lapse_elmo.corpus.hdf5 import Hdf5Output
+from lapse_elmo.errors import OutputError
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_an_old_directory_comes_back_if_the_new_one_cannot_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").touch()
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises((OutputError, KeyboardInterrupt)), atomic_output(path, overwrite=True) as hidden:
+        hidden.mkdir()
+    assert [found.relative_to(tmp_path) for found in tmp_path.rglob("*")] == [Path("out"), Path("out/old")]
 
 
 def test_an_error_of_hdf5_itself_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +42,11 @@ def test_an_error_of_hdf5_itself_is_not_lost(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(h5py.Dataset, "resize", fail)
     with h5py.File(tmp_path / "out") as closed:
         assert closed["means"].shape == (0, 3)
+
+
+def test_what_a_killed_process_of_our_number_has_left_is_replaced(tmp_path: Path) -> None:
+    (left := tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    (left / "half").touch()
+    with atomic_output(tmp_path / "out") as hidden:
+        hidden.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
