@@ -127,7 +127,7 @@ class Staging:
             if directory is None:
                 directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
                 self._lock = open(directory / "lock", "wb")  # noqa: SIM115 (held until the end)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_if_possible(self._lock)
         except OSError as error:
             raise write_failed(self._display_name, error) from None
         return directory
@@ -169,6 +169,20 @@ def _check_replaceable(directory: Path, display_name: str) -> None:
             f"{display_name} holds files that this program does not make (such as {others[0]}), so --overwrite "
             "does not replace it; choose another --output"
         )
+
+
+def _lock_if_possible(file: BinaryIO) -> None:
+    """Lock the file of a new hidden directory, if the file system has locks.
+
+    Where it has none, as Lustre mounted without ``flock``, no run can tell whether another one is active: each leaves
+    the directories of the others alone, and a killed run is not resumed.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def _lock_if_dead(directory: str) -> BinaryIO | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from lapse_elmo.corpus import text
 from preprocess import shards as command
+from preprocess import staging
 from tests.mpi import ROOT, Job
 from tests.preprocess.texts import sentences, shards, tree, vocab, write
 
@@ -162,4 +164,22 @@ def test_an_interrupted_run_keeps_its_parts_and_an_error_does_not(
     with pytest.raises(command.ConfigError, match="cannot fill 99 shards"):
         shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3, num_heldout_shards=99)
     assert "resumes: 3 of 4 chunks" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_system_without_locks(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program works, and does not touch what may belong to a run that is active."""
+    train, heldout, vocabulary = corpus
+    left = kill(corpus, tmp_path / "out", IN_THIRD_CHUNK)
+    before = tree(left)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    output = shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3)
+    assert tree(left) == before
+    monkeypatch.undo()
+    shutil.rmtree(left)
+    assert tree(output) == tree(shards(train, [heldout], vocabulary, tmp_path / "fresh", num_shards=3))
     assert not list(tmp_path.glob(".*"))
