@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -24,6 +25,7 @@ from lapse_elmo.mpi.world import World
 
 T = TypeVar("T")
 
+_CHECK_S = 1.0  # thousands of ranks that ask a file server after each block would keep it from all else
 _GENERATED = re.compile(r"(train|heldout)-\d+-of-\d+\.(h5|txt)|SOURCES\.txt")
 
 
@@ -55,6 +57,7 @@ class Staging:
         self._kept = kept
         self.directory = world.agree(self._create)
         self._flag = self.directory / "failed"
+        self._next_check = 0.0
 
     def __enter__(self) -> Staging:
         return self
@@ -98,8 +101,11 @@ class Staging:
 
     def check(self) -> None:
         """Stop if another rank failed; to be called from time to time in a long phase."""
-        if self._world.size > 1 and self._flag.exists():
-            raise _Stopped("another rank failed")
+        now = time.monotonic()
+        if self._world.size > 1 and now >= self._next_check:
+            self._next_check = now + _CHECK_S
+            if self._flag.exists():
+                raise _Stopped("another rank failed")
 
     def publish(self, name: str) -> None:
         """Rename ``name``, a file or directory in the hidden directory, to the output."""

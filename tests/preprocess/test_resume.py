@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.corpus import text
+from lapse_elmo.errors import UserError
+from lapse_elmo.mpi.world import solo
 from preprocess import shards as command
 from preprocess import staging
 from tests.mpi import ROOT, Job
@@ -183,3 +185,23 @@ def test_a_file_system_without_locks(corpus: Corpus, tmp_path: Path, monkeypatch
     shutil.rmtree(left)
     assert tree(output) == tree(shards(train, [heldout], vocabulary, tmp_path / "fresh", num_shards=3))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_file_server_is_not_asked_at_each_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, asked = solo(), []
+
+    def exists(path: Path) -> bool:
+        asked.append(path)
+        return len(asked) == 2
+
+    with staging.Staging(world, str(tmp_path / "out"), overwrite=False) as current:
+        world.size = 2
+        monkeypatch.setattr(Path, "exists", exists)
+        for _ in range(1000):
+            current.check()
+        assert asked == [current.directory / "failed"]
+        monkeypatch.setattr(staging, "_CHECK_S", 0.0)
+        current._next_check = 0.0
+        with pytest.raises(UserError, match="another rank failed"):
+            current.check()
+        world.size = 1
