@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.trained import SentenceScore, StoredModel, Totals, module
 from lapse_elmo.trained.opening import open_stored
 from lapse_elmo.trained.stored import ArrayTable
+from lapse_elmo.trained.targets import TargetVectors
 
 OLD_RUN = Path(__file__).parent / "training" / "version_2" / "one"
 
@@ -95,3 +97,18 @@ def test_an_opened_checkpoint_can_be_removed(tmp_path: Path) -> None:
     for name, array in expected.items():
         np.testing.assert_array_equal(opened.dense[name], array)
     assert not opened.bilm().training
+
+
+def test_an_archive_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def noted(handle: int) -> None:
+        fsync(handle)
+        synced.append(os.fstat(handle).st_size)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with TargetVectors(tmp_path / "a.npz", ["a", "b"], (2,)) as archive:
+        archive.add(["a", "c", "a"], np.arange(4, dtype=np.float32).reshape(2, 2))
+    assert synced == [(tmp_path / "a.npz").stat().st_size]
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["a"].tolist() == [[0, 1], [2, 3]] and found["b"].shape == (0, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import zipfile
@@ -93,12 +94,15 @@ class TargetVectors:
         self._pending, self._pending_bytes = {}, 0
 
     def _write(self) -> None:
-        with zipfile.ZipFile(self._path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for word, count in self._counts.items():
-                header = {"descr": "<f4", "fortran_order": False, "shape": (count, *self._shape)}
-                with archive.open(zipfile.ZipInfo(f"{word}.npy"), "w", force_zip64=True) as entry:
-                    np.lib.format.write_array_header_1_0(entry, header)
-                    stored = self._folder / str(self._file_numbers[word])
-                    if stored.exists():
-                        with open(stored, "rb") as file:
-                            shutil.copyfileobj(file, entry, 1 << 20)
+        with open(self._path, "wb") as output:
+            with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                for word, count in self._counts.items():
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (count, *self._shape)}
+                    with archive.open(zipfile.ZipInfo(f"{word}.npy"), "w", force_zip64=True) as entry:
+                        np.lib.format.write_array_header_1_0(entry, header)
+                        stored = self._folder / str(self._file_numbers[word])
+                        if stored.exists():
+                            with open(stored, "rb") as file:
+                                shutil.copyfileobj(file, entry, 1 << 20)
+            output.flush()
+            os.fsync(output.fileno())  # before the caller renames it
