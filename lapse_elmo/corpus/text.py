@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import heapq
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,11 +159,13 @@ def assign_chunks(chunks: Sequence[TextChunk], size: int) -> list[list[int]]:
     Returns:
         For each of the ``size`` ranks the indices of its chunks, ascending.
     """
-    load = [0] * size  # bytes of text
+    # Bytes of text and rank, as a heap: with thousands of ranks and of chunks, a search for the least would take long.
+    load = [(0, rank) for rank in range(size)]
     mine: list[list[int]] = [[] for _ in range(size)]
     for number in sorted(range(len(chunks)), key=lambda n: (-chunks[n].size, n)):
-        rank = min(range(size), key=lambda r: (load[r], r))
-        load[rank] += chunks[number].size * (1 if chunks[number].end is not None else 3)  # typical compression ratio
+        num_bytes, rank = load[0]
+        num_bytes += chunks[number].size * (1 if chunks[number].end is not None else 3)  # typical compression ratio
+        heapq.heapreplace(load, (num_bytes, rank))
         mine[rank].append(number)
     return [sorted(numbers) for numbers in mine]
 
