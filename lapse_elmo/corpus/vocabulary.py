@@ -59,7 +59,7 @@ class Vocabulary:
 
         Raises:
             CorpusError: A word is duplicate, a line other than the last is empty, the bytes are not UTF-8 (the message
-                names the line), or there are no words.
+                names the line), there are no words, or every line has a blank within.
         """
         lines = _lines(data, source)
         words = [line for line in lines if line not in _SPECIAL_SET]
@@ -72,6 +72,11 @@ class Vocabulary:
             )
         if not words:
             raise CorpusError(f"{source} has no words; make one with bin/preprocess vocab")
+        if all(any(blank in word for blank in _BLANK) for word in words):  # as in a list of words with their counts
+            raise CorpusError(
+                f"{source} has a blank within every line, such as {words[0]!r:.40}: no word of a text would be known; "
+                "expected one word per line"
+            )
         self._data = data
         self._words = words
         self._ids = ids

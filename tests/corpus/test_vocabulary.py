@@ -71,6 +71,8 @@ def test_saved_bytes_are_the_loaded_ones(tmp_path_factory: pytest.TempPathFactor
         (b"a\nb\na\n", "line 3: 'a' is already on line 1"),
         (b"<S>\nb\n<S>\n", "line 3: '<S>' is already on line 1"),
         (b"a\nb\n\xff\xfe\n", "line 3: byte 0xff is not valid UTF-8"),
+        (b"<UNK>\nthe 12\nof 9\n", "has a blank within every line, such as 'the 12'"),
+        (b"the\rof\ra\r", "has a blank within every line, such as 'the\\rof\\ra'"),
     ],
 )
 def test_malformed_files_are_refused_with_their_line(tmp_path: Path, data: bytes, message: str) -> None:
