@@ -3,12 +3,14 @@
 Sentence i of the whole text goes to shard i mod K, so that all shards are nearly equal in size and alike in content.
 A rank that encodes chunk p does not know how many sentences precede it. It therefore groups the sentences of each block
 by their index in the chunk modulo K (the *residue*) and writes the groups one after another to two raw files, tokens
-and lengths (both int32). The counts by block and residue stay in memory. Once all chunks are counted, a shard is
-assembled by reading one group of every block. The text and the files are each read once, and memory holds one block.
+and lengths (both int32). Once all chunks are counted, a shard is assembled by reading one group of every block. The
+text and the files are each read once, and memory holds one block.
 
-A third file, the record, gets its name last. It holds the counts and the checksum, so that a run after a kill can use
-the files (:func:`load_chunk`). They are not flushed to the disk, which would cost time in every run; instead they are
-compared with the checksum when they are used again.
+A third file, the record, gets its name last. It holds the place of every group in the other two: all ranks together
+need the places of all groups (a gigabyte for 20 GB of text and 2,048 shards), but each only those of its shards. It
+also holds the counts and the checksum, so that a run after a kill can use the files (:func:`load_chunk`). They are not
+flushed to the disk, which would cost time in every run; instead they are compared with the checksum when they are used
+again.
 """
 
 from __future__ import annotations
@@ -30,26 +32,29 @@ from lapse_elmo.corpus.shard_file import ranges
 from lapse_elmo.corpus.text import TextChunk, read_blocks
 from lapse_elmo.corpus.words import WordEncoder
 
-_FORMAT = 1  # of the three files; another number gives them other names
+_FORMAT = 2  # of the three files; another number gives them other names
 _DIGEST_BYTES = 32
+_PLACE = 4  # int64 of a group in the record: its sentences and tokens, and how many of each precede it in the files
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """Counts and checksum of one encoded chunk.
+    """Counts and checksum of one encoded chunk: what every rank knows of it.
 
     Attributes:
-        counts: (blocks, K, 3) int64, the sentences, tokens and unknown tokens of each block and residue.
+        counts: (K, 3) int64, the sentences, tokens and unknown tokens of each residue.
+        num_blocks: Blocks of the chunk.
         checksum: CRC-32 of the ids and lengths in the order of the text; it enters the set's ``set_sha256``.
     """
 
     counts: np.ndarray
+    num_blocks: int
     checksum: int
 
     @property
     def num_sentences(self) -> int:
         """Sentences of the chunk."""
-        return int(self.counts[:, :, 0].sum())
+        return int(self.counts[:, 0].sum())
 
 
 class ChunkPaths(NamedTuple):
@@ -112,12 +117,26 @@ def encode_chunk(
             lengths_file.write(lengths.data)
             counts.append(counts_of_block)
             on_block(block.num_bytes)
-    encoded = EncodedChunk(np.array(counts, np.int64).reshape(-1, num_shards, 3), checksum)
-    numbers = np.append(encoded.counts, checksum).tobytes()
-    hidden.record.write_bytes(hashlib.sha256(numbers).digest() + numbers)
+    blocks = np.array(counts, np.int64).reshape(-1, num_shards, 3)
+    encoded = EncodedChunk(blocks.sum(axis=0), len(blocks), checksum)
+    places, numbers = _places(blocks).reshape(-1), np.append(encoded.counts, checksum)
+    digest = hashlib.sha256(places.data)
+    digest.update(numbers.data)
+    with open(hidden.record, "wb") as record_file:
+        for content in (digest.digest(), places.data, numbers.data):
+            record_file.write(content)
     for complete, path in zip(hidden, paths, strict=True):  # the record is the last one
         os.replace(complete, path)
     return encoded
+
+
+def _places(blocks: np.ndarray) -> np.ndarray:
+    """Return the places (K, blocks, ``_PLACE``) of all groups in the files, given their counts (blocks, K, 3)."""
+    sizes = blocks[:, :, :2]  # column 0 counts sentences, which are entries of the lengths file, column 1 tokens
+    # The files hold block after block, and in a block residue after residue: the running sum over both is where each
+    # group ends.
+    ends = sizes.reshape(-1, 2).cumsum(axis=0).reshape(sizes.shape)
+    return np.ascontiguousarray(np.concatenate([sizes, ends - sizes], axis=2).swapaxes(0, 1))
 
 
 def load_chunk(paths: ChunkPaths, num_shards: int, on_block: Callable[[], object]) -> EncodedChunk | None:
@@ -136,11 +155,13 @@ def load_chunk(paths: ChunkPaths, num_shards: int, on_block: Callable[[], object
         numbers = record[_DIGEST_BYTES:]
         if hashlib.sha256(numbers).digest() != record[:_DIGEST_BYTES]:
             return None
-        *_, expected = values = np.frombuffer(numbers, np.int64)
-        encoded = EncodedChunk(values[:-1].reshape(-1, num_shards, 3), int(expected))
+        values = np.frombuffer(numbers, np.int64)
+        places = values[: -1 - 3 * num_shards].reshape(num_shards, -1, _PLACE)
+        counts = values[-1 - 3 * num_shards : -1].reshape(num_shards, 3).copy()  # not a view of all places
+        encoded = EncodedChunk(counts, places.shape[1], int(values[-1]))
         checksum, num_sentences = 0, 0
         with open(paths.tokens, "rb") as tokens_file, open(paths.lengths, "rb") as lengths_file:
-            for size_of_lengths, size_of_tokens, _ in encoded.counts.sum(axis=1).tolist():
+            for size_of_lengths, size_of_tokens in places[:, :, :2].sum(axis=0).tolist():
                 tokens = np.frombuffer(tokens_file.read(4 * size_of_tokens), np.int32)
                 lengths = np.frombuffer(lengths_file.read(4 * size_of_lengths), np.int32)
                 if len(lengths) != size_of_lengths or not len(tokens) == size_of_tokens == lengths.sum():
@@ -148,7 +169,7 @@ def load_chunk(paths: ChunkPaths, num_shards: int, on_block: Callable[[], object
                 checksum = _checksum(*_ungroup(tokens, lengths, num_sentences, num_shards), checksum)
                 num_sentences += len(lengths)
                 on_block()
-    except (OSError, ValueError):  # missing, or not a whole number of integers
+    except (OSError, ValueError, IndexError):  # missing, or not a whole number of integers or groups
         return None
     return encoded if checksum == encoded.checksum else None
 
@@ -174,14 +195,13 @@ def residue_of(shard: int, start: int, num_shards: int) -> int:
 
 def read_group(encoded: EncodedChunk, paths: ChunkPaths, residue: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the sentences of one residue, block by block, as tokens and lengths (both int32)."""
-    # The files hold block after block, and in a block residue after residue: the running sum over both is where each
-    # group ends. Column 0 counts sentences, which are entries of the lengths file, column 1 tokens.
-    ends = encoded.counts[:, :, :2].reshape(-1, 2).cumsum(axis=0)
-    num_shards = encoded.counts.shape[1]
-    sizes = encoded.counts[:, residue, :2]
-    starts = ends[residue::num_shards] - sizes
+    num_bytes = encoded.num_blocks * _PLACE * np.dtype(np.int64).itemsize
+    with open(paths.record, "rb") as record_file:
+        row = os.pread(record_file.fileno(), num_bytes, _DIGEST_BYTES + residue * num_bytes)
+    places = np.frombuffer(row, np.int64).reshape(-1, _PLACE)
+    assert (places[:, :2].sum(axis=0) == encoded.counts[residue, :2]).all(), f"{paths.record} has changed"
     with open(paths.tokens, "rb") as tokens_file, open(paths.lengths, "rb") as lengths_file:
-        for (num_sentences, num_tokens), (sentence, token) in zip(sizes.tolist(), starts.tolist(), strict=True):
+        for num_sentences, num_tokens, sentence, token in places.tolist():
             if num_sentences:
                 # One read per group at a known place; a shard's groups are far apart, so a buffer would read in vain.
                 tokens = os.pread(tokens_file.fileno(), 4 * num_tokens, 4 * token)

@@ -74,9 +74,9 @@ def make_shards(options: ShardsOptions, world: World) -> None:
     with Staging(world, options.output, options.overwrite, kept=("chunks", "new")) as staging:
         vocabulary = staging.phase(lambda: Vocabulary.load(options.vocab) if world.rank == 0 else None)[0]
         assert vocabulary is not None
-        parts, work = world.agree(lambda: _prepare(splits, vocabulary, staging.directory))
+        parts, found, work = world.agree(lambda: _prepare(splits, vocabulary, staging.directory))
         every = [part for some in parts for part in some]
-        encoded = _encode(every, new_word_encoder(vocabulary), work, world, staging)
+        encoded = _encode(every, found, new_word_encoder(vocabulary), work, world, staging)
         done = [[(encoded[part.paths], part.paths) for part in some] for some in parts]
         world.agree(lambda: _check_texts(splits, done))
         summary = [
@@ -104,12 +104,15 @@ def _plan(options: ShardsOptions) -> list[_Split]:
     ]
 
 
-def _prepare(splits: Sequence[_Split], vocabulary: Vocabulary, directory: Path) -> tuple[list[list[_Part]], Path]:
+def _prepare(
+    splits: Sequence[_Split], vocabulary: Vocabulary, directory: Path
+) -> tuple[list[list[_Part]], list[_Part], Path]:
     """Make the folders, and remove files of a killed run that had other text, another vocabulary or other options.
 
     Returns:
-        The parts to encode, for each split, and the folder for files that are not complete. No other run knows its
-        name, because ranks of a killed run may survive for a while on other nodes.
+        The parts to encode, for each split; those of which a killed run has left a record; and the folder for files
+        that are not complete. No other run knows its name, because ranks of a killed run may survive for a while on
+        other nodes.
     """
     folder, new = directory / "chunks", directory / "new"
     try:
@@ -125,21 +128,22 @@ def _prepare(splits: Sequence[_Split], vocabulary: Vocabulary, directory: Path) 
         ]
         wanted = {path for some in parts for part in some for path in part.paths}
         wanted |= {new / name for split in splits for name in split.shard_names()}
-        stale = [path for path in (*folder.iterdir(), *new.iterdir()) if path not in wanted]
+        # Listed, since a client of NFS that has asked for a missing file may not see it soon after a rank has made it.
+        present = {*folder.iterdir(), *new.iterdir()}
+        stale = present - wanted
         for path in stale:
             path.unlink()
     except OSError as error:
         raise write_failed(directory, error) from None
     if stale:
         print("files of a killed run with other text, vocabulary or options are removed", flush=True)
-    return parts, work
+    return parts, [part for some in parts for part in some if part.paths.record in present], work
 
 
 def _encode(
-    parts: Sequence[_Part], encoder: WordEncoder, work: Path, world: World, staging: Staging
+    parts: Sequence[_Part], found: Sequence[_Part], encoder: WordEncoder, work: Path, world: World, staging: Staging
 ) -> dict[ChunkPaths, EncodedChunk]:
-    """Encode all parts but those that a killed run has left complete (collective)."""
-    found = world.agree(lambda: [part for part in parts if part.paths.record.exists()])
+    """Encode all parts but those of ``found``, with a record of a killed run, that are complete (collective)."""
 
     def load(part: _Part) -> EncodedChunk | None:
         return load_chunk(part.paths, part.num_shards, staging.check)
@@ -269,7 +273,7 @@ def _header(
     set_sha256: str,
     options: ShardsOptions,
 ) -> Header:
-    totals = sum(chunk.counts[:, residue].sum(axis=0) for chunk, residue in zip(encoded, residues, strict=True))
+    totals = sum(chunk.counts[residue] for chunk, residue in zip(encoded, residues, strict=True))
     num_sentences, num_tokens, num_unknown = (int(total) for total in totals)
     used = {"num_shards": options.num_shards, "num_heldout_shards": options.num_heldout_shards}
     return Header(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from lapse_elmo.corpus import shard_file, text
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.corpus.words import new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError, UserError
 from preprocess import encoded_chunks
 from tests.mpi import ROOT, Job
@@ -74,6 +76,24 @@ def test_every_sentence_once_in_its_shard(
         assert read.num_unknown == sum(sentence.count(3) for sentence in expected) > 0
     with ShardSet.open(directory, "heldout", vocabulary) as read:
         assert read.num_sentences == 9
+
+
+def test_what_every_rank_knows_of_a_chunk_does_not_grow_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks get this of all chunks."""
+    path = write(tmp_path / "t", sentences(200))
+    vocabulary = Vocabulary.load(vocab([path], tmp_path / "v"))
+    sizes = []
+    for block in (1 << 20, 50):
+        monkeypatch.setattr(text, "BLOCK_BYTES", block)
+        (chunk,) = text.split_into_chunks([str(path)])
+        paths = encoded_chunks.chunk_paths(tmp_path, chunk, vocabulary.sha256, 5)
+        (work := tmp_path / f"{block}").mkdir()
+        encoded = encoded_chunks.encode_chunk(chunk, new_word_encoder(vocabulary), 5, paths, work, lambda _: None)
+        loaded = encoded_chunks.load_chunk(paths, 5, lambda: None)
+        sizes += [len(pickle.dumps(encoded)), len(pickle.dumps(loaded))]
+    assert encoded.num_blocks > 50 and len(set(sizes)) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
