@@ -1,14 +1,15 @@
 """Run text through a model on all ranks, in rounds: each rank computes a window of lines, rank 0 writes all results.
 
 Every rank reads the whole text and computes every ``world.size``-th window of lines; rank 0 receives the results one
-line at a time, in the order of the lines. Memory depends on the size of a window (lapse_elmo.trained.sentences), not on
-the size of the text.
+line at a time, in the order of the lines. Memory depends on the size of a window (lapse_elmo.trained.sentences; rank 0
+holds the lines of a window for each rank), not on the size of the text.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -48,20 +49,48 @@ def run_rounds(
     num_lines = num_words = 0
     silent = world.rank != 0 or not stderr_is_terminal()
     with tqdm(unit=" lines", disable=silent, leave=False) as progress:
-        while taken := world.together(lambda: list(itertools.islice(source, world.size))):
-            mine = taken[world.rank] if world.rank < len(taken) else []
-            results = compute(mine) if mine else []
-            lines = enumerate(itertools.chain.from_iterable(taken), num_lines)
+        while (taken := world.together(lambda: take_windows(source, world))).num_lines:
+            results = compute(taken.windows[0]) if taken.windows else []
+            lines = enumerate(itertools.chain.from_iterable(taken.windows), num_lines)
 
             def take(result: T, lines: Iterator[tuple[int, list[str]]] = lines) -> None:
                 number, words = next(lines)
                 write(number, words, result)
 
             hand_to_first(world, results, take)
-            num_lines += sum(map(len, taken))
-            num_words += sum(len(words) for window in taken for words in window)
-            progress.update(sum(map(len, taken)))
+            num_lines += taken.num_lines
+            num_words += taken.num_words
+            progress.update(taken.num_lines)
     return num_lines, num_words
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The lines of one round.
+
+    Attributes:
+        windows: The windows of lines that this rank needs, its own first.
+        num_lines: Lines of all ranks.
+        num_words: Words of all ranks.
+    """
+
+    windows: list[list[list[str]]]
+    num_lines: int
+    num_words: int
+
+
+def take_windows(source: Iterator[list[list[str]]], world: World) -> Taken:
+    """Take a window of lines for each rank, and keep those that this rank needs.
+
+    Rank 0 needs all, since it writes all results; the others need their own. The windows of 2,048 ranks take 2 GB.
+    """
+    kept, num_lines, num_words = [], 0, 0
+    for rank, window in enumerate(itertools.islice(source, world.size)):
+        if world.rank in (0, rank):
+            kept.append(window)
+        num_lines += len(window)
+        num_words += sum(map(len, window))
+    return Taken(kept, num_lines, num_words)
 
 
 def read_lines(texts: Sequence[str]) -> Iterator[list[str]]:

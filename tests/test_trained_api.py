@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lapse_elmo import trained
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.export import elmo, huggingface
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
+from lapse_elmo.rounds import take_windows
 from lapse_elmo.trained import SentenceScore, StoredModel, Totals, module
 from lapse_elmo.trained.opening import open_stored
 from lapse_elmo.trained.stored import ArrayTable
@@ -112,3 +114,16 @@ def test_an_archive_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     assert synced == [(tmp_path / "a.npz").stat().st_size]
     with np.load(tmp_path / "a.npz") as found:
         assert found["a"].tolist() == [[0, 1], [2, 3]] and found["b"].shape == (0, 2)
+
+
+def test_ranks_keep_the_lines_that_they_need() -> None:
+    windows = [[["a", "b"]], [["c"], []], [["d"]]]
+    source = iter(windows)
+    world: Any = SimpleNamespace(rank=0, size=2)
+    for expected in (windows[:2], windows[2:], []):
+        assert take_windows(source, world).windows == expected
+    world.rank = 1
+    source = iter(windows)
+    for lines, words, expected in ((3, 3, windows[1:2]), (1, 1, []), (0, 0, [])):
+        taken = take_windows(source, world)
+        assert (taken.windows, taken.num_lines, taken.num_words) == (expected, lines, words)
