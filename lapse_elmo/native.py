@@ -284,7 +284,20 @@ def _build(source: Path, library: Path, compiler: str, options: tuple[str, ...])
             digest = hashlib.sha256(linked.read_bytes()).digest()
             with open(linked, "ab") as file:  # the loader ignores what follows the sections
                 file.write(digest)
-            os.replace(linked, library)
+            _give_name(linked, library)
+
+
+def _give_name(built: Path, library: Path) -> None:
+    """Give a new library its name, unless another process was faster, which locks do not prevent on every file system.
+
+    To replace a library removes the one before, which processes of other machines may have loaded: NFS then fails to
+    read the parts of it that have left their memory, and they are killed, perhaps days later.
+    """
+    try:
+        os.link(built, library)
+    except OSError:
+        if not _is_whole(library):  # a damaged one, or a file system without hard links
+            os.replace(built, library)
 
 
 def _is_whole(library: Path) -> bool:

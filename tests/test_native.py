@@ -234,6 +234,20 @@ def test_another_compiler_or_c_library_means_another_library(
     native._version.cache_clear()
 
 
+def test_a_library_of_a_faster_process_is_not_replaced(compiler: Path, tmp_path: Path) -> None:
+    """Without locks, machines that share a folder build at the same time: what one has loaded keeps its file."""
+    source = plain(tmp_path, "a.c")
+    (name,) = named(source)
+    library, built = Path(name), tmp_path / "built"
+    whole, loaded = library.read_bytes(), library.stat().st_ino
+    built.write_bytes(whole)
+    native._give_name(built, library)
+    assert library.stat().st_ino == loaded
+    library.write_bytes(whole[:-1])
+    native._give_name(built, library)
+    assert library.stat().st_ino != loaded and library.read_bytes() == whole
+
+
 def test_a_damaged_library_is_built_again(compiler: Path, tmp_path: Path) -> None:
     source = plain(tmp_path, "a.c")
     (name,) = named(source)
