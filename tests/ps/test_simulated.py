@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from random import Random
 
+import numpy as np
 import pytest
 
 from lapse_elmo import native
 from lapse_elmo.ps.rows import SOURCE
+from lapse_elmo.ps.transport import TO_MANAGER, Address
 from tests.mpi import ROOT
 from tests.simulator.mutants import HARMLESS, MUTANTS
-from tests.simulator.network import Channel, Simulation, Task
+from tests.simulator.network import Channel, Pace, Simulation, Task
 from tests.simulator.schedule import Schedule, failure, run
 
 pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulator accesses rows through rows.c")
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulat
 # Seeds whose schedules once exposed a fault of the engine.
 REGRESSIONS = {
     356: "a freeze was answered while a round still had a Sync to send",
-    3546: "a row was promoted although another node had got a replica while the job waited for room",
+    957: "a row was promoted although another node had got a replica while the job waited for room",
     1002925: "a replica that was on its way when a round began was older than the round said",
 }
 
@@ -34,6 +37,18 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
     first, second = (run(Schedule.of(77)) for _ in range(2))
     assert first == second
     assert first != run(Schedule.of(78))
+
+
+def test_a_block_that_is_changed_after_it_was_sent_is_noticed() -> None:
+    simulation, block = Simulation(Random(1), Pace()), np.zeros(8, np.uint8)
+
+    def send() -> None:
+        simulation.send(simulation.channel(Address(0, TO_MANAGER), Address(1, TO_MANAGER)), block)
+        block[0] = 1
+
+    simulation.add(Task("sender", send))
+    with pytest.raises(AssertionError, match="changed after it was sent"):
+        simulation.run()
 
 
 def test_repeated_polls_change_no_event(monkeypatch: pytest.MonkeyPatch) -> None:

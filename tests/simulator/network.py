@@ -77,6 +77,7 @@ class Channel:
     receiver: Address  # who has the blocks in transit counted: values count for the worker that gets them
     arrived: deque[np.ndarray]
     blocks: deque[np.ndarray] = field(default_factory=deque)
+    sent: deque[np.ndarray] = field(default_factory=deque)  # the senders' own arrays, of which ``blocks`` are copies
     last: float = 0.0  # when the block that was sent last arrives
 
 
@@ -150,7 +151,9 @@ class Simulation:
         self._num_within -= 1
 
     def _deliver(self, channel: Channel) -> None:
-        block = channel.blocks.popleft()
+        block, sent = channel.blocks.popleft(), channel.sent.popleft()
+        # MPI reads a block at any time until its send is complete.
+        assert sent.tobytes() == block.tobytes(), "a block was changed after it was sent"
         self.outgoing[channel.receiver] -= block.nbytes
         self.total_outgoing -= block.nbytes
         channel.arrived.append(block)
@@ -237,13 +240,14 @@ class Simulation:
         return channel
 
     def send(self, channel: Channel, block: np.ndarray) -> None:
-        """Begin to send a copy of ``block``."""
+        """Begin to send a copy of ``block``, which must not be changed from now on."""
         assert self.current is not None
         self.current.polled = False
         pace, random = self.pace, self.random
         mean_s = pace.latency_s if random.random() >= pace.slow_share else pace.slow_latency_s
         channel.last = max(self.now + random.expovariate(1 / mean_s), channel.last)
         channel.blocks.append(block.copy())
+        channel.sent.append(block)
         self.outgoing[channel.receiver] += block.nbytes
         self.total_outgoing += block.nbytes
         self._push(channel.last, channel)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lapse_elmo.ps import mailbox, ring, wire
+from lapse_elmo.ps import intents, mailbox, manager, requests, ring, wire
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.rules import Rule
 from lapse_elmo.ps.sampling import SCHEMES
@@ -19,6 +19,11 @@ from tests.simulator.platform import Job
 from tests.simulator.workload import Ledger, Worker
 
 TECHNIQUES = ("adaptive", "relocation", "replication", "static")
+# What a quarter of the schedules use in place of limits that so few and small rows never reach.
+_TIGHT: tuple[tuple[Any, str, int], ...] = (
+    (intents, "HORIZON", 1), (manager, "_MESSAGES_PER_STEP", 2), (requests, "_MAX_REQUESTED_BYTES", 60),
+    (wire, "_SMALLEST_REQUEST_BYTES", 12), (wire, "_LARGEST_REQUEST_BYTES", 48), (wire, "_GROWTH", 2),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Schedule:
     poll_s: float = 4e-4
     outgoing_scale: int = 1
     merged_bytes: int = 1 << 16  # smaller messages wait for others and are sent together
+    tight: bool = False  # intents start, requests are split and steps end as in larger jobs
     hot: bool = False  # all workers announce, push and pull the same rows in each clock, as training does
 
     @classmethod
@@ -76,7 +82,9 @@ class Schedule:
         )
         if Random(f"{seed} room").random() < 0.25:
             # Jobs send row by row and wait for room after each, so that whatever else comes may come in between.
-            return dataclasses.replace(schedule, chunk_bytes=16, merged_bytes=1 << 6, outgoing_scale=1 << 20)
+            return dataclasses.replace(
+                schedule, chunk_bytes=16, merged_bytes=1 << 6, outgoing_scale=1 << 20, tight=True
+            )
         return schedule
 
     def smaller(self) -> Iterator[Schedule]:
@@ -86,7 +94,7 @@ class Schedule:
             ("clocks_per_phase", (1, 2, 3)), ("calls_per_clock", (1, 2)), ("scheme", ("naive",)),
             ("outgoing_scale", (1,)), ("merged_bytes", (1 << 16,)), ("chunk_bytes", (1 << 20,)),
             ("ring_bytes", (1 << 14,)), ("crowded", (False,)), ("stall_share", (0.0,)), ("preemption", (0.0,)),
-            ("slow_share", (0.0,)), ("hot", (False,)),
+            ("slow_share", (0.0,)), ("hot", (False,)), ("tight", (False,)),
         )
         for name, values in simplest:
             present: Any = getattr(self, name)
@@ -151,13 +159,18 @@ def run(schedule: Schedule, *, repeat_polls: bool = True) -> Result:
 @contextmanager
 def _sizes(schedule: Schedule) -> Iterator[None]:
     """Make messages and rings so small that a few rows need several."""
-    before = wire.CHUNK_BYTES, ring.RING_BYTES, mailbox._MERGED_BYTES
-    wire.CHUNK_BYTES, ring.RING_BYTES = schedule.chunk_bytes, schedule.ring_bytes
-    mailbox._MERGED_BYTES = schedule.merged_bytes
+    sizes: list[tuple[Any, str, int]] = [
+        (wire, "CHUNK_BYTES", schedule.chunk_bytes), (ring, "RING_BYTES", schedule.ring_bytes),
+        (mailbox, "_MERGED_BYTES", schedule.merged_bytes), *(_TIGHT if schedule.tight else ()),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in sizes]
     try:
+        for module, name, value in sizes:
+            setattr(module, name, value)
         yield
     finally:
-        wire.CHUNK_BYTES, ring.RING_BYTES, mailbox._MERGED_BYTES = before
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def shrink(schedule: Schedule, tries: int = 300) -> Schedule:
