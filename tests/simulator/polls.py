@@ -57,13 +57,18 @@ class ManagerPoll:
     ) -> None:
         self._simulation, self._inbox, self._shared, self._manager = simulation, inbox, shared, manager
         self._before = b""
-        self._gates = False, False
+        self._steps = 0  # the manager's, at the last note
+        self._gates: tuple[bool, bool] | None = None  # None: the next poll is run
 
     def note(self) -> None:
         """Store what the poll that has just found nothing looked at."""
+        manager = self._manager
         self._before = self._shared.tobytes()
-        # `Manager.step` has set the time of its last flush to the current time if one was due.
-        self._gates = self._manager._rounds._due(), self._manager._flushed_s == self._simulation.now
+        # `Manager.step` has set the time of its last flush to the current time if one was due. If this poll was not its
+        # only step since it slept, that may have been in an earlier one, before messages came that wait for a flush.
+        alone = manager._steps == self._steps + 2  # a step counts twice
+        self._steps = manager._steps
+        self._gates = (manager._rounds._due(), manager._flushed_s == self._simulation.now) if alone else None
 
     def repeats(self) -> bool:
         """If the next poll must find nothing either, do what it does and return True."""
