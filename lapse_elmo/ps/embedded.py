@@ -38,7 +38,7 @@ from lapse_elmo.ps.draining import drain
 from lapse_elmo.ps.layout import Layout, Segment, distinct
 from lapse_elmo.ps.mailbox import Mailbox
 from lapse_elmo.ps.manager import REPLICATING, TECHNIQUES, Manager
-from lapse_elmo.ps.messages import Flush, Freeze, Intent, Localize, Pull, Push, Set, Stop
+from lapse_elmo.ps.messages import Flush, Freeze, Intent, Localize, Pull, Push, Stop
 from lapse_elmo.ps.node_state import SegmentState, cached_name, stamps_name
 from lapse_elmo.ps.ordering import fence
 from lapse_elmo.ps.platform import MpiPlatform, Platform, Shapes
@@ -189,16 +189,10 @@ class EmbeddedServer(ParameterServer):
         elsewhere = self._is_copied(segment, rows)
         elsewhere[self._rows[segment.name].set(rows, values.numpy())] = True
         missing = np.flatnonzero(elsewhere)
-        if missing.size:
-            # Through this node's manager, which keeps the order with its deltas; see Service.on_set.
-            ticket = self._ticket(RowsCall(missing.size))
-            for chunk in self._requests.ring_chunks(missing.size, 16 + 4 * segment.row_width):
-                some = missing[chunk]
-                self._requests.send_local(new(
-                    Set, segment=self._number[segment.name], node=self._world.node, origin=self._world.rank,
-                    ticket=ticket, rows=rows[some], stamps=self._stamps[segment.name][rows[some]],
-                    values=values.numpy()[some],
-                ))
+        for chunk in chunks(missing.size, segment.row_width):  # waits for each: managers forward them without a limit
+            some = missing[chunk]
+            ticket = self._ticket(RowsCall(some.size))
+            self._requests.send_set(segment, self._number[segment.name], ticket, rows[some], values.numpy()[some])
             self.wait(ticket)
 
     def localize_async(self, keys: Array) -> int:

@@ -13,7 +13,7 @@ from lapse_elmo.ps.api import Call
 from lapse_elmo.ps.directory import group_by_node, node_of, update_stamps
 from lapse_elmo.ps.layout import Segment
 from lapse_elmo.ps.mailbox import Mailbox
-from lapse_elmo.ps.messages import Done, Message, Pull, Push, Rows
+from lapse_elmo.ps.messages import Done, Message, Pull, Push, Rows, Set
 from lapse_elmo.ps.ring import Ring
 from lapse_elmo.ps.transport import TO_MANAGER, Address, Backoff
 from lapse_elmo.ps.wire import new
@@ -113,6 +113,17 @@ class Requests:
         """Return slices of ``number`` rows such that a message of ``row_bytes`` per row fits into the ring."""
         size = max((self._ring.largest_record - _RECORD_HEADER_BYTES) // row_bytes, 1)
         return (slice(start, start + size) for start in range(0, number, size))
+
+    def send_set(self, segment: Segment, number: int, ticket: int, rows: np.ndarray, values: np.ndarray) -> None:
+        """Send this node's manager the ``values`` (n, row_width) of rows that are not here, for the call ``ticket``.
+
+        Through the manager, which keeps the order with its deltas; see Service.on_set.
+        """
+        for chunk in self.ring_chunks(rows.size, 16 + 4 * segment.row_width):
+            self.send_local(new(
+                Set, segment=number, node=self.world.node, origin=self.world.rank, ticket=ticket, rows=rows[chunk],
+                stamps=self._stamps[number][rows[chunk]], values=values[chunk],
+            ))
 
     def send_local(self, message: Message) -> None:
         """Send ``message`` to this node's manager, through shared memory; wait while the ring is full."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from lapse_elmo import native
+from lapse_elmo.ps.layout import Segment
+from lapse_elmo.ps.requests import Requests
 from lapse_elmo.ps.rows import SOURCE
 from lapse_elmo.ps.transport import TO_MANAGER, Address
 from tests.mpi import ROOT
@@ -49,6 +52,24 @@ def test_a_block_that_is_changed_after_it_was_sent_is_noticed() -> None:
     simulation.add(Task("sender", send))
     with pytest.raises(AssertionError, match="changed after it was sent"):
         simulation.run()
+
+
+def test_a_set_waits_for_each_of_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what managers forward is bounded by the number of workers, not by the rows that they set."""
+    sets: dict[int, list[int]] = {}
+    send = Requests.send_set
+
+    def checked(
+        self: Requests, segment: Segment, number: int, ticket: int, rows: np.ndarray, values: np.ndarray
+    ) -> None:
+        tickets = sets.setdefault(id(self), [])
+        assert len(rows) == 1 and not any(earlier in self._calls for earlier in tickets)
+        tickets.append(ticket)
+        send(self, segment, number, ticket, rows, values)
+
+    monkeypatch.setattr(Requests, "send_set", checked)
+    run(dataclasses.replace(Schedule.of(38), num_nodes=3, chunk_bytes=1, calls_per_clock=20))
+    assert sum(map(len, sets.values())) > 10
 
 
 def test_repeated_polls_change_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
