@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(native.load(SOURCE) is None, reason="the simulat
 REGRESSIONS = {
     356: "a freeze was answered while a round still had a Sync to send",
     957: "a row was promoted although another node had got a replica while the job waited for room",
-    1002925: "a replica that was on its way when a round began was older than the round said",
+    7180: "a replica that was on its way when a round began was older than the round said",
 }
 
 

@@ -296,6 +296,7 @@ HARMLESS = {
     "frequent rows are announced like others": "costs time only: rows that are on the node are not requested",
     "what is about to arrive is not waited for": "the request travels between the former owners until the row arrives",
     "forwarded without the newer stamps": "the request travels between the former owners until the row arrives",
+    "rows that several hold are promoted": "each message's rows are looked at again before they are promoted",
     "a replica is kept for ever": "costs traffic only: it stays a holder until its node announces the row again",
     "drops wait while pushes come back": "the push travels between owner and node until the next round sends the drop",
 }

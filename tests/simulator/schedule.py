@@ -43,6 +43,7 @@ class Schedule:
     chunk_bytes: int = 1 << 20
     ring_bytes: int = 1 << 14
     slow_share: float = 0.1
+    slow_latency_s: float = 2e-2
     preemption: float = 0.1
     stall_share: float = 0.01
     crowded: bool = False
@@ -80,11 +81,15 @@ class Schedule:
             outgoing_scale=random.choice((1, 1, 1 << 20)),
             hot=random.random() < 0.2,
         )
-        if Random(f"{seed} room").random() < 0.25:
+        kind = Random(f"{seed} room").random()
+        if kind < 0.25:
             # Jobs send row by row and wait for room after each, so that whatever else comes may come in between.
             return dataclasses.replace(
                 schedule, chunk_bytes=16, merged_bytes=1 << 6, outgoing_scale=1 << 20, tight=True
             )
+        if kind > 0.98:
+            # Some messages take longer than several clocks, so that what they bring is long outdated.
+            return dataclasses.replace(schedule, slow_latency_s=0.3, slow_share=0.1, hot=True, clocks_per_phase=8)
         return schedule
 
     def smaller(self) -> Iterator[Schedule]:
@@ -94,7 +99,7 @@ class Schedule:
             ("clocks_per_phase", (1, 2, 3)), ("calls_per_clock", (1, 2)), ("scheme", ("naive",)),
             ("outgoing_scale", (1,)), ("merged_bytes", (1 << 16,)), ("chunk_bytes", (1 << 20,)),
             ("ring_bytes", (1 << 14,)), ("crowded", (False,)), ("stall_share", (0.0,)), ("preemption", (0.0,)),
-            ("slow_share", (0.0,)), ("hot", (False,)), ("tight", (False,)),
+            ("slow_share", (0.0,)), ("slow_latency_s", (2e-2,)), ("hot", (False,)), ("tight", (False,)),
         )
         for name, values in simplest:
             present: Any = getattr(self, name)
@@ -130,8 +135,8 @@ def run(schedule: Schedule, *, repeat_polls: bool = True) -> Result:
     """
     random = Random(f"{schedule.seed} events")
     pace = Pace(
-        slow_share=schedule.slow_share, preemption=schedule.preemption, stall_share=schedule.stall_share,
-        poll_s=schedule.poll_s, outgoing_scale=schedule.outgoing_scale,
+        slow_share=schedule.slow_share, slow_latency_s=schedule.slow_latency_s, preemption=schedule.preemption,
+        stall_share=schedule.stall_share, poll_s=schedule.poll_s, outgoing_scale=schedule.outgoing_scale,
     )
     simulation = Simulation(random, pace, repeat_polls=repeat_polls)
     job = Job(simulation, schedule.num_nodes, schedule.workers_per_node)
