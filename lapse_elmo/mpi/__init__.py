@@ -10,6 +10,7 @@ module           contents
 ``launch``       run a program of ``bin/`` on every rank, and report its errors
 ``exit``         end all ranks of the job with one exit status
 ``start``        load and initialise the MPI library
+``left_files``   remove MPICH's files of an earlier start of the job
 ``node_memory``  named arrays that the ranks of a node share
 ``family``       which MPI library it is, and whether a launcher fits it
 ``launcher``     what mpirun or srun put into the environment

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lapse_elmo.errors import LaunchError, in_one_line
 from lapse_elmo.mpi.launcher import launcher_rank_and_size, oversubscribed
+from lapse_elmo.mpi.left_files import remove_left_files
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -40,6 +41,7 @@ def start_mpi() -> MPI.Intracomm:
     mismatch = "MPICH" in library and "OMPI_COMM_WORLD_SIZE" in os.environ and "PMI_RANK" not in os.environ
     if not mismatch:
         choose_mpich_network(version)
+        remove_left_files()
         with _quiet():
             _initialise(MPI)
     if mismatch or (MPI.COMM_WORLD.size == 1 and expected > 1):
