@@ -17,6 +17,10 @@ if [[ -z ${launcher+set} ]]; then
   find_launcher || exit 2
 fi
 
+# After `sbatch --export=NONE` or `--export=NAME,...`, srun would pass no more than that on to the ranks: neither what
+# slurm/site.sh exports nor the next variable.
+export SLURM_EXPORT_ENV=ALL
+
 # If a rank hangs, bin/train appends a report to this file and ends the job with status 76. srun returns the status of the
 # hanging rank instead, which had to be killed; so `launch` looks for a new report.
 export LAPSE_ELMO_STALLS=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.stalls

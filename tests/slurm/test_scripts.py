@@ -84,6 +84,15 @@ def test_options_and_the_run_directory(cluster: Cluster, root: Path) -> None:
     assert job.log.name == f"named-{number}.log"
 
 
+def test_ranks_see_what_the_site_exports(cluster: Cluster, root: Path) -> None:
+    """With --export=NONE, srun by itself would give the ranks nothing but Slurm's own variables."""
+    (root / "slurm" / "site.sh").write_text("export MPI4PY_MPIABI=mpich\n")
+    number = submit(cluster, root, "--export=NONE", "--", "exit0")
+    ended(cluster, number, "COMPLETED", 0)
+    assert [rank["env"].get("MPI4PY_MPIABI") for rank in ranks(root)] == ["mpich"] * 2
+    assert all("LAPSE_ELMO_STALLS" in rank["env"] for rank in ranks(root))
+
+
 def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Path) -> None:
     options = ["--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4"]
     number = submit(cluster, root, *options, "--", "wait")
