@@ -15,8 +15,9 @@ import subprocess
 import sys
 import termios
 import time
+import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,8 +26,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lapse_elmo.config.training import RunConfig
 from lapse_elmo.divergence import MAX_BAD_STEPS
 from lapse_elmo.errors import log_line
-from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table
+from lapse_elmo.metrics.run_log import EVENTS, METRICS, Meter, RunLog, table, truncate_after
+from lapse_elmo.metrics.server_meter import ServerMeter
 from lapse_elmo.metrics.versions import versions
+from lapse_elmo.ps.api import ServerStats
+from lapse_elmo.ps.layout import Layout
 from lapse_elmo.run_state import RunState
 from lapse_elmo.step_report import StepResult, Tally
 from tests.mpi import MPIRUN, ROOT, mpirun
@@ -102,6 +106,39 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
     assert train["train/noise_scale_tokens"] == 150
     assert abs(train["time_s"] - time.time()) < 600
     assert (epoch["kind"], epoch["heldout/mean_perplexity"]) == ("epoch", 12.5)
+
+
+def test_a_resume_drops_later_and_partial_lines_without_reading_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    lines = [json.dumps({"kind": "train", "step": step, "note": "x" * 1000}) + "\n" for step in range(4000)]
+    path.write_text("".join(lines) + '{"kind": "train", "st')
+    tracemalloc.start()
+    truncate_after(path, 3000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.read_text() == "".join(lines[:3001])
+    assert peak < 1 << 20, "of a file of 4 MB"
+    truncate_after(tmp_path / "missing", 3000)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_placements_take_the_same_bytes_per_report_on_any_number_of_nodes() -> None:
+    class Server:
+        layout, stats = Layout.of(("softmax", 4, 1)), ServerStats()
+
+        def placement(self, name: str, ends: np.ndarray) -> np.ndarray:
+            return np.ones((2, len(ends)), np.int64)
+
+    class World:
+        num_nodes = 64
+
+        def gather(self, rows: np.ndarray) -> list[np.ndarray]:
+            return [rows] * self.num_nodes
+
+    meter = ServerMeter(cast(Any, Server()), cast(Any, World()))
+    shown = [meter.placement() for _ in range(130)]
+    assert [number for number, placement in enumerate(shown) if placement] == [0, 64, 128]
+    assert len(shown[64]["softmax"]["main"]) == 64
 
 
 @pytest.mark.parametrize(("seconds", "named"), [([1.0, 1.0, 2.5], True), ([1.0, 1.0, 1.2], False)])

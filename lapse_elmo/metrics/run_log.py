@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
-from lapse_elmo.corpus.files import atomic_write, write_failed
+from lapse_elmo.corpus.files import atomic_output, write_failed
 from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step_report import StepResult
@@ -288,17 +289,19 @@ class RunLog:
 
 
 def truncate_after(path: Path, last_step: int) -> None:
-    """Remove the lines of metrics.jsonl for steps after ``last_step``, and a partial last line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    """Remove the lines of metrics.jsonl for steps after ``last_step``, and a partial last line.
+
+    The file is read line by line: after weeks it may be larger than the memory that the run has left.
+    """
+    if not path.exists():
         return
-    kept = []
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-    atomic_write(path, "".join(kept).encode(), overwrite=True)
+    with atomic_output(path, overwrite=True) as hidden, open(path, "rb") as lines, open(hidden, "wb") as kept:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= last_step:
+                    kept.write(line.rstrip(b"\n") + b"\n")
+        kept.flush()
+        os.fsync(kept.fileno())
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -23,6 +23,7 @@ class ServerMeter:
     def __init__(self, server: ParameterServer, world: World) -> None:
         self._server, self._world = server, world
         self._previous = self._counts()
+        self._num_reports = 0
         self._band_ends = {segment.name: band_ends(segment.num_rows) for segment in server.layout.segments}
 
     def metrics(self, num_steps: int) -> dict[str, float]:
@@ -70,15 +71,21 @@ class ServerMeter:
             self._previous = self._previous - np.array(pending)
 
     def placement(self) -> dict[str, Any]:
-        """Return the current placement of rows for metrics.jsonl (collective); empty if the server does not report it.
+        """Return the current placement of rows for metrics.jsonl, at every ``num_nodes``-th call (collective).
+
+        Its size grows with the number of nodes. Given at each report, it would make up nearly all of metrics.jsonl: on
+        64 nodes gigabytes per week.
 
         Returns:
             ``{segment: {"ends": [...], "main": [[...], ...], "replicas": [[...], ...]}}``: the ends of the bands of row
-            numbers, and for each node the number of main copies and of replicas in each band.
+            numbers, and for each node the number of main copies and of replicas in each band. Empty on ranks other than
+            0, if it is not the turn, and if the server does not report it.
         """
+        is_due = self._num_reports % self._world.num_nodes == 0
+        self._num_reports += 1
         placement = {}
-        for name, ends in self._band_ends.items():
-            found = self._world.allgather(self._server.placement(name, ends))
+        for name, ends in self._band_ends.items() if is_due else ():
+            found = self._world.gather(self._server.placement(name, ends))
             nodes = [rows for rows in found if rows is not None]
             if nodes:
                 main, replicas = ([node[kind].tolist() for node in nodes] for kind in (0, 1))
