@@ -33,6 +33,7 @@ exec ip netns exec "%s-$host" unshare --uts --mount sh -c "%s; $*"
 _ADDRESS_AS_NAME = "hostname $host"
 # As Debian does it, a host's own name has a loopback address; the other hosts' names have theirs.
 _OWN_NAME = "mount --bind %s/$host /etc/hosts && hostname node-$host"
+_SAME_NAME = "hostname alike"
 # Without the name, a rank sometimes took the loopback, if it started right after its host was made.
 ENVIRONMENT = {"FI_PROVIDER": "tcp", "FI_TCP_IFACE": _CABLE}
 
@@ -44,10 +45,12 @@ class Hosts:
     Attributes:
         launcher: A command for mpirun, by which the hosts are named by their addresses.
         named: The same, but the hosts have the names ``node-ADDRESS``, and take their own for the loopback's.
+        alike: The same, but all hosts have the name ``alike``.
     """
 
     launcher: list[str]
     named: list[str]
+    alike: list[str]
     namespaces: list[str]
 
     def sent_bytes(self) -> int:
@@ -185,22 +188,27 @@ def _wait_until_ready(spaces: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _launchers(name: str, addresses: Sequence[str], ranks_a_host: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield both commands of :class:`Hosts`, which start ranks in the namespaces ``name-ADDRESS``."""
+def _launchers(
+    name: str, addresses: Sequence[str], ranks_a_host: int
+) -> Iterator[tuple[list[str], list[str], list[str]]]:
+    """Yield the three commands of :class:`Hosts`, which start ranks in the namespaces ``name-ADDRESS``."""
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
         for own in addresses:
             lines = [f"{'127.0.1.1' if address == own else address} node-{address}\n" for address in addresses]
             Path(folder, own).write_text("".join(lines))
         commands = []
-        for number, naming in enumerate((_ADDRESS_AS_NAME, _OWN_NAME % folder)):
+        enter = ["ip", "netns", "exec", f"{name}-{addresses[0]}"]
+        for number, naming in enumerate((_ADDRESS_AS_NAME, _OWN_NAME % folder, _SAME_NAME)):
             agent = Path(folder, f"agent{number}")
             agent.write_text(_AGENT % (name, naming))
             agent.chmod(0o755)
             where = ["-hosts", ",".join(addresses), "-ppn", str(ranks_a_host)]
-            commands.append([str(MPIRUN), "-launcher", "ssh", "-launcher-exec", str(agent), *where])
-        enter = ["ip", "netns", "exec", f"{name}-{addresses[0]}"]
-        own_name = f"host={addresses[0]}; {naming}; exec \"$0\" \"$@\""  # mpirun starts the ranks of its host itself
-        yield [*enter, *commands[0]], [*enter, "unshare", "--uts", "--mount", "sh", "-c", own_name, *commands[1]]
+            mpirun = [str(MPIRUN), "-launcher", "ssh", "-launcher-exec", str(agent), *where]
+            # mpirun starts the ranks of its host itself.
+            own_name = ["unshare", "--uts", "--mount", "sh", "-c", f'host={addresses[0]}; {naming}; exec "$0" "$@"']
+            commands.append([*enter, *(own_name if number else []), *mpirun])
+        by_address, named, alike = commands
+        yield by_address, named, alike
 
 
 @contextlib.contextmanager

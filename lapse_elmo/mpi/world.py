@@ -24,7 +24,7 @@ class World(Collectives):
         local_rank: This rank's position in its node.
         local_size: The number of ranks in its node.
         leaders: The first rank of each node.
-        host: Name of this machine.
+        host: Name of this machine, with ``#1``, ``#2``... at its end if several machines have the same name.
         host_rank: This rank's position among the ranks of its machine.
         host_size: The number of ranks on its machine.
         cores: CPU cores that the ranks of this machine may use, in all.
@@ -50,7 +50,7 @@ class World(Collectives):
             assert isinstance(host_comm, MPI.Intracomm)
             self.host_rank, self.host_size = host_comm.rank, host_comm.size
             self.node_comm = host_comm
-            self.cores = usable_cores(self._bound_cores(host_comm))
+            self._look_at_machines(host_comm)
             self.oversubscribed = self.host_size > self.cores
             self._find_nodes()
             self._unlink_shared_files()
@@ -102,11 +102,15 @@ class World(Collectives):
         self.leaders = sorted(set(self.allgather(leader)))
         self.node = self.leaders.index(leader)
 
-    def _bound_cores(self, host_comm: MPI.Intracomm) -> set[int]:
-        """Return the cores of all ranks of this machine; a launcher may have bound each rank to its own."""
-        mine = self._bcast_on(host_comm, self.rank, 0)
-        bindings = self.allgather((mine, os.sched_getaffinity(0)))
-        return {core for machine, cores in bindings if machine == mine for core in cores}
+    def _look_at_machines(self, host_comm: MPI.Intracomm) -> None:
+        """Count the cores of all ranks of this machine, and give it a name that no other machine has."""
+        mine = self._bcast_on(host_comm, self.rank, 0)  # the machine's first rank stands for it
+        # A launcher may have bound each rank to cores of its own.
+        ranks = self.allgather((mine, self.host, os.sched_getaffinity(0)))
+        self.cores = usable_cores({core for machine, _, cores in ranks if machine == mine for core in cores})
+        alike = sorted({machine for machine, name, _ in ranks if name == self.host})
+        if len(alike) > 1:
+            self.host += f"#{alike.index(mine) + 1}"
 
     def _unlink_shared_files(self) -> None:
         """Unlink the files in /dev/shm through which MPICH connects the ranks of a node (collective).

@@ -45,14 +45,28 @@ def test_contract(report: dict[str, str], name: str) -> None:
     collective.expect(report, name)
 
 
-def test_hosts_are_nodes(hosts: Hosts, tmp_path: Path) -> None:
+def places_of(launcher: list[str], folder: Path) -> list[list]:
+    """Return each rank's node, number of nodes, position in its node, host and address."""
     code = (
-        "import json, pathlib, sys; from lapse_elmo.mpi.launch import enter; w = enter();"
-        "pathlib.Path(sys.argv[1], str(w.rank)).write_text(json.dumps([w.node, w.num_nodes, w.local_rank, w.host]))"
+        "import json, pathlib, sys; from lapse_elmo.mpi.host import own_address;"
+        "from lapse_elmo.mpi.launch import enter;"
+        "w = enter(); address = own_address(w.allgather(w.host)); place = [w.node, w.num_nodes, w.local_rank, w.host];"
+        "pathlib.Path(sys.argv[1], str(w.rank)).write_text(json.dumps([*place, address]))"
     )
-    job = mpirun(4, ["-c", code, tmp_path], env=ENVIRONMENT, launcher=hosts.launcher)
+    job = mpirun(4, ["-c", code, folder], env=ENVIRONMENT, launcher=launcher)
     assert job.returncode == 0, job.output
-    places = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(4)]
+
+
+def test_hosts_of_the_same_name_are_told_apart(hosts: Hosts, tmp_path: Path) -> None:
+    """Else the memory of both would be compared with that of one, and the loopback taken for their address."""
+    places = places_of(hosts.alike, tmp_path)
+    assert [place[3] for place in places] == ["alike#1", "alike#1", "alike#2", "alike#2"]
+    assert "127.0.0.1" not in [place[4] for place in places]
+
+
+def test_hosts_are_nodes(hosts: Hosts, tmp_path: Path) -> None:
+    places = places_of(hosts.launcher, tmp_path)
     assert [place[:3] for place in places] == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
     assert places[2][3] == places[3][3] == ADDRESSES[1] != places[0][3]
 
