@@ -177,8 +177,10 @@ def cache_folder() -> Path:
     Raises:
         OSError: If it cannot be created, or if others may write to it: its contents are executed.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    wanted = [Path(os.environ.get(CACHE) or Path(base) / "lapse-elmo")]
+    named = os.environ.get(CACHE)
+    bases = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
+    # Without HOME and an entry in /etc/passwd, as in some containers, "~" stays as it is: it would become a directory.
+    wanted = [Path(named)] if named else [Path(base, "lapse-elmo") for base in bases if os.path.isabs(base)][:1]
     wanted.append(Path(tempfile.gettempdir()) / f"lapse-elmo-{os.getuid()}")
     failure = OSError("none was tried")
     for folder in wanted:

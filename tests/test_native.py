@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import pwd
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -116,6 +118,20 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(source: Path, tmp_path
     assert native.cache_folder() != folder
     folder.chmod(0o700)
     assert native.cache_folder() == folder
+
+
+def test_without_a_home_the_folder_is_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as a user of whom it knows nothing; "~" must not become a directory's name then."""
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", native.CACHE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    assert native.cache_folder() == tmp_path / "temporary" / f"lapse-elmo-{os.getuid()}"
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
 
 
 def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, library: ctypes.CDLL) -> None:
