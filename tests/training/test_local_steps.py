@@ -30,6 +30,7 @@ from tests.training.corpora import (
 LIMIT_S = 90
 NODES = (  # 13 steps per epoch; --sync for equal bits of the rows
     *("--nodes", "2", "--sync", "--epochs", "2", "--batch-size", "8", "--report-every", "3", "--dense-average", "0.9"),
+    *("--num-samples", "20"),
 )
 LOCAL = (*NODES, "--local-steps", "4", "--save-every-steps", "5", "--evaluate-every", "6")
 KEPT = (*LOCAL, "--keep-checkpoints", "20", "--save-at-tokens", "300")

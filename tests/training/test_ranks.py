@@ -84,7 +84,7 @@ def test_the_ranks_of_a_node_repeat_to_the_bit(
 
 
 def test_synchronous_nodes_repeat_to_the_bit(small: Prepared, drive: Drive, tmp_path: Path) -> None:
-    argv = [*small.options, *OPTIONS, "--sync", "--nodes", "2", "--run-dir"]
+    argv = [*small.options, *OPTIONS, "--num-samples", "20", "--sync", "--nodes", "2", "--run-dir"]
     traced = ["--trace-rows", "0", "5-6", "random:4"]
     drive(3, [("train", [*argv, str(tmp_path / "a")]), ("train", [*argv, str(tmp_path / "b"), *traced])])
     expect_equal_bits(tmp_path / "a", tmp_path / "b")
