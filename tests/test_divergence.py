@@ -40,6 +40,11 @@ def test_exploding_norms() -> None:
     assert "gradient norm has stayed above 10,000 times its lowest" in seen
 
 
+def test_norms_of_the_first_steps_do_not_count_as_the_lowest() -> None:
+    """The gradient of an untrained model may be tiny."""
+    assert not watch(*[(UNIGRAM, 1e-6)] * 5, *[(UNIGRAM, 4.0)] * 200).seen()
+
+
 def test_held_out() -> None:
     """An untrained model may be bad; one that is worse than any untrained model is not excused by few steps."""
     young, old = watch((UNIGRAM, 5.0)), watch(*[(UNIGRAM, 5.0)] * MAX_BAD_STEPS)

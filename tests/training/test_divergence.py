@@ -26,6 +26,14 @@ def test_a_diverging_job_says_so_in_one_line(small: Prepared, tmp_path: Path) ->
     assert "unigram  " not in ended.output and not checkpoints(tmp_path / "run")
 
 
+def test_training_losses_end_a_run_before_its_first_evaluation(small: Prepared, tmp_path: Path) -> None:
+    """An epoch may take days, so the losses of some steps must do; here it has 102 steps."""
+    options = ("--learning-rate", "30", "--epochs", "1", "--batch-size", "2", "--report-every", "1")
+    with pytest.raises(TrainingError, match=r"diverges at step \d+: the training loss of the last 30 steps was above"):
+        train_alone(small, tmp_path / "run", *options)
+    assert not records(tmp_path / "run", "epoch") and 29 <= len(records(tmp_path / "run", "train")) < 101
+
+
 def test_the_best_checkpoint_is_kept(small: Prepared, tmp_path: Path) -> None:
     """Checkpoints of a diverging model do not replace the best one, from which a run can be resumed."""
     run_dir = train_alone(small, tmp_path / "run", "--epochs", "1", "--batch-size", "4")
