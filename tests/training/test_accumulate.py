@@ -74,6 +74,26 @@ def test_ranks_of_a_node_compute_what_one_does_with_the_whole_batch(tmp_path: Pa
         np.testing.assert_allclose(values, arrays[1][name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_parts_that_take_turns_compute_what_one_does_with_the_batch(tmp_path: Path) -> None:
+    """Of eight parts, four have a sentence in each step. All sentences are the same, so that any four will do."""
+    corpus = prepare(tmp_path / "text", ["w00 w01 w02 w03 w01"] * 16, ["w00 w02"])
+    options = (
+        "--epochs", "1", "--report-every", "1", "--batch-size", "4", "--first-batch", "4", "--dropout", "0",
+        "--growth-tokens", "0", "--num-samples", "1000", "--dense-optimizer", "adagrad",
+    )
+    one = train_alone(corpus, tmp_path / "one", *options)
+    more = train_alone(corpus, tmp_path / "more", *options, "--accumulate", "8")
+    ours, theirs = records(more, "train"), records(one, "train")
+    assert [line["train/global_batch_sentences"] for line in ours] == [4] * 4
+    for name in ("train/loss_nats", "train/gradient_norm", "train/global_batch_tokens"):
+        np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=1e-4)
+    for line in ours:  # equal gradients have no noise
+        assert (line["train/noise_scale_tokens"] or 0.0) < 0.01 * line["train/global_batch_tokens"]
+    arrays = [saved_arrays(checkpoints(run_dir)[-1]) for run_dir in (more, one)]
+    for name, values in arrays[0].items():
+        np.testing.assert_allclose(values, arrays[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_more_parts_than_sentences_are_refused(small: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="203 training sentences cannot be shared by 1 ranks with 300 parts each"):
         train_alone(small, tmp_path / "run", "--accumulate", "300")
