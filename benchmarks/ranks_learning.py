@@ -95,9 +95,15 @@ def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
-    """Train, unless the run is complete; returns its directory."""
+    """Train, unless the run is complete; returns its directory.
+
+    Raises:
+        SystemExit: If it was a run on another text or with other options.
+    """
     run_dir = Path(study.output) / f"ranks-{num_ranks}-seed-{seed}"
-    done = run_dir / "done"
+    done, recipe = run_dir / "done", f"{study.train} {study.heldout} {study.options} --tokens {max(study.tokens):g}"
+    if done.exists() and done.read_text() != recipe:
+        raise SystemExit(f"{run_dir} is of another study ({done.read_text()}): give another --output")
     if not done.exists():
         sentences = max(study.tokens) * shards.num_sentences / shards.num_tokens
         processes = processes_for(study, num_ranks)
@@ -110,7 +116,7 @@ def run(study: Study, num_ranks: int, seed: int, shards: ShardSet) -> Path:
             command(study, num_ranks, processes, run_dir, *more), cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
         )
-        done.touch()
+        done.write_text(recipe)
     return run_dir
 
 

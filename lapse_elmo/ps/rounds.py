@@ -65,7 +65,6 @@ class Rounds:
         self._snapshot = clocks.copy()
         self._ended: list[list[np.ndarray]] = [[] for _ in states]
         self._expiring: list[list[np.ndarray]] = [[] for _ in states]  # rows sent as `Expiring` in this round
-        self._kept: list[np.ndarray] = [np.empty(0, np.int64) for _ in states]  # of those, rows that were not dropped
         self._drops: list[tuple[int, Drop]] = []
         self._next_actions: list[Callable[[], None]] = []
         self._actions: list[Callable[[], None]] = []
@@ -138,10 +137,8 @@ class Rounds:
         """
         for state, rows in replicas:
             width = state.segment.row_width
-            # Rows kept at the end of the last round are not `Expiring` again, for they must be refreshed now.
-            expiring = rows[:0]
-            if not exact:
-                expiring = np.setdiff1d(rows[state.intents[rows] == 0], self._kept[state.number], True)
+            # The round after one that has kept `Expiring` rows is exact, and refreshes them.
+            expiring = rows[:0] if exact else rows[state.intents[rows] == 0]
             for chunk in chunks(rows.size, width):
                 which, deltas = state.rows.collect(rows[chunk])
                 if which.size:
@@ -173,9 +170,8 @@ class Rounds:
 
     def _finish(self) -> None:
         """End the round: drop replicas, publish its clocks to the workers, run the actions that waited for it."""
-        for state in self._states:
-            self._release(state)
-        if any(kept.size for kept in self._kept):
+        kept = [self._release(state) for state in self._states]
+        if any(kept):
             self._next_actions.append(lambda: None)  # not refreshed, so another round is due at once
         else:
             self._fence()  # a worker that reads the clocks reads the refreshed replicas, too
@@ -185,12 +181,15 @@ class Rounds:
         for action in actions:
             action()
 
-    def _release(self, state: SegmentState) -> None:
-        """Drop the replicas without intents; those with new deltas stay for another round, which sends them."""
+    def _release(self, state: SegmentState) -> bool:
+        """Drop the replicas without intents; those with new deltas stay for another round, which sends them.
+
+        Returns:
+            Whether rows stay that were `Expiring` in this round, and so were not refreshed.
+        """
         ended = self._ended[state.number] + self._expiring[state.number]
         if not ended:
-            self._kept[state.number] = self._kept[state.number][:0]
-            return
+            return False
         rows = np.unique(np.concatenate(ended))
         rows = rows[(state.intents[rows] == 0) & (state.replica_owner[rows] != NO_NODE)]
         gone, owners = state.release(rows)
@@ -199,9 +198,9 @@ class Rounds:
             self._drops.append((owner, drop))
         left = rows[state.replica_owner[rows] != NO_NODE]
         self._ended[state.number] = [left] if left.size else []
-        expiring = [rows[state.replica_owner[rows] != NO_NODE] for rows in self._expiring[state.number]]
-        self._kept[state.number] = np.concatenate([left[:0], *expiring])
+        kept = any((state.replica_owner[rows] != NO_NODE).any() for rows in self._expiring[state.number])
         self._expiring[state.number].clear()
+        return kept
 
     def send_drops(self) -> None:
         """Send the `Drop` messages of replicas dropped so far.

@@ -191,6 +191,7 @@ class Invariants:
     def check_end(self) -> None:
         """All calls have been answered, and no message is in transit."""
         assert not any(channel.blocks for channel in self._simulation.channels.values()), "values were on their way"
+        assert not any(self._simulation.values.values()), "values were not received when the job ended"
         self._nothing_in_transit("when the job ended")
         assert all(server.closed and not server._calls for server in self._servers)
 

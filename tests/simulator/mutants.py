@@ -228,13 +228,8 @@ MUTANTS = (
     ),
     Mutant(
         "a round counts although replicas were not refreshed", "rounds.py",
-        "if any(kept.size for kept in self._kept):",
+        "if any(kept):",
         "if False:",
-    ),
-    Mutant(
-        "what stays once may end again and again", "rounds.py",
-        "np.setdiff1d(rows[state.intents[rows] == 0], self._kept[state.number], True)",
-        "rows[state.intents[rows] == 0]",
     ),
     Mutant(
         "deltas are not sent", "rounds.py",
