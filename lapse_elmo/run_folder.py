@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from lapse_elmo import checkpoint
 from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config
-from lapse_elmo.corpus.files import atomic_write
+from lapse_elmo.corpus.files import atomic_write, lock_at_once
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
@@ -114,13 +113,11 @@ class RunLock:
         except OSError as error:
             raise _cannot_write(self._run_dir, error) from None
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_at_once(self._handle)
         except BlockingIOError:
             raise OutputError(
                 f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
             ) from None
-        except OSError:  # the file system cannot lock directories
-            pass
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> OutputError:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from lapse_elmo.corpus.files import refuse_existing, sync_directory, write_failed
+from lapse_elmo.corpus.files import lock_at_once, refuse_existing, replace, sync_directory, write_failed
 from lapse_elmo.errors import OutputError, UserError
 from lapse_elmo.mpi.world import World
 
@@ -133,7 +133,9 @@ class Staging:
             if directory is None:
                 directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
                 self._lock = open(directory / "lock", "wb")  # noqa: SIM115 (held until the end)
-                _lock_if_possible(self._lock)
+                # Without locks, as on Lustre mounted without ``flock``, no run can tell whether another one is active:
+                # each leaves the directories of the others alone, and a killed run is not resumed.
+                lock_at_once(self._lock)
         except OSError as error:
             raise write_failed(self._display_name, error) from None
         return directory
@@ -151,17 +153,7 @@ class Staging:
                 sync_directory(new)
             if new.is_dir() and self.output.is_dir():
                 _check_replaceable(self.output, self._display_name)
-                # A directory cannot be replaced by one rename. The old one is moved aside, and back if the second
-                # rename fails; __exit__ removes it with the hidden directory.
-                old = self.directory / "old"
-                os.rename(self.output, old)
-                try:
-                    os.rename(new, self.output)
-                except OSError:
-                    os.rename(old, self.output)
-                    raise
-            else:
-                os.replace(new, self.output)
+            replace(new, self.output, self.directory / "old")  # which __exit__ removes with the hidden directory
             sync_directory(self.output.parent)
         except OSError as error:
             raise write_failed(self._display_name, error) from None
@@ -175,20 +167,6 @@ def _check_replaceable(directory: Path, display_name: str) -> None:
             f"{display_name} holds files that this program does not make (such as {others[0]}), so --overwrite "
             "does not replace it; choose another --output"
         )
-
-
-def _lock_if_possible(file: BinaryIO) -> None:
-    """Lock the file of a new hidden directory, if the file system has locks.
-
-    Where it has none, as Lustre mounted without ``flock``, no run can tell whether another one is active: each leaves
-    the directories of the others alone, and a killed run is not resumed.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
 
 
 def _lock_if_dead(directory: str) -> BinaryIO | None:

@@ -29,6 +29,12 @@ def _removed_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.removed")
 
 
+def _set_aside(final: Path) -> None:
+    """Rename the checkpoint ``final`` to :func:`_removed_of` it."""
+    shutil.rmtree(_removed_of(final), ignore_errors=True)  # of a removal that was killed
+    final.rename(_removed_of(final))
+
+
 def candidates(run_dir: Path) -> list[Path]:
     """Return the paths of the run's checkpoints, newest first. They may be damaged."""
     folder = run_dir / FOLDER
@@ -57,13 +63,12 @@ def find(path: Path) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
     sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
-    older = _removed_of(final)
     if final.exists():  # rename() does not replace a directory that has files
-        shutil.rmtree(older, ignore_errors=True)
-        final.rename(older)
+        _set_aside(final)
     partial.rename(final)
     sync_directory(final.parent)  # so that the rename itself survives a crash
-    shutil.rmtree(older, ignore_errors=True)  # last: it takes long, and a kill meanwhile must leave one of them
+    # Last: it takes long, and a kill meanwhile must leave one of them.
+    shutil.rmtree(_removed_of(final), ignore_errors=True)
 
 
 def mark_best(run_dir: Path, best: Path) -> None:
@@ -89,6 +94,5 @@ def remove(folder: Path) -> None:
     hidden = folder if folder.name.startswith(".") else _removed_of(folder)
     with contextlib.suppress(OSError):
         if hidden != folder:
-            shutil.rmtree(hidden, ignore_errors=True)
-            folder.rename(hidden)
+            _set_aside(folder)
     shutil.rmtree(hidden, ignore_errors=True)

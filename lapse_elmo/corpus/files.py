@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lapse_elmo.errors import OutputError
 
@@ -64,20 +65,39 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(hidden)  # of a process that was killed and had our number, as in a container, where numbers are small
         yield hidden
-        try:
-            if hidden.is_dir() and path.is_dir():  # rename() cannot replace a directory that is not empty
-                path.rename(old)
-            os.replace(hidden, path)
-        except BaseException:  # also an interrupt: the old output must come back, not be removed below
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
+        replace(hidden, path, old)
         sync_directory(path.parent)
     except OSError as error:
         raise write_failed(path, error) from None
     finally:
         for left in (hidden, old):
             _remove(left)
+
+
+def replace(new: Path, path: Path, old: Path) -> None:
+    """Rename ``new`` to ``path``. A directory there is moved to ``old``, and back after a failure or an interrupt."""
+    try:
+        if new.is_dir() and path.is_dir():  # rename() cannot replace a directory that is not empty
+            path.rename(old)
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+
+
+def lock_at_once(file: int | BinaryIO) -> None:
+    """Lock ``file`` until it is closed, without waiting. Where the file system has no locks, do nothing.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes, overwrite: bool = False) -> None:
