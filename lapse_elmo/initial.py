@@ -56,11 +56,10 @@ def initialise(parameters: Parameters, config: Config, file: VocabularyFile, wor
         return _from_model(stored, parameters, vocabulary, given.init_accumulators)
     parameters.initialise()
     if given.init_embedding:
-        vocabulary = world.together(file.load)
-        found = world.together(lambda: _from_vectors(Path(given.init_embedding), parameters, vocabulary))
+        # Rank 0 alone: the file may have gigabytes, and 2,048 ranks would read it no faster than one.
+        line = world.agree(lambda: _from_vectors(Path(given.init_embedding), parameters, file.load()))
         parameters.sync_parameters()
-        counts = world.sum_(np.array([found], np.float64))
-        return [f"--init-embedding: {int(counts[0]):,} of {len(vocabulary.words):,} words start with given vectors"]
+        return [line]
     return []
 
 
@@ -153,31 +152,28 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
         raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 
 
-def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) -> int:
-    """Set this worker's rows of the words for which ``path`` has vectors; return their number."""
-    world, table = parameters.world, parameters.embedding
+def _from_vectors(path: Path, parameters: Parameters, vocabulary: Vocabulary) -> str:
+    """Set the rows of the words for which ``path`` has vectors, on all nodes; return a line for the log."""
+    progress, table = parameters.world.progress, parameters.embedding
     known = set(vocabulary.words)
     rows: list[int] = []
     vectors: list[np.ndarray] = []
-    num_set = 0
+    found = set[int]()
 
     def put() -> None:
-        nonlocal num_set
         distinct = dict(zip(rows, vectors, strict=True))  # the last vector of a repeated word wins
         weights = torch.from_numpy(np.stack(list(distinct.values())).astype(np.float32))
         table.server.set(table.segment.keys(np.array(list(distinct), np.int64)), table.initial_rows(weights))
-        num_set += len(distinct)
+        found.update(distinct)
         rows.clear()
         vectors.clear()
 
-    for word, vector in world.progress.counted(read_word_vectors(path, table.size)):
+    for word, vector in progress.counted(read_word_vectors(path, table.size)):
         if word in known:
-            row = vocabulary.encode([word])[0] - 1
-            if row // _CHUNK_ROWS % world.size == world.rank:
-                rows.append(row)
-                vectors.append(vector)
-                if len(rows) == _CHUNK_ROWS:
-                    put()
+            rows.append(vocabulary.encode([word])[0] - 1)
+            vectors.append(vector)
+            if len(rows) == _CHUNK_ROWS:
+                put()
     if rows:
         put()
-    return num_set
+    return f"--init-embedding: {len(found):,} of {len(vocabulary.words):,} words start with given vectors"

@@ -19,10 +19,11 @@ from tests.mpi import ROOT, mpirun
 PROGRAM = Path(world_program.__file__)
 SIZES = (1, 2, 3, 4)
 END_S = 20  # far above the start of a job on a busy machine, far below the minute that the other ranks wait for
-STATUS = {"exception": 1, "user-error": 2, "exit-0": 1, "exit-text": 1, "thread": 1, "interrupt": 130}
+STATUS = {"exception": 1, "user-error": 2, "exit-0": 1, "exit-text": 1, "thread": 1, "full-disk": 2, "interrupt": 130}
 CAUSE = {
     "exception": "RuntimeError: this breaks", "user-error": "error: this file is bad", "exit-0": "sys.exit(0)",
     "exit-text": "parting words", "thread": "RuntimeError: thread breaks", "interrupt": "",
+    "full-disk": "error: cannot write a file: No space left on device; free some space",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -176,8 +177,8 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def _in_thread() -> None:
-    threading.Thread(target=lambda: _raise(RuntimeError("thread breaks"))).start()
+def _in_thread(error: Exception) -> None:
+    threading.Thread(target=lambda: _raise(error)).start()
     time.sleep(60)
 
 
@@ -187,7 +188,8 @@ FAILURES: dict[str, Callable[[], object]] = {
     "exit-0": lambda: sys.exit(0),
     "exit-text": lambda: sys.exit("parting words"),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "thread": _in_thread,
+    "thread": lambda: _in_thread(RuntimeError("thread breaks")),
+    "full-disk": lambda: _in_thread(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),  # as TensorBoard's thread does
     "interrupt": lambda: _raise(KeyboardInterrupt()),
 }
 

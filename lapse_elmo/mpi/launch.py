@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -93,6 +94,11 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         status = USER_ERROR
     elif isinstance(error, KeyboardInterrupt):
         status = INTERRUPTED
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # Also from threads of libraries: TensorBoard's meets a full disk first if the run's own files fit.
+        prefix = f"[{world}] " if world and world.size > 1 else ""
+        log_line(f"{prog}: {prefix}error: cannot write {error.filename or 'a file'}: {error.strerror}; free some space")
+        status = USER_ERROR
     else:
         prefix = f"[{world}] " if world and world.size > 1 else ""
         text = "".join(traceback.format_exception(error))

@@ -144,10 +144,11 @@ def test_state_of_another_optimizer_is_refused(small: Prepared, model: Path, tmp
 
 @pytest.mark.parametrize("suffix", ["txt", "bin"])
 def test_given_word_vectors(other: Prepared, model: Path, drive: Drive, tmp_path: Path, suffix: str) -> None:
+    """Rank 0 alone reads the file, and sets the rows on both nodes."""
     vectors = tmp_path / f"vectors.{suffix}"
     export.main([str(model), "--output", str(vectors), "--format", "word2vec"], solo)
     argv = [*other.options, *TINY, *NOTHING, "--init-embedding", str(vectors), "--run-dir", str(tmp_path / "run")]
-    outcome = drive(2, [("train", argv)])
+    outcome = drive(2, [("train", [*argv, "--nodes", "2"])])
     assert all(rank["error"] is None for rank in outcome[0]), outcome
     old, new = lapse_elmo.load(model), lapse_elmo.load(tmp_path / "run")
     shared = [word for word in new.vocabulary.words if word in old.vocabulary]
