@@ -89,7 +89,8 @@ def read(path: str, columns: Sequence[int]) -> Sentences:
                 found.tags.append(tags)
                 words, tags = [], []
             continue
-        if line.startswith(("# ", "-DOCSTART-")) or (len(fields) == 10 and not fields[0].isdigit()):
+        is_comment = line.startswith("# ") and not words  # within a sentence it is the word "#"
+        if is_comment or line.startswith("-DOCSTART-") or (len(fields) == 10 and not fields[0].isdigit()):
             continue
         if len(fields) <= max(columns):
             raise CorpusError(f"{path}:{number}: {len(fields)} columns, --columns asks for {max(columns)}: {line!r}")
