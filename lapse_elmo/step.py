@@ -112,11 +112,12 @@ class TrainingStep:
         self.sentence_factor = config.optimizer.loss_scale / sentence_targets
         # Adagrad divides by the size of past gradients, so their scale matters little; with plain descent it does.
         self.row_scale = config.optimizer.row_scale if config.optimizer.optimizer == "adagrad" else 0.0
+        self.num_parts = world.size * config.training.accumulate
         self.vote = vote
         self.num_classes = parameters.softmax.segment.num_rows
         self.samples_softmax = config.softmax.num_samples < self.num_classes
         self._dense: list[nn.Parameter] = list(self.model.parameters())
-        self.measures_noise = world.size * config.training.accumulate > 1
+        self.measures_noise = self.num_parts > 1
         self._update = parameters.open_dense_update(device)
         self.dense_fallback = self._update.fallback
         self._settled = True  # whether all nodes have the same dense parameters
@@ -177,10 +178,9 @@ class TrainingStep:
         )
         reports = exchange_reports(self.world, report, self.vote())
         total = reports.total
-        num_parts = self.world.size * len(parts)
         # All ranks have the same sums, so all clip by the same factor and agree on whether the norm is finite.
         # Nodes' gradients for a rare row hardly correlate, so they are taken as those of different rows.
-        row_square = total["row_square"] * self._mean_factor(total["num_sentences"], num_parts) ** 2
+        row_square = total["row_square"] * self._mean_factor(total["num_sentences"]) ** 2
         norm = math.sqrt(row_square + total["dense_square"])
         if not (math.isfinite(norm) and reports.finite):
             self._refuse(parts, step, gradients)
@@ -189,10 +189,10 @@ class TrainingStep:
         self.parameters.server.advance_clock()
         timer.end()
         signal = noise = 0.0
-        if self.measures_noise and before and num_parts >= 2 * turns:
+        if self.measures_noise and before and self.num_parts >= 2 * turns:
             # Parts without sentences have no gradient; those with sentences count ``turns`` times.
             mean_square = total["own_dense_squares"] / self.world.size / turns
-            signal, noise = noise_of(mean_square, total["dense_square"], num_parts / turns, total["num_tokens"])
+            signal, noise = noise_of(mean_square, total["dense_square"], self.num_parts / turns, total["num_tokens"])
         return StepResult(
             nll=total["nll"], num_targets=int(total["num_targets"]), num_tokens=int(total["num_tokens"]),
             num_cut=int(total["num_cut"]), num_sentences=int(total["num_sentences"]), gradient_norm=norm,
@@ -322,14 +322,12 @@ class TrainingStep:
         return settled
 
     def _row_factor(self, batch: Batch) -> float:
-        """Return the factor from the gradients of the mean loss to those of the summed loss times --row-scale."""
-        return self.row_scale / self._loss_factor(batch) if self.row_scale else 1.0
+        """Return the factor from the gradients of a part's mean loss to those that are added up over all parts."""
+        return self.row_scale / self._loss_factor(batch) if self.row_scale else 1 / self.num_parts
 
-    def _mean_factor(self, num_sentences: float, num_parts: int) -> float:
+    def _mean_factor(self, num_sentences: float) -> float:
         """Return the factor from the sums of the rows' gradients, as pushed, to the gradients of the mean loss."""
-        if self.row_scale:
-            return self.sentence_factor / max(num_sentences, 1) / self.row_scale
-        return 1 / num_parts
+        return self.sentence_factor / max(num_sentences, 1) / self.row_scale if self.row_scale else 1.0
 
     def _loss_factor(self, batch: Batch) -> float:
         # The mean over all parts is that over the sentences of the step, of which most parts may have none.

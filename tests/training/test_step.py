@@ -13,9 +13,12 @@ from lapse_elmo import step
 from tests.training.corpora import Prepared, checkpoints, records, saved_arrays, train_alone
 
 
-def test_all_of_a_step_is_clipped_by_the_norm_of_the_mean_gradient(small: Prepared, tmp_path: Path) -> None:
-    """With plain descent, rows and dense parameters move by the rate times the clipped gradient."""
-    plain = ("--optimizer", "sgd", "--dense-optimizer", "sgd", "--dense-average", "0", "--row-scale", "0")
+@pytest.mark.parametrize("parts", [1, 3])
+def test_all_of_a_step_is_clipped_by_the_norm_of_the_mean_gradient(
+    small: Prepared, tmp_path: Path, parts: int
+) -> None:
+    """With plain descent, rows and dense parameters move by the rate times the clipped gradient, for any parts."""
+    plain = ("--optimizer", "sgd", "--dense-optimizer", "sgd", "--dense-average", "0", "--accumulate", str(parts))
     options = (*plain, "--max-steps", "1", "--report-every", "1", "--dense-rate", "0.25", "--learning-rate", "0.25")
 
     def run(name: str, *more: str) -> tuple[dict[str, np.ndarray], float]:
