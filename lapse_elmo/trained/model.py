@@ -181,7 +181,8 @@ class TrainedModel:
 
         Raises:
             TypeError: If ``sentences`` is a single string, or a sentence is not text.
-            CheckpointError: If the model has no softmax (bilm-tf's ``dump_weights`` omits it).
+            CheckpointError: If the model has no softmax (bilm-tf's ``dump_weights`` omits it), or numbers that are not
+                finite.
 
         >>> score = load(MODEL).score(["w01 unheard-of"])[0]
         >>> score.words, score.unknown.tolist(), score.forward.shape, bool((score.forward < 0).all())
@@ -222,6 +223,8 @@ class TrainedModel:
         else:
             target = torch.from_numpy(targets).to(self.device)
             nll = full_softmax_nll(torch.cat(contexts), self._on_device(softmax), target).cpu().numpy()
+            if not np.isfinite(nll).all():  # Totals would take it for a target that nothing predicts
+                raise CheckpointError(f"{self.stored.path} cannot predict words: some of its numbers are not finite")
         found: list[SentenceScore | None] = [None] * len(window)
         start = 0
         for numbers, batch in batches:

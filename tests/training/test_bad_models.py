@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -59,6 +60,18 @@ def test_sentences_of_one_word_and_of_10_000(models: dict[str, Path]) -> None:
     np.testing.assert_allclose(many.forward[:8], trained.score([words[:8]])[0].forward, atol=1e-5)
     (found,) = trained.fill("w00", 0, count=1)
     assert 0 < found.probability < 1 and found.forward > 0 and found.backward > 0
+
+
+def test_a_model_with_a_number_that_is_not_finite_does_not_score(models: dict[str, Path], tmp_path: Path) -> None:
+    """Otherwise the words that it cannot predict would be left out of the perplexity."""
+    folder = shutil.copytree(models["elmo"], tmp_path / "model")
+    with h5py.File(folder / "weights.hdf5", "r+") as file:
+        file["embedding"][lapse_elmo.load(folder).vocabulary.encode(["w01"])[0] - 1, 0] = np.nan
+    trained = lapse_elmo.load(folder)
+    (fine,) = trained.score(["w00 w07"])
+    assert np.isfinite([*fine.forward, *fine.backward, fine.begin, fine.end]).all()
+    with pytest.raises(UserError, match=r"model cannot predict words: some of its numbers are not finite$"):
+        trained.score(["w00 w07", "w07 w01 w00"])
 
 
 def test_a_model_without_boundaries_and_one_word(models: dict[str, Path]) -> None:
