@@ -34,15 +34,17 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     if options.output:
         values = {
             "model": str(saved.path), "shards": folder, "split": options.split, "num_sentences": shards.num_sentences,
-            "num_targets": result.num_targets, "forward_perplexity": result.forward,
-            "backward_perplexity": result.backward, "mean_perplexity": result.mean,
+            "num_targets": result.num_targets, "num_cut_sentences": result.num_cut,
+            "forward_perplexity": result.forward, "backward_perplexity": result.backward,
+            "mean_perplexity": result.mean,
         }
         text = json.dumps(values, indent=1).encode() + b"\n"
         world.agree(lambda: atomic_write(options.output, text, options.overwrite))
     if world.rank == 0:
+        cut = f"cut          {result.num_cut:,} sentences at --max-length {data.max_length}, as in training\n"
         print(
             f"model        {saved.path}\nshards       {folder} ({options.split}, {shards.num_sentences:,} sentences, "
-            f"{result.num_targets:,} targets per direction)\nforward      {result.forward:.2f}\n"
-            f"backward     {result.backward:.2f}\nmean         {result.mean:.2f}\n"
+            f"{result.num_targets:,} targets per direction)\n{cut if result.num_cut else ''}"
+            f"forward      {result.forward:.2f}\nbackward     {result.backward:.2f}\nmean         {result.mean:.2f}\n"
             f"speed        {shards.num_tokens / seconds:,.0f} tokens/s"
         )

@@ -26,11 +26,15 @@ HELD_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Summed nll (nats) of each direction over ``num_targets`` targets per direction, of all ranks."""
+    """Summed nll (nats) of each direction over ``num_targets`` targets per direction, of all ranks.
+
+    ``num_cut`` sentences were cut at --max-length, and the words that follow there are not among the targets.
+    """
 
     forward_nll: float
     backward_nll: float
     num_targets: int
+    num_cut: int = 0
 
     @property
     def forward(self) -> float:
@@ -75,27 +79,33 @@ def measure_perplexity(
     """
     model, softmax = parameters.model, parameters.softmax
     model.eval()
-    sums = np.zeros(3)
+    sums = np.zeros(4)  # nll of both directions, targets, cut sentences
     batches = evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries)
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            sums[3] += batch.num_cut
+            yield batch
+
     if world.num_nodes == 1:
-        for context, target in _held(batches, parameters, device, HELD_BYTES):
+        for context, target in _held(counted(), parameters, device, HELD_BYTES):
             chunks = ((first, rows.to(device)) for first, rows in softmax.chunks())
-            sums += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
+            sums[:3] += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
     else:
         across = NodeSoftmax(softmax, world, device)
         # Each of the ranks that send to one and the same rank sends it all vectors that it holds.
-        held = _held(batches, parameters, device, HELD_BYTES // across.most_senders)
+        held = _held(counted(), parameters, device, HELD_BYTES // across.most_senders)
         nothing = torch.empty(0, softmax.size - 1, device=device), torch.empty(0, dtype=torch.int64, device=device)
         while True:  # as often as the rank with the most batches needs
             mine = next(held, None)
             if not world.sum_(np.array([mine is not None], np.int64))[0]:
                 break
-            sums += _sums(across.nll(*(mine or nothing)))
+            sums[:3] += _sums(across.nll(*(mine or nothing)))
     model.train()
     world.sum_(sums)
     if not sums[2]:
         raise ConfigError("the held-out sentences have no targets: those of one token need --boundaries")
-    return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]))
+    return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]), int(sums[3]))
 
 
 def _held(

@@ -325,8 +325,9 @@ class Training:
             f"step {cursor.step:,}, {cursor.epochs_done:.2f} epochs: loss {epoch_meter.loss:.3f}, held-out perplexity "
             f"{heldout.mean:.1f} (forward {heldout.forward:.1f}, backward {heldout.backward:.1f})"
         )
-        if epoch_meter.num_cut:
-            log.log_line(f"{epoch_meter.num_cut:,} sentences were cut at --max-length {self.config.data.max_length}")
+        for kind, number in (("", epoch_meter.num_cut), ("held-out ", heldout.num_cut)):
+            if number:
+                log.log_line(f"{number:,} {kind}sentences were cut at --max-length {self.config.data.max_length}")
         state.results.append(
             EpochResult(
                 cursor.step, cursor.epochs_done, epoch_meter.num_tokens, tokens_per_s, epoch_meter.loss, heldout

@@ -13,7 +13,7 @@ import torch
 
 from tests import mpi
 from tests.training.conftest import Drive
-from tests.training.corpora import TINY, Prepared, prepare, random_sentences, records, train_alone
+from tests.training.corpora import TINY, Prepared, evaluate_alone, prepare, random_sentences, records, train_alone
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,16 @@ def test_few_classes_and_long_sentences_are_no_mistakes(
     run_dir = train_alone(
         small, tmp_path / "run", "--num-samples", "43", "--max-length", "5", "--epochs", "1", "--batch-size", "50"
     )
-    assert "full softmax" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "full softmax" in shown
     lengths = [len(sentence.split()) for sentence in small.train]
     (epoch,) = records(run_dir, "epoch")
     assert epoch["train/cut_sentences"] == sum(length > 5 for length in lengths) > 0
     assert epoch["train/epoch_tokens"] == sum(min(length, 5) for length in lengths)
+    cut = sum(len(sentence.split()) > 5 for sentence in small.heldout)
+    assert cut and f"{cut:,} held-out sentences were cut at --max-length 5\n" in shown
+    assert evaluate_alone(run_dir, tmp_path / "result.json")["num_cut_sentences"] == cut
+    assert f"\ncut          {cut} sentences at --max-length 5, as in training\nforward " in capfd.readouterr().out
 
 
 def test_a_run_is_replaced_when_that_is_asked_for(small: Prepared, tmp_path: Path) -> None:
