@@ -323,6 +323,8 @@ class ShardFile:
     def _damaged(self, reason: object) -> CorpusError:
         if isinstance(reason, OSError) and reason.errno in (errno.EINVAL, errno.EISDIR):
             return CorpusError(f"cannot read shard {self.path}: {reason.strerror}")
+        if isinstance(reason, OSError) and reason.errno in (errno.EMFILE, errno.ENFILE):
+            return CorpusError(f"cannot read shard {self.path}: {os.strerror(reason.errno)}; raise ulimit -n")
         if isinstance(reason, OSError) and "signature not found" in str(reason):
             return CorpusError(f"{self.path} is not an HDF5 file; expected a shard made by bin/preprocess shards")
         text = in_one_line(reason)

@@ -27,6 +27,7 @@ __all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "WorkerPart", "find
 _COUNT_TOKENS = 1 << 20  # tokens per read when counting
 # The largest part of a corpus that a rank keeps in memory: a billion words are kept by 17 ranks or more.
 _MOST_KEPT_BYTES = 1 << 28
+_MOST_OPEN = 64  # files of a set: few ranks read from all of thousands of shards, and may have 1,024 files open
 
 PathLike = str | os.PathLike[str]
 
@@ -62,7 +63,7 @@ class KeptSentences:
 
 
 class ShardSet:
-    """All sentences of one split. Each process opens a file when it first reads from it.
+    """All sentences of one split. Each process opens a file when it reads from it, and keeps the latest ones open.
 
     Attributes:
         paths: The files, by shard number.
@@ -91,6 +92,7 @@ class ShardSet:
         self.set_sha256 = headers[0].set_sha256
         self.starts = np.cumsum([0] + [header.num_sentences for header in headers])
         self.kept: KeptSentences | None = None
+        self._recent: dict[int, None] = {}  # the files that may be open, by number, the one read last at the end
 
     @classmethod
     def open(
@@ -170,12 +172,11 @@ class ShardSet:
                 return self.kept.read(indices)
         cuts = np.searchsorted(indices, self.starts)
         tokens, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
-        for number, file in enumerate(self._files):
-            if cuts[number] < cuts[number + 1]:
-                local = indices[cuts[number] : cuts[number + 1]] - self.starts[number]
-                shard_tokens, shard_lengths = file.read(local)
-                tokens.append(shard_tokens)
-                lengths.append(shard_lengths)
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            local = indices[cuts[number] : cuts[number + 1]] - self.starts[number]
+            shard_tokens, shard_lengths = self._to_read(number).read(local)
+            tokens.append(shard_tokens)
+            lengths.append(shard_lengths)
         return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
 
     def kept_bytes(self, num_parts: int) -> int:
@@ -213,12 +214,24 @@ class ShardSet:
             for start in range(0, len(self.kept.tokens), _COUNT_TOKENS):
                 yield self.kept.tokens[start : start + _COUNT_TOKENS]
             return
-        chunks = ((file, start) for file in self._files for start in range(0, file.header.num_tokens, _COUNT_TOKENS))
-        for file, start in itertools.islice(chunks, world.rank, None, world.size):
-            yield file.tokens(start, min(start + _COUNT_TOKENS, file.header.num_tokens))
+        sizes = [file.header.num_tokens for file in self._files]
+        chunks = ((number, start) for number, size in enumerate(sizes) for start in range(0, size, _COUNT_TOKENS))
+        for number, start in itertools.islice(chunks, world.rank, None, world.size):
+            yield self._to_read(number).tokens(start, min(start + _COUNT_TOKENS, sizes[number]))
+
+    def _to_read(self, number: int) -> ShardFile:
+        """Return the file of a shard that is about to be read; close another one if too many are open."""
+        self._recent.pop(number, None)
+        self._recent[number] = None
+        if len(self._recent) > _MOST_OPEN:
+            longest_unread = next(iter(self._recent))
+            del self._recent[longest_unread]
+            self._files[longest_unread].close()
+        return self._files[number]
 
     def close(self) -> None:
         """Close all files. A later read opens them again."""
+        self._recent.clear()
         for file in self._files:
             file.close()
 

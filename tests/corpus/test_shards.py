@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import multiprocessing
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -212,6 +215,37 @@ def test_reading_on_both_sides_of_a_fork(tmp_path: Path) -> None:
     child.join(30)
     assert shards.read(np.array([1]))[0].tolist() == ordered[1]
     shards.close()
+
+
+def test_few_ranks_read_many_shards_with_few_open_files(tmp_path: Path) -> None:
+    ordered = write_set(tmp_path, [[4], [5]] * 50, num_shards=100)
+    with ShardSet.open(tmp_path) as shards:
+        for _ in range(2):
+            assert [shards.read(np.array([n]))[0].tolist() for n in range(100)] == ordered
+        assert 1 < len(_open_files_in(tmp_path)) <= 64
+        shards.close()
+        assert shards.unigram_counts(solo())[4:6].tolist() == [50, 50]
+        assert 1 < len(_open_files_in(tmp_path)) <= 64
+    assert not _open_files_in(tmp_path)
+
+
+def _open_files_in(folder: Path) -> list[str]:
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of the listing itself
+            found.append(os.readlink(link))
+    return [path for path in found if path.startswith(str(folder))]
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Unable to synchronously open file")
+
+    write_set(tmp_path, [[4]], 1)
+    with ShardSet.open(tmp_path) as shards:
+        monkeypatch.setattr(shard_file.h5py, "File", refuse)
+        with pytest.raises(CorpusError, match=r"cannot read shard .*: Too many open files; raise ulimit -n$"):
+            shards.read(np.array([0]))
 
 
 def test_header_lists_every_attribute(tmp_path: Path) -> None:
