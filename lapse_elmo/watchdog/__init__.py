@@ -34,6 +34,7 @@ REPORT_FILE_VARIABLE = "LAPSE_ELMO_STALLS"  # environment variable: file to appe
 _REPORT_TIMEOUT_S = 3.0  # for each of these two
 _TICKS_PER_LIMIT = 20  # checks per limit of time
 _MIN_TICK_S, _MAX_TICK_S = 0.1, 2.0
+_RECEIVE_S = 0.1  # for which a collector receives, before it looks whether watching has ended
 _SILENT_TICKS, _SILENT_FRACTION = 4, 0.25  # ticks, and fraction of the limit, without a heartbeat: the rank is silent
 _ABORT_GRACE_S = 1.0  # for other nodes to print their reports
 _ABORT_TIMEOUT_S = 15.0  # for the MPI library to end the job
@@ -88,7 +89,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         last = time.monotonic()
-        while not self._ended.wait(self._tick_s):
+        while not self._over():
             now = time.monotonic()
             # A longer interval means that this process was suspended; it must not count as time of a hang.
             seconds, last = min(now - last, 2 * self._tick_s), now
@@ -97,6 +98,15 @@ class Watchdog:
             else:
                 self._start_s += seconds
                 self._check_start()
+
+    def _over(self) -> bool:
+        """Wait for a tick, in which a collector receives; return whether watching has ended."""
+        if self._group is None or not self._group.receives:
+            return self._ended.wait(self._tick_s)
+        end = time.monotonic() + self._tick_s
+        while not self._ended.is_set() and (left := end - time.monotonic()) > 0:
+            self._group.receive(min(left, _RECEIVE_S))
+        return self._ended.is_set()
 
     def _check_start(self) -> None:
         """End the job if MPI has not started within the limit."""
@@ -175,6 +185,16 @@ class _Group:
         self._arrays.clear()
         self._memory.close()
 
+    @property
+    def receives(self) -> bool:
+        """Whether other nodes send their progress to this rank."""
+        return self._channel is not None and self._channel.receives
+
+    def receive(self, seconds: float) -> None:
+        """Store what other nodes send within ``seconds``."""
+        if self._channel is not None:
+            self._channel.receive(self._view, seconds)
+
     def check(self, seconds: float) -> None:
         """Update the progress of all ranks, and end the job if none has made any for too long.
 
@@ -182,8 +202,7 @@ class _Group:
             seconds: Time since the last call.
         """
         view, rank = self._view, self._world.rank
-        if self._channel is not None:
-            self._channel.receive(view)
+        self.receive(0.0)
         self._beat()
         view.tick(seconds)
         silent = view.silent_s > max(_SILENT_TICKS * self._tick_s, _SILENT_FRACTION * self._limit_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from lapse_elmo.progress import BEAT, DONE, NUM_FIELDS, PHASE_TYPE, WAITING
 _RECORD = np.dtype([("rank", np.int64), ("numbers", np.int64, (NUM_FIELDS,)), ("phase", PHASE_TYPE)])
 _RECORDS_PER_DATAGRAM = 12  # so that a datagram fits an Ethernet frame
 _MAX_DATAGRAM_BYTES = 1 << 16
+_BUFFER_BYTES = 1 << 22  # for datagrams not received yet; where the kernel allows less, it gives that
 
 
 class View:
@@ -76,7 +78,7 @@ class ProgressChannel:
         """Open the receiving socket of a collector; returns its address, or None if there is none."""
         address = own_address(hosts)
         receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        receiver.setblocking(False)
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
         self._receiver = receiver
         try:
             receiver.bind((address or "", 0))
@@ -93,12 +95,23 @@ class ProgressChannel:
                 with contextlib.suppress(OSError):  # a later one may arrive
                     self._sender.sendto(self._token + records[start : start + _RECORDS_PER_DATAGRAM].tobytes(), address)
 
-    def receive(self, view: View) -> None:
-        """Store what has arrived in ``view``."""
+    @property
+    def receives(self) -> bool:
+        """Whether this rank is a collector."""
+        return self._receiver is not None
+
+    def receive(self, view: View, seconds: float) -> None:
+        """Store what arrives within ``seconds`` in ``view``; with 0, what has arrived.
+
+        As it arrives: by default the kernel keeps some 90 datagrams, which 30 nodes of 32 ranks send in a tick. It
+        would drop the rest, at each tick those of the same nodes.
+        """
         if self._receiver is None:
             return
+        end = time.monotonic() + seconds
         with contextlib.suppress(OSError):  # no more datagrams
             while True:
+                self._receiver.settimeout(max(end - time.monotonic(), 0.0))
                 data = self._receiver.recv(_MAX_DATAGRAM_BYTES)
                 head, rest = data[: len(self._token)], data[len(self._token) :]
                 if head == self._token and len(rest) % _RECORD.itemsize == 0:  # else of another program

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from lapse_elmo import checkpoint
 from lapse_elmo.config.training import parse_train
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.signals import STALLED
-from lapse_elmo.mpi.world import solo
+from lapse_elmo.mpi.world import World, solo
+from lapse_elmo.progress import BEAT, NUM_FIELDS, PHASE_TYPE
 from lapse_elmo.watchdog import REPORT_FILE_VARIABLE, Watchdog
 from lapse_elmo.watchdog.report import format_ranks, own_stacks, stack_lines
 from lapse_elmo.watchdog.view import View
@@ -170,6 +172,38 @@ def test_a_view_tells_idle_and_silent_ranks_apart() -> None:
     assert view.idle_s.tolist() == [0, 3, 4]
     assert view.silent_s.tolist() == [0, 1, 4]
     assert view.waiting.tolist() == [False, True, False]
+
+
+class FirstOf64Nodes(World):
+    """A stand-in for the world of the first of 2,048 ranks, on 64 nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.local_size, self.leaders = 2048, 32, [*range(0, 2048, 32)]
+
+    def allgather(self, obj: Any) -> list[Any]:
+        if obj == (self.host, self.node):
+            return [(self.host, rank // 32) for rank in range(self.size)]
+        return [obj]
+
+
+def test_a_collector_sees_all_ranks_of_many_nodes() -> None:
+    """Also where the kernel keeps few datagrams, as by default."""
+    view = View(2048)
+    with Watchdog(1.0, "test") as watchdog:  # checks at most every 2 s
+        watchdog.join(FirstOf64Nodes())
+        group = watchdog._group
+        assert group is not None and group._channel is not None and group._channel._receiver is not None
+        group._channel._receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)  # some 110 datagrams
+        time.sleep(2.2)  # until the thread knows of the group
+        for first in range(32, 2048, 32):
+            ranks = np.arange(first, first + 32)
+            view.take(ranks, np.full((32, NUM_FIELDS), 5), np.full(32, b"step 1", PHASE_TYPE))
+            group._channel.send(ranks, view)
+            time.sleep(0.02)
+        time.sleep(0.2)
+        unseen = np.flatnonzero(group._view.numbers[32:, BEAT] != 5) + 32
+    assert not unseen.size, f"nothing was received of ranks {format_ranks(unseen.tolist())}"
 
 
 def test_ranks_are_named_in_few_words() -> None:
