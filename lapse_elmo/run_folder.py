@@ -188,12 +188,18 @@ def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
     """Refuse to resume from an older checkpoint in its own directory, which would lose the later ones."""
     if path.parent.parent != run_dir.resolve() or overwrite:
         return
-    later = [other.name for other in checkpoint.candidates(run_dir) if other.name > path.name]
+    later = [other.name for other in _later_than(path, run_dir)]
     if later:
         raise CheckpointError(
             f"{run_dir} has checkpoints after {path.name}, the newest is {later[0]}: give another --run-dir to "
             "resume from the older one there, or --overwrite to discard the later ones"
         )
+
+
+def _later_than(path: Path, run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run of later steps than ``path``, newest first."""
+    order = checkpoint.order_of
+    return [other for other in checkpoint.candidates(run_dir) if order(other) > order(path)]
 
 
 def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingData) -> list[str]:
@@ -254,8 +260,7 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
         vocabulary = read_small(config.data.vocab, MOST_VOCABULARY_BYTES)
         if here:
             assert start.path is not None
-            later = {path for path in checkpoint.candidates(run_dir) if path.name > start.path.name}
-            checkpoint.prune(run_dir, set(checkpoint.candidates(run_dir)) - later)
+            checkpoint.prune(run_dir, set(checkpoint.candidates(run_dir)) - set(_later_than(start.path, run_dir)))
         else:
             checkpoint.prune(run_dir, set())
             for name in (EVENTS, TRACE):
@@ -290,7 +295,8 @@ def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int)
         best = start.manifest["best"]
         path = checkpoint.path_of(run_dir, best["step"]) if best else None
         known = (best["perplexity"], path) if path is not None and path.is_dir() else None
-        kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other.name <= start.path.name]
+        later = _later_than(start.path, run_dir)
+        kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other not in later]
         return kept[-num_newest:], known
 
     kept, known = world.agree(earlier)

@@ -38,7 +38,12 @@ def _set_aside(final: Path) -> None:
 def candidates(run_dir: Path) -> list[Path]:
     """Return the paths of the run's checkpoints, newest first. They may be damaged."""
     folder = run_dir / FOLDER
-    return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
+    return sorted(folder.glob("step-*"), key=order_of, reverse=True) if folder.is_dir() else []
+
+
+def order_of(path: Path) -> tuple[int, str]:
+    """Return what puts the paths of a run's checkpoints in the order of their steps."""
+    return len(path.name), path.name  # names alone would put step 100,000,000, of nine digits, before all others
 
 
 def find(path: Path) -> Path:
