@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lapse_elmo.dense_update import DenseNorms
 from lapse_elmo.model.dense import add_up
-from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule
+from lapse_elmo.model.optimizers import DenseOptimizer, DenseRule, new_step_count
 from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World
 from lapse_elmo.node_sums import NodeSums, sum_bytes
@@ -70,7 +70,7 @@ class NodeDense:
         self.weights = torch.from_numpy(memory.arrays[_WEIGHTS])
         self.state = {name: torch.from_numpy(memory.arrays[f"dense {name}"]) for name in rule.initial_state}
         self.means = torch.from_numpy(memory.arrays[_MEANS]) if rule.average else None
-        self.num_steps = torch.zeros(1)
+        self.num_steps = new_step_count()
         for name, value in rule.initial_state.items():
             self.state[name][self.own] = value
         views = self.views(self.weights)

@@ -123,7 +123,7 @@ def _restore_dense(files: OpenFiles, parameters: Parameters, world: World, keeps
         for name, tensor in parameters.dense_tensors().items():
             if not (keeps_state or name.startswith((PARAMETERS, TRAINED))):
                 continue
-            values = np.zeros(tuple(tensor.shape), np.float32)
+            values = torch.zeros(tensor.shape, dtype=tensor.dtype).numpy()
             read = functools.partial(_read_array, opened, name, parameters.dense_optimizer, values)
             world.agree(functools.partial(_guarded, path, read))
             world.bcast_array(values)

@@ -37,6 +37,11 @@ class DenseRule:
         return {"accumulators": self.initial_accumulator} if self.kind == "adagrad" else {}
 
 
+def new_step_count() -> Tensor:
+    """Return a count (1,) of steps, 0 so far: in float64, since float32 does not count beyond 2**24 steps."""
+    return torch.zeros(1, dtype=torch.float64)
+
+
 class DenseOptimizer:
     """Updates a list of dense parameters in place.
 
@@ -73,7 +78,7 @@ class DenseOptimizer:
                 for name, value in rule.initial_state.items()
             }
         self.state = {name: list(tensors) for name, tensors in state.items()}
-        self.num_steps = torch.zeros(1) if num_steps is None else num_steps
+        self.num_steps = new_step_count() if num_steps is None else num_steps
         self.averages: Averages | None = None
         if rule.average:
             means = [parameter.detach().clone() for parameter in self.parameters] if means is None else means

@@ -194,6 +194,18 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
 
 
+def test_steps_are_counted_beyond_what_float32_counts(
+    parameters: Parameters, cursor: Cursor, tmp_path: Path
+) -> None:
+    optimizer, many = parameters.dense_optimizer, 2**24 + 1
+    optimizer.num_steps.fill_(many - 1)
+    optimizer.step([torch.zeros_like(parameter) for parameter in optimizer.parameters])
+    path = save(tmp_path, parameters, cursor)
+    optimizer.num_steps.zero_()
+    checkpoint.restore(checkpoint.OpenFiles(path), checkpoint.read_manifest(path), parameters, solo())
+    assert int(optimizer.num_steps) == many
+
+
 def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None:
     oldest, older, newest = (checkpoint.path_of(tmp_path, step) for step in (99_999_998, 99_999_999, 100_000_000))
     for folder in (oldest, older, newest):
