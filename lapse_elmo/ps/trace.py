@@ -11,6 +11,7 @@ also has are named as there.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,13 +107,13 @@ class _Log:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / self._name
-            old = path.read_bytes() if path.exists() else b""
+            last = _last_byte(path)
             file = open(path, "a", _BUFFER_BYTES, encoding="utf-8")  # noqa: SIM115 (open for as long as the server)
         except OSError as error:
             raise _cannot_write(folder, error) from None
-        if not old:
+        if not last:
             file.write("\t".join(COLUMNS) + "\n")
-        elif not old.endswith(b"\n"):  # a line that a killed job has cut off must not run into the next one
+        elif last != b"\n":  # a line that a killed job has cut off must not run into the next one
             file.write("\n")
         self._file = file
 
@@ -152,6 +153,15 @@ class _Log:
             )
         except OSError as error:
             raise _cannot_write(Path(self._file.name).parent, error) from None
+
+
+def _last_byte(path: Path) -> bytes:
+    """Return the last byte of a file, of which the rest may not fit into memory; none if it is empty or missing."""
+    if not path.exists() or not path.stat().st_size:
+        return b""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read()
 
 
 def _cannot_write(folder: Path, error: OSError) -> OutputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lapse_elmo.mpi.world import solo
 from lapse_elmo.ps.embedded import EmbeddedServer
 from lapse_elmo.ps.layout import Layout
 from lapse_elmo.ps.sampling import SCHEMES, Distribution, Sampler
+from lapse_elmo.ps.trace import TracedServer
 
 LAYOUT = Layout.of(("a", 7, 2), ("b", 1, 5), ("c", 30, 3))
 SEGMENTS = st.sampled_from(LAYOUT.segments)
@@ -130,6 +132,22 @@ def test_a_limit_on_the_size_of_files_is_named() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.everywhere
+
+
+def test_a_long_trace_is_not_read_when_it_is_continued(tmp_path: Path) -> None:
+    old = [tmp_path / "rank-00000.tsv", tmp_path / "node-00000.tsv"]
+    for path in old:
+        with open(path, "wb") as file:
+            file.truncate(1 << 42)  # holes: 4 TB that take no space
+    server = TracedServer(solo(), LAYOUT, traced=np.array([3]))
+    server.start_trace(tmp_path)
+    server.push(np.array([3]), np.ones((1, 2), np.float32))
+    server.close()
+    for path, event in zip(old, ("push", "alloc"), strict=True):
+        with open(path, "rb") as file:
+            file.seek(1 << 42)
+            cut_off, line, end = file.read().decode().split("\n")
+        assert not cut_off and event in line and not end
 
 
 def test_layout() -> None:
