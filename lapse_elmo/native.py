@@ -189,11 +189,22 @@ def cache_folder() -> Path:
             state = folder.stat()
             if state.st_uid != os.getuid() or state.st_mode & 0o022:
                 raise PermissionError(f"others may write to {folder}")
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
+            _require_writable(folder)
+            return folder
         except OSError as error:
             failure = error
     raise failure
+
+
+@functools.cache
+def _require_writable(folder: Path) -> None:
+    """Create a file in ``folder`` for a moment, but only once: thousands of ranks do so in a folder that they share.
+
+    Raises:
+        OSError: This is not possible.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def share_openmp() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,24 @@ def test_floats_are_as_written(library: ctypes.CDLL) -> None:
     assert library.larger(float("nan"), 1.0) == 1.0 and library.larger(1.0, float("nan")) != 1.0
     assert library.half_of_smallest(2.0**-148) == 2.0**-149
     assert float(torch.tensor(2.0**-148) * 0.5) == 2.0**-149, "torch's own arithmetic was changed"
+
+
+def test_a_process_tries_once_whether_it_may_write(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    make = tempfile.TemporaryFile
+
+    def counted(dir: Path) -> Any:
+        made.append(dir)
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", counted)
+    other = tmp_path / "other.c"
+    other.write_text(SOURCE + "int other;")
+    for path in (source, other):
+        native.load(path)
+    assert native.cache_folder() == tmp_path / "cache" and made == [tmp_path / "cache"]
 
 
 def test_shares_torchs_threads(library: ctypes.CDLL) -> None:
