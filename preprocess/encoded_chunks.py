@@ -16,6 +16,7 @@ again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import zlib
@@ -115,28 +116,41 @@ def encode_chunk(
             num_sentences += len(lengths)
             tokens_file.write(tokens.data)
             lengths_file.write(lengths.data)
-            counts.append(counts_of_block)
+            # A block has fewer than 2**31 tokens. Millions of groups are counted: a compressed file is a single chunk.
+            counts.append(counts_of_block.astype(np.int32))
             on_block(block.num_bytes)
-    blocks = np.array(counts, np.int64).reshape(-1, num_shards, 3)
-    encoded = EncodedChunk(blocks.sum(axis=0), len(blocks), checksum)
-    places, numbers = _places(blocks).reshape(-1), np.append(encoded.counts, checksum)
-    digest = hashlib.sha256(places.data)
-    digest.update(numbers.data)
-    with open(hidden.record, "wb") as record_file:
-        for content in (digest.digest(), places.data, numbers.data):
-            record_file.write(content)
+    blocks = np.array(counts, np.int32).reshape(-1, num_shards, 3)
+    counts.clear()
+    encoded = EncodedChunk(blocks.sum(axis=0, dtype=np.int64), len(blocks), checksum)
+    _write_record(hidden.record, blocks, encoded)
     for complete, path in zip(hidden, paths, strict=True):  # the record is the last one
         os.replace(complete, path)
     return encoded
 
 
-def _places(blocks: np.ndarray) -> np.ndarray:
-    """Return the places (K, blocks, ``_PLACE``) of all groups in the files, given their counts (blocks, K, 3)."""
-    sizes = blocks[:, :, :2]  # column 0 counts sentences, which are entries of the lengths file, column 1 tokens
-    # The files hold block after block, and in a block residue after residue: the running sum over both is where each
-    # group ends.
-    ends = sizes.reshape(-1, 2).cumsum(axis=0).reshape(sizes.shape)
-    return np.ascontiguousarray(np.concatenate([sizes, ends - sizes], axis=2).swapaxes(0, 1))
+def _write_record(path: Path, blocks: np.ndarray, encoded: EncodedChunk) -> None:
+    """Write the record of a chunk, given the counts (blocks, K, 3) of its groups: a digest, places and counts."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        file.write(bytes(_DIGEST_BYTES))
+        for numbers in itertools.chain(_places(blocks), [np.append(encoded.counts, encoded.checksum)]):
+            content = numbers.tobytes()
+            digest.update(content)
+            file.write(content)
+        file.seek(0)
+        file.write(digest.digest())
+
+
+def _places(blocks: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the places (blocks, ``_PLACE``) of the groups of each residue, given the counts (blocks, K, 3) of all."""
+    # The files hold block after block, and in a block residue after residue. Column 0 counts sentences, which are
+    # entries of the lengths file, column 1 tokens.
+    of_blocks = blocks[:, :, :2].sum(axis=1, dtype=np.int64)
+    starts = of_blocks.cumsum(axis=0) - of_blocks
+    for residue in range(blocks.shape[1]):
+        sizes = blocks[:, residue, :2]
+        yield np.concatenate([sizes, starts], axis=1)
+        starts += sizes
 
 
 def load_chunk(paths: ChunkPaths, num_shards: int, on_block: Callable[[], object]) -> EncodedChunk | None:
@@ -152,7 +166,7 @@ def load_chunk(paths: ChunkPaths, num_shards: int, on_block: Callable[[], object
     """
     try:
         record = paths.record.read_bytes()
-        numbers = record[_DIGEST_BYTES:]
+        numbers = memoryview(record)[_DIGEST_BYTES:]  # not copied
         if hashlib.sha256(numbers).digest() != record[:_DIGEST_BYTES]:
             return None
         values = np.frombuffer(numbers, np.int64)

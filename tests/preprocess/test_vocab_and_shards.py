@@ -6,6 +6,7 @@ import errno
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,28 @@ def test_what_every_rank_knows_of_a_chunk_does_not_grow_with_it(
         loaded = encoded_chunks.load_chunk(paths, 5, lambda: None)
         sizes += [len(pickle.dumps(encoded)), len(pickle.dumps(loaded))]
     assert encoded.num_blocks > 50 and len(set(sizes)) == 1
+
+
+def test_a_chunk_of_many_blocks_and_shards_takes_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed file of 20 GB is one chunk, of which 2,048 shards have 42 million groups."""
+    path = write(tmp_path / "t", sentences(400))
+    vocabulary = Vocabulary.load(vocab([path], tmp_path / "v"))
+    monkeypatch.setattr(text, "BLOCK_BYTES", 50)
+    (chunk,) = text.split_into_chunks([str(path)])
+    paths, num_shards = encoded_chunks.chunk_paths(tmp_path, chunk, vocabulary.sha256, 2048), 2048
+    encoder, peaks = new_word_encoder(vocabulary), []
+    for code in (
+        lambda: encoded_chunks.encode_chunk(chunk, encoder, num_shards, paths, tmp_path, lambda _: None),
+        lambda: encoded_chunks.load_chunk(paths, num_shards, lambda: None),
+    ):
+        tracemalloc.start()
+        encoded = code()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert encoded is not None and encoded.num_sentences == 400 < 4 * encoded.num_blocks
+    assert max(peaks) < 40 * encoded.num_blocks * num_shards, peaks  # bytes; a group's place takes 32
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
