@@ -26,6 +26,7 @@ from lapse_elmo.mpi.world import World
 T = TypeVar("T")
 
 _CHECK_S = 1.0  # thousands of ranks that ask a file server after each block would keep it from all else
+_OLD = "old"  # the name in the hidden directory of an output that is replaced
 _GENERATED = re.compile(r"(train|heldout)-\d+-of-\d+\.(h5|txt)|SOURCES\.txt")
 
 
@@ -65,7 +66,7 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._world.rank == 0:
             is_resumable = self._kept and kind is not None and not issubclass(kind, UserError)
-            if not is_resumable:
+            if not is_resumable and not self._holds_output(self.directory):
                 shutil.rmtree(self.directory, ignore_errors=True)
             if self._lock is not None:
                 self._lock.close()
@@ -124,6 +125,9 @@ class Staging:
             for left in glob.glob(os.path.join(glob.escape(str(self.output.parent)), glob.escape(prefix) + "*")):
                 if (lock := _lock_if_dead(left)) is None:
                     continue
+                if self._holds_output(Path(left)):
+                    lock.close()
+                    continue
                 if self._kept and directory is None:
                     directory, self._lock = Path(left), lock
                     _remove_all_but(directory, {"lock", *self._kept})
@@ -140,6 +144,10 @@ class Staging:
             raise write_failed(self._display_name, error) from None
         return directory
 
+    def _holds_output(self, directory: Path) -> bool:
+        """Return whether a hidden directory has the output that was to be replaced, while the new one has no name."""
+        return (directory / _OLD).exists() and not self.output.exists()
+
     def _raise_flag(self) -> None:
         with contextlib.suppress(OSError):  # if the disk is full, other ranks notice only at the end of the phase
             self._flag.touch()
@@ -153,7 +161,7 @@ class Staging:
                 sync_directory(new)
             if new.is_dir() and self.output.is_dir():
                 _check_replaceable(self.output, self._display_name)
-            replace(new, self.output, self.directory / "old")  # which __exit__ removes with the hidden directory
+            replace(new, self.output, self.directory / _OLD)  # which __exit__ removes with the hidden directory
             sync_directory(self.output.parent)
         except OSError as error:
             raise write_failed(self._display_name, error) from None

@@ -70,7 +70,12 @@ def publish(partial: Path, final: Path) -> None:
     sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
     if final.exists():  # rename() does not replace a directory that has files
         _set_aside(final)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if _removed_of(final).exists() and not final.exists():
+            _removed_of(final).rename(final)
+        raise
     sync_directory(final.parent)  # so that the rename itself survives a crash
     # Last: it takes long, and a kill meanwhile must leave one of them.
     shutil.rmtree(_removed_of(final), ignore_errors=True)

@@ -70,8 +70,9 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     except OSError as error:
         raise write_failed(path, error) from None
     finally:
-        for left in (hidden, old):
-            _remove(left)
+        _remove(hidden)
+        if os.path.lexists(path):  # else ``old`` is the only output there is: neither could get the name
+            _remove(old)
 
 
 def replace(new: Path, path: Path, old: Path) -> None:
@@ -115,7 +116,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes, overwrite: bool = Fa
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
@@ -123,7 +124,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Flush the directory ``path`` to the disk, so that files created or renamed in it survive a crash."""
+    """Flush the directory ``path`` to the disk, so that files created or renamed in it survive a crash; or a file."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -31,6 +31,35 @@ def test_an_old_directory_comes_back_if_the_new_one_cannot_replace_it(
     assert [found.relative_to(tmp_path) for found in tmp_path.rglob("*")] == [Path("out"), Path("out/old")]
 
 
+def test_an_old_directory_that_cannot_be_put_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a file server is lost for a moment: it has the old output under a hidden name, and nothing else."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def rename_once(path: Path, target: Path) -> None:
+        monkeypatch.setattr(Path, "rename", fail)
+        os.rename(path, target)
+
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").touch()
+    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(Path, "rename", rename_once)
+    with pytest.raises(OutputError, match="Input/output error"), atomic_output(path, overwrite=True) as hidden:
+        hidden.mkdir()
+    kept = f".out.{os.getpid()}.old"
+    assert [found.relative_to(tmp_path) for found in tmp_path.rglob("*")] == [Path(kept), Path(kept, "old")]
+
+
+def test_a_link_to_a_directory_is_replaced_without_a_trace(tmp_path: Path) -> None:
+    (target := tmp_path / "target").mkdir()
+    (tmp_path / "out").symlink_to(target)
+    with atomic_output(tmp_path / "out", overwrite=True) as hidden:
+        hidden.mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["out", "target"] and not (tmp_path / "out").is_symlink()
+
+
 def test_an_error_of_hdf5_itself_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only failed writes: without its last rows, the file must not count as complete."""
 

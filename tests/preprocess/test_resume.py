@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lapse_elmo.corpus import text
-from lapse_elmo.errors import UserError
+from lapse_elmo.errors import OutputError, UserError
 from lapse_elmo.mpi.world import solo
 from preprocess import shards as command
 from preprocess import staging
@@ -167,6 +167,26 @@ def test_an_interrupted_run_keeps_its_parts_and_an_error_does_not(
         shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3, num_heldout_shards=99)
     assert "resumes: 3 of 4 chunks" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_output_that_cannot_be_replaced_is_not_removed(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If neither the new nor the old directory can get the name, as on a file server that is lost for a moment."""
+    train, heldout, vocabulary = corpus
+    output = shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3)
+    before = tree(output)
+
+    def fail(new: Path, path: Path, old: Path) -> None:
+        path.rename(old)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="Input/output error"):
+        patch.setattr(staging, "replace", fail)
+        shards(train, [heldout], vocabulary, output, num_shards=3, overwrite=True)
+    shards(train, [heldout], vocabulary, output, num_shards=3)
+    (kept,) = tmp_path.glob(".out.tmp-*/old")
+    assert tree(kept) == tree(output) == before
 
 
 def test_a_file_system_without_locks(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
