@@ -50,6 +50,10 @@ class CheckpointError(UserError):
     """A saved model is missing, incomplete, damaged, or was trained with another configuration."""
 
 
+class UnreadableError(CheckpointError):
+    """A file of a saved model cannot be read now. It may be intact, so nothing must be discarded because of this."""
+
+
 class ServerError(UserError):
     """A parameter server was called with invalid keys or buffers, or in the wrong order."""
 

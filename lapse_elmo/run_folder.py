@@ -19,7 +19,7 @@ from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.files import atomic_write, lock_at_once
 from lapse_elmo.cursor import SavedCursor
-from lapse_elmo.errors import CheckpointError, OutputError
+from lapse_elmo.errors import CheckpointError, OutputError, UnreadableError
 from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
 from lapse_elmo.metrics.versions import versions
@@ -129,7 +129,7 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
 
     Raises:
         CheckpointError: If the checkpoint that was asked for, or all that were found, are damaged or do not fit the
-            options of this run.
+            options of this run; or if the newest one cannot be read and so may be intact.
     """
     run, run_dir = config.run, Path(config.run.run_dir)
     if run.resume == "never" or (run.resume == "auto" and run.overwrite):
@@ -173,11 +173,18 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
 def _newest_intact(
     found: list[Path], notes: list[str], world: World
 ) -> tuple[checkpoint.OpenFiles, Manifest] | None:
-    """Return the first of ``found`` that is intact, if any; append a line to ``notes`` for each one that is not."""
+    """Return the first of ``found`` that is intact, if any; append a line to ``notes`` for each one that is not.
+
+    Raises:
+        UnreadableError: On every rank, if a file of one cannot be read before an intact one is found.
+    """
     for path in found:
         files = checkpoint.OpenFiles(path)
         try:
             return files, checkpoint.verified(files, world)
+        except UnreadableError:  # to resume from an older one would remove this one, which may be intact
+            files.close()
+            raise
         except CheckpointError as error:
             files.close()
             notes.append(f"skipped {path.name}: {error}")

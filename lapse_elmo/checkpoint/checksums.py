@@ -10,7 +10,7 @@ from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from lapse_elmo.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from lapse_elmo.checkpoint.manifest import MANIFEST, Manifest, cannot_read, read_manifest
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import World
 
@@ -203,7 +203,7 @@ def check_pieces(files: OpenFiles, pieces: Sequence[Piece], done: Callable[[], N
                 left -= size
                 done()
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}; use another checkpoint") from None
+            raise cannot_read(path, error) from None
         if digest.hexdigest() != piece.sha256:
             raise CheckpointError(
                 f"{path} is damaged (its checksum differs from that in {MANIFEST}); use another checkpoint"

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lapse_elmo.checkpoint.manifest import MANIFEST
+from lapse_elmo.checkpoint.manifest import MANIFEST, cannot_read
 from lapse_elmo.corpus.files import sync_directory
 from lapse_elmo.errors import CheckpointError
 
@@ -36,9 +36,19 @@ def _set_aside(final: Path) -> None:
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """Return the paths of the run's checkpoints, newest first. They may be damaged."""
+    """Return the paths of the run's checkpoints, newest first. They may be damaged.
+
+    Raises:
+        CheckpointError: The directory cannot be read: a run that seems to have none would be replaced.
+    """
     folder = run_dir / FOLDER
-    return sorted(folder.glob("step-*"), key=order_of, reverse=True) if folder.is_dir() else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+    return sorted((folder / name for name in names if name.startswith("step-")), key=order_of, reverse=True)
 
 
 def order_of(path: Path) -> tuple[int, str]:
@@ -50,7 +60,7 @@ def find(path: Path) -> Path:
     """Return the checkpoint at ``path``, or the newest one of the run at ``path``.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is none, or it cannot be read.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give the directory of a run or of a checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeAlias
 
 from lapse_elmo.config.training import Config, from_tables
 from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
-from lapse_elmo.errors import CheckpointError, ConfigError
+from lapse_elmo.errors import CheckpointError, ConfigError, UnreadableError
 from lapse_elmo.inputs import MOST_JSON_BYTES, read_small
 
 Manifest: TypeAlias = "dict[str, Any]"
@@ -21,6 +22,8 @@ DENSE, SENTENCES = "dense.h5", "sentences.h5"
 _MAX_SHOWN = 60  # characters of a wrong value in an error message
 _MAX_COUNT = 1 << 53  # for any count; exact in a float64
 _MAX_RANKS = 1 << 24  # more in a manifest are taken for damage
+# No file, or none that this program wrote. Any other error, as of a file server or of permissions, may be over later.
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG}
 #: Required entries: for numbers the smallest and the largest value, for others the type.
 _REQUIRED: dict[str, type | tuple[int, int]] = {
     "step": (0, _MAX_COUNT), "epoch": (0, _MAX_COUNT), "step_in_epoch": (0, _MAX_COUNT), "world_size": (1, _MAX_RANKS),
@@ -42,7 +45,9 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         manifest = json.loads(read_small(path / MANIFEST, MOST_JSON_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise cannot_read(path / MANIFEST, error) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path / MANIFEST}: {error}; use another checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST} is not the manifest of a {FORMAT}")
@@ -59,11 +64,26 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path / MANIFEST} is damaged (its own checksum is wrong); use another checkpoint")
     for name, entry in manifest["files"].items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        if not _has_size(file, entry["bytes"]):
             raise CheckpointError(
                 f"{file} is missing or damaged (its size differs from that in {MANIFEST}); use another checkpoint"
             )
     return manifest
+
+
+def cannot_read(path: Path, error: OSError) -> CheckpointError:
+    """Return the error to raise for a file of a checkpoint: an UnreadableError, unless the file is not what it was."""
+    reason = f"cannot read {path}: {error.strerror}"
+    if error.errno in _NOT_THERE:
+        return CheckpointError(f"{reason}; use another checkpoint")
+    return UnreadableError(f"{reason}; try again, or use another checkpoint")
+
+
+def _has_size(file: Path, num_bytes: int) -> bool:
+    try:
+        return file.is_file() and file.stat().st_size == num_bytes
+    except OSError as error:
+        raise cannot_read(file, error) from None
 
 
 def _find_defect(manifest: Manifest) -> str:

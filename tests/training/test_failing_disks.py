@@ -5,10 +5,33 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lapse_elmo import checkpoint
 from lapse_elmo.checkpoint import folder
+from lapse_elmo.errors import UnreadableError
+from tests.training.corpora import Prepared, checkpoints, train_alone
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damage(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: tuple[Any, str]
+) -> None:
+    """As on a file server that has lost a handle: an older checkpoint, or none, would replace the newest one."""
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "2", "--save-every-steps", "1")
+    before, call = checkpoints(run_dir), getattr(*function)
+
+    def stale(*arguments: Any, **rest: Any) -> Any:
+        if any(word in f"{arguments[0]}/{arguments[-1]}" for word in (f"{run_dir}/checkpoints/", "dense.h5")):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return call(*arguments, **rest)
+
+    monkeypatch.setattr(*function, stale)
+    with pytest.raises(UnreadableError, match=r"cannot read .*: Stale file handle; try again"):
+        train_alone(small, run_dir, "--max-steps", "3")
+    monkeypatch.undo()
+    assert len(before) == 2 and checkpoints(run_dir) == before
 
 
 def test_a_checkpoint_whose_replacement_gets_no_name_keeps_its_own(
