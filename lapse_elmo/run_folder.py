@@ -18,9 +18,9 @@ from lapse_elmo.checkpoint import Manifest
 from lapse_elmo.config.cli import as_tables
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.files import atomic_write, lock_at_once
+from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError, UnreadableError
-from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World
@@ -248,11 +248,12 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tu
     ]
 
 
-def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
+def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyFile) -> None:
     """Create the directory of a run with its resolved config, versions and vocabulary, or prepare it for resuming.
 
     Raises:
         OutputError: If the directory holds a run that may be neither resumed nor overwritten, or cannot be written.
+        CorpusError: If the vocabulary's ``file`` is no longer the one of the shards: the model would lack its words.
     """
     here = start.path is not None and start.path.parent.parent.resolve() == run_dir.resolve()
     holds_run = bool(checkpoint.candidates(run_dir)) or (run_dir / METRICS).exists()
@@ -262,9 +263,8 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint) -> None:
             f"{run_dir} holds a run already: choose another --run-dir, give --resume auto to resume it, or "
             "--overwrite to replace it"
         )
+    vocabulary = file.content()  # before anything is removed: it may belong to the run that is replaced
     try:
-        # Read before anything is removed: it may belong to the run that is replaced.
-        vocabulary = read_small(config.data.vocab, MOST_VOCABULARY_BYTES)
         if here:
             assert start.path is not None
             checkpoint.prune(run_dir, set(checkpoint.candidates(run_dir)) - set(_later_than(start.path, run_dir)))

@@ -87,7 +87,7 @@ def train(
     if start.path is None:
         memory = (*initialise(parameters, config, data.vocabulary, world), *memory)
     # Writes to the run's directory for the first time: everything that can refuse the run has been checked by now.
-    world.agree(lambda: prepare(run_dir, config, start))
+    world.agree(lambda: prepare(run_dir, config, start, data.vocabulary))
     if start.files is not None:
         world.progress.enter("start, reading the checkpoint")
         checkpoint.restore(start.files, start.manifest, parameters, world)

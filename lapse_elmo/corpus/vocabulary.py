@@ -90,13 +90,7 @@ class Vocabulary:
         Raises:
             CorpusError: It is missing, cannot be read or is malformed.
         """
-        try:
-            data = read_small(path, MOST_VOCABULARY_BYTES)
-        except OSError as error:
-            raise CorpusError(
-                f"cannot read vocabulary {os.fspath(path)}: {error.strerror}; make one with bin/preprocess vocab"
-            ) from None
-        return cls(data, f"vocabulary {os.fspath(path)}")
+        return cls(_read(path), f"vocabulary {os.fspath(path)}")
 
     @classmethod
     def from_words(cls, words: Iterable[str]) -> Vocabulary:
@@ -172,16 +166,29 @@ class VocabularyFile:
         vocabulary = Vocabulary.load(path)
         return cls(os.fspath(path), vocabulary.size, vocabulary.sha256)
 
-    def load(self) -> Vocabulary:
-        """Read the words.
+    def content(self) -> bytes:
+        """Read the file.
 
         Raises:
-            CorpusError: As for :meth:`Vocabulary.load`, or the file has changed since it was checked.
+            CorpusError: It cannot be read, or has changed since it was checked.
         """
-        vocabulary = Vocabulary.load(self.path)
-        if vocabulary.sha256 != self.sha256:
+        data = _read(self.path)
+        if hashlib.sha256(data).hexdigest() != self.sha256:
             raise CorpusError(f"vocabulary {self.path} has changed since it was first read; start again")
-        return vocabulary
+        return data
+
+    def load(self) -> Vocabulary:
+        """Read the words; see :meth:`content`."""
+        return Vocabulary(self.content(), f"vocabulary {self.path}")
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return read_small(path, MOST_VOCABULARY_BYTES)
+    except OSError as error:
+        raise CorpusError(
+            f"cannot read vocabulary {os.fspath(path)}: {error.strerror}; make one with bin/preprocess vocab"
+        ) from None
 
 
 def _lines(data: bytes, source: str) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lapse_elmo import checkpoint
+from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import folder
-from lapse_elmo.errors import UnreadableError
+from lapse_elmo.errors import CorpusError, UnreadableError
 from tests.training.corpora import Prepared, checkpoints, train_alone
 
 
@@ -53,3 +55,21 @@ def test_a_checkpoint_whose_replacement_gets_no_name_keeps_its_own(
     with pytest.raises(OSError, match="Input/output error"):
         folder.publish(folder.partial_of(final), final)
     assert folder.candidates(tmp_path) == [final] and os.listdir(final) == [final.name]
+
+
+def test_the_vocabulary_that_a_run_keeps_is_that_of_its_shards(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the file is replaced while the job starts; the model's own might be nowhere else by the time it is missed."""
+    corpus = dataclasses.replace(small, vocab=Path(shutil.copy(small.vocab, tmp_path)))
+    check = train.check_memory
+
+    def replace(*arguments: Any) -> tuple[str, ...]:
+        with open(corpus.vocab, "a", encoding="utf-8") as file:
+            file.write("another\n")
+        return check(*arguments)
+
+    monkeypatch.setattr(train, "check_memory", replace)
+    with pytest.raises(CorpusError, match="has changed since it was first read"):
+        train_alone(corpus, tmp_path / "run", "--max-steps", "1")
+    assert not (tmp_path / "run").exists()
