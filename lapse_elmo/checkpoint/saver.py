@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 NUM_NEWEST = 2  # checkpoints kept by default, in addition to the best one
 _CHUNK_ROWS = 16384  # rows per pull
+_CANCEL_S = 5.0  # how long a cancelled thread is waited for: it may be flushing a file for minutes
 
 
 @dataclass
@@ -221,8 +222,10 @@ class Saver:
         if kind is None:
             return
         self._cancelled = True
+        # The error is reported only after this, and the other ranks do not wait for long. But a thread of rank 0 that
+        # gives a complete checkpoint its name is waited for.
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CANCEL_S if self._final is not None else None)
         if self._final is not None:
             shutil.rmtree(partial_of(self._final), ignore_errors=True)
 

@@ -11,7 +11,7 @@ from lapse_elmo.mpi.signals import ignore_stop_signals
 from lapse_elmo.mpi.stdio import flush_to_launcher
 from lapse_elmo.mpi.world import World
 
-_ABORT_S = 10.0  # how long a rank waits for rank 0 to end the job before it does so itself
+_ABORT_S = 30.0  # how long a rank waits for rank 0, which may be busy and has yet to report the error, to end the job
 _LAST_S = 0.5  # how long rank 0 lets the others exit first, where the highest status counts
 _ARRIVE_S = 60.0  # how long ranks that finalise MPI together wait for each other
 _POLL_S = 0.001

@@ -6,17 +6,20 @@ import dataclasses
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lapse_elmo import checkpoint, train
-from lapse_elmo.checkpoint import folder
+from lapse_elmo.checkpoint import folder, saver
 from lapse_elmo.errors import CorpusError, UnreadableError
+from lapse_elmo.mpi.world import solo
 from tests.training.corpora import Prepared, checkpoints, train_alone
 
 
+@pytest.mark.parametrize("function", [(os, "listdir"), (checkpoint.OpenFiles, "get"), (Path, "is_file")])
 def test_what_cannot_be_read_now_is_not_taken_for_damage(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: tuple[Any, str]
 ) -> None:
@@ -73,3 +76,24 @@ def test_the_vocabulary_that_a_run_keeps_is_that_of_its_shards(
     with pytest.raises(CorpusError, match="has changed since it was first read"):
         train_alone(corpus, tmp_path / "run", "--max-steps", "1")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_an_error_does_not_wait_for_a_file_that_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
+    """Else the other ranks, which leave in order, would end the job before rank 0 has reported the error."""
+    final, go_on = folder.path_of(tmp_path, 3), threading.Event()
+    folder.partial_of(final).mkdir(parents=True)
+
+    def hang() -> None:
+        go_on.wait(1.0)
+        go_on.set()
+
+    monkeypatch.setattr(saver, "_CANCEL_S", 0.1)
+    with pytest.raises(ZeroDivisionError), checkpoint.Saver(tmp_path, solo()) as under_way:
+        under_way._final = None if complete else final
+        under_way._run(final, hang)
+        raise ZeroDivisionError
+    assert go_on.is_set() == complete == folder.partial_of(final).exists()
+    go_on.set()
