@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.launcher import launcher_rank_and_size
+from lapse_elmo.mpi.stdio import flush_to_launcher
 from lapse_elmo.mpi.world import solo
 from tests import collective, world_program
 from tests.mpi import ROOT, mpirun
@@ -148,6 +151,44 @@ def test_solo_needs_no_mpi() -> None:
     code = "import sys; from lapse_elmo.mpi.world import solo; solo().barrier(); print('mpi4py' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
     assert solo().allgather("x") == ["x"]
+
+
+def test_an_interrupt_that_arrives_twice_ends_the_program_quietly(tmp_path: Path) -> None:
+    """From the terminal, and from the launcher a moment later, while the program waits for the reader of its output."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, signal, sys, threading, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from lapse_elmo.mpi.launch import launch\n"
+        "def main(argv, enter):\n"
+        "    print('unread', flush=True)\n"
+        "    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(10)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "launch(main, [], 'program')\n"
+    )
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 130
+        assert process.stderr is not None and process.stderr.read() == b""
+
+
+def test_a_write_that_a_signal_interrupts_can_be_flushed_by_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a second Ctrl-C while the terminal takes no output."""
+    flushed = []
+
+    class Raw(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            flush_to_launcher()
+            flushed.append(bytes(data))
+            return len(data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Raw())))
+        print("text", flush=True)
+    assert flushed == [b"text\n"]
 
 
 def test_reader_that_leaves_ends_the_program_quietly(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from lapse_elmo.errors import UserError, log_line
 from lapse_elmo.mpi.exit import abort, leave
 from lapse_elmo.mpi.launcher import check_launcher, launcher_rank_and_size
-from lapse_elmo.mpi.signals import FAILED, INTERRUPTED, USER_ERROR, catch_interrupts
+from lapse_elmo.mpi.signals import FAILED, INTERRUPTED, USER_ERROR, StopSignals, catch_interrupts
 from lapse_elmo.mpi.start import start_mpi
 from lapse_elmo.mpi.stdio import check_output, open_standard_streams, unwritten_output
 from lapse_elmo.mpi.world import World, solo
@@ -74,7 +74,8 @@ def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: l
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         abort(world or solo(), 128 + signal.SIGPIPE)
     except BaseException as error:  # any exception: the other ranks must not wait for this one
-        _fail(world, prog, error)
+        with StopSignals():  # one Ctrl-C may arrive twice, and must not interrupt the end
+            _fail(world, prog, error)
 
 
 def _fail(world: World | None, prog: str, error: BaseException) -> None:

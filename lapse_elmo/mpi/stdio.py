@@ -29,7 +29,8 @@ def flush_to_launcher() -> None:
             stream.flush()
             while _unread_bytes(stream.fileno()) and time.monotonic() < end:
                 time.sleep(1e-3)
-        except (OSError, ValueError):  # closed, or not a file: a test's buffer
+        # Closed, or not a file (a test's buffer); a RuntimeError if a signal's handler has interrupted a write to it.
+        except (OSError, ValueError, RuntimeError):
             continue
 
 
