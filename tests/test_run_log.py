@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import io
 import json
@@ -223,6 +224,33 @@ def test_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "loss 2.000" in text
     assert "step 2/4" not in text
     assert "said in between" in text
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_terminal_that_is_gone_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As after ``bin/train &`` and a logout, or with a progress bar in a file on a disk that is full."""
+
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            if self.is_gone:
+                raise OSError(number, os.strerror(number))
+            return 0
+
+        is_gone = False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr := Gone())
+        log = RunLog(tmp_path, RunConfig(progress="bar"), 2, True)
+        stderr.is_gone = True
+        for step in (1, 2):
+            time.sleep(0.6)  # the bar writes twice a second
+            log.step(step, Meter())
+            log.log_line("a line")
+            log.write("epoch", step, {})
+        log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1, 2]
 
 
 def test_terminal_is_seen_through_the_launcher() -> None:

@@ -24,6 +24,8 @@ from lapse_elmo.step_report import StepResult
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
+# A terminal that is gone (its user has logged out, and the run trains on), or a full disk, must not end a run.
+_WITHOUT_READER = contextlib.suppress(OSError, ValueError)
 _STRAGGLER = 1.5  # progress lines name the slowest rank if its compute time is this many times the median
 _SUMS = (
     "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "dense_rate",
@@ -194,7 +196,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.set_description(f"epoch {self.epoch}", refresh=False)
             self._bar.set_postfix_str(f"{meter.tokens_per_s:,.0f} tokens/s, loss {meter.loss:.3f}", refresh=False)
-            self._bar.update(1)
+            with _WITHOUT_READER:
+                self._bar.update(1)
 
     def report(
         self, step: int, meter: Meter, server: dict[str, float], placement: dict[str, Any],
@@ -274,7 +277,8 @@ class RunLog:
         if not self.active:
             return
         if self._bar is not None:
-            self._bar.write(f"{line}\n", file=sys.stderr, end="")
+            with _WITHOUT_READER:
+                self._bar.write(f"{line}\n", file=sys.stderr, end="")
         else:
             log_line(line)
 
@@ -283,7 +287,8 @@ class RunLog:
         if not self.active:
             return
         if self._bar is not None:
-            self._bar.close()
+            with _WITHOUT_READER:
+                self._bar.close()
         self._file.close()
         self._writer.close()
 
