@@ -163,6 +163,7 @@ def _fetch(url: str, part: Path) -> None:
             raise _ConnectionLost("the server sent a different range from the one requested")
         if not resumed:
             offset = 0
+            part.unlink(missing_ok=True)  # before its validator changes: a later run would resume it with the new one
             tag = answer.headers.get("ETag", "")  # a weak ETag must not be used with If-Range
             stamp = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
             validator.write_text(stamp, encoding="latin-1")
@@ -222,6 +223,10 @@ def _extract(archive: Path, output: Path) -> None:
         for name in names:
             if os.path.lexists(output / name):
                 raise OutputError(f"{output / name} already exists; move it away, or give another --output")
+        for folder, _, files in os.walk(temporary):  # what has its name counts as whole, also after a crash
+            for path in (*(os.path.join(folder, name) for name in files), folder):
+                if not os.path.islink(path):
+                    sync_directory(path)
         for name in names:
             os.rename(temporary / name, output / name)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from lapse_elmo.config.preprocessing import DownloadOptions
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError
 from lapse_elmo.mpi.world import solo
+from preprocess import download as command
 from preprocess.download import download
 
 
@@ -127,6 +129,25 @@ def test_a_part_that_was_whole_already(site: Site, tmp_path: Path) -> None:
     assert (tmp_path / "file.bin").read_bytes() == site.content
 
 
+def test_a_changed_file_is_not_appended_to_the_old_one(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed when it has noted that the file is another one, before it has stored any of it."""
+    site.break_after = [1000, 0]
+    with pytest.raises(CorpusError):
+        fetch(site, tmp_path, retries=0)
+    site.break_after, site.content, site.tag = [], b"new" * 700, '"two"'
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "_store", kill)
+        fetch(site, tmp_path)
+    fetch(site, tmp_path)
+    assert (tmp_path / "file.bin").read_bytes() == site.content
+
+
 def test_refusals(site: Site, tmp_path: Path) -> None:
     site.status = 404
     with pytest.raises(CorpusError, match="404 Not Found"):
@@ -154,6 +175,29 @@ def archive(names: list[str]) -> bytes:
             info.size = 3
             tar.addfile(info, io.BytesIO(b"a b"))
     return buffer.getvalue()
+
+
+def test_what_was_unpacked_is_on_the_disk_before_it_gets_its_name(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def flushed(file: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    site.content = archive(["top/train/one", "top/heldout/two"])
+    fetch(site, tmp_path, "benchmark")
+    hidden = str(tmp_path / ".file.bin.unpacking")
+    before = {path.removeprefix(hidden) for path in done[: done.index("rename")]}
+    assert {"/top/train/one", "/top/heldout/two", "/top/train", "/top/heldout", "/top"} <= before
 
 
 def test_the_archive_is_unpacked_once_and_safely(site: Site, tmp_path: Path) -> None:
