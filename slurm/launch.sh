@@ -38,12 +38,14 @@ launch() {
   # time, Slurm sends SIGTERM to the ranks too; forwarding it would make srun send a second one.
   trap 'interrupted=1 warned=1; kill -USR1 "$step" 2>/dev/null' USR1
   trap 'interrupted=1 warned=0' TERM
+  if ((warned)); then kill -USR1 "$step" 2>/dev/null; fi # a warning since the launcher was started
   while ((interrupted)); do # a trapped signal makes `wait` return before the program has ended
     interrupted=0
     wait "$step"
     status=$?
   done
-  trap - USR1 TERM
+  trap 'warned=1' USR1 # not the default, which would end this script
+  trap - TERM
   if (($(stalls) > before)); then status=76; fi
   # A warning that reaches the launcher or a rank before it handles USR1 ends it (128 + 10); nothing had been trained yet.
   if ((warned && status == 138)); then status=75; fi

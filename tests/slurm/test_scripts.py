@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def test_job_warned_before_it_starts_goes_back_into_the_queue(cluster: Cluster, 
     job = ended(cluster, submit(cluster, root, "--", "x"), "COMPLETED", 0, restarts=1)
     assert job.log.read_text().count("a rank starts") == 2
     assert [len(ranks(root, restart)) for restart in (0, 1)] == [0, 2]
+
+
+def test_a_warning_between_the_start_and_the_trap_that_forwards_it(root: Path) -> None:
+    """Without Slurm: bash calls the trap of DEBUG at the very command before which the warning must come."""
+    script = """
+        SLURM_JOB_NAME=name SLURM_JOB_ID=1
+        launcher=(bash -c 'trap "exit 75" USR1; for _ in {1..200}; do sleep 0.05; done; exit 3')
+        source slurm/launch.sh
+        set -o functrace
+        trap 'if [[ $BASH_COMMAND == step=* ]]; then trap - DEBUG; sleep 0.5; kill -USR1 $$; fi' DEBUG
+        launch program
+    """
+    assert subprocess.run(["bash", "-c", script], cwd=root, timeout=60, check=False).returncode == 75
 
 
 def test_job_whose_ranks_cannot_handle_the_warning_yet_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
