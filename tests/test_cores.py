@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -87,6 +88,18 @@ def test_usable_gpus(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert usable_gpus() == expected
+
+
+def test_an_nvidia_smi_that_cannot_be_killed_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a broken driver holds it in the kernel."""
+    (program := tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 10\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(host, "_NVIDIA_SMI_TIME_S", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "kill", lambda _: None)
+        assert usable_gpus() == 0
+    os.kill(int(Path(f"{program}.pid").read_text()), signal.SIGKILL)  # fails if it has been waited for
 
 
 def test_without_nvidia_smi_there_is_a_rank_per_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import pwd
+import signal
 import subprocess
 import tempfile
 import time
@@ -242,6 +243,18 @@ def test_a_compiler_that_hangs_without_work_is_waited_for_once(
     assert Path(f"{compiler}.log").read_text() == "asked\n"
     compiler.write_text(COMPILER)  # another program: the mark is not of this one
     assert native.load(plain(tmp_path, "def.c")) is not None
+
+
+def test_a_compiler_that_cannot_be_killed_is_left_alone(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file server that is gone holds it in the kernel."""
+    compiler.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 10\n')
+    monkeypatch.setattr(native, "_SHOWS_VERSION_S", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda *_: None)
+        assert native.load(plain(tmp_path, "a.c")) is None
+    os.kill(int(Path(f"{compiler}.pid").read_text()), signal.SIGKILL)  # fails if it has been waited for
 
 
 def test_another_compiler_or_c_library_means_another_library(

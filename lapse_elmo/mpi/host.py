@@ -17,6 +17,7 @@ _ANY_PORT = 9
 _UNROUTED = "192.0.2.1"  # reserved for documentation by RFC 5737; any address outside the local networks would do
 _MAX_ASKED = 3  # hosts whose names are looked up: without a name server, each may take seconds
 _NVIDIA_SMI_TIME_S = 30  # it loads the driver where that is not resident; with a broken driver it may hang
+_DIES_S = 1  # once it is killed
 
 
 def usable_cores(cores: Collection[int] | None = None) -> int:
@@ -43,10 +44,20 @@ def usable_gpus() -> int:
     It is 0 if there is no nvidia-smi, or if it fails.
     """
     try:
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=_NVIDIA_SMI_TIME_S
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
+        process = subprocess.Popen(
+            ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    except OSError:
+        return 0
+    try:
+        listed, _ = process.communicate(timeout=_NVIDIA_SMI_TIME_S)
+    except subprocess.TimeoutExpired:
+        # subprocess.run() would wait for its end, which never comes where the driver holds it in the kernel.
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_DIES_S)
+        return 0
+    if process.returncode:
         return 0
     installed = sum(line.startswith("GPU ") for line in listed.splitlines())  # lines of MIG devices are indented
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
