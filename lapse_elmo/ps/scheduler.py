@@ -83,10 +83,12 @@ def _watch(scheduler: int, living: int, start_s: float, parent: int) -> int:
             phase = phase or before
         elif living in ready:
             if phase:
-                _end_job(parent, "the scheduler of the parameter server has died")
+                _end_job(parent, "the scheduler of the parameter server has died", signal.SIGTERM)
             return 1
         else:
-            _end_job(parent, f"not all nodes of the parameter server came up within {start_s:.0f} s of each other")
+            # bin/train would only note a SIGTERM, to save what it has trained.
+            why = f"not all nodes of the parameter server came up within {start_s:.0f} s of each other"
+            _end_job(parent, why, signal.SIGKILL)
             return 1
 
 
@@ -99,8 +101,8 @@ def _end(scheduler: int, living: int) -> int:
     return 0 if ready and status == 0 else 1
 
 
-def _end_job(parent: int, why: str) -> None:
-    """Print ``why`` and terminate rank 0, and with it the job, which rank 0 cannot do itself while blocked in C++."""
+def _end_job(parent: int, why: str, number: signal.Signals) -> None:
+    """Print ``why`` and end rank 0, and with it the job, which rank 0 cannot do itself while blocked in C++."""
     log_line(f"lapse-elmo: error: {why}")
     with contextlib.suppress(ProcessLookupError):
-        os.kill(parent, signal.SIGTERM)
+        os.kill(parent, number)

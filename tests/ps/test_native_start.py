@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -56,6 +60,27 @@ def test_nodes_that_do_not_come_up_or_answer_in_time_end_the_job(fault: str) -> 
     assert result.returncode != 0
     assert "not all nodes of the parameter server came up" in result.stderr, result.output
     assert not result.survivors
+
+
+def test_a_start_ends_in_time_although_the_rank_has_a_handler_for_signals() -> None:
+    """As in bin/train, which saves after SIGTERM: blocked in C++, it would neither do that nor end."""
+    program = """
+        import os, signal, time
+        from lapse_elmo.ps import scheduler
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        parent, letters, living = os.getpid(), os.pipe(), os.pipe()
+        if not os.fork():
+            os.dup2(letters[0], 0)
+            os.write(letters[1], scheduler.STARTS)
+            os._exit(scheduler._watch(0, living[0], 0.1, parent))
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            time.sleep(0.1)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert "not all nodes of the parameter server came up" in ended.stderr
 
 
 def test_a_package_that_crashes_at_its_start_is_named() -> None:
