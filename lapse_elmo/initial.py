@@ -33,6 +33,10 @@ from lapse_elmo.trained.stored import StoredModel, Table
 
 _CHUNK_ROWS = 16384  # rows per call of the server
 _SIZES = ("projection_size", "cell_size", "num_layers", "context")
+# Steps of the model that a run with its optimizer's state counts: Adam's moments have less than 0.1 % of their initial
+# bias left after so many. More of them would make the averages of the parameters, whose window grows with the steps,
+# consist of the model's own values for longer than the run may last.
+_UNBIASED_STEPS = 7_000
 
 
 def initialise(parameters: Parameters, config: Config, file: VocabularyFile, world: World) -> list[str]:
@@ -146,8 +150,13 @@ def _keep_dense_state(path: Path, parameters: Parameters) -> None:
                         f"--init-accumulators kept: {path} has no state of --dense-optimizer {kind}: give the one that "
                         "the model was trained with, or fresh"
                     )
-                if parameters.sets_dense(tensor):  # else another rank of the node reads it
-                    parameters.set_dense(tensor, file[saved][()])
+                if not parameters.sets_dense(tensor):  # another rank of the node reads it
+                    continue
+                values = file[saved][()]
+                if tensor is parameters.dense_optimizer.num_steps:  # which Adagrad counts for its averages alone
+                    adam = parameters.config.dense_optimizer == "adam"
+                    values = np.minimum(values, _UNBIASED_STEPS if adam else 0)
+                parameters.set_dense(tensor, values)
     except H5_ERRORS as error:
         raise CheckpointError(f"cannot read the optimizer's state in {path}: {error}") from None
 

@@ -117,6 +117,23 @@ def test_accumulators(small: Prepared, model: Path, tmp_path: Path) -> None:
         assert new["num_steps"] == (old["num_steps"] if choice == "kept" else 0) + 1
 
 
+@pytest.mark.parametrize(("rule", "counted"), [("adam", 3), ("adagrad", 0)])
+def test_averages_are_of_the_new_run(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, counted: int
+) -> None:
+    """Also if it keeps the state of a model: with all of its steps in the window, they would be that model for long."""
+    monkeypatch.setattr(initial, "_UNBIASED_STEPS", 3)
+    options = ("--dense-optimizer", rule, "--dense-average", "1", "--max-steps")
+    old = train_alone(small, tmp_path / "old", *options, "9")
+    run = train_alone(small, tmp_path / "run", *options, "4", "--init-from", str(old), "--init-accumulators", "kept")
+    arrays = saved_arrays(checkpoints(run)[-1])
+    assert arrays["num_steps"] == counted + 4
+    trained = {name: array for name, array in arrays.items() if name.startswith("trained_parameters/")}
+    assert trained
+    for name, array in trained.items():
+        np.testing.assert_array_equal(arrays[name.removeprefix("trained_")], array)
+
+
 def test_a_rank_reads_only_the_state_that_it_sets(
     small: Prepared, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
