@@ -27,6 +27,8 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.training_data import TrainingData
 
 TRACE = "trace"  # the directory of --trace-rows
+# The batch scripts set this to a name that a job keeps when it is requeued or submits itself again; JOB holds the name.
+JOB_VARIABLE, JOB, _MOST_JOB_BYTES = "LAPSE_ELMO_JOB", "job.txt", 4096
 # Options that must not change when a run resumes: they determine the shapes or the meaning of the parameters.
 _FIXED = {
     "data": ("boundaries",), "model": ("projection_size", "cell_size", "num_layers", "context"),
@@ -132,9 +134,12 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
             options of this run; or if the newest one cannot be read and so may be intact.
     """
     run, run_dir = config.run, Path(config.run.run_dir)
+    notes: list[str] = []
+    if (run.overwrite or run.resume != "auto") and world.agree(lambda: _has_saved_before(run_dir)):
+        run = dataclasses.replace(run, resume="auto", overwrite=False)
+        notes.append("this job has begun the run already: --resume and --overwrite are not repeated")
     if run.resume == "never" or (run.resume == "auto" and run.overwrite):
         return ResumePoint()
-    notes: list[str] = []
     if run.resume == "auto":
         found = world.agree(lambda: [p for p in checkpoint.candidates(run_dir) if p.is_dir()])
         chosen = _newest_intact(found, notes, world)
@@ -168,6 +173,19 @@ def find_resume_point(config: Config, data: TrainingData, world: World) -> Resum
         )
     cursor = checkpoint.read_cursor(path, manifest, data.train.num_sentences, world)
     return ResumePoint(path, manifest, cursor, tuple(notes), files)
+
+
+def _has_saved_before(run_dir: Path) -> bool:
+    """Return whether an earlier start of this batch job has begun the run and saved a checkpoint."""
+    return _begun_by_this_job(run_dir) and bool(checkpoint.candidates(run_dir))
+
+
+def _begun_by_this_job(run_dir: Path) -> bool:
+    job = os.environ.get(JOB_VARIABLE, "")
+    try:
+        return bool(job) and read_small(run_dir / JOB, _MOST_JOB_BYTES) == job.encode(errors="replace")
+    except OSError:
+        return False
 
 
 def _newest_intact(
@@ -257,7 +275,8 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyF
     """
     here = start.path is not None and start.path.parent.parent.resolve() == run_dir.resolve()
     holds_run = bool(checkpoint.candidates(run_dir)) or (run_dir / METRICS).exists()
-    may_replace = config.run.overwrite or (config.run.resume == "auto" and not checkpoint.candidates(run_dir))
+    may_replace = config.run.overwrite or _begun_by_this_job(run_dir)
+    may_replace = may_replace or (config.run.resume == "auto" and not checkpoint.candidates(run_dir))
     if holds_run and not here and not may_replace:
         raise OutputError(
             f"{run_dir} holds a run already: choose another --run-dir, give --resume auto to resume it, or "
@@ -275,9 +294,17 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyF
             for name in (METRICS, checkpoint.BEST):
                 (run_dir / name).unlink(missing_ok=True)
         (run_dir / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
-        atomic_write(run_dir / "config.toml", tomli_w.dumps(as_tables(config)).encode(), overwrite=True)
+        # How this start came about is not an option of the run: --config with this file must not overwrite the run.
+        run = dataclasses.replace(config.run, resume="auto", overwrite=False)
+        options = as_tables(dataclasses.replace(config, run=run))
+        atomic_write(run_dir / "config.toml", tomli_w.dumps(options).encode(), overwrite=True)
         atomic_write(run_dir / "versions.toml", tomli_w.dumps(versions()).encode(), overwrite=True)
         atomic_write(run_dir / "vocab.txt", vocabulary, overwrite=True)
+        # Last: a start that is killed before has not yet done what --overwrite and --resume ask for.
+        if job := os.environ.get(JOB_VARIABLE, ""):
+            atomic_write(run_dir / JOB, job.encode(errors="replace"), overwrite=True)
+        else:
+            (run_dir / JOB).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(run_dir, error) from None
 

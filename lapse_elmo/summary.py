@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lapse_elmo import checkpoint
+from lapse_elmo.config.training import RunConfig
 from lapse_elmo.metrics.run_log import table
 from lapse_elmo.program import as_called
 from lapse_elmo.run_state import EpochResult
@@ -42,9 +43,11 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     return as_called("\n".join(["", *lines]))
 
 
-def stop_message(signal: str, step: int, run_dir: Path) -> str:
+def stop_message(signal: str, step: int, run: RunConfig) -> str:
     """Return the line to print when a signal has stopped the run; ``signal`` is "" if another rank got it."""
+    repeated = ["--overwrite"] * run.overwrite + [f"--resume {run.resume}"] * (run.resume != "auto")
+    without = f" and without {' and '.join(repeated)}" if repeated else ""  # they would discard or refuse what is saved
     return (
         f"{signal or 'a signal to another rank'} ended the run: a checkpoint of step {step:,} is saved; the same "
-        f"command with --run-dir {run_dir} resumes from it"
+        f"command with --run-dir {run.run_dir}{without} resumes from it"
     )

@@ -197,7 +197,7 @@ class Training:
         profile.close()
         step_once.close()
         if stopped:
-            log.log_line(stop_message(self.stop.asked, cursor.step, self.run_dir))
+            log.log_line(stop_message(self.stop.asked, cursor.step, every))
         log.close()
         return RESUMABLE if stopped else COMPLETE
 

@@ -10,6 +10,8 @@
 #flux: --output=lapse-elmo-{{id}}.log
 
 run_dir=${RUN_DIR:-runs/lapse-elmo-$(date +%Y%m%d-%H%M%S)}
+# By this name bin/train knows the jobs that submit each other, and resumes what is saved instead of repeating --overwrite.
+export LAPSE_ELMO_JOB=flux-$run_dir
 flux run --nodes=4 --ntasks=128 --time-limit=11h55m --signal=USR1@5m bin/train --run-dir "$run_dir" --resume auto
 status=$?
 hangs=$((status == 76 ? ${HANGS:-0} + 1 : 0))

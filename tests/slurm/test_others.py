@@ -15,6 +15,7 @@ from tests.mpi import LAUNCHER_PREFIXES, MPIRUN, ROOT
 TRAIN = """#!/usr/bin/env python3
 import os, signal, sys, time
 what = os.environ["DO"]
+open("jobs", "a").write(os.environ["LAPSE_ELMO_JOB"] + "\\n")
 open(f"ranks-{os.environ.get('PMI_RANK', 0)}", "a").write(" ".join(sys.argv[1:]) + "\\n")
 if what == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(0.3), sys.exit(75)))
@@ -84,6 +85,7 @@ def test_the_limit_makes_it_save(root: Path, scheduler: str) -> None:
 def test_the_site_may_name_its_launcher(root: Path, scheduler: str) -> None:
     (root / "slurm" / "site.sh").write_text("launcher=(mpirun -n 1)\n")
     assert run(root, scheduler, "2")[0] == 2
+    assert (root / "jobs").read_text() == {"lsf": "lsf-7\n", "pbs": "pbs-runs/lapse-elmo-7\n"}[scheduler]
     assert (root / "ranks-0").exists() and not (root / "ranks-1").exists() and not (root / "probed").exists()
 
 
@@ -95,6 +97,7 @@ def test_what_is_submitted_again(root: Path, scheduler: str, status: int, hangs:
     got, submitted = run(root, scheduler, str(status), **({"HANGS": hangs} if hangs else {}))
     assert got == status
     assert len(submitted) == again
+    assert set((root / "jobs").read_text().split()) == {f"{scheduler}-runs/lapse-elmo-7"}
     if again:
         expected = "HANGS=1" if status == 76 else "HANGS=0"
         assert "RUN_DIR=runs/lapse-elmo-7" in submitted[0] and expected in submitted[0]

@@ -92,6 +92,7 @@ def test_ranks_see_what_the_site_exports(cluster: Cluster, root: Path) -> None:
     ended(cluster, number, "COMPLETED", 0)
     assert [rank["env"].get("MPI4PY_MPIABI") for rank in ranks(root)] == ["mpich"] * 2
     assert all("LAPSE_ELMO_STALLS" in rank["env"] for rank in ranks(root))
+    assert [rank["env"].get("LAPSE_ELMO_JOB") for rank in ranks(root)] == [f"slurm-{number}"] * 2
 
 
 def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Path) -> None:

@@ -1,0 +1,81 @@
+"""A start that repeats the command of an earlier one, as that of a requeued job: nothing that is saved is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lapse_elmo.config.training import RunConfig, parse_train
+from lapse_elmo.errors import OutputError
+from lapse_elmo.run_folder import JOB, JOB_VARIABLE
+from lapse_elmo.summary import stop_message
+from tests.training.corpora import Prepared, checkpoints, records, train_alone
+
+OPTIONS = ("--batch-size", "8", "--report-every", "3")
+
+
+def reported(run_dir: Path) -> list[int]:
+    return [record["step"] for record in records(run_dir, "train")]
+
+
+def until(small: Prepared, run_dir: Path, step: int, *options: str) -> list[int]:
+    """Train until a step, and return the steps of the reports; the last one shows where a start has ended."""
+    train_alone(small, run_dir, *OPTIONS, "--max-steps", str(step), *options)
+    return reported(run_dir)
+
+
+def test_a_requeued_job_does_not_overwrite_what_it_has_saved(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert until(small, run_dir, 2) == [2]
+    monkeypatch.setenv(JOB_VARIABLE, "slurm-7")
+    assert until(small, run_dir, 4, "--overwrite") == [3, 4], "its first start replaces the run"
+    capfd.readouterr()
+    assert until(small, run_dir, 7, "--overwrite", "--progress", "lines") == [3, 4, 6, 7]
+    assert "this job has begun the run already" in capfd.readouterr().err
+    monkeypatch.setenv(JOB_VARIABLE, "slurm-8")
+    assert until(small, run_dir, 2, "--overwrite") == [2], "another job is another command"
+    monkeypatch.delenv(JOB_VARIABLE)
+    assert until(small, run_dir, 1, "--overwrite") == [1]
+    assert not (run_dir / JOB).exists()
+
+
+@pytest.mark.parametrize("resume", ["older checkpoint", "never"])
+def test_a_requeued_job_resumes_where_it_has_saved(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    original = train_alone(small, tmp_path / "original", *OPTIONS, "--max-steps", "2")
+    options = ["--resume", str(checkpoints(original)[-1]) if resume != "never" else "never"]
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv(JOB_VARIABLE, "slurm-7")
+    first = until(small, run_dir, 4, *options)
+    assert until(small, run_dir, 7, *options) == [*first, 6, 7]
+    for path in checkpoints(run_dir):  # as if it had been killed before its first save
+        path.rename(tmp_path / path.name)
+    assert until(small, run_dir, 4, *options) == first
+    monkeypatch.setenv(JOB_VARIABLE, "slurm-8")
+    with pytest.raises(OutputError, match="holds a run already"):
+        until(small, run_dir, 7, *options)
+
+
+def test_the_config_of_a_run_does_not_overwrite_it(small: Prepared, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    until(small, run_dir, 4, "--overwrite")
+    config = str(run_dir / "config.toml")
+    assert parse_train(["--config", config]).run.run_dir == str(run_dir)
+    train_alone(small, run_dir, "--config", config, "--max-steps", "7")
+    assert reported(run_dir) == [3, 4, 6, 7]
+
+
+def test_the_message_of_a_stopped_run_names_what_must_not_be_repeated() -> None:
+    said = {
+        options: stop_message("SIGTERM", 5, RunConfig(run_dir="runs/a", **dict(options)))  # type: ignore[arg-type]
+        for options in ((), (("overwrite", True),), (("overwrite", True), ("resume", "old")))
+    }
+    assert [text.partition("the same command ")[2] for text in said.values()] == [
+        "with --run-dir runs/a resumes from it",
+        "with --run-dir runs/a and without --overwrite resumes from it",
+        "with --run-dir runs/a and without --overwrite and --resume old resumes from it",
+    ]
