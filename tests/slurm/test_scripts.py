@@ -105,6 +105,8 @@ def test_tasks_and_cores_are_those_of_the_allocation(cluster: Cluster, root: Pat
     seen = [rank["env"] for rank in ranks(root)]
     assert [(env["PMI_RANK"], env["SLURMD_NODENAME"]) for env in seen] == [(str(r), f"n{r // 3 + 1}") for r in range(6)]
     assert {(env["PMI_SIZE"], env["SLURM_CPUS_ON_NODE"]) for env in seen} == {("6", "12")}
+    # Of this alone srun learns it if slurm/site.sh names a launcher without --cpus-per-task.
+    assert {env["SRUN_CPUS_PER_TASK"] for env in seen} == {"4"}
 
 
 @pytest.mark.parametrize(
