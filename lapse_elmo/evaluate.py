@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from lapse_elmo.config.trained_model import parse_evaluate
 from lapse_elmo.corpus.files import atomic_write, refuse_existing
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.devices import choose_device
+from lapse_elmo.errors import CorpusError
 from lapse_elmo.mpi.world import World
 from lapse_elmo.perplexity import measure_perplexity
 
@@ -24,7 +26,9 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
     saved = SavedModel.open(options.model, options.vocab, world)
     data = saved.config.data
     device = choose_device(options.devices, world).device
-    folder = options.shards or data.heldout or data.shards
+    folder = options.shards or (data.heldout if options.split == "heldout" else "") or data.shards
+    if not options.shards:
+        world.agree(lambda: _require_shards_of_run(folder, saved))
     with ShardSet.open_on_all(world, folder, options.split, saved.vocabulary) as shards:
         parameters = saved.parameters(world, device)
         start = time.perf_counter()
@@ -47,4 +51,17 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
             f"{result.num_targets:,} targets per direction)\n{cut if result.num_cut else ''}"
             f"forward      {result.forward:.2f}\nbackward     {result.backward:.2f}\nmean         {result.mean:.2f}\n"
             f"speed        {shards.num_tokens / seconds:,.0f} tokens/s"
+        )
+
+
+def _require_shards_of_run(folder: str, saved: SavedModel) -> None:
+    """Check that the shards that a run was trained with are where it found them.
+
+    Raises:
+        CorpusError: If not. The run may have named them relative to another directory.
+    """
+    if not os.path.isdir(folder):
+        raise CorpusError(
+            f"{saved.path} was trained with the shards {folder}, which are not in {os.getcwd()}: give --shards DIR, or "
+            "start the program where the run was started"
         )

@@ -50,7 +50,10 @@ class EvaluateConfig(ComputeOptions):
     """The options of ``bin/evaluate``."""
 
     model: str = option(positional=True, metavar="MODEL", help="a run or one of its checkpoints")
-    shards: str = option("", metavar="DIR", help="directory of the shards to evaluate on (default: those of the run)")
+    shards: str = option(
+        "", metavar="DIR",
+        help="directory of the shards to evaluate on (default: those of the run, for held-out text its --heldout)",
+    )
     split: str = option("heldout", choices=("heldout", "train"), help="which shards of the directory")
     output: str = option("", metavar="FILE", help="also write the result to this JSON file")
 
