@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,19 @@ class PlanConfig:
             require(0 <= getattr(self, name) <= 1_000_000, name, getattr(self, name), "from 0 to 1,000,000")
         require(self.network_gbit > 0, "network_gbit", self.network_gbit, "more than 0")
         require(self.network_us >= 0, "network_us", self.network_us, "0 or more")
+
+
+def refuse_parts_of_a_plan(config: Config) -> None:
+    """Refuse options of a plan without the one that asks for it: what starts would be a run.
+
+    Raises:
+        ConfigError: The message names the option.
+    """
+    given = config.plan
+    for field in dataclasses.fields(given):
+        if not given.plan_nodes and getattr(given, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise ConfigError(f"--{name} describes the machines of a plan: give --plan-nodes N too, or drop it")
 
 
 def check_plan(config: Config) -> None:

@@ -14,7 +14,7 @@ from lapse_elmo.config.checks import fraction, positive, require
 from lapse_elmo.config.cli import convert, option, options_of, parse
 from lapse_elmo.config.initial import InitialConfig
 from lapse_elmo.config.optimizer import ADAM_FACTOR, DENSE_AVERAGE, OptimizerConfig
-from lapse_elmo.config.plan import PlanConfig, check_plan
+from lapse_elmo.config.plan import PlanConfig, check_plan, refuse_parts_of_a_plan
 from lapse_elmo.config.server import ServerConfig
 from lapse_elmo.errors import ConfigError
 
@@ -60,8 +60,8 @@ class ModelConfig:
     recurrent_dropout: float = option(
         0.0, metavar="P", help="dropout probability of the hidden state, with one mask per sentence"
     )
-    cell_clip: float = option(3.0, metavar="X", help="clip the memory cell to [-X, X]")
-    projection_clip: float = option(3.0, metavar="X", help="clip the hidden state to [-X, X]")
+    cell_clip: float = option(3.0, metavar="X", help="clip the memory cell to [-X, X] (0: no limit)")
+    projection_clip: float = option(3.0, metavar="X", help="clip the hidden state to [-X, X] (0: no limit)")
     context: str = option(
         "top", choices=("top", "mix"),
         help="context vectors that predict words: the top layer (as in ELMo) or a scalar mix of all layers (as in "
@@ -84,7 +84,9 @@ class ModelConfig:
         for name, value in PRESETS[self.preset or "small"].items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
-        positive(self, "projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip")
+        positive(self, "projection_size", "cell_size", "num_layers")
+        for name in ("cell_clip", "projection_clip"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         fraction(self, "dropout", "recurrent_dropout")
         require(self.num_layers <= 100, "num_layers", self.num_layers, "at most 100")
         if self.precision == "bf16" and self.lstm != "fused":
@@ -326,13 +328,15 @@ class Config:
 
 def parse_train(argv: Sequence[str]) -> Config:
     """Parse the options of ``bin/train``."""
-    return parse(
+    config = parse(
         Config, argv, prog="bin/train",
         description="Train a sparse ELMo on the shards that bin/preprocess makes: mpirun -n RANKS bin/train. The "
         "options below can also be given in a TOML file (--config), with one table per group of options. Large "
         "integers may be written as 1_000_000, and on the command line as 1e6 or 1M (K, M and G for thousands, "
         "millions and billions).",
     )
+    refuse_parts_of_a_plan(config)
+    return config
 
 
 def from_tables(tables: dict) -> Config:

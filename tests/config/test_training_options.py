@@ -40,10 +40,13 @@ OTHER = {
 # What contradicts other options.
 ALONE = (
     "plan_nodes", "dense", "precision", "num_tries", "replacement", "distribution", "sync", "init_embedding",
-    "trace_rows",
+    "trace_rows", "plan_ranks", "network_gbit", "network_us",
 )
 # What an option needs in addition to be taken: another option of its group.
-NEEDS = {"decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"}}
+NEEDS: dict[str, dict[str, object]] = {
+    "decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"},
+    **{name: {"plan_nodes": 2} for name in ("plan_ranks", "network_gbit", "network_us")},
+}
 
 
 def other_value(name: str, value: object) -> object:
@@ -153,6 +156,11 @@ def test_default_model_is_the_small_preset() -> None:
     assert dataclasses.replace(ModelConfig(preset="small"), preset="") == ModelConfig()
 
 
+def test_a_clip_of_zero_is_none() -> None:
+    model = parse_train(["--cell-clip", "0", "--projection-clip", "0"]).model
+    assert (model.cell_clip, model.projection_clip) == (0, 0)
+
+
 def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[model]\npreset = 'original'\n")
@@ -184,6 +192,10 @@ def test_preset_in_a_file_with_sizes_on_the_command_line(tmp_path: Path) -> None
         ("--dropout 1", ["--dropout is 1.0", "[0, 1)"]),
         ("--recurrent-dropout -0.1", ["--recurrent-dropout is -0.1"]),
         ("--cell-size -5", ["--cell-size is -5"]),
+        ("--cell-clip -1", ["--cell-clip is -1"]),
+        ("--projection-clip -1", ["--projection-clip is -1"]),
+        ("--plan-ranks 4", ["--plan-ranks", "--plan-nodes"]),
+        ("--network-gbit 25", ["--network-gbit", "--plan-nodes"]),
         ("--max-steps -1", ["--max-steps is -1"]),
         ("--seed -1", ["--seed is -1"]),
         ("--threads -1", ["--threads is -1"]),
