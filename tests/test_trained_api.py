@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from lapse_elmo import trained
 from lapse_elmo.corpus.vocabulary import Vocabulary
+from lapse_elmo.errors import CheckpointError
 from lapse_elmo.export import elmo, huggingface
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.rounds import take_windows
@@ -72,6 +74,22 @@ def test_an_export_without_clipping_does_not_clip_to_zero(tmp_path: Path) -> Non
     elmo.write(stored, tmp_path / "out", overwrite=False)
     again = open_stored(tmp_path / "out").options
     assert (again.cell_clip, again.projection_clip) == (0.0, 0.0)
+
+
+def test_files_that_are_named_are_not_ignored(tmp_path: Path) -> None:
+    stored = stored_model(1)
+    huggingface.write(stored, tmp_path / "hub", overwrite=False)
+    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
+    stored.vocabulary.save(own)
+    Vocabulary.from_words(["b", "a"]).save(other)
+    assert open_stored(tmp_path / "hub", vocab=own).vocabulary.words == ["a", "b"]
+    with pytest.raises(CheckpointError, match=r"other.txt is not the vocabulary of .*hub"):
+        open_stored(tmp_path / "hub", vocab=other)
+    elmo.write(stored, tmp_path / "elmo", overwrite=False)
+    with h5py.File(tmp_path / "vectors.hdf5", "w") as file:
+        file["embedding"] = np.full((5, 2), 7, np.float32)
+    opened = open_stored(tmp_path / "elmo", embedding=tmp_path / "vectors.hdf5")
+    assert (opened.embedding.weights(np.arange(5)) == 7).all()
 
 
 @pytest.mark.parametrize("format_", [elmo, huggingface])

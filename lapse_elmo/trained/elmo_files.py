@@ -74,7 +74,7 @@ def open_elmo_files(
             _check_dense(file, sizes, weights)
             content = np.memmap(weights, np.uint8, "r")
             softmax = _softmax(file, content, weights, order)
-            table = _table(file, content, "embedding", weights) if "embedding" in file else None
+            table = _table(file, content, "embedding", weights) if "embedding" in file and not embedding else None
             dense = _map_dense(file, content, sizes)
         if table is None:
             other = Path(embedding) if embedding else _the_only(folder, "embedding.hdf5", "*embedding*.hdf5")

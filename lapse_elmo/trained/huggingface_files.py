@@ -7,6 +7,7 @@ takes. A directory without it, as an older lapse-elmo writes, is read from ``tok
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ def holds_huggingface_files(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
-def open_huggingface_files(folder: Path) -> StoredModel:
+def open_huggingface_files(folder: Path, vocab: str | os.PathLike[str] = "") -> StoredModel:
     """Open the model in ``folder``, with memory-mapped tables.
 
+    Args:
+        folder: The directory.
+        vocab: A vocabulary file, which must have the same words; the model has its own.
+
     Raises:
-        CheckpointError: If the model is of another type or of a newer format, or a file is missing or damaged.
+        CheckpointError: If the model is of another type or of a newer format, a file is missing or damaged, or the
+            vocabulary is another one.
     """
     config = _read_json(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
@@ -43,6 +49,8 @@ def open_huggingface_files(folder: Path) -> StoredModel:
     own = own_entries(config, OWN_VERSION, folder / CONFIG)
     tensors = _tensors(folder / WEIGHTS)
     vocabulary = _vocabulary(folder, own.get("vocabulary_sha256"))
+    if vocab and Vocabulary.load(vocab).words != vocabulary.words:
+        raise CheckpointError(f"{vocab} is not the vocabulary of {folder} (different words or order): leave it out")
     names = ("projection_size", "cell_size", "num_layers", "cell_clip", "projection_clip", "context")
     try:
         options = BiLMOptions(**{name: config[name] for name in names}, dropout=0.0)

@@ -52,7 +52,7 @@ def open_stored(
     if (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir():
         return open_checkpoint(folder, vocab, verify)
     if holds_huggingface_files(folder):
-        return open_huggingface_files(folder)
+        return open_huggingface_files(folder, vocab)
     if holds_elmo_files(folder):
         return open_elmo_files(folder, vocab, embedding)
     raise CheckpointError(
