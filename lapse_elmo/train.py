@@ -127,8 +127,8 @@ class Training:
         self.evaluate_every = config.training.evaluate_every
         self.max_s = config.training.max_minutes * 60 or math.inf
         self.log = RunLog(
-            self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s, self.cursor.step,
-            world.allgather(world.host),
+            self.run_dir, config.run, self.cursor.num_steps, world.rank == 0, self.max_s - self.state.trained_s,
+            self.cursor.step, world.allgather(world.host),
         )
         self.server_meter = ServerMeter(parameters.server, world)
         self.server_meter.resume(self.state.served)

@@ -142,7 +142,7 @@ class RunLog:
         config: The options for reports and progress.
         num_steps: The run's last step.
         active: Whether this rank writes.
-        max_s: Time limit in seconds, for the ETA.
+        max_s: What is left of the time limit, in seconds, for the ETA.
         first_step: The step from which the run resumes; logged metrics of later steps are removed.
         hosts: The host name of each rank.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lapse_elmo import train
 from lapse_elmo.config.training import RunConfig, parse_train
 from lapse_elmo.errors import OutputError
+from lapse_elmo.metrics.run_log import RunLog
 from lapse_elmo.run_folder import JOB, JOB_VARIABLE
 from lapse_elmo.summary import stop_message
 from tests.training.corpora import Prepared, checkpoints, records, train_alone
@@ -79,3 +82,18 @@ def test_the_message_of_a_stopped_run_names_what_must_not_be_repeated() -> None:
         "with --run-dir runs/a and without --overwrite resumes from it",
         "with --run-dir runs/a and without --overwrite and --resume old resumes from it",
     ]
+
+
+def test_what_is_left_of_the_minutes(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit counts the minutes of all starts, so the ETA of a resumed run must not begin with all of them."""
+    left = []
+
+    class Noting(RunLog):
+        def __init__(self, *arguments: Any) -> None:
+            left.append(arguments[4])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(train, "RunLog", Noting)
+    for step in (2, 3):
+        until(small, tmp_path / "run", step, "--max-minutes", "60")
+    assert left[0] == 3600 and left[1] < 3600
