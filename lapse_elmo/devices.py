@@ -61,6 +61,8 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
         return Device(torch.device("cpu"), threads)
     device = torch.device("cuda", ids[world.host_rank % len(ids)])
     torch.cuda.set_device(device)
+    # Products of bfloat16 are summed in float32, as on CPUs. By default cuBLAS may add up parts in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return Device(device, threads)
 
 

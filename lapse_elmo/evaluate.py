@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from lapse_elmo.config.trained_model import parse_evaluate
 from lapse_elmo.corpus.files import atomic_write, refuse_existing
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.devices import choose_device
-from lapse_elmo.errors import CorpusError
+from lapse_elmo.errors import CheckpointError, CorpusError
 from lapse_elmo.mpi.world import World
 from lapse_elmo.perplexity import measure_perplexity
 
@@ -35,6 +36,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         result = measure_perplexity(parameters, shards, data, options.batch_size, world, device)
         seconds = time.perf_counter() - start
         parameters.server.close()
+    if not math.isfinite(result.forward_nll + result.backward_nll):
+        raise CheckpointError(f"{saved.path} cannot predict words: some of its numbers are not finite").on_every_rank()
     if options.output:
         values = {
             "model": str(saved.path), "shards": folder, "split": options.split, "num_sentences": shards.num_sentences,

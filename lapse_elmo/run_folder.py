@@ -21,6 +21,7 @@ from lapse_elmo.corpus.files import atomic_write, lock_at_once
 from lapse_elmo.corpus.vocabulary import VocabularyFile
 from lapse_elmo.cursor import SavedCursor
 from lapse_elmo.errors import CheckpointError, OutputError, UnreadableError
+from lapse_elmo.inputs import read_small
 from lapse_elmo.metrics.run_log import EVENTS, METRICS
 from lapse_elmo.metrics.versions import versions
 from lapse_elmo.mpi.world import World

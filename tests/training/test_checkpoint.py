@@ -8,7 +8,6 @@ import math
 import os
 import resource
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.perplexity import Perplexity
-from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, records, train_alone
 
 ENTRIES: dict[str, Any] = {
@@ -382,31 +380,6 @@ def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     train_alone(small, run_dir, *options, "--patience", "3")
     assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8, 10]
     assert (run_dir / "best").resolve().name == "step-00000010"
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
-    ).returncode
-    if not mounted:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
-    """A job ends with one line if its model does not fit on the disk (its config and vocabulary do)."""
-    argv = ["bin/train", *small.options, *TINY, "--run-dir", str(tiny_disk / "run"), "--max-steps", "2"]
-    job = mpi.mpirun(2, argv, timeout=60)
-    ours = [line for line in job.stderr.splitlines() if line.startswith("bin/train: ")]
-    assert job.returncode == 2, job.output
-    assert len(ours) == 1 and "cannot write" in ours[0], job.output
-    assert "Traceback" not in job.stderr and not job.survivors
-    assert not checkpoints(tiny_disk / "run")
 
 
 def test_evaluation_within_an_epoch(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import os
 import shutil
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import folder, saver
 from lapse_elmo.errors import CorpusError, UnreadableError
 from lapse_elmo.mpi.world import solo
-from tests.training.corpora import Prepared, checkpoints, train_alone
+from tests import mpi
+from tests.training.corpora import TINY, Prepared, checkpoints, train_alone
 
 
 @pytest.mark.parametrize("function", [(os, "listdir"), (checkpoint.OpenFiles, "get"), (Path, "is_file")])
@@ -97,3 +100,28 @@ def test_an_error_does_not_wait_for_a_file_that_is_not_needed(
         raise ZeroDivisionError
     assert go_on.is_set() == complete == folder.partial_of(final).exists()
     go_on.set()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    ).returncode
+    if not mounted:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
+    """A job ends with one line if its model does not fit on the disk (its config and vocabulary do)."""
+    argv = ["bin/train", *small.options, *TINY, "--run-dir", str(tiny_disk / "run"), "--max-steps", "2"]
+    job = mpi.mpirun(2, argv, timeout=60)
+    ours = [line for line in job.stderr.splitlines() if line.startswith("bin/train: ")]
+    assert job.returncode == 2, job.output
+    assert len(ours) == 1 and "cannot write" in ours[0], job.output
+    assert "Traceback" not in job.stderr and not job.survivors
+    assert not checkpoints(tiny_disk / "run")

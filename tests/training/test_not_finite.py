@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -9,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from lapse_elmo import evaluate
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.cursor import batch_streams
-from lapse_elmo.errors import TrainingError
+from lapse_elmo.errors import CheckpointError, TrainingError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
+from lapse_elmo.perplexity import Perplexity
 from lapse_elmo.schedule import Rates
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import Vote
 from lapse_elmo.training_data import sentence_targets
 from tests.training.conftest import Drive
-from tests.training.corpora import TINY, Prepared, train_alone
+from tests.training.corpora import TINY, Prepared, evaluate_alone, train_alone
 
 
 @pytest.mark.parametrize("dense", ["allreduce", "ps"])
@@ -71,3 +74,13 @@ def test_a_model_that_has_diverged_is_not_saved(small: Prepared, tmp_path: Path)
     with pytest.raises(TrainingError, match="held-out perplexity is not finite at step 1"):
         train_alone(small, tmp_path / "run", "--max-steps", "1", "--learning-rate", "1e38")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1")
+    monkeypatch.setattr(evaluate, "measure_perplexity", lambda *_: Perplexity(3.0, math.nan, 2))
+    with pytest.raises(CheckpointError, match="cannot predict words: some of its numbers are not finite"):
+        evaluate_alone(run_dir, tmp_path / "result.json")
+    assert not (tmp_path / "result.json").exists()
