@@ -41,6 +41,7 @@ def option(
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    replaces: Sequence[str] = (),
 ) -> Any:
     """Make a dataclass field that is also a command-line option.
 
@@ -50,8 +51,12 @@ def option(
         choices: The values allowed; ``""`` among them stands for an option that is not given.
         metavar: The name of the value in ``--help``.
         positional: Whether it is a positional argument instead of ``--name``.
+        replaces: Later fields of the same dataclass for which it stands. Given on the command line, it takes precedence
+            over their values in the ``--config`` file.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "positional": positional}
+    metadata = {
+        "help": help, "choices": choices, "metavar": metavar, "positional": positional, "replaces": tuple(replaces)
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -296,7 +301,10 @@ def _build(schema: type[T], namespace: argparse.Namespace) -> T:
             value = given[field.name]
             if many:
                 value = tuple(value if base is str else itertools.chain.from_iterable(value))
-            (values.setdefault(group, {}) if group else values)[field.name] = value
+            of_group = values.setdefault(group, {}) if group else values
+            for name in field.metadata["replaces"]:
+                of_group.pop(name, None)
+            of_group[field.name] = value
     hints = typing.get_type_hints(schema)
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint):

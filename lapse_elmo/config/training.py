@@ -52,6 +52,7 @@ class ModelConfig:
         "", choices=("", *PRESETS), metavar="NAME",
         help="model sizes: small (D 128, C 512, L 2) or original (D 512, C 4096, L 2), unless the "
         "next three options give others (default: small)",
+        replaces=("projection_size", "cell_size", "num_layers"),
     )
     projection_size: int = option(0, metavar="D", help="size of word vectors and LSTM outputs (0: the preset's)")
     cell_size: int = option(0, metavar="C", help="size of the LSTM's memory cell (0: the preset's)")

@@ -156,6 +156,15 @@ def test_default_model_is_the_small_preset() -> None:
     assert dataclasses.replace(ModelConfig(preset="small"), preset="") == ModelConfig()
 
 
+def test_a_preset_on_the_command_line_replaces_sizes_of_a_file(tmp_path: Path) -> None:
+    """A run's config.toml has its sizes, which would otherwise make --preset an option without effect."""
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(as_tables(parse_train([]))))
+    assert parse_train(["--config", str(path)]).model == ModelConfig()
+    model = parse_train(["--num-layers", "3", "--config", str(path), "--preset", "original"]).model
+    assert (model.projection_size, model.cell_size, model.num_layers) == (512, 4096, 3)
+
+
 def test_a_clip_of_zero_is_none() -> None:
     model = parse_train(["--cell-clip", "0", "--projection-clip", "0"]).model
     assert (model.cell_clip, model.projection_clip) == (0, 0)
