@@ -247,7 +247,7 @@ def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingD
         raise CheckpointError(
             f"cannot resume from {path}: it was trained with {', '.join(refused)}; give the same, or another --run-dir"
         )
-    groups = ("data", "model", "softmax", "optimizer", "training")
+    groups = ("data", "model", "softmax", "optimizer", "training", "initial")
     others = {
         group: tuple(
             name for name in {**saved[group], **now[group]}
@@ -258,10 +258,14 @@ def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingD
     return _differences(saved, now, others)
 
 
+def _shown(value: Any) -> Any:
+    return "''" if value == "" else value
+
+
 def _differences(saved: dict[str, Any], now: dict[str, Any], names: dict[str, tuple[str, ...]]) -> list[str]:
     """Return ``--option OLD (now NEW)`` for each of the named options that differs."""
     return [
-        f"--{name.replace('_', '-')} {saved[group].get(name)} (now {now[group].get(name)})"
+        f"--{name.replace('_', '-')} {_shown(saved[group].get(name))} (now {_shown(now[group].get(name))})"
         for group, members in names.items() for name in members
         if saved[group].get(name) != now[group].get(name)
     ]
@@ -284,6 +288,8 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyF
             "--overwrite to replace it"
         )
     vocabulary = file.content()  # before anything is removed: it may belong to the run that is replaced
+    if not holds_run:
+        _refuse_foreign(run_dir, vocabulary)
     try:
         if here:
             assert start.path is not None
@@ -308,6 +314,27 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyF
             (run_dir / JOB).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(run_dir, error) from None
+
+
+def _refuse_foreign(run_dir: Path, vocabulary: bytes) -> None:
+    """Refuse a directory with files of the user's that a run would replace, such as a config.toml written by hand.
+
+    Raises:
+        OutputError: It has one, and no run has begun there.
+    """
+    if (run_dir / checkpoint.FOLDER).is_dir():  # the first thing that a run makes
+        return
+    for name in ("config.toml", "versions.toml", "vocab.txt", EVENTS, TRACE, checkpoint.BEST, JOB):
+        path = run_dir / name
+        if os.path.lexists(path) and not _holds(path, vocabulary):  # it may be the vocabulary of the run itself
+            raise OutputError(
+                f"a run in {run_dir} would replace {path}, which is not of a run: give it another name, or choose "
+                "another --run-dir"
+            )
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int) -> checkpoint.Saver:

@@ -97,3 +97,29 @@ def test_what_is_left_of_the_minutes(small: Prepared, tmp_path: Path, monkeypatc
     for step in (2, 3):
         until(small, tmp_path / "run", step, "--max-minutes", "60")
     assert left[0] == 3600 and left[1] < 3600
+
+
+def test_files_that_are_not_of_a_run_are_not_replaced(small: Prepared, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    own = run_dir / "config.toml"
+    own.write_text("# written by hand\n[training]\nmax_steps = 2\n")
+    before = own.read_text()
+    with pytest.raises(OutputError, match=r"would replace .*config.toml, which is not of a run"):
+        train_alone(small, run_dir, "--config", str(own))
+    assert own.read_text() == before and [path.name for path in run_dir.iterdir()] == ["config.toml"]
+    own.rename(tmp_path / "config.toml")
+    vocab = run_dir / "vocab.txt"
+    vocab.write_bytes(small.vocab.read_bytes())  # the run's own copy would be the same
+    train_alone(small, run_dir, "--config", str(tmp_path / "config.toml"), "--vocab", str(vocab))
+    assert reported(run_dir) == [2]
+
+
+def test_initial_values_that_come_too_late_are_told(
+    small: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "1")
+    other = train_alone(small, tmp_path / "other", "--max-steps", "1")
+    capfd.readouterr()
+    train_alone(small, run_dir, "--max-steps", "2", "--init-from", str(other), "--progress", "lines")
+    assert f"options changed since the checkpoint: --init-from '' (now {other})\n" in capfd.readouterr().err
