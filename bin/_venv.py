@@ -1,8 +1,9 @@
 """Find the repository and the virtual environment of ``make setup``; every program in ``bin/`` imports this first.
 
-It lets ``bin/train`` work without activating the environment, under ``mpirun`` too: if the running Python lacks torch
-or mpi4py and is not that of ``.venv``, the program is restarted with that one. A Python that is too old for lapse_elmo
-also runs this file, so it imports nothing of lapse_elmo.
+It lets ``bin/train`` work without activating the environment, under ``mpirun`` too: if the running Python lacks one of
+the packages and is not that of ``.venv``, the program is restarted with that one. The Python of a site's module often
+has torch and mpi4py, but not the rest. A Python that is too old for lapse_elmo also runs this file, so it imports
+nothing of lapse_elmo.
 """
 
 import signal
@@ -16,12 +17,14 @@ import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+NEEDED = ("torch", "mpi4py", "numpy", "h5py", "tqdm", "requests", "tensorboard", "tomli_w")
 root = Path(__file__).resolve().parent.parent
 python = root / ".venv" / "bin" / "python"
-if importlib.util.find_spec("torch") is None or importlib.util.find_spec("mpi4py") is None:
+missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+if missing:
     if python.exists() and Path(sys.prefix).resolve() != (root / ".venv").resolve():
         os.execv(python, [str(python), *sys.argv])
     name = Path(sys.argv[0]).name
-    sys.exit(f"{name}: error: torch and mpi4py are not installed for {sys.executable}: run 'make setup' first")
+    sys.exit(f"{name}: error: {sys.executable} has no {', no '.join(missing)}: run 'make setup' first")
 
 sys.path.insert(0, str(root))

@@ -184,3 +184,25 @@ def test_names_of_programs_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert as_called(text) == text
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lapse-elmo", "train"])
     assert as_called(text) == "run lapse-elmo train, not /usr/bin/train, .venv/bin/mpirun or bin/python"
+
+
+@pytest.mark.parametrize("has_venv", [True, False])
+def test_a_python_that_lacks_a_package_gives_way_to_that_of_make_setup(tmp_path: Path, has_venv: bool) -> None:
+    """As that of a site's module, which has torch and mpi4py."""
+    shutil.copytree(mpi.ROOT / "bin", tmp_path / "bin")
+    for name in ("torch", "mpi4py", "numpy", "tqdm", "requests", "tensorboard", "tomli_w"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+    own = tmp_path / ".venv" / "bin" / "python"
+    if has_venv:
+        own.parent.mkdir(parents=True)
+        own.write_text('#!/bin/sh\necho "that of make setup: $2"\n')
+        own.chmod(0o755)
+    python = os.path.realpath(sys.executable)  # not that of a virtual environment
+    done = subprocess.run(
+        [python, "-S", str(tmp_path / "bin" / "train"), "--help"], env={"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, timeout=60,
+    )
+    if has_venv:
+        assert done.stdout == "that of make setup: --help\n", done.stderr
+    else:
+        assert done.returncode and done.stderr == f"train: error: {python} has no h5py: run 'make setup' first\n"
