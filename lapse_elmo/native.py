@@ -186,15 +186,20 @@ def cache_folder() -> Path:
     failure = OSError("none was tried")
     for folder in wanted:
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            state = folder.stat()
-            if state.st_uid != os.getuid() or state.st_mode & 0o022:
-                raise PermissionError(f"others may write to {folder}")
-            _require_writable(folder)
-            return folder
+            return _own_folder(folder)
         except OSError as error:
             failure = error
     raise failure
+
+
+def _own_folder(folder: Path) -> Path:
+    """Create ``folder`` if it is missing, and check that this user, and nobody else, may write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise PermissionError(f"others may write to {folder}")
+    _require_writable(folder)
+    return folder
 
 
 @functools.cache
@@ -378,6 +383,12 @@ def _only_one(path: Path) -> Iterator[None]:
 def main() -> int:
     """Compile every C source of the package (``make native``); return 1 if one fails for this machine, else 0."""
     status = 0
+    if named := os.environ.get(CACHE):  # another directory would not do: other machines look into this one
+        try:
+            _own_folder(Path(named))
+        except OSError as error:
+            print(f"{CACHE} is {named}, which cannot be used: {error}")
+            return 1
     print(f"compiled code goes to {cache_folder()}")
     for mark in cache_folder().glob("*.hung"):
         mark.unlink(missing_ok=True)

@@ -140,6 +140,16 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(source: Path, tmp_path
     assert native.cache_folder() == folder
 
 
+def test_make_native_does_not_build_where_no_other_machine_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory of a project is often writable by its group."""
+    monkeypatch.setenv(native.CACHE, str(tmp_path))
+    tmp_path.chmod(0o775)
+    assert native.main() == 1
+    assert f"others may write to {tmp_path}" in capsys.readouterr().out
+
+
 def test_without_a_home_the_folder_is_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container may run as a user of whom it knows nothing; "~" must not become a directory's name then."""
     def unknown(user: int) -> None:
