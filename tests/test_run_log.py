@@ -18,6 +18,7 @@ import termios
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -286,6 +287,15 @@ def test_table() -> None:
     assert table([("rank", "host"), ("0", "a"), ("12", "bcdef")]).splitlines() == [
         "rank  host", "----  -----", "   0  a", "  12  bcdef",
     ]
+
+
+def test_the_mpi_library_is_the_one_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site's Open MPI, for instance, while the package mpich is installed."""
+    loaded = SimpleNamespace(Get_library_version=lambda: "Open MPI v4.1.4,  ident: 4.1.4\nmore\n\0")
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", loaded)
+    assert versions()["mpi_library"] == "Open MPI v4.1.4, ident: 4.1.4"
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI")
+    assert "mpi_library" not in versions()
 
 
 def test_versions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+import sys
 
 from lapse_elmo import __version__
 from lapse_elmo.config.training import ROOT
@@ -13,8 +14,13 @@ _PACKAGES = ("torch", "allennlp", "numpy", "h5py", "mpi4py", "mpich")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this program (with the git commit of a checkout), of Python and of the main packages."""
+    """Return the versions of this program (with the git commit of a checkout), of Python and of the main packages.
+
+    ``mpi_library`` is there if MPI is loaded: a site's library may be used in the place of the package ``mpich``.
+    """
     found = {"lapse_elmo": __version__, "git_commit": git_commit(), "python": platform.python_version()}
+    if mpi := sys.modules.get("mpi4py.MPI"):
+        found["mpi_library"] = " ".join(mpi.Get_library_version().strip("\0 \n").split("\n")[0].split())
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
