@@ -64,7 +64,7 @@ class OptimizerConfig:
     decay_tokens: int = option(
         0, metavar="N",
         help="tokens after the warm-up over which the learning rate falls (0: linear and cosine take the rest of the "
-        "run, inverse-sqrt takes --warmup-tokens)",
+        "run by --epochs and --max-steps, not by --max-minutes; inverse-sqrt takes --warmup-tokens)",
     )
     final_rate: float = option(
         0.0, metavar="X",
