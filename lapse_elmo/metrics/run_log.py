@@ -24,8 +24,6 @@ from lapse_elmo.step_report import StepResult
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
-# A terminal that is gone (its user has logged out, and the run trains on), or a full disk, must not end a run.
-_WITHOUT_READER = (OSError, ValueError)
 _STRAGGLER = 1.5  # progress lines name the slowest rank if its compute time is this many times the median
 _SUMS = (
     "nll", "num_targets", "num_tokens", "num_cut", "num_sentences", "num_steps", "norm", "learning_rate", "dense_rate",
@@ -196,7 +194,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.set_description(f"epoch {self.epoch}", refresh=False)
             self._bar.set_postfix_str(f"{meter.tokens_per_s:,.0f} tokens/s, loss {meter.loss:.3f}", refresh=False)
-            with contextlib.suppress(*_WITHOUT_READER):
+            with _without_reader():
                 self._bar.update(1)
 
     def report(
@@ -277,7 +275,7 @@ class RunLog:
         if not self.active:
             return
         if self._bar is not None:
-            with contextlib.suppress(*_WITHOUT_READER):
+            with _without_reader():
                 self._bar.write(f"{line}\n", file=sys.stderr, end="")
         else:
             log_line(line)
@@ -287,10 +285,15 @@ class RunLog:
         if not self.active:
             return
         if self._bar is not None:
-            with contextlib.suppress(*_WITHOUT_READER):
+            with _without_reader():
                 self._bar.close()
         self._file.close()
         self._writer.close()
+
+
+def _without_reader() -> contextlib.suppress:
+    """Let a terminal that is gone, whose user has logged out, or a full disk not end a run for its progress bar."""
+    return contextlib.suppress(OSError, ValueError)
 
 
 def truncate_after(path: Path, last_step: int) -> None:

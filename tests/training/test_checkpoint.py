@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from lapse_elmo import checkpoint, run_folder, train
+from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import files, saver
 from lapse_elmo.checkpoint.manifest import encode
 from lapse_elmo.config.cli import as_tables
@@ -190,31 +190,6 @@ def test_what_was_saved_is_of_the_moment_of_the_start(
     background.finish()
     checkpoint.restore(checkpoint.OpenFiles(path), checkpoint.read_manifest(path), parameters, solo())
     np.testing.assert_array_equal(parameters.embedding.read(0, 43).numpy(), before)
-
-
-def test_steps_are_counted_beyond_what_float32_counts(
-    parameters: Parameters, cursor: Cursor, tmp_path: Path
-) -> None:
-    optimizer, many = parameters.dense_optimizer, 2**24 + 1
-    optimizer.num_steps.fill_(many - 1)
-    optimizer.step([torch.zeros_like(parameter) for parameter in optimizer.parameters])
-    path = save(tmp_path, parameters, cursor)
-    optimizer.num_steps.zero_()
-    checkpoint.restore(checkpoint.OpenFiles(path), checkpoint.read_manifest(path), parameters, solo())
-    assert int(optimizer.num_steps) == many
-
-
-def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None:
-    oldest, older, newest = (checkpoint.path_of(tmp_path, step) for step in (99_999_998, 99_999_999, 100_000_000))
-    for folder in (oldest, older, newest):
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
-    assert checkpoint.candidates(tmp_path) == [newest, older, oldest]
-    assert checkpoint.find(tmp_path) == newest
-    with pytest.raises(CheckpointError, match=r"after step-99999999, the newest is step-100000000: give another"):
-        run_folder._refuse_later(older, tmp_path, overwrite=False)
-    saver = run_folder.open_saver(tmp_path, solo(), run_folder.ResumePoint(older, {"best": None}), num_newest=3)
-    assert saver._kept == [oldest, older]
 
 
 def test_a_checkpoint_is_there_while_the_one_it_replaces_is_removed(
