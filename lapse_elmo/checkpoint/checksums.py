@@ -15,6 +15,7 @@ from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import World
 
 _BLOCK_BYTES = 1 << 22  # bytes per read
+_MOST_OPEN = 256  # files: few ranks read all files of a job of thousands, and may have 1,024 open
 
 
 class Piece(NamedTuple):
@@ -79,7 +80,7 @@ def divide(sizes: Sequence[int], num_parts: int) -> list[list[tuple[int, int, in
 
 
 class OpenFiles:
-    """The files of a checkpoint that this process has read from, still open for the next reader.
+    """The files of a checkpoint that this process has read from, still open for the next reader (the latest ones).
 
     A resume reads a file twice, to verify it and for its content. Thousands of ranks that open each file twice load a
     file server for nothing.
@@ -90,14 +91,19 @@ class OpenFiles:
         self._files: dict[str, FileIO] = {}
 
     def get(self, name: str) -> FileIO:
-        """Return the file ``name``, at an undefined position.
+        """Return the file ``name``, at an undefined position; it may be closed once other files are asked for.
 
         Raises:
             OSError: It cannot be opened.
         """
-        if name not in self._files:
-            self._files[name] = open(self.path / name, "rb", buffering=0)  # noqa: SIM115 (close() does)
-        return self._files[name]
+        file = self._files.pop(name, None)
+        if file is None:
+            if len(self._files) == _MOST_OPEN:
+                longest_unread = next(iter(self._files))
+                self._files.pop(longest_unread).close()
+            file = open(self.path / name, "rb", buffering=0)  # noqa: SIM115 (close() does)
+        self._files[name] = file  # at the end
+        return file
 
     def close(self) -> None:
         """Close all files."""

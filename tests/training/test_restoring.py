@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lapse_elmo.checkpoint.checksums import divide
+from lapse_elmo.checkpoint.checksums import OpenFiles, check_pieces, divide, shares_of_pieces
 from lapse_elmo.checkpoint.sentences import BitSet, pack, unite
 from tests import mpi
 from tests.training.corpora import checkpoints, saved_arrays
@@ -151,3 +153,18 @@ def test_the_union_of_sets() -> None:
     united = BitSet(unite([pack(part) for part in np.array_split(numbers, 13)]))
     assert united.by_order(0, numbers.size).members().tolist() == numbers.tolist()
     assert unite([]).size == 0
+
+
+def test_few_ranks_verify_many_files_with_few_of_them_open(tmp_path: Path) -> None:
+    """As those of hundreds of nodes, or of all ranks in version 2."""
+    names = [f"table-{number}.h5" for number in range(300)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    entry = {"bytes": 1, "pieces": [[1, hashlib.sha256(b"x").hexdigest()]]}
+    (pieces,) = shares_of_pieces({"files": dict.fromkeys(names, entry)}, 1)
+    before, opened = len(os.listdir("/proc/self/fd")), []
+    with OpenFiles(tmp_path) as files:
+        for _ in range(2):
+            check_pieces(files, pieces, lambda: opened.append(len(os.listdir("/proc/self/fd")) - before))
+    assert len(opened) == 600 and max(opened) == 256
+    assert len(os.listdir("/proc/self/fd")) == before
