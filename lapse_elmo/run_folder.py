@@ -293,9 +293,9 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyF
     try:
         if here:
             assert start.path is not None
-            checkpoint.prune(run_dir, set(checkpoint.candidates(run_dir)) - set(_later_than(start.path, run_dir)))
+            _keep_only(set(checkpoint.candidates(run_dir)) - set(_later_than(start.path, run_dir)), run_dir)
         else:
-            checkpoint.prune(run_dir, set())
+            _keep_only(set(), run_dir)
             for name in (EVENTS, TRACE):
                 shutil.rmtree(run_dir / name, ignore_errors=True)
             for name in (METRICS, checkpoint.BEST):
@@ -335,6 +335,18 @@ def _refuse_foreign(run_dir: Path, vocabulary: bytes) -> None:
 
 def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
+def _keep_only(kept: set[Path], run_dir: Path) -> None:
+    """Remove all other checkpoints, of which a later resume would take the newest for one of this run.
+
+    Raises:
+        OutputError: One of them cannot be removed.
+    """
+    checkpoint.prune(run_dir, kept)
+    if left := set(checkpoint.candidates(run_dir)) - kept:
+        newest = max(left, key=checkpoint.order_of)
+        raise OutputError(f"cannot remove {newest}, which this run replaces: remove it, or choose another --run-dir")
 
 
 def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int) -> checkpoint.Saver:

@@ -16,7 +16,7 @@ import pytest
 
 from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import folder, saver
-from lapse_elmo.errors import CorpusError, UnreadableError
+from lapse_elmo.errors import CorpusError, OutputError, UnreadableError
 from lapse_elmo.mpi.world import solo
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, train_alone
@@ -79,6 +79,23 @@ def test_the_vocabulary_that_a_run_keeps_is_that_of_its_shards(
     with pytest.raises(CorpusError, match="has changed since it was first read"):
         train_alone(corpus, tmp_path / "run", "--max-steps", "1")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_checkpoint_that_cannot_be_removed_is_not_left_for_the_next_resume(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Else that resume would find it newer than those of the run that was to replace it."""
+    run_dir = train_alone(small, tmp_path / "run", "--max-steps", "2", "--save-every-steps", "1")
+    (checkpoints(run_dir)[-1] / "dense.h5").unlink()  # damaged, so that a resume begins at the first one
+
+    def fail(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"cannot remove .*step-00000002, which"):
+        patch.setattr(folder, "_set_aside", fail)
+        train_alone(small, run_dir, "--max-steps", "3", *options)
+    train_alone(small, run_dir, "--max-steps", "3", *options)
 
 
 @pytest.mark.parametrize("complete", [False, True])
