@@ -122,7 +122,10 @@ class _Log:
         self._clocks = self._clocks.copy()  # else the view would keep the node's shared memory
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            try:
+                file.close()
+            except OSError as error:
+                raise _cannot_write(Path(file.name).parent, error) from None
 
     def select(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
         """Return those of ``rows`` that are traced."""
@@ -269,7 +272,11 @@ class TracedServer(EmbeddedServer):
         self._trace_call("intent", keys, (start, end))
 
     def close(self) -> None:
-        """Close the server, then the files."""
+        """Close the server, then the files.
+
+        Raises:
+            OutputError: If what is left of the trace cannot be written.
+        """
         super().close()
         self._close_logs()
 

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lapse_elmo import checkpoint, train
 from lapse_elmo.checkpoint import folder, saver
 from lapse_elmo.errors import CorpusError, OutputError, UnreadableError
 from lapse_elmo.mpi.world import solo
+from lapse_elmo.ps.layout import Layout
+from lapse_elmo.ps.trace import _Log
 from tests import mpi
 from tests.training.corpora import TINY, Prepared, checkpoints, train_alone
 
@@ -142,3 +145,12 @@ def test_a_full_disk_ends_the_job(small: Prepared, tiny_disk: Path) -> None:
     assert len(ours) == 1 and "cannot write" in ours[0], job.output
     assert "Traceback" not in job.stderr and not job.survivors
     assert not checkpoints(tiny_disk / "run")
+
+
+def test_the_rest_of_a_trace_that_a_full_disk_has_no_room_for_is_an_error_of_one_line() -> None:
+    segment = Layout.of(("words", 3, 2, None, 0))["words"]
+    log = _Log({"words": np.ones(3, bool)}, 0, 0, np.zeros(1, np.int64))
+    log._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 (close() is what is tested)
+    log.add("pull", segment, np.arange(2), np.ones(2, bool))
+    with pytest.raises(OutputError, match="cannot write a trace to /dev: No space left on device"):
+        log.close()
