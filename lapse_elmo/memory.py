@@ -212,11 +212,14 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
     """
     own = estimate(config, num_classes, shards, world)
     free = free_memory_bytes()
-    everyone = world.allgather((world.host, own, free, free_shared_bytes()))
+    ranks_by_host: dict[str, list[Estimate]] = {}
+    room_by_host: dict[str, tuple[int, int]] = {}
+    for host, rank, *rooms in world.allgather((world.host, own, free, free_shared_bytes())):
+        ranks_by_host.setdefault(host, []).append(rank)
+        room_by_host.setdefault(host, (rooms[0], rooms[1]))
     lines, refused = [], []
-    for host in dict.fromkeys(host for host, *_ in everyone):
-        ranks = [rank for name, rank, *_ in everyone if name == host]
-        room, shared_room = next((a, b) for name, _, a, b in everyone if name == host)
+    for host, ranks in ranks_by_host.items():
+        room, shared_room = room_by_host[host]
         private = sum(rank.rank - rank.libraries for rank in ranks)
         needed = ranks[0].shared + private
         lines.append(

@@ -30,13 +30,14 @@ import hashlib
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from lapse_elmo.subprocesses import output_of
 
 SWITCH = "LAPSE_ELMO_NATIVE"
 CACHE = "LAPSE_ELMO_CACHE"
@@ -62,7 +63,6 @@ _TARGETS: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
 )
 _COMPILER_TIME_S = 60  # each source takes a second
 _SHOWS_VERSION_S = 20
-_DIES_S = 1  # once it is killed; one that the kernel holds, as on a file server that is gone, is not waited for
 _HANGS_FOR_S = 600  # how long a compiler that hung is not tried again: longer than a job takes to start
 _DIGEST_BYTES = 32
 
@@ -339,28 +339,12 @@ def _run(command: Sequence[str], seconds: float) -> str:
     with contextlib.suppress(FileNotFoundError):
         if abs(time.time() - mark.stat().st_mtime) < _HANGS_FOR_S:
             raise TimeoutError(f"{command[0]} hung a short time ago (to try it again now, remove {mark})")
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        errors="replace", start_new_session=True,
-    )
     try:
-        output, messages = process.communicate(timeout=seconds)
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_DIES_S)
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
+        return output_of(command, seconds)
+    except TimeoutError:
         with contextlib.suppress(OSError):
             mark.touch()
-        raise TimeoutError(f"{command[0]} has not finished within {seconds:.0f} s") from None
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, output, messages)
-    return output
+        raise
 
 
 def _mark_of_hanging(compiler: str, purpose: str) -> Path:

@@ -97,7 +97,7 @@ def test_an_nvidia_smi_that_cannot_be_killed_is_left_alone(tmp_path: Path, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(host, "_NVIDIA_SMI_TIME_S", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess.Popen, "kill", lambda _: None)
+        patch.setattr(os, "killpg", lambda *_: None)
         assert usable_gpus() == 0
     os.kill(int(Path(f"{program}.pid").read_text()), signal.SIGKILL)  # fails if it has been waited for
 

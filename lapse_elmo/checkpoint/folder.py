@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -24,15 +25,15 @@ def partial_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
-def _removed_of(final: Path) -> Path:
-    """Return the hidden name under which the checkpoint ``final`` is removed."""
-    return final.with_name(f".{final.name}.removed")
-
-
-def _set_aside(final: Path) -> None:
-    """Rename the checkpoint ``final`` to :func:`_removed_of` it."""
-    shutil.rmtree(_removed_of(final), ignore_errors=True)  # of a removal that was killed
-    final.rename(_removed_of(final))
+def _set_aside(final: Path) -> Path:
+    """Rename the checkpoint ``final`` to a hidden name, and return it."""
+    for number in itertools.count():
+        hidden = final.with_name(f".{final.name}.removed{number or ''}")
+        shutil.rmtree(hidden, ignore_errors=True)  # of a removal that was killed
+        # On NFS, files that other processes have mapped stay in it under names of their own until they end.
+        if not hidden.exists():
+            break
+    return final.rename(hidden)
 
 
 def candidates(run_dir: Path) -> list[Path]:
@@ -78,17 +79,16 @@ def find(path: Path) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
     sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
-    if final.exists():  # rename() does not replace a directory that has files
-        _set_aside(final)
+    aside = _set_aside(final) if final.exists() else None  # rename() does not replace a directory that has files
     try:
         partial.rename(final)
     except BaseException:
-        if _removed_of(final).exists() and not final.exists():
-            _removed_of(final).rename(final)
+        if aside is not None and not final.exists():
+            aside.rename(final)
         raise
     sync_directory(final.parent)  # so that the rename itself survives a crash
-    # Last: it takes long, and a kill meanwhile must leave one of them.
-    shutil.rmtree(_removed_of(final), ignore_errors=True)
+    if aside is not None:  # last: it takes long, and a kill meanwhile must leave one of them
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def mark_best(run_dir: Path, best: Path) -> None:
@@ -111,8 +111,6 @@ def prune(run_dir: Path, keep: set[Path]) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a directory atomically: it is renamed to a hidden name first, so that no reader sees half of it."""
-    hidden = folder if folder.name.startswith(".") else _removed_of(folder)
     with contextlib.suppress(OSError):
-        if hidden != folder:
-            _set_aside(folder)
-    shutil.rmtree(hidden, ignore_errors=True)
+        hidden = folder if folder.name.startswith(".") else _set_aside(folder)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -172,16 +172,20 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        if first_step:
-            truncate_after(run_dir / METRICS, first_step)
-        mode = "a" if first_step else "w"
-        self._file = open(run_dir / METRICS, mode, encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
-        self._writer = SummaryWriter(str(run_dir / EVENTS), purge_step=first_step + 1 if first_step else None)
+        try:
+            if first_step:
+                truncate_after(run_dir / METRICS, first_step)
+            mode = "a" if first_step else "w"
+            self._file = open(run_dir / METRICS, mode, encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+            self._writer = SummaryWriter(str(run_dir / EVENTS), purge_step=first_step + 1 if first_step else None)
+        except OSError as error:
+            raise write_failed(error.filename or run_dir, error) from None
         kind = config.progress
         if kind == "auto":
             kind = "bar" if stderr_is_terminal() else "lines"
         self._lines = kind == "lines"
         if kind == "bar":
+            tqdm.monitor_interval = 0  # no thread of its own, which would end the run if stderr cannot be written
             self._bar = tqdm(
                 total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05,
                 file=sys.stderr,

@@ -12,12 +12,13 @@ import subprocess
 from collections.abc import Collection
 from importlib import metadata
 
+from lapse_elmo.subprocesses import output_of
+
 _LOOPBACK, _LOOPBACK_NET = "127.0.0.1", "127."
 _ANY_PORT = 9
 _UNROUTED = "192.0.2.1"  # reserved for documentation by RFC 5737; any address outside the local networks would do
 _MAX_ASKED = 3  # hosts whose names are looked up: without a name server, each may take seconds
 _NVIDIA_SMI_TIME_S = 30  # it loads the driver where that is not resident; with a broken driver it may hang
-_DIES_S = 1  # once it is killed
 
 
 def usable_cores(cores: Collection[int] | None = None) -> int:
@@ -44,20 +45,8 @@ def usable_gpus() -> int:
     It is 0 if there is no nvidia-smi, or if it fails.
     """
     try:
-        process = subprocess.Popen(
-            ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    except OSError:
-        return 0
-    try:
-        listed, _ = process.communicate(timeout=_NVIDIA_SMI_TIME_S)
-    except subprocess.TimeoutExpired:
-        # subprocess.run() would wait for its end, which never comes where the driver holds it in the kernel.
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_DIES_S)
-        return 0
-    if process.returncode:
+        listed = output_of(["nvidia-smi", "-L"], _NVIDIA_SMI_TIME_S)
+    except (OSError, subprocess.SubprocessError):
         return 0
     installed = sum(line.startswith("GPU ") for line in listed.splitlines())  # lines of MIG devices are indented
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -84,6 +84,29 @@ def test_the_vocabulary_that_a_run_keeps_is_that_of_its_shards(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_is_replaced_beside_a_removed_one_that_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS, a directory cannot be removed while another process has one of its files mapped."""
+    final = folder.path_of(tmp_path, 3)
+    for path in (final, folder.partial_of(final), in_use := final.with_name(f".{final.name}.removed")):
+        path.mkdir(parents=True)
+        (path / path.name).touch()
+    rmtree = shutil.rmtree
+
+    def remove(path: Path, **options: Any) -> None:
+        if path != in_use:
+            rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove)
+        folder.publish(folder.partial_of(final), final)
+    assert os.listdir(final) == [folder.partial_of(final).name]
+    assert set(final.parent.iterdir()) == {final, in_use}
+    folder.prune(tmp_path, {final})
+    assert folder.candidates(tmp_path) == list(final.parent.iterdir()) == [final]
+
+
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_a_checkpoint_that_cannot_be_removed_is_not_left_for_the_next_resume(
     small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
