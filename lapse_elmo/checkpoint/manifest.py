@@ -202,9 +202,15 @@ def config_of(manifest: Manifest, path: Path) -> Config:
 
 
 def vocabulary_path(path: Path, config: Config) -> Path:
-    """Return the run's copy of the vocabulary or, if it is missing, the file that the run was trained with."""
-    copy = path.parent.parent / "vocab.txt"
-    return copy if copy.is_file() else Path(config.data.vocab)
+    """Return the run's copy of the vocabulary or, if it is missing, the file that the run was trained with.
+
+    Raises:
+        CheckpointError: Both are missing.
+    """
+    copy, original = path.parent.parent / "vocab.txt", Path(config.data.vocab)
+    if not copy.exists() and not original.exists():
+        raise CheckpointError(f"{path} has no vocabulary: neither {copy} nor {original} exists; give it (--vocab FILE)")
+    return copy if copy.is_file() else original
 
 
 def require_vocabulary(manifest: Manifest, vocabulary: Vocabulary | VocabularyFile, path: Path) -> None:

@@ -138,6 +138,8 @@ class EmbedConfig(TextOptions):
             raise ConfigError("--words writes one array per word: drop --pool and --sentence-to-index")
         if self.words and not self.output.endswith(".npz"):
             raise ConfigError(f"--output is {self.output}, expected a name ending in .npz: --words writes an archive")
+        if self.output.endswith(".npz") and not self.words:
+            raise ConfigError(f"--output is {self.output}, but only --words writes an archive: give a name in .hdf5")
         if self.pool != "none" and self.sentence_to_index:
             raise ConfigError("--sentence-to-index needs a dataset per line, which --pool mean omits; drop one")
 

@@ -83,3 +83,15 @@ def test_a_model_without_boundaries_and_one_word(models: dict[str, Path]) -> Non
     assert trained.embed(["w00"])[0].shape == (3, 1, 32) and trained.embed([""])[0].shape == (3, 0, 32)
     every = trained.fill("w00", 0, count=100)
     assert len({found.probability for found in every}) == 1 and np.isnan(every[0].forward)
+
+
+def test_a_checkpoint_without_its_vocabulary(small: Prepared, tmp_path: Path) -> None:
+    """As one that was copied from its run's directory to another machine."""
+    vocab = Path(shutil.copy(small.vocab, tmp_path / "words.txt"))
+    run = train_alone(small, tmp_path / "run", "--max-steps", "1", "--vocab", str(vocab))
+    copied = shutil.copytree(checkpoints(run)[0], tmp_path / "elsewhere" / "step")
+    assert lapse_elmo.load(copied).vocabulary.size == 43
+    vocab.unlink()
+    with pytest.raises(UserError, match=r"step has no vocabulary: neither .*vocab.txt nor .*words.txt exists; give it"):
+        lapse_elmo.load(copied)
+    assert lapse_elmo.load(copied, vocab=small.vocab).vocabulary.size == 43

@@ -131,6 +131,7 @@ def test_bad_input_is_refused_in_one_line(run: Path, text: Path, tmp_path: Path)
         (["--output", npz, "--words", str(tmp_path / "latin")], CorpusError, "UTF-8"),
         (["--output", npz, "--words", str(tmp_path / "gone")], CorpusError, "gone"),
         (["--output", hdf5, "--words", str(tmp_path / "two")], ConfigError, ".npz"),
+        (["--output", npz], ConfigError, "only --words writes an archive"),
         (["--output", npz, "--words", "x", "--pool", "mean"], ConfigError, "--pool"),
     ]
     for argv, error, says in cases:
