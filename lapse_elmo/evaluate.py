@@ -34,6 +34,7 @@ def main(argv: list[str], enter: Callable[[], World]) -> None:
         parameters = saved.parameters(world, device)
         start = time.perf_counter()
         result = measure_perplexity(parameters, shards, data, options.batch_size, world, device)
+        assert result is not None  # nothing asks it to stop
         seconds = time.perf_counter() - start
         parameters.server.close()
     if not math.isfinite(result.forward_nll + result.backward_nll):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,9 @@ from lapse_elmo.node_softmax import NodeSoftmax
 from lapse_elmo.parameters import Parameters
 
 # Context vectors per pass over the softmax rows; joining them takes twice that for a moment. More would not be faster,
-# since each row that is read is multiplied by 30,000 vectors of ELMo's size.
-HELD_BYTES = 64 * 2**20
+# since each row that is read is multiplied by 8,000 vectors of ELMo's size. A pass ends before a signal is noticed, and
+# takes a minute on a core with 793,471 such rows.
+HELD_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def _exp(loss: float) -> float:
 
 @torch.no_grad()
 def measure_perplexity(
-    parameters: Parameters, shards: ShardSet, data: DataConfig, batch_size: int, world: World, device: torch.device
-) -> Perplexity:
+    parameters: Parameters, shards: ShardSet, data: DataConfig, batch_size: int, world: World, device: torch.device,
+    stopping: Callable[[], object] = lambda: False,
+) -> Perplexity | None:
     """Measure perplexity over every sentence of ``shards``, each with a zero initial state (collective).
 
     The softmax rows are read in chunks, so that memory does not grow with the vocabulary, in one pass for each
@@ -73,13 +75,17 @@ def measure_perplexity(
         batch_size: Sentences per batch.
         world: The world.
         device: Where this rank computes.
+        stopping: Whether this rank is asked to stop; called before each pass.
+
+    Returns:
+        The perplexity; None on every rank if one has stopped.
 
     Raises:
         ConfigError: If no sentence has a target (single tokens without boundaries).
     """
     model, softmax = parameters.model, parameters.softmax
     model.eval()
-    sums = np.zeros(4)  # nll of both directions, targets, cut sentences
+    sums = np.zeros(5)  # nll of both directions, targets, cut sentences, ranks that have stopped
     batches = evaluation_batches(shards, world.rank, world.size, batch_size, data.max_length, data.boundaries)
 
     def counted() -> Iterator[Batch]:
@@ -89,6 +95,9 @@ def measure_perplexity(
 
     if world.num_nodes == 1:
         for context, target in _held(counted(), parameters, device, HELD_BYTES):
+            if stopping():
+                sums[4] = 1
+                break
             chunks = ((first, rows.to(device)) for first, rows in softmax.chunks())
             sums[:3] += _sums(full_softmax_nll(context, world.progress.counted(chunks), target))
     else:
@@ -98,11 +107,14 @@ def measure_perplexity(
         nothing = torch.empty(0, softmax.size - 1, device=device), torch.empty(0, dtype=torch.int64, device=device)
         while True:  # as often as the rank with the most batches needs
             mine = next(held, None)
-            if not world.sum_(np.array([mine is not None], np.int64))[0]:
+            has_more, sums[4] = world.sum_(np.array([mine is not None, bool(stopping())], np.int64))
+            if sums[4] or not has_more:
                 break
             sums[:3] += _sums(across.nll(*(mine or nothing)))
     model.train()
     world.sum_(sums)
+    if sums[4]:
+        return None
     if not sums[2]:
         raise ConfigError("the held-out sentences have no targets: those of one token need --boundaries")
     return Perplexity(float(sums[0]), float(sums[1]), int(sums[2]), int(sums[3]))

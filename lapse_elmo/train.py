@@ -157,12 +157,12 @@ class Training:
         if step_once.dense_fallback:
             log.log_line(step_once.dense_fallback)
         profile = StepProfile(self.run_dir, every.profile, self.world.rank)
-        stopped = save_due = False
+        save_due = False
         with self.saver:
-            if state.evaluation_due:
-                self.save(self.evaluate())
+            stopped = not self.make_up_evaluation()
             # Clocks differ between ranks, so they must agree: otherwise some would train on while others leave.
             over = any(self.world.allgather(cursor.finished or state.elapsed_s > self.max_s or self.out_of_patience))
+            over = over or stopped
             batches = read_ahead(iter(()) if over else cursor.batches())
             for announced in announce_ahead(batches, step_once.announce, self.config.training.lookahead):
                 log.epoch = cursor.epoch + 1
@@ -184,6 +184,7 @@ class Training:
                     self.report()
                 state.evaluation_due |= epoch_ended or over or is_multiple(cursor.step, self.evaluate_every)
                 perplexity = self.evaluate() if state.evaluation_due and settled and not stopped else None
+                stopped = stopped or (settled and state.evaluation_due)  # the evaluation ended at a signal
                 over = over or self.out_of_patience
                 save_due |= result.votes.save > 0 or milestone or is_multiple(cursor.step, every.save_every_steps)
                 save = savable and save_due
@@ -288,8 +289,17 @@ class Training:
             "milestones": self.milestones.plain(),
         }
 
-    def evaluate(self) -> float:
-        """Measure and log the held-out perplexity, and return it.
+    def make_up_evaluation(self) -> bool:
+        """Evaluate, and save the result, if a signal has put that off; return whether no other signal has come."""
+        if not self.state.evaluation_due:
+            return True
+        perplexity = self.evaluate()
+        if perplexity is not None:
+            self.save(perplexity)
+        return perplexity is not None
+
+    def evaluate(self) -> float | None:
+        """Measure and log the held-out perplexity, and return it; None if a signal ends it, so that it stays due.
 
         Raises:
             TrainingError: On every rank, if it is not finite or shows that the run diverges.
@@ -302,8 +312,10 @@ class Training:
         with self.server_meter.excluded(), self.parameters.averaged():
             heldout = measure_perplexity(
                 self.parameters, self.data.heldout, self.config.data, self.config.training.batch_size, self.world,
-                self.device.device,
+                self.device.device, lambda: self.stop.asked,
             )
+        if heldout is None:
+            return None
         if not math.isfinite(heldout.mean):
             raise TrainingError(
                 f"held-out perplexity is not finite at step {cursor.step}; this model is not saved; lower "

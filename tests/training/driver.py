@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lapse_elmo import embed, evaluate, export, score, train
+from lapse_elmo import embed, evaluate, export, perplexity, score, train
 from lapse_elmo.config.training import Config
 from lapse_elmo.errors import UserError
 from lapse_elmo.mpi.exit import abort
@@ -60,9 +61,26 @@ def train_with_unequal_clocks(argv: list[str], enter: Callable[[], World]) -> No
         train.RunState.of = restored  # type: ignore[method-assign]
 
 
+def train_with_a_signal_in_the_evaluation(argv: list[str], enter: Callable[[], World]) -> None:
+    """A run of which the last rank is asked to stop when an evaluation begins."""
+    world, held = enter(), perplexity._held
+
+    def interrupted(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if world.rank == world.size - 1:
+            signal.raise_signal(signal.SIGUSR1)
+        yield from held(*arguments)
+
+    perplexity._held = interrupted  # type: ignore[assignment]
+    try:
+        train.main(argv, enter)
+    finally:
+        perplexity._held = held
+
+
 PROGRAMS = {
     "train": train.main, "evaluate": evaluate.main, "export": export.main, "embed": embed.main,
     "score": score.main, "poisoned": train_with_a_poisoned_gradient, "unequal clocks": train_with_unequal_clocks,
+    "signal in evaluation": train_with_a_signal_in_the_evaluation,
 }
 
 
