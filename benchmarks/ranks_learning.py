@@ -9,7 +9,7 @@ ones, and prints the largest difference of their losses. ``--part-sentences N`` 
 simulated ranks form one part, which differs from the ranks of a node only in the dropout masks and in how the size of
 a batch is rounded.
 
-DIR gets a directory per run, ``results.json``, ``table.md`` and ``curves.png``. Completed runs are not repeated, so the
+DIR gets a directory per run, ``results.json``, ``table.md`` and ``curves.svg``. Completed runs are not repeated, so the
 study may be interrupted and resumed.
 """
 
@@ -148,7 +148,7 @@ def write_results(study: Study, curves: dict[int, list[list[tuple[float, float]]
         lines.append(f"| {num_ranks} |{cells}")
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
-    draw(folder / "curves.png", curves)
+    draw(folder / "curves.svg", curves)
 
 
 def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None:
@@ -170,7 +170,7 @@ def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None
     axis.set_xlabel("million tokens")
     axis.set_ylabel("held-out perplexity")
     axis.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def check(study: Study, num_ranks: int) -> None:

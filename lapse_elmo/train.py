@@ -217,9 +217,10 @@ class Training:
         """Write the metrics of the steps since the last report."""
         meter = self.state.meter
         served = self.server_meter.metrics(meter.num_steps)
+        number = (self.cursor.step - 1) // max(self.config.run.report_every, 1)
         self.log.report(
             self.cursor.step, meter, {**served, "train/trained_tokens": self.trained_tokens},
-            self.server_meter.placement(), self.phases_of_slowest(),
+            self.server_meter.placement(number), self.phases_of_slowest(),
         )
         self.state.meter = Meter()
 

@@ -138,7 +138,7 @@ def test_placements_take_the_same_bytes_per_report_on_any_number_of_nodes() -> N
             return [rows] * self.num_nodes
 
     meter = ServerMeter(cast(Any, Server()), cast(Any, World()))
-    shown = [meter.placement() for _ in range(130)]
+    shown = [meter.placement(report) for report in range(130)]
     assert [number for number, placement in enumerate(shown) if placement] == [0, 64, 128]
     assert len(shown[64]["softmax"]["main"]) == 64
 

@@ -23,7 +23,6 @@ class ServerMeter:
     def __init__(self, server: ParameterServer, world: World) -> None:
         self._server, self._world = server, world
         self._previous = self._counts()
-        self._num_reports = 0
         self._band_ends = {segment.name: band_ends(segment.num_rows) for segment in server.layout.segments}
 
     def metrics(self, num_steps: int) -> dict[str, float]:
@@ -70,19 +69,21 @@ class ServerMeter:
         if self._world.rank == 0 and len(pending) == self._previous.size:
             self._previous = self._previous - np.array(pending)
 
-    def placement(self) -> dict[str, Any]:
-        """Return the current placement of rows for metrics.jsonl, at every ``num_nodes``-th call (collective).
+    def placement(self, report: int) -> dict[str, Any]:
+        """Return the current placement of rows for metrics.jsonl, for every ``num_nodes``-th report (collective).
 
         Its size grows with the number of nodes. Given at each report, it would make up nearly all of metrics.jsonl: on
         64 nodes gigabytes per week.
+
+        Args:
+            report: The number of the report since the run began, from 0, so that a resumed run has the same turns.
 
         Returns:
             ``{segment: {"ends": [...], "main": [[...], ...], "replicas": [[...], ...]}}``: the ends of the bands of row
             numbers, and for each node the number of main copies and of replicas in each band. Empty on ranks other than
             0, if it is not the turn, and if the server does not report it.
         """
-        is_due = self._num_reports % self._world.num_nodes == 0
-        self._num_reports += 1
+        is_due = report % self._world.num_nodes == 0
         placement = {}
         for name, ends in self._band_ends.items() if is_due else ():
             found = self._world.gather(self._server.placement(name, ends))
