@@ -155,6 +155,7 @@ def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None
     """Plot perplexity by tokens, with one colour per number of ranks and one line per seed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure((9, 6), layout="constrained")
     axis = figure.subplots()
@@ -167,6 +168,10 @@ def draw(path: Path, curves: dict[int, list[list[tuple[float, float]]]]) -> None
             )
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for scale, marks in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):
+        scale.set_major_locator(LogLocator(subs=marks))
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter(NullFormatter())
     axis.set_xlabel("million tokens")
     axis.set_ylabel("held-out perplexity")
     axis.legend()
