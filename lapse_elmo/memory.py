@@ -212,14 +212,13 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
     """
     own = estimate(config, num_classes, shards, world)
     free = free_memory_bytes()
-    ranks_by_host: dict[str, list[Estimate]] = {}
-    room_by_host: dict[str, tuple[int, int]] = {}
-    for host, rank, *rooms in world.allgather((world.host, own, free, free_shared_bytes())):
-        ranks_by_host.setdefault(host, []).append(rank)
-        room_by_host.setdefault(host, (rooms[0], rooms[1]))
+    by_host: dict[str, list[tuple[Estimate, int, int]]] = {}
+    for host, rank, room, shared_room in world.allgather((world.host, own, free, free_shared_bytes())):
+        by_host.setdefault(host, []).append((rank, room, shared_room))
     lines, refused = [], []
-    for host, ranks in ranks_by_host.items():
-        room, shared_room = room_by_host[host]
+    for host, found in by_host.items():
+        ranks = [rank for rank, _, _ in found]
+        _, room, shared_room = found[0]
         private = sum(rank.rank - rank.libraries for rank in ranks)
         needed = ranks[0].shared + private
         lines.append(

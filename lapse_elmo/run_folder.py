@@ -214,7 +214,8 @@ def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
     """Refuse to resume from an older checkpoint in its own directory, which would lose the later ones."""
     if path.parent.parent != run_dir.resolve() or overwrite:
         return
-    later = [other.name for other in _later_than(path, run_dir)]
+    order = checkpoint.order_of
+    later = [other.name for other in checkpoint.candidates(run_dir) if order(other) > order(path)]
     if later:
         raise CheckpointError(
             f"{run_dir} has checkpoints after {path.name}, the newest is {later[0]}: give another --run-dir to "
@@ -222,10 +223,10 @@ def _refuse_later(path: Path, run_dir: Path, overwrite: bool) -> None:
         )
 
 
-def _later_than(path: Path, run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run of later steps than ``path``, newest first."""
+def _up_to(path: Path, run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run up to the step of ``path``, newest first."""
     order = checkpoint.order_of
-    return [other for other in checkpoint.candidates(run_dir) if order(other) > order(path)]
+    return [other for other in checkpoint.candidates(run_dir) if order(other) <= order(path)]
 
 
 def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingData) -> list[str]:
@@ -293,7 +294,7 @@ def prepare(run_dir: Path, config: Config, start: ResumePoint, file: VocabularyF
     try:
         if here:
             assert start.path is not None
-            _keep_only(set(checkpoint.candidates(run_dir)) - set(_later_than(start.path, run_dir)), run_dir)
+            _keep_only(set(_up_to(start.path, run_dir)), run_dir)
         else:
             _keep_only(set(), run_dir)
             for name in (EVENTS, TRACE):
@@ -369,8 +370,7 @@ def open_saver(run_dir: Path, world: World, start: ResumePoint, num_newest: int)
         best = start.manifest["best"]
         path = checkpoint.path_of(run_dir, best["step"]) if best else None
         known = (best["perplexity"], path) if path is not None and path.is_dir() else None
-        later = _later_than(start.path, run_dir)
-        kept = [other for other in reversed(checkpoint.candidates(run_dir)) if other not in later]
+        kept = _up_to(start.path, run_dir)[::-1]
         return kept[-num_newest:], known
 
     kept, known = world.agree(earlier)

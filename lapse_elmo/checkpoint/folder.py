@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lapse_elmo.checkpoint.manifest import MANIFEST, cannot_read
-from lapse_elmo.corpus.files import sync_directory
+from lapse_elmo.corpus.files import replace, sync_directory
 from lapse_elmo.errors import CheckpointError
 
 FOLDER, BEST = "checkpoints", "best"
@@ -25,15 +25,15 @@ def partial_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
-def _set_aside(final: Path) -> Path:
-    """Rename the checkpoint ``final`` to a hidden name, and return it."""
+def _unused_name(final: Path) -> Path:
+    """Return a hidden name for the checkpoint ``final`` while it is removed."""
     for number in itertools.count():
         hidden = final.with_name(f".{final.name}.removed{number or ''}")
         shutil.rmtree(hidden, ignore_errors=True)  # of a removal that was killed
         # On NFS, files that other processes have mapped stay in it under names of their own until they end.
         if not hidden.exists():
             break
-    return final.rename(hidden)
+    return hidden
 
 
 def candidates(run_dir: Path) -> list[Path]:
@@ -79,16 +79,10 @@ def find(path: Path) -> Path:
 def publish(partial: Path, final: Path) -> None:
     """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
     sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
-    aside = _set_aside(final) if final.exists() else None  # rename() does not replace a directory that has files
-    try:
-        partial.rename(final)
-    except BaseException:
-        if aside is not None and not final.exists():
-            aside.rename(final)
-        raise
+    older = _unused_name(final)
+    replace(partial, final, older)
     sync_directory(final.parent)  # so that the rename itself survives a crash
-    if aside is not None:  # last: it takes long, and a kill meanwhile must leave one of them
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)  # last: it takes long, and a kill meanwhile must leave one of them
 
 
 def mark_best(run_dir: Path, best: Path) -> None:
@@ -112,5 +106,5 @@ def prune(run_dir: Path, keep: set[Path]) -> None:
 def remove(folder: Path) -> None:
     """Remove a directory atomically: it is renamed to a hidden name first, so that no reader sees half of it."""
     with contextlib.suppress(OSError):
-        hidden = folder if folder.name.startswith(".") else _set_aside(folder)
+        hidden = folder if folder.name.startswith(".") else folder.rename(_unused_name(folder))
         shutil.rmtree(hidden, ignore_errors=True)

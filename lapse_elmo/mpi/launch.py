@@ -81,11 +81,11 @@ def launch(main: Callable[[list[str], Callable[[], World]], int | None], argv: l
 def _fail(world: World | None, prog: str, error: BaseException) -> None:
     """Report ``error`` and end the process, and the job with it."""
     rank = world.rank if world else launcher_rank_and_size()[0]
+    prefix = f"[{world}] " if world and world.size > 1 else ""
     if isinstance(error, UserError):
         everywhere = error.everywhere or world is None
         if not everywhere or rank == 0:  # an error of all ranks is reported by rank 0 alone
-            prefix = f"[{world}] " if world and world.size > 1 and not everywhere else ""
-            log_line(f"{prog}: {prefix}error: {error}")
+            log_line(f"{prog}: {'' if everywhere else prefix}error: {error}")
         if everywhere and world is None:
             # Before MPI there is no way to wait for rank 0, and some launchers kill the others at the first bad status.
             time.sleep(1.0 if rank else 0)
@@ -97,11 +97,9 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         status = INTERRUPTED
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         # Also from threads of libraries: TensorBoard's meets a full disk first if the run's own files fit.
-        prefix = f"[{world}] " if world and world.size > 1 else ""
         log_line(f"{prog}: {prefix}error: cannot write {error.filename or 'a file'}: {error.strerror}; free some space")
         status = USER_ERROR
     else:
-        prefix = f"[{world}] " if world and world.size > 1 else ""
         text = "".join(traceback.format_exception(error))
         log_line("\n".join(prefix + line for line in text.splitlines()))
         status = FAILED

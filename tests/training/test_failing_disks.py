@@ -53,14 +53,11 @@ def test_a_checkpoint_whose_replacement_gets_no_name_keeps_its_own(
     for path in (final, folder.partial_of(final)):
         path.mkdir(parents=True)
         (path / path.name).touch()
-    rename = Path.rename
 
-    def fail(source: Path, target: Path) -> Path:
-        if source == folder.partial_of(final):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(source, target)
+    def fail(*_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="Input/output error"):
         folder.publish(folder.partial_of(final), final)
     assert folder.candidates(tmp_path) == [final] and os.listdir(final) == [final.name]
@@ -119,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_not_left_for_the_next_resume(
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"cannot remove .*step-00000002, which"):
-        patch.setattr(folder, "_set_aside", fail)
+        patch.setattr(folder, "_unused_name", fail)
         train_alone(small, run_dir, "--max-steps", "3", *options)
     train_alone(small, run_dir, "--max-steps", "3", *options)
 
