@@ -11,7 +11,8 @@ import errno
 import gzip
 import os
 import stat
-from typing import BinaryIO, cast
+from collections.abc import Callable
+from typing import BinaryIO, Generic, Protocol, TypeVar, cast
 
 # Deflate can expand by a factor of 1,032, but text does not compress by more than 20.
 _MOST_EXPANSION = 100
@@ -86,3 +87,44 @@ class _TextGzip(gzip.GzipFile):
 
     def readline(self, size: int | None = -1) -> bytes:
         return self._checked(super().readline(-1 if size is None else size))
+
+
+class Closable(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+K = TypeVar("K")
+F = TypeVar("F", bound=Closable)
+
+
+class RecentFiles(Generic[K, F]):
+    """Files by key, of which those that were used last stay open: a process of few ranks may read from thousands.
+
+    Args:
+        open_file: Returns the file of a key, open or to be opened when it is read.
+        most: Most files that stay open; the usual limit of a process is 1,024.
+    """
+
+    def __init__(self, open_file: Callable[[K], F], most: int) -> None:
+        self._open, self._most = open_file, most
+        self._files: dict[K, F] = {}  # the one used last at the end
+
+    def get(self, key: K) -> F:
+        """Return the file of ``key``; it may be closed once other files are asked for."""
+        file = self._files.pop(key, None)
+        if file is None:
+            if len(self._files) == self._most:
+                longest_unused = next(iter(self._files))
+                self._files.pop(longest_unused).close()
+            file = self._open(key)
+        self._files[key] = file
+        return file
+
+    def close(self) -> None:
+        """Close all files; :meth:`get` opens them again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()

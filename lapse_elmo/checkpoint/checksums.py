@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from lapse_elmo.checkpoint.manifest import MANIFEST, Manifest, cannot_read, read_manifest
 from lapse_elmo.errors import CheckpointError
+from lapse_elmo.inputs import RecentFiles
 from lapse_elmo.mpi.world import World
 
 _BLOCK_BYTES = 1 << 22  # bytes per read
-_MOST_OPEN = 256  # files: few ranks read all files of a job of thousands, and may have 1,024 open
+_MOST_OPEN = 256  # files of a checkpoint
 
 
 class Piece(NamedTuple):
@@ -79,37 +80,16 @@ def divide(sizes: Sequence[int], num_parts: int) -> list[list[tuple[int, int, in
     ]
 
 
-class OpenFiles:
+class OpenFiles(RecentFiles[str, FileIO]):
     """The files of a checkpoint that this process has read from, still open for the next reader (the latest ones).
 
     A resume reads a file twice, to verify it and for its content. Thousands of ranks that open each file twice load a
-    file server for nothing.
+    file server for nothing. A file is at an undefined position.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(lambda name: open(path / name, "rb", buffering=0), _MOST_OPEN)  # noqa: SIM115 (close() does)
         self.path = path
-        self._files: dict[str, FileIO] = {}
-
-    def get(self, name: str) -> FileIO:
-        """Return the file ``name``, at an undefined position; it may be closed once other files are asked for.
-
-        Raises:
-            OSError: It cannot be opened.
-        """
-        file = self._files.pop(name, None)
-        if file is None:
-            if len(self._files) == _MOST_OPEN:
-                longest_unread = next(iter(self._files))
-                self._files.pop(longest_unread).close()
-            file = open(self.path / name, "rb", buffering=0)  # noqa: SIM115 (close() does)
-        self._files[name] = file  # at the end
-        return file
-
-    def close(self) -> None:
-        """Close all files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
 
     def __enter__(self) -> OpenFiles:
         return self

@@ -18,6 +18,7 @@ import numpy as np
 from lapse_elmo.corpus.shard_file import SPLITS, Header, ShardFile, ShardWriter, select, shard_name
 from lapse_elmo.corpus.vocabulary import Vocabulary, VocabularyFile
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import RecentFiles
 
 if TYPE_CHECKING:
     from lapse_elmo.mpi.world import World
@@ -27,7 +28,7 @@ __all__ = ["Header", "ShardFile", "ShardSet", "ShardWriter", "WorkerPart", "find
 _COUNT_TOKENS = 1 << 20  # tokens per read when counting
 # The largest part of a corpus that a rank keeps in memory: a billion words are kept by 17 ranks or more.
 _MOST_KEPT_BYTES = 1 << 28
-_MOST_OPEN = 64  # files of a set: few ranks read from all of thousands of shards, and may have 1,024 files open
+_MOST_OPEN = 64  # files of a set
 
 PathLike = str | os.PathLike[str]
 
@@ -92,7 +93,7 @@ class ShardSet:
         self.set_sha256 = headers[0].set_sha256
         self.starts = np.cumsum([0] + [header.num_sentences for header in headers])
         self.kept: KeptSentences | None = None
-        self._recent: dict[int, None] = {}  # the files that may be open, by number, the one read last at the end
+        self._recent = RecentFiles(self._files.__getitem__, _MOST_OPEN)  # which a read opens
 
     @classmethod
     def open(
@@ -174,7 +175,7 @@ class ShardSet:
         tokens, lengths = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
         for number in np.flatnonzero(np.diff(cuts)).tolist():
             local = indices[cuts[number] : cuts[number + 1]] - self.starts[number]
-            shard_tokens, shard_lengths = self._to_read(number).read(local)
+            shard_tokens, shard_lengths = self._recent.get(number).read(local)
             tokens.append(shard_tokens)
             lengths.append(shard_lengths)
         return np.concatenate(tokens), np.cumsum(np.concatenate(lengths))
@@ -217,23 +218,11 @@ class ShardSet:
         sizes = [file.header.num_tokens for file in self._files]
         chunks = ((number, start) for number, size in enumerate(sizes) for start in range(0, size, _COUNT_TOKENS))
         for number, start in itertools.islice(chunks, world.rank, None, world.size):
-            yield self._to_read(number).tokens(start, min(start + _COUNT_TOKENS, sizes[number]))
-
-    def _to_read(self, number: int) -> ShardFile:
-        """Return the file of a shard that is about to be read; close another one if too many are open."""
-        self._recent.pop(number, None)
-        self._recent[number] = None
-        if len(self._recent) > _MOST_OPEN:
-            longest_unread = next(iter(self._recent))
-            del self._recent[longest_unread]
-            self._files[longest_unread].close()
-        return self._files[number]
+            yield self._recent.get(number).tokens(start, min(start + _COUNT_TOKENS, sizes[number]))
 
     def close(self) -> None:
         """Close all files. A later read opens them again."""
-        self._recent.clear()
-        for file in self._files:
-            file.close()
+        self._recent.close()
 
     def __enter__(self) -> ShardSet:
         return self
