@@ -1,4 +1,4 @@
-"""MkDocs hook: add the documents that lie outside docs/ and the diagrams' program to the site.
+"""MkDocs hook: add the documents and pictures that lie outside docs/ and the diagrams' program to the site.
 
 A relative link in a document is one between files of the repository, so that it works on a code host. Here each is
 turned into a link between pages of the site. A file that is no page, for instance a source file, loses its link.
@@ -23,14 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.md"))]
 OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *BENCHMARKS]
 PAGES = {path: "index.md" if path == "README.md" else path for path in OUTSIDE}
+PICTURES = [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks").glob("*.svg"))]
 MERMAID = "assets/mermaid.min.js"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages from outside docs/, and mermaid.js."""
+    """Add the pages and pictures from outside docs/, and mermaid.js."""
     for path, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
+    for path in PICTURES:
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     package = importlib.util.find_spec("mermaidx")
     if package is None or package.origin is None:
         raise PluginError("mermaidx is not installed: install requirements-docs.txt")
