@@ -19,6 +19,9 @@ from lapse_elmo.mpi.start import start_mpi
 from lapse_elmo.mpi.stdio import check_output, open_standard_streams, unwritten_output
 from lapse_elmo.mpi.world import World, solo
 
+# An MPI call fails if the process at its other end has just ended with an error, whose message and status say more.
+_CAUSE_FIRST_S = 2.0
+
 
 def enter() -> World:
     """Initialise MPI and return the world.
@@ -100,6 +103,8 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         log_line(f"{prog}: {prefix}error: cannot write {error.filename or 'a file'}: {error.strerror}; free some space")
         status = USER_ERROR
     else:
+        if world is not None and isinstance(error, sys.modules["mpi4py.MPI"].Exception):
+            time.sleep(_CAUSE_FIRST_S)  # usually the launcher ends this process meanwhile
         text = "".join(traceback.format_exception(error))
         log_line("\n".join(prefix + line for line in text.splitlines()))
         status = FAILED

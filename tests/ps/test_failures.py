@@ -6,7 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.mpi import mpirun
 from tests.ps import failing_program
+
+# Rank 0 has an error of MPI, as if in a transfer, a moment before rank 1 tells why it ends.
+BROKEN_TRANSFER = """
+import sys, time
+from lapse_elmo.errors import TrainingError
+from lapse_elmo.mpi.launch import launch
+
+def main(argv, join):
+    world = join()
+    if world.rank == 0:
+        from mpi4py import MPI
+        raise MPI.Exception(MPI.ERR_OTHER)
+    time.sleep(0.5 if argv == ["cause"] else 60)
+    raise TrainingError("the cause")
+
+launch(main, sys.argv[1:], prog="program")
+"""
 
 
 @pytest.mark.parametrize(
@@ -16,3 +34,14 @@ from tests.ps import failing_program
 )
 def test_a_failing_rank_ends_the_job(kind: str, rank: int, tmp_path: Path) -> None:
     failing_program.run_and_check(kind, rank, 2, tmp_path)
+
+
+def test_the_rank_with_the_cause_is_heard_before_those_whose_transfers_it_broke() -> None:
+    job = mpirun(2, ["-c", BROKEN_TRANSFER, "cause"], timeout=60)
+    assert job.returncode == 2 and "program: [rank 1/2 " in job.stderr and "error: the cause" in job.stderr, job.output
+    assert "Traceback" not in job.stderr
+
+
+def test_an_error_of_mpi_alone_has_a_traceback() -> None:
+    job = mpirun(2, ["-c", BROKEN_TRANSFER, "alone"], timeout=60)
+    assert job.returncode == 1 and "mpi4py.MPI.Exception: " in job.stderr, job.output

@@ -17,10 +17,10 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[str] = []
-        self._fsync, self._pwrite, self._rename = os.fsync, os.pwrite, Path.rename
+        self._fsync, self._pwrite, self._replace = os.fsync, os.pwrite, os.replace
         monkeypatch.setattr(os, "fsync", self.fsync)
         monkeypatch.setattr(os, "pwrite", self.pwrite)
-        monkeypatch.setattr(Path, "rename", lambda path, target: self.rename(path, target))
+        monkeypatch.setattr(os, "replace", self.replace)
 
     def fsync(self, handle: int) -> None:
         self._fsync(handle)
@@ -30,10 +30,10 @@ class Disk:
         self.done = [name for name in self.done if name != name_of(handle)]
         return self._pwrite(handle, data, offset)
 
-    def rename(self, path: Path, target: Path) -> Path:
-        if target.name.startswith("step-"):
+    def replace(self, source: Path, target: Path) -> None:
+        if Path(target).name.startswith("step-"):
             self.done.append("rename")
-        return self._rename(path, target)
+        self._replace(source, target)
 
 
 def name_of(handle: int) -> str:
