@@ -182,13 +182,14 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
     width, num_targets, num_samples = PRESETS[size]["projection_size"], options.num_targets, options.num_samples
     generator = torch.Generator().manual_seed(2)
     num_rows = num_samples + num_targets // 4
-    shapes = [(num_targets, width), (num_rows, width), (num_rows,)]
-    context, weight, bias = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes)
+    shapes = [(num_targets, width), (num_rows, width + 1)]
+    context, softmax = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes)
     target = torch.randint(num_rows, (num_targets,), generator=generator)
     sample = torch.randperm(num_rows, generator=generator)[:num_samples]
     log_expected = -torch.rand(num_rows, generator=generator)
 
     def plain() -> Tensor:
+        weight, bias = softmax[:, :-1], softmax[:, -1]
         bias_minus_log_q = bias - log_expected
         true = (context * weight[target]).sum(1) + bias_minus_log_q[target]
         logits = torch.addmm(bias_minus_log_q[sample], context, weight[sample].t())
@@ -196,25 +197,24 @@ def softmax_row(size: str, options: StepOptions, precision: str) -> Row:
         return -torch.log_softmax(torch.cat([true[:, None], logits], 1), 1)[:, 0].sum()
 
     def run(nll: Callable[[], Tensor]) -> None:
-        context.grad = weight.grad = bias.grad = None
+        context.grad = softmax.grad = None
         nll().backward()
 
     def ours() -> Tensor:
-        return sampled_softmax_nll(context, weight, bias, target, sample, log_expected, precision=precision)
+        return sampled_softmax_nll(context, softmax, target, sample, log_expected, precision=precision)
 
-    def products(half: int) -> None:
+    def products() -> None:
         logits, sums = samples.new_empty(256, num_samples), samples.new_zeros(num_samples, width)
-        mine = vectors.chunk(2)[half]
-        for some in mine.chunk(-(-len(mine) // 256)):
+        for some in vectors.chunk(-(-len(vectors) // 256)):
             exp_logits = torch.mm(some, samples.t(), out=logits[: len(some)])
             torch.mm(exp_logits, samples)
             sums.addmm_(exp_logits.t(), some)
 
-    samples, vectors = (values.detach().to(storage_of(precision)) for values in (weight[:num_samples], context))
+    samples, vectors = (values.detach().to(storage_of(precision)) for values in (softmax[:num_samples, :-1], context))
     return Row(
         f"softmax, {size}, S {num_samples}, {precision}", num_targets // 2,
         softmax_flops(width, num_samples) * num_targets,
-        lambda: run(ours), lambda: run_halves(products),
+        lambda: run(ours), products,
         (lambda: run(plain)) if options.peers else None,
     )
 

@@ -276,7 +276,7 @@ class TrainingStep:
         context = self.model.context_vectors(embedding, index, batch.packing, dropout)
         softmax = take_softmax().requires_grad_()
         nll = sampled_softmax_nll(
-            context, softmax[:, :-1], softmax[:, -1], self._to_device(pulled.targets), self._to_device(pulled.samples),
+            context, softmax, self._to_device(pulled.targets), self._to_device(pulled.samples),
             self._log_expected(pulled.softmax_rows), precision=self.config.model.precision,
         )
         (nll * self._loss_factor(batch)).backward()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model.pointwise import pointwise
-from lapse_elmo.model.products import Matmul
-from lapse_elmo.model.two_threads import run_two_threads
+from lapse_elmo.model.products import WHOLE_ROWS, Matmul
 
 _NEWTON_STEPS = 100  # at most; 5 for V = 793,471 and S = 8,192
 
@@ -69,14 +69,8 @@ def log_expected_count(
 
 
 def sampled_softmax_nll(
-    context: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    target_index: Tensor,
-    sample_index: Tensor,
-    log_expected: Tensor | None = None,
-    chunk: int = 256,
-    precision: str = "fp32",
+    context: Tensor, softmax: Tensor, target_index: Tensor, sample_index: Tensor,
+    log_expected: Tensor | None = None, *, chunk: int = 256, precision: str = "fp32",
 ) -> Tensor:
     """Return the nll of the targets in nats, summed; each target is normalized over itself and the shared samples.
 
@@ -84,14 +78,13 @@ def sampled_softmax_nll(
     (accidental hits) are excluded for that target. If the samples are all U rows, each once, and ``log_expected`` is
     None, the result is exactly the full softmax over these rows.
 
-    The forward pass also computes the gradients of ``context``, ``weight`` and ``bias``, ``chunk`` targets at a time,
-    so that the (N, S) logits never exist. ``backward`` only scales these gradients. Two halves of the targets run on
-    two threads, with bitwise the same result as on one. Sums are float64 if ``context`` is float64, otherwise float32.
+    The forward pass also computes the gradients of ``context`` and ``softmax``, ``chunk`` targets at a time, so that
+    the (N, S) logits never exist. ``backward`` only scales these gradients. Sums are float64 if ``context`` is float64,
+    otherwise float32.
 
     Args:
         context: (N, D) context vectors; N may be 0.
-        weight: (U, D) softmax rows of the distinct words.
-        bias: (U,) their biases.
+        softmax: (U, D + 1) softmax rows of the distinct words: weights, and the bias in the last column.
         target_index: (N,) int64 row of each target, in [0, U).
         sample_index: (S,) int64 row of each sample, in [0, U); repeats allowed, S may be 0.
         log_expected: (U,) :func:`log_expected_count` of each row; receives no gradient. None means 0.
@@ -101,7 +94,7 @@ def sampled_softmax_nll(
     Returns:
         A scalar; float64 if ``context`` is float64, otherwise float32.
     """
-    return _SampledSoftmax.apply(context, weight, bias, target_index, sample_index, log_expected, chunk, precision)
+    return _SampledSoftmax.apply(context, softmax, target_index, sample_index, log_expected, chunk, precision)
 
 
 class _SampledSoftmax(torch.autograd.Function):
@@ -109,18 +102,16 @@ class _SampledSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor,
+        ctx: Any, context: Tensor, softmax: Tensor, target_index: Tensor, sample_index: Tensor,
         log_expected: Tensor | None, chunk: int, precision: str,
     ) -> Tensor:
-        likes = context, weight, bias
         wide = torch.float64 if context.dtype == torch.float64 else torch.float32
-        context, weight, bias_minus_log_q = (value.detach().to(wide) for value in likes)
-        if log_expected is not None:
-            bias_minus_log_q = bias_minus_log_q - log_expected.to(wide)
+        values = context.detach().to(wide), softmax.detach().to(wide)
+        bias_minus_log_q = values[1][:, -1] - (0.0 if log_expected is None else log_expected.to(wide))
         matmul = Matmul.of(precision, context)
-        problem = _Problem(context, weight, bias_minus_log_q, target_index, sample_index, matmul, chunk)
-        nll, *gradients = problem.solve()
-        ctx.save_for_backward(*(g.to(like.dtype) for g, like in zip(gradients, likes, strict=True)))
+        problem = _Problem(*values, bias_minus_log_q, target_index, sample_index, matmul, chunk)
+        nll, d_context, d_softmax = problem.solve()
+        ctx.save_for_backward(d_context.to(context.dtype), d_softmax.to(softmax.dtype))
         return nll
 
     @staticmethod
@@ -128,24 +119,27 @@ class _SampledSoftmax(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
             gradient * upstream if needed else None
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
         ]
         return (*gradients, None, None, None, None, None)
 
 
 class _Problem:
-    """One evaluation of the summed nll and of its gradients with respect to ``context``, ``weight`` and the bias."""
+    """One evaluation of the summed nll and of its gradients with respect to ``context`` and ``softmax``."""
 
     def __init__(
-        self, context: Tensor, weight: Tensor, bias_minus_log_q: Tensor, target_index: Tensor, sample_index: Tensor,
+        self, context: Tensor, softmax: Tensor, bias_minus_log_q: Tensor, target_index: Tensor, sample_index: Tensor,
         matmul: Matmul, chunk: int,
     ) -> None:
-        self.context, self.weight, self.bias_minus_log_q = context, weight, bias_minus_log_q
+        self.context, self.softmax, self.bias_minus_log_q = context, softmax, bias_minus_log_q
         self.target_index, self.sample_index = target_index, sample_index
         self.matmul = matmul
-        # An even number of chunks of nearly equal size, so that two threads get the same work.
-        num_chunks = 2 * -(-len(context) // (2 * chunk))
-        self.chunk = chunk = -(-len(context) // num_chunks) if num_chunks else chunk
+        num_chunks = max(1, -(-len(context) // chunk))  # of nearly equal sizes
+        unit = WHOLE_ROWS if chunk >= WHOLE_ROWS else 1
+        self.chunk = chunk = max(-(-len(context) // (num_chunks * unit)), 1) * unit
+        padding = -len(context) % unit
+        self.padded_context = pad(context, (0, 0, 0, padding)) if padding else context
+        weight = softmax[:, :-1]
         samples = weight.index_select(0, sample_index)
         self.sample_weight = matmul.cast_weight(samples)
         self.sample_bias_minus_log_q = bias_minus_log_q.index_select(0, sample_index)
@@ -153,59 +147,52 @@ class _Problem:
         self.target_logit = (context * self.target_weight).sum(1).add_(bias_minus_log_q.index_select(0, target_index))
         self.accidental_hits = _accidental_hits(target_index, sample_index, chunk)
         self.nll, self.d_target = torch.empty_like(self.target_logit), torch.empty_like(self.target_logit)
-        self.d_context = torch.empty_like(context)
+        self.d_context = torch.empty_like(self.padded_context)
 
-    def solve(self) -> tuple[Tensor, ...]:
-        """Return the nll and the gradients of ``context``, ``weight`` and the bias."""
-        starts = range(0, len(self.context), self.chunk)
-        middle = -(-len(starts) // 2)
-        parts = starts[:middle], starts[middle:]
-        (d_samples, d_samples_bias), (d_samples_1, d_samples_bias_1) = run_two_threads(
-            lambda part: self._run_chunks(parts[part]), self.context.device, "softmax (excl. matmul)"
-        )
-        self.d_context.addcmul_(self.d_target[:, None], self.target_weight)
-        d_weight, d_bias = torch.zeros_like(self.weight), torch.zeros_like(self.bias_minus_log_q)
-        # The two threads' sums are added in this order, whichever was first, so the bits do not depend on timing. Rows
-        # that are both sample and target, or several targets, get all of their gradients: index_add_ adds repeats.
-        d_weight.index_add_(0, self.sample_index, d_samples.add_(d_samples_1))
-        d_bias.index_add_(0, self.sample_index, d_samples_bias.add_(d_samples_bias_1))
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nll and the gradients of ``context`` and ``softmax``."""
+        with torch.profiler.record_function("softmax (excl. matmul)"):
+            d_samples = self._run_chunks()
+        d_context = self.d_context[: len(self.context)].addcmul_(self.d_target[:, None], self.target_weight)
         # target_weight is not needed any more and has the right shape for the targets' part.
-        d_weight.index_add_(0, self.target_index, self.target_weight.copy_(self.context).mul_(self.d_target[:, None]))
-        d_bias.index_add_(0, self.target_index, self.d_target)
-        return self.nll.sum(), self.d_context, d_weight, d_bias
+        d_targets = self.target_weight.copy_(self.context).mul_(self.d_target[:, None])
+        # Rows that are both sample and target, or several targets, get all of their gradients: index_add_ adds repeats.
+        d_softmax = torch.zeros_like(self.softmax).index_add_(0, self.sample_index, d_samples)
+        d_softmax.index_add_(0, self.target_index, torch.cat([d_targets, self.d_target[:, None]], 1))
+        return self.nll.sum(), d_context, d_softmax
 
-    def _run_chunks(self, starts: range) -> tuple[Tensor, Tensor]:
-        """Process the chunks that begin at ``starts``.
-
-        Returns:
-            The gradients of the samples' weights (S, D) and biases (S,) from these chunks.
-        """
+    def _run_chunks(self) -> Tensor:
+        """Process all chunks; return the gradient (S, D + 1) of the samples' rows."""
         matmul, (hit_rows, hit_columns, hit_ends) = self.matmul, self.accidental_hits
-        d_weight = self.context.new_zeros(self.sample_weight.shape)
-        d_bias = torch.zeros_like(self.sample_bias_minus_log_q)
-        buffer = self.context.new_empty(min(self.chunk, len(self.context)), len(d_weight), dtype=matmul.storage)
+        num_samples, width = self.sample_weight.shape
+        d_samples = self.context.new_zeros(num_samples, width + 1)
+        d_weight, d_bias = d_samples[:, :-1], torch.zeros_like(self.sample_bias_minus_log_q)
+        most = min(self.chunk, len(self.padded_context))
+        buffer = self.context.new_empty(most, num_samples, dtype=matmul.storage)
         kernels, transposed = pointwise(buffer), self.sample_weight.t()
-        for start in starts:
-            rows = slice(start, min(start + self.chunk, len(self.context)))
-            chunk_context = self.context[rows]
-            logits = matmul.mm_into(buffer[: len(chunk_context)], matmul.cast(chunk_context), transposed)
+        for start in range(0, len(self.context), self.chunk):
+            rows, padded = slice(start, min(start + self.chunk, len(self.context))), slice(start, start + self.chunk)
+            context, d_context = self.padded_context[padded], self.d_context[padded]
+            products = matmul.mm_into(buffer[: len(context)], matmul.cast(context), transposed)
+            logits = products[: rows.stop - start]
             chunk_index = start // self.chunk
             hits = slice(hit_ends[chunk_index], hit_ends[chunk_index + 1])
             if hits.stop > hits.start:
                 logits[hit_rows[hits] - start, hit_columns[hits]] = -math.inf
-            inv_sum = torch.empty_like(self.nll[rows])
+            inv_sum = self.context.new_zeros(len(context))
             kernels.softmax_rows(
-                logits, self.sample_bias_minus_log_q, self.target_logit[rows], self.nll[rows], inv_sum,
+                logits, self.sample_bias_minus_log_q, self.target_logit[rows], self.nll[rows], inv_sum[: len(logits)],
                 self.d_target[rows], d_bias,
             )
             # softmax_rows has replaced the logits by exp(logit - max) in place.
-            exp_logits = logits
+            exp_logits = products
             # d nll / d logit is the sample's probability, exp_logits * inv_sum (minus 1 for the target). Scaling the
-            # (chunk, D) factors by inv_sum instead of the (chunk, S) matrix saves a pass over the larger one.
-            self.d_context[rows] = matmul.mm(exp_logits, self.sample_weight)
-            self.d_context[rows].mul_(inv_sum[:, None])
-            matmul.add_outer_into(d_weight, exp_logits, matmul.cast(chunk_context * inv_sum[:, None]))
-        return d_weight, d_bias
+            # (chunk, D) factors by inv_sum instead of the (chunk, S) matrix saves a pass over the larger one. Rows of
+            # padding are scaled by 0.
+            torch.mul(matmul.mm(exp_logits, self.sample_weight), inv_sum[:, None], out=d_context)
+            matmul.add_outer_into(d_weight, exp_logits, matmul.cast(context * inv_sum[:, None]))
+        d_samples[:, -1] = d_bias
+        return d_samples
 
 
 def _accidental_hits(target_index: Tensor, sample_index: Tensor, chunk: int) -> tuple[Tensor, Tensor, list[int]]:

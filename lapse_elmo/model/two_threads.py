@@ -1,4 +1,4 @@
-"""Run two independent parts of a computation in parallel: the LSTM's directions, or two halves of the targets."""
+"""Run two independent parts of a computation in parallel: the LSTM's directions, or two halves of an evaluation."""
 
 from __future__ import annotations
 

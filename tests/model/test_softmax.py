@@ -44,19 +44,29 @@ def plain_nll(
     return -torch.log_softmax(torch.cat([true[:, None], logits], 1), 1)[:, 0].sum()
 
 
+def sampled_nll(
+    context: Tensor, weight: Tensor, bias: Tensor, target_index: Tensor, sample_index: Tensor,
+    log_expected: Tensor | None = None, chunk: int = 256,
+) -> Tensor:
+    """Compute sampled_softmax_nll of rows given as weights and biases."""
+    softmax = torch.cat([weight, bias[:, None]], 1)
+    return sampled_softmax_nll(context, softmax, target_index, sample_index, log_expected, chunk=chunk)
+
+
 def leaves(num_targets: int, rows: int, size: int = 6) -> list[Tensor]:
     shapes = [(num_targets, size), (rows, size), (rows,)]
     return [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("num_targets", [1, 7, 8, 30])
+# Chunks of 16 targets and more are padded to a multiple of 16.
+@pytest.mark.parametrize(("num_targets", "chunk"), [(1, 8), (7, 8), (8, 8), (30, 8), (5, 16), (16, 16), (70, 32)])
 @pytest.mark.parametrize("repeats", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_equals_plain_autograd(num_targets: int, repeats: bool, corrected: bool) -> None:
+def test_equals_plain_autograd(num_targets: int, chunk: int, repeats: bool, corrected: bool) -> None:
     target, sample = indices(25, num_targets), indices(25, 40) if repeats else torch.randperm(25)[:12]
     log_expected = random(25, seed=7) if corrected else None
     results = []
-    functions: list[Callable[..., Tensor]] = [partial(sampled_softmax_nll, chunk=8), plain_nll]
+    functions: list[Callable[..., Tensor]] = [partial(sampled_nll, chunk=chunk), plain_nll]
     for nll in functions:
         values = leaves(num_targets, 25)
         loss = nll(*values, target, sample, log_expected)
@@ -84,7 +94,7 @@ def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
     expected.backward()
     # AllenNLP computes its expected counts in float32; ours are float64, so theirs bound the agreement.
     log_expected = log_expected_count(torch.arange(num_classes), num_classes, num_samples, tries)
-    loss = sampled_softmax_nll(context, weight, bias, target, torch.from_numpy(samples), log_expected)
+    loss = sampled_nll(context, weight, bias, target, torch.from_numpy(samples), log_expected)
     loss.backward()
     found = [loss.detach(), context.grad, weight.grad, bias.grad]
     dense = [g.to_dense() if g.is_sparse else g for g in (rows.grad, biases.grad)]
@@ -95,7 +105,7 @@ def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
     log_expected[target] = counts.double().log()
     log_expected[samples] = sample_counts.double().log()
     values = leaves(50, num_classes)
-    loss = sampled_softmax_nll(values[0], values[1], values[2], target, torch.from_numpy(samples), log_expected)
+    loss = sampled_nll(values[0], values[1], values[2], target, torch.from_numpy(samples), log_expected)
     loss.backward()
     torch.testing.assert_close([loss.detach(), *(v.grad for v in values)], reached, rtol=2e-7, atol=2e-7)
 
@@ -103,7 +113,7 @@ def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
 def test_all_rows_as_samples_are_the_full_softmax() -> None:
     target, every = indices(25, 30), torch.arange(25)
     context, weight, bias = leaves(30, 25)
-    loss = sampled_softmax_nll(context, weight, bias, target, every, None, chunk=7)
+    loss = sampled_nll(context, weight, bias, target, every, None, chunk=7)
     loss.backward()
     copies = leaves(30, 25)
     expected = torch.nn.functional.cross_entropy(copies[0] @ copies[1].t() + copies[2], target, reduction="sum")
@@ -116,22 +126,22 @@ def test_gradcheck() -> None:
     target, sample = indices(7, 5), torch.tensor([1, 3, 3, 6])
     log_expected = random(7)
     assert torch.autograd.gradcheck(
-        lambda c, w, b: sampled_softmax_nll(c, w, b, target, sample, log_expected, chunk=2), leaves(5, 7, 3)
+        lambda c, w, b: sampled_nll(c, w, b, target, sample, log_expected, chunk=2), leaves(5, 7, 3)
     )
 
 
 def test_no_targets_no_samples_and_no_gradient() -> None:
     context, weight, bias = leaves(0, 9)
     none = torch.empty(0, dtype=torch.int64)
-    loss = sampled_softmax_nll(context, weight, bias, none, indices(9, 4))
+    loss = sampled_nll(context, weight, bias, none, indices(9, 4))
     loss.backward()
     assert float(loss.detach()) == 0.0 and weight.grad is not None and not weight.grad.any()
     context, weight, bias = leaves(4, 9)
-    loss = sampled_softmax_nll(context, weight, bias, indices(9, 4), none)
+    loss = sampled_nll(context, weight, bias, indices(9, 4), none)
     assert float(loss.detach()) == 0.0, "a target without any negative is certain"
     with torch.no_grad():
-        quiet = sampled_softmax_nll(context, weight, bias, indices(9, 4), indices(9, 5))
-    loud = sampled_softmax_nll(context, weight, bias, indices(9, 4), indices(9, 5))
+        quiet = sampled_nll(context, weight, bias, indices(9, 4), indices(9, 5))
+    loud = sampled_nll(context, weight, bias, indices(9, 4), indices(9, 5))
     assert torch.equal(quiet, loud.detach()) and not quiet.requires_grad
 
 
@@ -139,7 +149,7 @@ def test_extreme_logits_stay_finite() -> None:
     context, weight, bias = (value.detach() * 1e3 for value in leaves(20, 25))
     arguments = (indices(25, 20), torch.arange(12), None)
     values = [value.float().requires_grad_() for value in (context, weight, bias)]
-    loss = sampled_softmax_nll(values[0], values[1], values[2], *arguments)
+    loss = sampled_nll(values[0], values[1], values[2], *arguments)
     loss.backward()
     expected = plain_nll(context, weight, bias, *arguments)
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=0.0)
