@@ -16,7 +16,7 @@ from lapse_elmo.config.server import ServerConfig
 from lapse_elmo.config.training import Config, ModelConfig
 from lapse_elmo.dense_node import NodeDense, NodeUpdate
 from lapse_elmo.dense_update import DenseUpdate, RankUpdate, ServerUpdate
-from lapse_elmo.errors import ConfigError
+from lapse_elmo.errors import ConfigError, OutputError
 from lapse_elmo.frequent_rows import num_frequent
 from lapse_elmo.local_steps import LocalUpdate
 from lapse_elmo.log_uniform import log_uniform_probability
@@ -177,6 +177,15 @@ class Parameters:
 
             assert isinstance(self.server, TracedServer)
             self.server.start_trace(folder)
+
+    def save_trace(self) -> None:
+        """Write what there is of the trace, after an error of all ranks, which end without closing it (collective)."""
+        if self.config.server.trace_rows:
+            from lapse_elmo.ps.trace import TracedServer
+
+            assert isinstance(self.server, TracedServer)
+            with contextlib.suppress(OutputError):  # the error that ends the job is the one to report
+                self.server.save_trace()
 
     def open_dense_update(self, device: torch.device) -> DenseUpdate:
         """Open what averages the dense gradients and updates the dense parameters (collective)."""

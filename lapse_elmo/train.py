@@ -16,7 +16,7 @@ from lapse_elmo.corpus.node_sentences import keep_sentences
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.devices import Device, choose_device
 from lapse_elmo.divergence import MARGIN_NATS, advice
-from lapse_elmo.errors import TrainingError
+from lapse_elmo.errors import TrainingError, UserError
 from lapse_elmo.forecast import forecast_lines
 from lapse_elmo.initial import initialise
 from lapse_elmo.memory import check_memory
@@ -94,7 +94,12 @@ def train(
     world.together(lambda: parameters.start_trace(run_dir / TRACE))
     training = Training(config, world, data, parameters, device, start, stop)
     training.announce(memory)
-    status = training.run()
+    try:
+        status = training.run()
+    except UserError as error:
+        if error.everywhere:
+            parameters.save_trace()
+        raise
     if status == COMPLETE and world.rank == 0:
         unigram = math.exp(training.state.watch.bound - MARGIN_NATS)
         print(summary(training.state.results, unigram, run_dir))

@@ -117,6 +117,14 @@ class _Log:
             file.write("\n")
         self._file = file
 
+    def flush(self) -> None:
+        """Write what the buffer holds, if the file is open."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise _cannot_write(Path(self._file.name).parent, error) from None
+
     def close(self) -> None:
         """Write what is left, if the file is open."""
         self._clocks = self._clocks.copy()  # else the view would keep the node's shared memory
@@ -275,10 +283,24 @@ class TracedServer(EmbeddedServer):
         """Close the server, then the files.
 
         Raises:
-            OutputError: If what is left of the trace cannot be written.
+            OutputError: On every rank, if what is left of the trace cannot be written.
         """
         super().close()
-        self._close_logs()
+        # Together: after a stop by a signal, rank 0 ends the job as soon as its own files are closed.
+        self._world.together(self._close_logs)
+
+    def save_trace(self) -> None:
+        """Write what the buffers hold (collective), for the end of a job by an error of all ranks.
+
+        Raises:
+            OutputError: On every rank, if it cannot be written.
+        """
+
+        def flush() -> None:
+            self._log.flush()
+            self._node_log.flush()
+
+        self._world.together(flush)
 
     def halt(self) -> None:
         """Stop this node's manager at once, and write what is left of the trace."""

@@ -17,6 +17,7 @@ from lapse_elmo.run_folder import TRACE
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, checkpoints, records, saved_arrays, train_alone
+from tests.training.ending import ERROR, SIGNAL, STEP
 
 BATCH = 8
 OPTIONS = (*TINY, "--epochs", "2", "--batch-size", str(BATCH), "--report-every", "3")
@@ -93,6 +94,21 @@ def test_synchronous_nodes_repeat_to_the_bit(small: Prepared, drive: Drive, tmp_
     assert {0, 5, 6} <= {event.row for event in events} and 4 <= len({event.row for event in events}) <= 7
     assert {event.segment for event in events} == {"embedding", "softmax"}
     assert {event.event for event in events} >= {"alloc", "intent", "pull", "push"}
+
+
+@pytest.mark.parametrize(("how", "status", "steps"), [(SIGNAL, 75, STEP), (ERROR, 2, STEP - 1)])
+def test_a_run_that_ends_early_has_its_whole_trace(
+    small: Prepared, tmp_path: Path, how: str, status: int, steps: int
+) -> None:
+    """Also that of a rank which writes slowly: rank 0 ends the job only then."""
+    program, traced = Path(__file__).with_name("ending.py"), ["--trace-rows", "0-42", "--nodes", "2"]
+    job = mpi.mpirun(2, [program, how, *small.options, *OPTIONS, *traced, "--run-dir", tmp_path / "run"])
+    assert job.returncode == status, job.output
+    events = read_trace(tmp_path / "run" / TRACE)
+    for rank in (0, 1):
+        pushed = {event.clock for event in events if event.rank == rank and event.event == "push"}
+        assert pushed == set(range(steps)), (rank, pushed)
+    assert {event.node for event in events if event.rank is None} == {0, 1}
 
 
 def test_a_trace_of_unknown_rows_is_refused(small: Prepared, tmp_path: Path) -> None:
