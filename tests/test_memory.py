@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lapse_elmo.errors import ConfigError
 from lapse_elmo.memory import check_memory, dense_size, estimate
 from lapse_elmo.model import prepacked
 from lapse_elmo.model.optimizers import DenseRule
+from lapse_elmo.mpi import node_memory
+from lapse_elmo.mpi.node_memory import NodeMemory
 from lapse_elmo.mpi.world import World, solo
 from lapse_elmo.parameters import build_model
 from lapse_elmo.ps import node_state
@@ -236,3 +239,18 @@ def test_a_dry_run_writes_nothing(
     chosen = [line for line in said.splitlines() if line.startswith("products of the LSTM's steps")]
     assert chosen == [prepacked.describe(precision)] and "forward by" in chosen[0] and "backward by" in chosen[0]
     assert not (tmp_path / "run").exists()
+
+
+class OtherNodeFails(World):
+    def together(self, function: Callable[[], Any]) -> Any:
+        function()
+        raise ConfigError("no file on another node")
+
+
+def test_no_file_is_left_if_another_node_cannot_create_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_memory, "_FOLDER", str(tmp_path))
+    with pytest.raises(ConfigError, match="another node"):
+        NodeMemory(OtherNodeFails(), {"numbers": ((4,), np.float32)})
+    assert not list(tmp_path.iterdir())

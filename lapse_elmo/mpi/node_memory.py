@@ -130,6 +130,7 @@ def _folder() -> str:
 
 def _create_shared_file(world: World, size: int) -> int:
     """Create a file of ``size`` bytes, open it on each of the node's ranks, and unlink it; return its descriptor."""
+    made: list[str] = []
 
     def make() -> str:
         if world.local_rank:
@@ -146,11 +147,14 @@ def _create_shared_file(world: World, size: int) -> int:
         except OSError as error:  # also if it exceeds the limit on file sizes (ulimit -f)
             wanted = f"file of {size / 1e9:.2f} GB for shared memory in {_folder()}"
             raise ConfigError(f"no {wanted}: {error.strerror}") from None
+        made.append(path)
         return path
 
-    path = world.node_bcast(world.together(make))
-    file = os.open(path, os.O_RDWR)
-    world.node_barrier()
-    if world.local_rank == 0:
-        os.unlink(path)
+    try:
+        path = world.node_bcast(world.together(make))
+        file = os.open(path, os.O_RDWR)
+        world.node_barrier()
+    finally:  # also if another node could not create its file
+        for path in made:
+            os.unlink(path)
     return file
