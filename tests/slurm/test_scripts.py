@@ -39,6 +39,14 @@ if what == "wait" and "SLURM_RESTART_COUNT" not in os.environ:
 # In the place of bin/_probe: the MPI is an MPICH, and the first launcher that is tried fits.
 PROBE = "#!/bin/sh\n[ $1 = world ] || echo mpich\n"
 
+# For arrays: makes a file named by task and restart, and waits at its first start.
+TASK = """\
+#!/bin/bash
+trap 'exit 75' USR1
+: >"$SLURM_ARRAY_TASK_ID-${SLURM_RESTART_COUNT:-0}"
+if [[ -z ${SLURM_RESTART_COUNT:-} ]]; then for _ in {1..600}; do sleep 0.1; done; fi
+"""
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -68,6 +76,13 @@ def until_started(cluster: Cluster, number: int, root: Path, count: int = 2) -> 
     deadline = time.monotonic() + END_S
     while len(ranks(root)) < count:
         assert time.monotonic() < deadline, cluster.job(number).output
+        time.sleep(0.05)
+
+
+def until_exists(path: Path) -> None:
+    deadline = time.monotonic() + END_S
+    while not path.exists():
+        assert time.monotonic() < deadline, path
         time.sleep(0.05)
 
 
@@ -133,6 +148,22 @@ def test_warned_job_goes_back_into_the_queue(cluster: Cluster, root: Path) -> No
     assert job.log.read_text().count("a rank starts") == 4, "the log was not appended to"
     assert [len(ranks(root, restart)) for restart in (0, 1)] == [2, 2]
     assert ranks(root, 0)[0]["argv"] == ranks(root, 1)[0]["argv"]
+
+
+def test_a_task_of_an_array_goes_back_into_the_queue_alone(cluster: Cluster, root: Path) -> None:
+    """The number of one task is that of the array, too."""
+    (root / "bin" / "train").write_text(TASK)
+    number = submit(cluster, root, "--array=0-1", "--ntasks-per-node=1", "--", "x")
+    until_exists(root / "0-0")
+    until_exists(root / "1-0")
+    tasks = cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%A %K").splitlines()
+    (warned,) = (task for job, task in map(str.split, tasks) if job == str(number))
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{number}_{warned}")
+    until_exists(root / f"{warned}-1")
+    other = 1 - int(warned)
+    left = cluster.run("squeue", "--noheader", f"--jobs={number}_{other}", "--format=%T").split()
+    cluster.run("scancel", str(number))
+    assert left == ["RUNNING"] and not (root / f"{other}-1").exists()
 
 
 def test_job_warned_before_it_starts_goes_back_into_the_queue(cluster: Cluster, root: Path) -> None:
