@@ -26,6 +26,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeu
 NODES = ("n1", "n2", "n3", "n4")
 _CPUS = 16  # a node claims to have: as many tasks fit
 _KILL_WAIT_S = 5  # between a job's SIGTERM and its SIGKILL
+_GRACE_S = 20  # from the SIGTERM of a job that is preempted to its end
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 # Waits until these tests have ended in any way, and then ends the processes that they left.
 _WATCHDOG = "import sys; sys.stdin.read()\nfrom tests.mpi import end_marked\nwhile end_marked(sys.argv[1]): pass"
@@ -65,7 +66,10 @@ KillWait={kill_wait_s}
 MessageTimeout=30
 ReturnToService=2
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_s}
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 _NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=100000 Gres=gpu:2"
 # Slurm numbers the "GPUs" and tells each task which are its own; whether they are GPUs it does not ask.
@@ -125,7 +129,7 @@ class Cluster:
         nodes = [_NODE.format(name=name, port=port, cpus=_CPUS) for name, port in zip(NODES, ports, strict=True)]
         config = _CONFIG.format(
             folder=self.folder, port=control, user=getpass.getuser(), nodes="\n".join(nodes),
-            kill_wait_s=_KILL_WAIT_S, first_job=secrets.randbelow(10_000_000) + 1,
+            kill_wait_s=_KILL_WAIT_S, grace_s=_GRACE_S, first_job=secrets.randbelow(10_000_000) + 1,
         )
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "gres.conf").write_text(_GPUS)

@@ -216,6 +216,20 @@ def test_cancelled_job_saves_and_does_not_come_back(cluster: Cluster, root: Path
     assert cluster.ranks(number) == {}
 
 
+@pytest.mark.parametrize("handled", [True, False])
+def test_preempted_job_comes_back_if_it_ends_in_its_grace_time(cluster: Cluster, root: Path, handled: bool) -> None:
+    """Whether its ranks save, or SIGTERM kills them, as while Python starts."""
+    program = root / "bin" / "train"
+    if not handled:
+        program.write_text(program.read_text().replace("signal.signal(number", "signal.getsignal(number) #"))
+    number = submit(cluster, root, "--nodelist=n1", "--cpus-per-task=8", "--", "wait")  # all of the node
+    until_started(cluster, number, root)
+    urgent = cluster.submit("--partition=urgent", "--nodelist=n1", "--wrap=true")
+    assert cluster.wait(urgent, END_S).state == "COMPLETED"
+    job = ended(cluster, number, "COMPLETED", 0, restarts=1)
+    assert f"job {number} is preempted, and is requeued" in job.output
+
+
 def test_job_cancelled_while_it_saves_for_its_limit_does_not_come_back(cluster: Cluster, root: Path) -> None:
     program = root / "bin" / "train"
     slow = 'lambda *_: (signal.signal(signal.SIGTERM, signal.SIG_IGN), print("saves", flush=True), time.sleep(2)) and '
