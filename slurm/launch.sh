@@ -24,8 +24,9 @@ export SLURM_EXPORT_ENV=ALL
 # By this name bin/train knows a requeued job again, and resumes what it has saved instead of repeating --overwrite.
 export LAPSE_ELMO_JOB=slurm-$SLURM_JOB_ID
 
-# Since Slurm 22.05, srun does not inherit --cpus-per-task from the job; a `launcher` of slurm/site.sh may not give it.
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+# Since Slurm 22.05, srun does not inherit --cpus-per-task from the job; a `launcher` of slurm/site.sh may not give it. An
+# mpirun calls srun for one process per node, which would have the cores of one task for all ranks there.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} && ${launcher[*]} == *srun* ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 # If a rank hangs, bin/train appends a report to this file and ends the job with status 76. srun returns the status of the
 # hanging rank instead, which had to be killed; so `launch` looks for a new report.

@@ -261,7 +261,7 @@ def test_killed_rank_ends_the_job(launcher: str, cluster: Cluster, root: Path) -
 def test_mpirun_inside_the_allocation(cluster: Cluster, root: Path) -> None:
     """If site.sh asks for mpirun, it finds the tasks of the allocation and forwards the warning."""
     use_mpirun(root)
-    number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=2", "--", "wait")
+    number = submit(cluster, root, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3", "--", "wait")
     until_started(cluster, number, root, 4)
     cluster.run("scancel", "--batch", "--signal=USR1", str(number))
     deadline = time.monotonic() + END_S
@@ -271,6 +271,7 @@ def test_mpirun_inside_the_allocation(cluster: Cluster, root: Path) -> None:
     cluster.run("scancel", str(number))
     hosts = [(rank["env"]["PMI_SIZE"], rank["env"]["SLURMD_NODENAME"]) for rank in ranks(root)]
     assert hosts == [("4", "n1"), ("4", "n1"), ("4", "n2"), ("4", "n2")]
+    assert {rank["env"]["SLURM_CPUS_ON_NODE"] for rank in ranks(root)} == {"6"}, "of all tasks of the node"
 
 
 def use_mpirun(root: Path) -> None:
