@@ -2,14 +2,18 @@
 # returns its exit status. `warned` is 1 after Slurm has warned the job of its time limit, and 0 again if the job was then cancelled.
 # shellcheck shell=bash
 
-set -uo pipefail
-
 # shellcheck disable=SC2034  # read by train.sbatch
 warned=0
 trap 'warned=1' USR1 # a warning that comes before `launch` starts anything
 
+# Set-ups of modules and vendors, which site.sh may source, read variables that are not set, and take or change the script's
+# options: Lmod 9.2 and Intel's setvars.sh do.
+script_options=("$@")
+set --
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
+set -- "${script_options[@]}"
+set -uo pipefail
 # shellcheck source=slurm/launcher.sh
 source slurm/launcher.sh
 

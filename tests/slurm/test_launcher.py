@@ -80,6 +80,18 @@ def test_what_the_site_sets_is_not_tried(root: Path) -> None:
     assert choose(root, "mpich", "pmi2", "").stdout == "chosen: own --way\n"
 
 
+def test_what_the_site_sources_sees_no_options_and_may_change_them(root: Path) -> None:
+    """Lmod 9.2 reads variables that are not set, and Intel's setvars.sh takes the options of its caller for its own."""
+    site = 'launcher=(own)\n: "$NOT_SET"\nif (($#)); then exit 9; fi\nset -- latest mpi\n'
+    (root / "slurm" / "site.sh").write_text(site)
+    script = 'source slurm/launch.sh && printf "%s," "$@" && : "$NOT_SET"'
+    env = {"PATH": f"{root}/bin", "SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "1"}
+    command = ["bash", "-c", script, "train.sbatch", "--config", "two words.toml", ""]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "--config,two words.toml,,", done.stderr
+    assert done.returncode and "NOT_SET: unbound" in done.stderr, "our own scripts are still strict"
+
+
 def test_a_warning_while_stalls_are_counted_is_seen(root: Path) -> None:
     """The count reads a file, for which it may wait; a job that was warned meanwhile must not start its program."""
     (root / "slurm" / "site.sh").write_text("launcher=(bash -c)\n")
