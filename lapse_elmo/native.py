@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lapse_elmo.subprocesses import output_of
+from lapse_elmo.subprocesses import error_line, output_of
 
 SWITCH = "LAPSE_ELMO_NATIVE"
 CACHE = "LAPSE_ELMO_CACHE"
@@ -127,17 +127,10 @@ def _load_compiled(source: Path, folder: Path, compiler: str) -> tuple[ctypes.CD
             return ctypes.CDLL(str(path)), ""
         except (subprocess.SubprocessError, OSError) as error:
             problem = f"the library of {source.name} does not load" if built else f"{source.name} is not compiled"
-            reason = reason or f"{problem}: {_first_line(error)}"
+            reason = reason or f"{problem}: {error_line(error)}"
             if isinstance(error, TimeoutError):
                 break  # it would hang with other options, too
     return None, reason
-
-
-def _first_line(error: subprocess.SubprocessError | OSError) -> str:
-    """Return the first line of a compiler's error message, or its exit status if there is none."""
-    status = getattr(error, "returncode", None)
-    output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
-    return (output.strip().splitlines() or [str(error)])[0]
 
 
 def find_compiler() -> str | None:
@@ -167,7 +160,7 @@ def build_ahead(source: Path) -> dict[str, str]:
                 reason = ""
                 break
             except (subprocess.SubprocessError, OSError) as error:
-                reason = reason or _first_line(error)
+                reason = reason or error_line(error)
         reasons[name] = reason
     return reasons
 

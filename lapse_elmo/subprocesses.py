@@ -42,3 +42,14 @@ def output_of(command: Sequence[str], seconds: float) -> str:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, messages)
     return output
+
+
+def error_line(error: subprocess.SubprocessError | OSError) -> str:
+    """Return the first line of a failed program's messages that tells an error, else the first one or the exit status.
+
+    Compilers say first in which function or file an error is.
+    """
+    status = getattr(error, "returncode", None)
+    output = getattr(error, "stderr", None) or (str(error) if status is None else f"exit status {status}")
+    lines = output.strip().splitlines() or [str(error)]
+    return next((line for line in lines if "error: " in line or "failed: " in line), lines[0])
