@@ -97,20 +97,19 @@ def enabled() -> bool:
 def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
     if "omp parallel" in source.read_text(encoding="utf-8"):
         share_openmp()
-    try:
-        folder = cache_folder()
-    except OSError as error:
-        return None, f"no directory for compiled code: {error}"
-    compiler = find_compiler()
     reason = "there is no C compiler (cc, gcc or clang), and no library compiled ahead (make native) runs here"
-    if compiler is not None:
-        library, reason = _load_compiled(source, folder, compiler)
+    if (compiler := find_compiler()) is not None:
+        try:
+            library, reason = _load_compiled(source, cache_folder(), compiler)
+        except OSError as error:
+            library, reason = None, f"no directory for compiled code: {error}"
         if library is not None:
             return library, ""
     for name, _, needed in _TARGETS:
-        for path in _paths_ahead(folder, source, name) if needed <= processor_features() else ():
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(path)), ""
+        for folder in _readable_folders() if needed <= processor_features() else ():
+            for path in _paths_ahead(folder, source, name):
+                with contextlib.suppress(OSError):
+                    return ctypes.CDLL(str(path)), ""
     return None, reason
 
 
@@ -171,13 +170,8 @@ def cache_folder() -> Path:
     Raises:
         OSError: If it cannot be created, or if others may write to it: its contents are executed.
     """
-    named = os.environ.get(CACHE)
-    bases = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
-    # Without HOME and an entry in /etc/passwd, as in some containers, "~" stays as it is: it would become a directory.
-    wanted = [Path(named)] if named else [Path(base, "lapse-elmo") for base in bases if os.path.isabs(base)][:1]
-    wanted.append(Path(tempfile.gettempdir()) / f"lapse-elmo-{os.getuid()}")
     failure = OSError("none was tried")
-    for folder in wanted:
+    for folder in _wanted_folders():
         try:
             return _own_folder(folder)
         except OSError as error:
@@ -185,14 +179,31 @@ def cache_folder() -> Path:
     raise failure
 
 
+def _wanted_folders() -> list[Path]:
+    named = os.environ.get(CACHE)
+    bases = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
+    # Without HOME and an entry in /etc/passwd, as in some containers, "~" stays as it is: it would become a directory.
+    wanted = [Path(named)] if named else [Path(base, "lapse-elmo") for base in bases if os.path.isabs(base)][:1]
+    return [*wanted, Path(tempfile.gettempdir()) / f"lapse-elmo-{os.getuid()}"]
+
+
+def _readable_folders() -> list[Path]:
+    """Return where libraries may be that were compiled ahead: compute nodes may mount home directories read-only."""
+    return [folder for folder in _wanted_folders() if folder.is_dir() and _is_own(folder)]
+
+
 def _own_folder(folder: Path) -> Path:
     """Create ``folder`` if it is missing, and check that this user, and nobody else, may write to it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+    if not _is_own(folder):
         raise PermissionError(f"others may write to {folder}")
     _require_writable(folder)
     return folder
+
+
+def _is_own(folder: Path) -> bool:
+    state = folder.stat()
+    return state.st_uid == os.getuid() and not state.st_mode & 0o022
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import pwd
@@ -178,6 +179,28 @@ def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, libr
     assert [Path(found.strip())] == native._paths_ahead(source.parent / "cache", source, runs_here[0])
     source.write_text(f"{SOURCE}\n")  # another source: what was built of the old one is not taken
     assert subprocess.run(command, env=bare, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout == "None\n"
+
+
+def test_what_is_built_ahead_serves_a_node_that_may_not_write_there(
+    source: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where home directories are read-only on compute nodes; the temporary folder that is taken instead is empty."""
+    assert not native.build_ahead(source)["any"]
+    cache, make = source.parent / "cache", tempfile.TemporaryFile
+
+    def refuse(dir: Path) -> Any:
+        if dir == cache:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(source.parent / "temporary"))
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    native._require_writable.cache_clear()
+    native._load.cache_clear()
+    found = native.load(source)
+    assert found is not None and Path(found._name).parent == cache, native.problem(source)
+    assert native.cache_folder().parent == source.parent / "temporary"
 
 
 def test_make_native_builds_every_source(tmp_path: Path) -> None:
