@@ -300,13 +300,16 @@ def _number(path: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Return the bytes of file cache, which count as used but can be reclaimed."""
+    """Return the bytes of file cache, which count as used but can be reclaimed.
+
+    The usage includes that of the groups within. In version 1, so does only what begins with ``total_``.
+    """
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
     stat = {name: int(value) for name, value in (line.split() for line in lines)}
-    return sum(stat.get(name, 0) for name in ("inactive_file", "active_file"))
+    return sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
 def _resident_bytes() -> int:

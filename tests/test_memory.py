@@ -214,7 +214,11 @@ def test_cgroup_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ve
     for folder, limit in ((inner, "9223372036854771712" if version == 1 else "max"), (inner.parent, "3000000")):
         (folder / names[0]).write_text(f"{limit}\n")
         (folder / names[1]).write_text("1000000\n")
-    (inner.parent / "memory.stat").write_text("anon 900000\ninactive_file 50000\nactive_file 25000\n")
+    cache = {"inactive_file": 50_000, "active_file": 25_000}  # of the group and those within
+    if version == 1:
+        cache = {"inactive_file": 3_000, "active_file": 0} | {f"total_{name}": size for name, size in cache.items()}
+    stat = "".join(f"{name} {size}\n" for name, size in {"anon": 900_000, **cache}.items())
+    (inner.parent / "memory.stat").write_text(stat)
     monkeypatch.setattr(memory, "_CGROUPS", str(tmp_path))
     controllers = "memory" if version == 1 else ""
     read_text = Path.read_text
