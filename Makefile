@@ -12,9 +12,9 @@
 #   make clean   remove .venv, .venv-docs and site/ (data/ and runs/ stay)
 
 PYTHON ?= python3
-# Preprocessing runs on cores. Training has one rank per GPU where there are GPUs, else one per core; it is counted
-# when it is used, as .venv must be there first.
-PREPROCESS_RANKS ?= $(shell nproc)
+# Preprocessing runs on cores. Training has one rank per GPU where there are GPUs, else one per core. Both are counted
+# when they are used, as .venv must be there first.
+PREPROCESS_RANKS ?= $(shell .venv/bin/python -m lapse_elmo.mpi.host cores)
 RANKS ?= $(if $(findstring --device cpu,$(TRAIN_OPTIONS)),$(PREPROCESS_RANKS),$(shell .venv/bin/python -m lapse_elmo.mpi.host))
 MPIRUN ?= .venv/bin/mpirun
 TRAIN_OPTIONS ?= --max-minutes 5

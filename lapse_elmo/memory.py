@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lapse_elmo import cgroups
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
@@ -33,7 +34,8 @@ _STATE_ARRAYS = {"adam": 2, "adagrad": 1, "sgd": 0}  # numbers of the dense opti
 # Numbers that a position keeps per cell for the backward pass: gates and cells, in float32; AllenNLP's LSTM keeps more.
 _CELL_NUMBERS = {"fused": 5, "allennlp": 8}
 _COMPILED_BYTES = 40 << 20  # code that oneDNN compiles for the shapes of products, and what the allocator keeps
-_CGROUPS = "/sys/fs/cgroup"
+# By version: the files of a memory cgroup with its limit and its usage.
+_CGROUP_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
 _NO_LIMIT = 1 << 60
 
 
@@ -271,32 +273,11 @@ def free_memory_bytes() -> int:
 
 def _cgroup_rooms() -> Iterator[int]:
     """Yield what is left in each of this process's memory cgroups (version 2 or 1) that has a limit."""
-    try:
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = f"{_CGROUPS}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            folder = Path(root, *parts[:depth])
-            bound, used = _number(folder / limit), _number(folder / usage)
+    for folder, version in cgroups.groups("memory"):
+        limit, usage = _CGROUP_FILES[version]
+        for bound, used in zip(cgroups.numbers(folder / limit), cgroups.numbers(folder / usage), strict=False):
             if bound is not None and used is not None and bound < _NO_LIMIT:
                 yield max(bound - used + _reclaimable(folder), 0)
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _reclaimable(folder: Path) -> int:

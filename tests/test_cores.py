@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from lapse_elmo import cgroups
 from lapse_elmo.mpi import host
 from lapse_elmo.mpi.host import ranks_for_training, usable_cores, usable_gpus
 from lapse_elmo.mpi.launcher import oversubscribed
@@ -31,27 +31,49 @@ def test_usable_cores_follow_the_affinity() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "1"
 
 
+def use_groups(monkeypatch: pytest.MonkeyPatch, root: Path, line: str) -> None:
+    """Make ``line`` what /proc/self/cgroup has, for groups below ``root``."""
+    read_text = Path.read_text
+
+    def fake(self: Path, *rest: str, **more: str) -> str:
+        return f"{line}\n" if str(self) == "/proc/self/cgroup" else read_text(self, *rest, **more)
+
+    monkeypatch.setattr(Path, "read_text", fake)
+    monkeypatch.setattr(cgroups, "ROOT", str(root))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("inner", [True, False])
 @pytest.mark.parametrize(
-    ("quota", "expected"),
-    [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("6400000 100000", 64), ("9900000 100000", 64)],
+    ("quota", "expected"), [("max", 64), ("200000", 2), ("50000", 1), ("6400000", 64), ("9900000", 64)]
 )
-def test_usable_cores_follow_the_quota(monkeypatch: pytest.MonkeyPatch, quota: str, expected: int) -> None:
+def test_usable_cores_follow_the_quota(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, inner: bool, quota: str, expected: int
+) -> None:
+    """A quota of the process's own group, or of one around it, as a login node's of all that a user runs."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(host, "open", lambda *_, **__: StringIO(quota), raising=False)
+    use_groups(monkeypatch, tmp_path, "4:cpu,cpuacct:/user/session" if version == 1 else "0::/user/session")
+    own = tmp_path / ("cpu" if version == 1 else "") / "user" / "session"
+    own.mkdir(parents=True)
+    for folder, number in ((own, quota if inner else "max"), (own.parent, "max" if inner else quota)):
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{number} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{number.replace('max', '-1')}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
     assert usable_cores() == expected
 
 
-def test_usable_cores_without_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object, **__: object) -> None:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(host, "open", missing, raising=False)
+def test_usable_cores_without_a_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_groups(monkeypatch, tmp_path, "0::/")
     assert usable_cores() == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(("allotted", "expected"), [("3", 3), ("64", 8), ("", 8)])
-def test_usable_cores_follow_the_allocation(monkeypatch: pytest.MonkeyPatch, allotted: str, expected: int) -> None:
-    monkeypatch.setattr(host, "open", lambda *_, **__: StringIO("max 100000"), raising=False)
+def test_usable_cores_follow_the_allocation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, allotted: str, expected: int
+) -> None:
+    use_groups(monkeypatch, tmp_path, "0::/")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", allotted)
     assert usable_cores(range(8)) == expected
 
@@ -128,8 +150,7 @@ def test_make_train_starts_a_rank_per_gpu(
     command = ["make", "--dry-run", "--always-make", "train", *filter(None, [options])]
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     found = {name: int(number) for number, name in re.findall(r"-n (\d+) (bin/train|bin/preprocess shards)", said)}
-    nproc = int(subprocess.check_output(["nproc"], text=True))
-    assert found == {"bin/train": expected or usable_cores(), "bin/preprocess shards": nproc}
+    assert found == {"bin/train": expected or usable_cores(), "bin/preprocess shards": usable_cores()}
 
 
 def slurm(cores: int, node: int, tasks: str) -> dict[str, str]:
@@ -149,9 +170,11 @@ def slurm(cores: int, node: int, tasks: str) -> dict[str, str]:
         ({**slurm(6, 0, "1"), "MPI_LOCALNRANKS": "7"}, True),
     ],
 )
-def test_oversubscribed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool) -> None:
+def test_oversubscribed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], expected: bool
+) -> None:
     """Ranks are oversubscribed if they outnumber the cores that they may use: here 4 of a machine's 8."""
-    monkeypatch.setattr(host, "open", lambda *_, **__: StringIO("max 100000"), raising=False)
+    use_groups(monkeypatch, tmp_path, "0::/")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for name, value in environment.items():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapse_elmo import memory
+from lapse_elmo import cgroups, memory
 from lapse_elmo.config.training import Config, parse_train
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
@@ -219,7 +219,7 @@ def test_cgroup_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ve
         cache = {"inactive_file": 3_000, "active_file": 0} | {f"total_{name}": size for name, size in cache.items()}
     stat = "".join(f"{name} {size}\n" for name, size in {"anon": 900_000, **cache}.items())
     (inner.parent / "memory.stat").write_text(stat)
-    monkeypatch.setattr(memory, "_CGROUPS", str(tmp_path))
+    monkeypatch.setattr(cgroups, "ROOT", str(tmp_path))
     controllers = "memory" if version == 1 else ""
     read_text = Path.read_text
 

@@ -1,6 +1,7 @@
 """This machine: the CPU cores and GPUs that its ranks may use, and its address.
 
-``python -m lapse_elmo.mpi.host`` prints how many ranks should train here; ``make train`` starts that many.
+``python -m lapse_elmo.mpi.host`` prints how many ranks should train here, or with ``cores`` how many should preprocess;
+``make train`` starts that many.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
 from importlib import metadata
 
+from lapse_elmo import cgroups
 from lapse_elmo.subprocesses import output_of
 
 _LOOPBACK, _LOOPBACK_NET = "127.0.0.1", "127."
 _ANY_PORT = 9
 _UNROUTED = "192.0.2.1"  # reserved for documentation by RFC 5737; any address outside the local networks would do
 _MAX_ASKED = 3  # hosts whose names are looked up: without a name server, each may take seconds
+_QUOTA_FILES = ("cpu.cfs_quota_us", "cpu.cfs_period_us")  # of cgroups of version 1
 _NVIDIA_SMI_TIME_S = 30  # it loads the driver where that is not resident; with a broken driver it may hang
 
 
 def usable_cores(cores: Collection[int] | None = None) -> int:
-    """Return how many CPU cores may be used, limited by the cgroup's quota and by Slurm's allocation.
+    """Return how many CPU cores may be used, limited by the quotas of its cgroups and by Slurm's allocation.
 
     Args:
         cores: The cores that several processes are bound to, in all; None for those of this process.
@@ -31,12 +35,18 @@ def usable_cores(cores: Collection[int] | None = None) -> int:
     allotted = os.environ.get("SLURM_CPUS_ON_NODE", "")
     if allotted.isdecimal():
         count = min(count, int(allotted))
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+    return max(1, min([count, *_quotas()]))
+
+
+def _quotas() -> Iterator[int]:
+    """Yield the whole cores of each quota on processor time, of a container or of a user on a login node."""
+    for folder, version in cgroups.groups("cpu"):
+        if version == 2:
+            limits = cgroups.numbers(folder / "cpu.max")
+        else:
+            limits = [number for name in _QUOTA_FILES for number in cgroups.numbers(folder / name)]
+        if len(limits) == 2 and limits[0] is not None and limits[1]:  # else "max" or -1
+            yield limits[0] // limits[1]
 
 
 def usable_gpus() -> int:
@@ -91,4 +101,4 @@ def own_address(hosts: Collection[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    print(ranks_for_training())
+    print(usable_cores() if sys.argv[1:] == ["cores"] else ranks_for_training())
