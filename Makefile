@@ -24,6 +24,11 @@ TEST_OPTIONS ?=
 MINUTES ?= 10
 TRANSPORTS_OPTIONS ?=
 
+# On this machine alone. Within a job of Slurm, MPICH's mpirun would ask srun for its processes; in a shell of `srun --pty`,
+# many versions of Slurm let that wait forever.
+data/demo-text data/shards train: export HYDRA_LAUNCHER ?= fork
+data/demo-text data/shards train: export HYDRA_RMK ?= user
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:

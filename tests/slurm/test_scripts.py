@@ -274,6 +274,16 @@ def test_mpirun_inside_the_allocation(cluster: Cluster, root: Path) -> None:
     assert {rank["env"]["SLURM_CPUS_ON_NODE"] for rank in ranks(root)} == {"6"}, "of all tasks of the node"
 
 
+def test_make_train_in_a_shell_of_a_job(cluster: Cluster, root: Path) -> None:
+    """In a step, as of `srun --pty bash`: a step that mpirun asks for would wait for its end, as it has all cores."""
+    (root / "Makefile").symlink_to(ROOT / "Makefile")
+    (root / ".venv").symlink_to(ROOT / ".venv")
+    made = ("--old-file=.venv/.installed", "--old-file=data/shards")
+    make = ("make", f"--directory={root}", *made, "train", "RANKS=2", "TRAIN_OPTIONS=exit0")
+    cluster.run("srun", "--ntasks=1", "--cpus-per-task=2", "timeout", "--signal=KILL", "20", *make)
+    assert [rank["env"]["PMI_SIZE"] for rank in ranks(root)] == ["2", "2"]
+
+
 def use_mpirun(root: Path) -> None:
     (root / "slurm" / "site.sh").write_text(f"launcher=({MPIRUN})\n")
 
