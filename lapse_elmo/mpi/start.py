@@ -33,8 +33,10 @@ def start_mpi() -> MPI.Intracomm:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked by bin/_venv.py
     if oversubscribed():  # have MPICH yield the core while it waits inside the library (Init, Finalize); read at load
         os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
-    MPI = load_mpi()
     expected = launcher_rank_and_size()[1]
+    if expected == 1:  # needs no launcher; what a shell of `srun --pty` has open to it, one program alone could use
+        os.environ.pop("PMI_FD", None)
+    MPI = load_mpi()
     version = MPI.Get_library_version()
     library = version.split("\n")[0].rstrip("\0 ")[:40]
     # MPICH cannot even be initialised under Open MPI's launcher; other mismatches give each process its own world.

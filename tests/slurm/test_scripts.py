@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -282,6 +283,12 @@ def test_make_train_in_a_shell_of_a_job(cluster: Cluster, root: Path) -> None:
     make = ("make", f"--directory={root}", *made, "train", "RANKS=2", "TRAIN_OPTIONS=exit0")
     cluster.run("srun", "--ntasks=1", "--cpus-per-task=2", "timeout", "--signal=KILL", "20", *make)
     assert [rank["env"]["PMI_SIZE"] for rank in ranks(root)] == ["2", "2"]
+
+
+def test_programs_of_one_rank_in_a_shell_of_a_job(cluster: Cluster) -> None:
+    """Where the site's default is PMI-2, a shell of `srun --pty` has a connection that only one program can use."""
+    probe = f"{sys.executable} {ROOT}/bin/_probe world 1"
+    cluster.run("srun", "--mpi=pmi2", "--ntasks=1", "bash", "-c", f"{probe} && {probe}")
 
 
 def use_mpirun(root: Path) -> None:
