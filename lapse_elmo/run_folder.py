@@ -28,6 +28,7 @@ from lapse_elmo.mpi.world import World
 from lapse_elmo.training_data import TrainingData
 
 TRACE = "trace"  # the directory of --trace-rows
+LOCK = ".lock"
 # The batch scripts set this to a name that a job keeps when it is requeued or submits itself again; JOB holds the name.
 JOB_VARIABLE, JOB, _MOST_JOB_BYTES = "LAPSE_ELMO_JOB", "job.txt", 4096
 # Options that must not change when a run resumes: they determine the shapes or the meaning of the parameters.
@@ -80,8 +81,8 @@ def name_run(config: Config, world: World) -> Config:
 class RunLock:
     """Exclusive lock on the directory of a run, as a context (collective); removes an empty directory on exit.
 
-    The directory itself is locked, so no lock file is left behind, and the lock ends with the process in any case. File
-    systems that cannot lock directories give no protection.
+    The directory and the file ``.lock`` in it are locked, and the locks end with the process in any case. NFS and
+    Lustre lock a directory on one machine alone, a file on all. A file system without locks gives no protection.
 
     Args:
         run_dir: The directory, created if it is missing.
@@ -97,6 +98,7 @@ class RunLock:
         self._world = world
         self._active = active
         self._handle: int | None = None
+        self._files = contextlib.ExitStack()
 
     def __enter__(self) -> RunLock:
         if self._active:
@@ -106,7 +108,10 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._handle is not None:
             with contextlib.suppress(OSError):
+                if not (self._run_dir / checkpoint.FOLDER).is_dir():  # no run has begun
+                    (self._run_dir / LOCK).unlink()
                 self._run_dir.rmdir()
+            self._files.close()
             os.close(self._handle)
 
     def _take(self) -> None:
@@ -117,10 +122,25 @@ class RunLock:
             raise _cannot_write(self._run_dir, error) from None
         try:
             lock_at_once(self._handle)
+            self._lock_file()
         except BlockingIOError:
+            self._files.close()
+            os.close(self._handle)
             raise OutputError(
                 f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
             ) from None
+
+    def _lock_file(self) -> None:
+        try:
+            file = open(self._run_dir / LOCK, "ab")  # noqa: SIM115 (held until the end)
+        except OSError as error:
+            raise _cannot_write(self._run_dir, error) from None
+        try:
+            lock_at_once(self._files.enter_context(file))
+        except BlockingIOError:
+            # NFS 3 keeps the locks of a machine that has failed; the job that is requeued then must not wait for them.
+            if not _begun_by_this_job(self._run_dir):
+                raise
 
 
 def _cannot_write(run_dir: Path, error: OSError) -> OutputError:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from lapse_elmo import train
+from lapse_elmo import run_folder, train
 from lapse_elmo.config.training import RunConfig, parse_train
 from lapse_elmo.errors import OutputError
 from lapse_elmo.metrics.run_log import RunLog
-from lapse_elmo.run_folder import JOB, JOB_VARIABLE
+from lapse_elmo.mpi.world import solo
+from lapse_elmo.run_folder import JOB, JOB_VARIABLE, RunLock
 from lapse_elmo.summary import stop_message
 from tests.training.corpora import Prepared, checkpoints, records, train_alone
 
@@ -123,3 +124,23 @@ def test_initial_values_that_come_too_late_are_told(
     capfd.readouterr()
     train_alone(small, run_dir, "--max-steps", "2", "--init-from", str(other), "--progress", "lines")
     assert f"options changed since the checkpoint: --init-from '' (now {other})\n" in capfd.readouterr().err
+
+
+def test_one_job_at_a_time_trains_in_a_directory_of_a_file_server(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS and Lustre lock a directory on one machine alone. A job may have left its own lock on one that failed."""
+    lock = run_folder.lock_at_once
+    monkeypatch.setattr(run_folder, "lock_at_once", lambda file: None if isinstance(file, int) else lock(file))
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv(JOB_VARIABLE, "slurm-7")
+    with RunLock(run_dir, solo()), pytest.raises(OutputError, match="another job is training in"):
+        until(small, run_dir, 1)
+    assert not run_dir.exists()
+    assert until(small, run_dir, 1) == [1]
+    with RunLock(run_dir, solo()):
+        assert until(small, run_dir, 2) == [1, 2]
+        monkeypatch.setenv(JOB_VARIABLE, "slurm-8")
+        with pytest.raises(OutputError, match="another job is training in"):
+            until(small, run_dir, 3)
+    assert until(small, run_dir, 3) == [1, 2, 3]
