@@ -35,8 +35,11 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} && ${launcher[*]} == *srun* ]]; then export SR
 # If a rank hangs, bin/train appends a report to this file and ends the job with status 76. srun returns the status of the
 # hanging rank instead, which had to be killed; so `launch` looks for a new report.
 export LAPSE_ELMO_STALLS=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.stalls
-stalls() {
-  if [[ -e $LAPSE_ELMO_STALLS ]]; then grep --count 'the job ends with status 76' "$LAPSE_ELMO_STALLS"; else echo 0; fi
+stalls() { lines_with 'the job ends with status 76'; }
+# Of one hang there may be a report of each node, so `launch` adds a line to the file for each start that hung.
+hangs() { lines_with '^slurm: a rank hung'; }
+lines_with() {
+  if [[ -e $LAPSE_ELMO_STALLS ]]; then grep --count -- "$1" "$LAPSE_ELMO_STALLS"; else echo 0; fi
 }
 
 launch() {
@@ -57,7 +60,10 @@ launch() {
   done
   trap 'warned=1' USR1 # not the default, which would end this script
   trap - TERM
-  if (($(stalls) > before)); then status=76; fi
+  if (($(stalls) > before)); then
+    status=76
+    echo "slurm: a rank hung in start ${SLURM_RESTART_COUNT:-0} of the job" >>"$LAPSE_ELMO_STALLS"
+  fi
   # A warning that reaches the launcher or a rank before it handles USR1 ends it (128 + 10); nothing had been trained yet.
   if ((warned && status == 138)); then status=75; fi
   return "$status"

@@ -105,6 +105,23 @@ def test_a_warning_while_stalls_are_counted_is_seen(root: Path) -> None:
     assert done.returncode == 75, done.stderr
 
 
+def test_each_hang_counts_once(root: Path) -> None:
+    """However many nodes report it: the job is requeued five times."""
+    report = 'for node in {1..64}; do echo "the job ends with status 76" >>"$LAPSE_ELMO_STALLS"; done; exit 137'
+    (root / "slurm" / "site.sh").write_text(f"launcher=(bash -c '{report}')\n")
+    scontrol = root / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/bash\necho "$*"\n')
+    scontrol.chmod(0o755)
+    env = {"PATH": f"{root}/bin", "SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "1"}
+    said = []
+    for _ in range(6):
+        command = ["bash", "slurm/train.sbatch"]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 76, done.stderr
+        said.append("requeue 1" in done.stdout.splitlines())
+    assert said == [True] * 5 + [False]
+
+
 @pytest.mark.parametrize(
     ("version", "family"),
     [
