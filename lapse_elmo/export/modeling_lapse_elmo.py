@@ -199,6 +199,9 @@ class LapseElmoModel(LapseElmoPreTrainedModel):
 class LapseElmoForCausalLM(LapseElmoPreTrainedModel, GenerationMixin):
     """The forward direction as a language model; the logits at a word predict the next word."""
 
+    #: The loss is the mean of its own batch, so the Trainer has to divide it by the number of accumulated batches.
+    accepts_loss_kwargs = False
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Pass all ids at every step, since there is no cache."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}

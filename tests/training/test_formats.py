@@ -163,6 +163,25 @@ def test_transformers_computes_our_numbers(runs: dict[str, Path], tmp_path: Path
         assert len(found["generated"]) <= 4 + 3 and found["generated"][:4] == [1, *first]
 
 
+def test_the_trainer_divides_the_loss_of_accumulated_batches(runs: dict[str, Path], tmp_path: Path) -> None:
+    """It asks the model for ``accepts_loss_kwargs``, and otherwise takes ``**kwargs`` of forward for a yes."""
+    folder = exported(runs["top"], tmp_path / "hub", "huggingface")
+    accepts, mean, told = run_in_other_python(
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        path, line = arguments
+        ids = AutoTokenizer.from_pretrained(path, trust_remote_code=True)(line, return_tensors="pt")["input_ids"]
+        causal = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+        losses = [causal(ids, labels=ids, **told).loss.item() for told in ({}, {"num_items_in_batch": 100})]
+        result = [getattr(causal, "accepts_loss_kwargs", True), *losses]
+        """,
+        [str(folder), LINES[3]],
+    )
+    score = lapse_elmo.load(runs["top"]).score(LINES[3:])[0]
+    assert mean == pytest.approx(-score.forward[1:].mean(), abs=1e-5)
+    assert accepts == (told != mean)
+
+
 REAL = ROOT.parent / "shared" / "corpus" / "one-billion-word-sample"  # not part of the project
 REAL_PARITY = """
 import torch
