@@ -149,6 +149,14 @@ class LapseElmoPreTrainedModel(PreTrainedModel):
         """Replace the word embeddings."""
         self.embedding = value
 
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the softmax layer."""
+        return self.softmax
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the softmax layer."""
+        self.softmax = new_embeddings
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -205,10 +213,6 @@ class LapseElmoForCausalLM(LapseElmoPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Pass all ids at every step, since there is no cache."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the softmax layer."""
-        return self.softmax
 
     def forward(
         self,

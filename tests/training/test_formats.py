@@ -182,6 +182,29 @@ def test_the_trainer_divides_the_loss_of_accumulated_batches(runs: dict[str, Pat
     assert accepts == (told != mean)
 
 
+def test_words_can_be_added_in_transformers(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = exported(runs["top"], tmp_path / "hub", "huggingface")
+    found = run_in_other_python(
+        """
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+        path, larger, size = arguments
+        result = []
+        for kind in (AutoModel, AutoModelForCausalLM):
+            model = kind.from_pretrained(path, trust_remote_code=True).eval()
+            before = model(torch.tensor([[4, 5]]))[0]
+            model.resize_token_embeddings(size + 3, mean_resizing=False)
+            model.save_pretrained(larger)
+            model = kind.from_pretrained(larger, trust_remote_code=True).eval()
+            after = model(torch.tensor([[4, 5]]))[0]
+            result.append([len(model.embedding.weight), len(model.softmax.weight), len(model.softmax.bias)])
+            assert torch.equal(before, after[..., : before.shape[-1]]) and model(torch.tensor([[4, size + 2]]))
+        """,
+        [str(folder), str(tmp_path / "larger"), lapse_elmo.load(runs["top"]).vocabulary.size + 1],
+    )
+    assert found == [[lapse_elmo.load(runs["top"]).vocabulary.size + 1 + 3] * 3] * 2
+
+
 REAL = ROOT.parent / "shared" / "corpus" / "one-billion-word-sample"  # not part of the project
 REAL_PARITY = """
 import torch
