@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +119,31 @@ def test_an_opened_checkpoint_can_be_removed(tmp_path: Path) -> None:
     for name, array in expected.items():
         np.testing.assert_array_equal(opened.dense[name], array)
     assert not opened.bilm().training
+
+
+def test_models_are_pickled_as_the_path_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As workers that are spawned and ``torch.save`` of a network do."""
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    opened = trained.load("run")
+    layer = opened.module("top", requires_grad=True)
+    with torch.no_grad():
+        layer.bilm.lstm.cell(0, 0).state_linearity.bias.add_(1)  # type: ignore[operator]
+    data = pickle.dumps((opened, layer))
+    assert len(data) < 50_000  # neither the tables nor the words
+    monkeypatch.chdir("/")
+    again, layer_again = pickle.loads(data)
+    words = list(opened.vocabulary.words[:3])
+    np.testing.assert_array_equal(again.embed([words])[0], opened.embed([words])[0])
+    assert torch.equal(layer_again(layer.ids([words])), layer(layer.ids([words])))
+    copied = copy.deepcopy(layer)
+    assert copied.stored is layer.stored and copied.bilm is not layer.bilm
+    shutil.rmtree(tmp_path / "run")
+    assert torch.equal(copied(layer.ids([words])), layer(layer.ids([words])))
+    with pytest.raises(CheckpointError, match="there is no model"):
+        pickle.loads(data)
+    with pytest.raises(TypeError, match="it was not opened by"):
+        pickle.dumps(stored_model(1))
 
 
 def test_an_archive_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,9 @@ class TrainedModel:
             f"C {sizes.cell_size}, L {sizes.num_layers})"
         )
 
+    def __reduce__(self) -> tuple[type[TrainedModel], tuple[StoredModel, torch.device, str]]:
+        return TrainedModel, (self.stored, self.device, self.precision)
+
     def embed(
         self, sentences: Iterable[str | Sequence[str]], layers: str = "all", batch_size: int = 64
     ) -> list[np.ndarray]:

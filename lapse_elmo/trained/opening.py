@@ -50,12 +50,28 @@ def open_stored(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give the directory of a run, a checkpoint or an export")
     if (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir():
-        return open_checkpoint(folder, vocab, verify)
-    if holds_huggingface_files(folder):
-        return open_huggingface_files(folder, vocab)
-    if holds_elmo_files(folder):
-        return open_elmo_files(folder, vocab, embedding)
-    raise CheckpointError(
+        stored = open_checkpoint(folder, vocab, verify)
+    elif holds_huggingface_files(folder):
+        stored = open_huggingface_files(folder, vocab)
+    elif holds_elmo_files(folder):
+        stored = open_elmo_files(folder, vocab, embedding)
+    else:
+        raise _no_model(folder)
+    files = tuple(os.path.abspath(file) if file else "" for file in (stored.path, vocab, embedding))
+    object.__setattr__(stored, "reopen", (_reopened, (*files, stored.vocabulary.sha256)))
+    return stored
+
+
+def _reopened(path: str, vocab: str, embedding: str, vocabulary_sha256: str) -> StoredModel:
+    """Open the files of a pickled model."""
+    stored = open_stored(path, vocab=vocab, embedding=embedding)
+    if stored.vocabulary.sha256 != vocabulary_sha256:
+        raise CheckpointError(f"{path} is not the model that was pickled: it has another vocabulary")
+    return stored
+
+
+def _no_model(folder: Path) -> CheckpointError:
+    return CheckpointError(
         f"{folder} holds no model: expected a run ({FOLDER}/step-*), a checkpoint ({MANIFEST}), bilm-tf's files "
         "(options.json, weights.hdf5, vocab.txt) or a Hugging Face directory (config.json, model.safetensors)"
     )

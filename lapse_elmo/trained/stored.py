@@ -102,6 +102,8 @@ class ArrayTable:
 class StoredModel:
     """An opened model; rows of its tables are read from disk only when they are needed.
 
+    Pickled, it is the path of its files, which are opened again; a deep copy is the model itself.
+
     Attributes:
         path: The model's directory.
         kind: ``checkpoint``, ``bilm-tf files`` or ``Hugging Face directory``.
@@ -129,6 +131,8 @@ class StoredModel:
     softmax: Table | None
     read_dense: Callable[[], dict[str, np.ndarray]]
     about: dict[str, Any] = field(default_factory=dict)
+    #: Where it can be opened again: a function and its arguments. Not copied by ``dataclasses.replace``.
+    reopen: tuple[Callable[..., StoredModel], tuple[Any, ...]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         size, rows = self.options.projection_size, self.vocabulary.size
@@ -138,6 +142,14 @@ class StoredModel:
                     f"{self.path}: the {name} has {table.num_rows:,} rows of {table.size}, expected {rows:,} (the "
                     f"vocabulary's words and <S>, </S>, <UNK>) of {width}; its files do not belong together"
                 )
+
+    def __reduce__(self) -> tuple[Callable[..., StoredModel], tuple[Any, ...]]:
+        if self.reopen is None:
+            raise TypeError(f"cannot pickle the model of {self.path}: it was not opened by lapse_elmo.load")
+        return self.reopen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredModel:
+        return self  # nothing changes it, and a copy would hold the tables in memory
 
     @functools.cached_property
     def dense(self) -> dict[str, np.ndarray]:
