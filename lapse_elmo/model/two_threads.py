@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -47,4 +48,5 @@ def run_two_threads(function: Callable[[int], T], device: torch.device, label: s
 @functools.cache
 def _second_thread() -> ThreadPoolExecutor:
     """Return a pool with one thread that lives as long as the process, so that its OpenMP threads are reused."""
+    os.register_at_fork(after_in_child=_second_thread.cache_clear)  # a forked process has no thread but its first
     return ThreadPoolExecutor(1, "second part")

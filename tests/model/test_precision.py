@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -132,6 +133,23 @@ def test_halves_share_the_threads_and_an_error_comes_through() -> None:
         with pytest.raises(ZeroDivisionError):
             run_two_threads(fail, torch.device("cpu"), "")
         assert torch.get_num_threads() == count
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_forked_process_starts_its_own_second_thread() -> None:
+    """As the workers of ``multiprocessing.Pool`` after the parent has used a model."""
+    torch.set_num_threads(2)
+
+    def part(number: int) -> int:
+        return number
+
+    assert run_two_threads(part, torch.device("cpu"), "") == (0, 1)
+    worker = multiprocessing.get_context("fork").Process(target=run_two_threads, args=(part, torch.device("cpu"), ""))
+    worker.start()
+    worker.join(20)
+    ended = worker.exitcode
+    worker.kill()
+    assert ended == 0
 
 
 def test_products_round_once() -> None:
