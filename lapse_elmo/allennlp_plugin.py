@@ -82,7 +82,7 @@ class AllenNlpModule(nn.Module):
         super().__init__()
         if not model.stored.boundaries:
             raise ValueError(f"{model.stored.path} was trained without <S> and </S>, which AllenNLP's Elmo expects")
-        self.elmo = ElmoModule(model.stored, requires_grad=requires_grad)
+        self.elmo = ElmoModule(model.stored, requires_grad=requires_grad, precision=model.precision)
         self.num_layers = self.elmo.num_layers
 
     def get_output_dim(self) -> int:

@@ -65,9 +65,7 @@ class TrainedModel:
         >>> sum(parameter.numel() for parameter in load(MODEL).bilm.parameters()) < 20_000
         True
         """
-        model = self.stored.bilm().to(self.device).requires_grad_(False)
-        model.lstm.eval_precision = self.precision  # type: ignore[assignment]
-        return model
+        return self.stored.bilm(self.precision).to(self.device).requires_grad_(False)
 
     def __repr__(self) -> str:
         sizes = self.stored.options
@@ -341,7 +339,8 @@ class TrainedModel:
         """
         from lapse_elmo.trained.module import ElmoModule
 
-        return ElmoModule(self.stored, layers=layers, requires_grad=requires_grad).to(self.device)
+        module = ElmoModule(self.stored, layers=layers, requires_grad=requires_grad, precision=self.precision)
+        return module.to(self.device)
 
     @torch.no_grad()
     def layer_vectors(self, batch: Batch) -> Tensor:

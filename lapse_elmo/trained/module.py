@@ -25,6 +25,7 @@ class ElmoModule(nn.Module):
         stored: An opened model (``lapse_elmo.load(PATH).stored``).
         layers: Output layers: ``all`` returns (L + 1, B, T, 2D), ``average`` and ``top`` return (B, T, 2D).
         requires_grad: Whether to fine-tune the LSTM.
+        precision: Precision of the LSTM's matrix products, ``fp32`` or ``bf16``; ``torch.autocast`` changes nothing.
 
     Raises:
         ValueError: If ``layers`` is unknown.
@@ -40,12 +41,14 @@ class ElmoModule(nn.Module):
     (torch.Size([2, 3]), torch.Size([2, 3, 32]))
     """
 
-    def __init__(self, stored: StoredModel, *, layers: str = "all", requires_grad: bool = False) -> None:
+    def __init__(
+        self, stored: StoredModel, *, layers: str = "all", requires_grad: bool = False, precision: str = "fp32"
+    ) -> None:
         super().__init__()
         if layers not in ("all", "average", "top"):
             raise ValueError(f"layers should be all, average or top, not {layers!r}")
         self.stored, self.layers = stored, layers
-        self.bilm = stored.bilm().requires_grad_(requires_grad)
+        self.bilm = stored.bilm(precision).requires_grad_(requires_grad)
         self.num_layers = stored.options.num_layers + 1
         self.output_dim = 2 * stored.options.projection_size
 

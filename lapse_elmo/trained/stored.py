@@ -156,8 +156,11 @@ class StoredModel:
         """The parameters of the biLM by their names in :class:`~lapse_elmo.model.bilm.BiLM`."""
         return self.read_dense()
 
-    def bilm(self) -> BiLM:
+    def bilm(self, precision: str = "fp32") -> BiLM:
         """Return the biLM with the stored parameters, in evaluation mode.
+
+        Args:
+            precision: Precision of its matrix products in evaluation mode, ``fp32`` or ``bf16``.
 
         Raises:
             CheckpointError: If a parameter is missing or has another shape.
@@ -177,4 +180,5 @@ class StoredModel:
                         "by the model's sizes"
                     )
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(stored, np.float32)))
+        model.lstm.eval_precision = precision  # type: ignore[assignment]
         return model.eval()

@@ -127,6 +127,9 @@ def test_bfloat16_products_change_vectors_little(runs: dict[str, Path], tmp_path
     (tmp_path / "text").write_text("".join(f"{line}\n" for line in LINES))
     output = tmp_path / "vectors.hdf5"
     embed.main([str(runs["top"]), str(tmp_path / "text"), "--output", str(output), "--precision", "bf16"], solo)
+    layer = lapse_elmo.load(runs["top"], precision="bf16").module()
+    for vectors, wanted in zip(layer(layer.ids(LINES)).unbind(1), near, strict=True):
+        np.testing.assert_allclose(vectors[:, : wanted.shape[1]].numpy(), wanted, atol=1e-5)
     with h5py.File(output) as file:
         for number, vectors in enumerate(near):
             np.testing.assert_array_equal(file[str(number)], vectors)
