@@ -121,6 +121,13 @@ def test_an_opened_checkpoint_can_be_removed(tmp_path: Path) -> None:
     assert not opened.bilm().training
 
 
+def test_a_module_trains_all_of_its_parameters() -> None:
+    """DistributedDataParallel refuses a module with parameters that have no gradient."""
+    layer = module.ElmoModule(stored_model(1, context="mix"), layers="top", requires_grad=True)
+    layer(torch.tensor([[4, 5]])).sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
+
+
 def test_models_are_pickled_as_the_path_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As workers that are spawned and ``torch.save`` of a network do."""
     shutil.copytree(OLD_RUN, tmp_path / "run")

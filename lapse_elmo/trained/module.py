@@ -49,6 +49,8 @@ class ElmoModule(nn.Module):
             raise ValueError(f"layers should be all, average or top, not {layers!r}")
         self.stored, self.layers = stored, layers
         self.bilm = stored.bilm(precision).requires_grad_(requires_grad)
+        if self.bilm.mix is not None:  # no output depends on it, which DistributedDataParallel would take for a fault
+            self.bilm.mix.requires_grad_(False)
         self.num_layers = stored.options.num_layers + 1
         self.output_dim = 2 * stored.options.projection_size
 
