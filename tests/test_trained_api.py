@@ -128,6 +128,17 @@ def test_a_module_trains_all_of_its_parameters() -> None:
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
 
 
+def test_a_replica_of_data_parallel_needs_no_parameters() -> None:
+    """``nn.DataParallel`` makes replicas whose weights are attributes, not parameters, as here on the CPU."""
+    layer = module.ElmoModule(stored_model(1))
+    wanted = layer(torch.tensor([[4, 5]]))
+    for part in layer.bilm.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            setattr(part, name, weight.detach())
+    assert not list(layer.parameters()) and torch.equal(layer(torch.tensor([[4, 5]])), wanted)
+
+
 def test_models_are_pickled_as_the_path_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As workers that are spawned and ``torch.save`` of a network do."""
     shutil.copytree(OLD_RUN, tmp_path / "run")

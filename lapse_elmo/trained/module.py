@@ -130,7 +130,8 @@ class ElmoModule(nn.Module):
     def _layers(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids should be integers (B, T), not {ids.dtype} of shape {tuple(ids.shape)}")
-        device = next(self.bilm.parameters()).device
+        # Not parameters(): a replica of DataParallel has none.
+        device = self.bilm.lstm.cell(0, 0).state_linearity.weight.device  # type: ignore[operator]
         bounded = self._add_boundaries(ids.cpu().numpy()) if self.stored.boundaries else ids.cpu().numpy()
         mask = bounded != PADDING
         if bounded.size and not 0 <= bounded.min() <= bounded.max() <= self.stored.vocabulary.size:
