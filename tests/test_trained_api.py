@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lapse_elmo import trained
 from lapse_elmo.corpus.vocabulary import Vocabulary
@@ -119,6 +120,14 @@ def test_an_opened_checkpoint_can_be_removed(tmp_path: Path) -> None:
     for name, array in expected.items():
         np.testing.assert_array_equal(opened.dense[name], array)
     assert not opened.bilm().training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_export_that_transformers_has_saved_in_fewer_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    huggingface.write(stored_model(1), tmp_path / "hub", False)
+    weights, wanted = tmp_path / "hub" / "model.safetensors", trained.load(tmp_path / "hub").embed(["a b"])
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights)
+    np.testing.assert_allclose(trained.load(tmp_path / "hub").embed(["a b"]), wanted, atol=2e-2)
 
 
 def test_a_module_trains_all_of_its_parameters() -> None:

@@ -75,7 +75,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
-    """Return all tensors by name, memory-mapped; safetensors rejects a file whose header contradicts its size."""
+    """Return all tensors by name in float32, memory-mapped if they are stored so.
+
+    transformers may have saved them in bfloat16, which NumPy lacks. safetensors rejects a file whose header contradicts
+    its size.
+    """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -83,7 +87,7 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         require_regular(path)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; it is damaged or cut short") from None
 
