@@ -37,10 +37,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from lapse_elmo.code_cache import CACHE, cache_folder, is_full, own_folder, readable_folders, temporary_folder
 from lapse_elmo.subprocesses import error_line, output_of
 
 SWITCH = "LAPSE_ELMO_NATIVE"
-CACHE = "LAPSE_ELMO_CACHE"
 _OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Options from best to safest: a compiler may reject some, and the library may need symbols that the process lacks.
 # The first variant that compiles and loads is used.
@@ -100,13 +100,18 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
     reason = "there is no C compiler (cc, gcc or clang), and no library compiled ahead (make native) runs here"
     if (compiler := find_compiler()) is not None:
         try:
-            library, reason = _load_compiled(source, cache_folder(), compiler)
+            folder = cache_folder()
         except OSError as error:
             library, reason = None, f"no directory for compiled code: {error}"
+        else:
+            library, reason = _load_compiled(source, folder, compiler)
+            if library is None and is_full(folder):
+                with contextlib.suppress(OSError):
+                    library, _ = _load_compiled(source, own_folder(temporary_folder()), compiler)
         if library is not None:
             return library, ""
     for name, _, needed in _TARGETS:
-        for folder in _readable_folders() if needed <= processor_features() else ():
+        for folder in readable_folders() if needed <= processor_features() else ():
             for path in _paths_ahead(folder, source, name):
                 with contextlib.suppress(OSError):
                     return ctypes.CDLL(str(path)), ""
@@ -162,59 +167,6 @@ def build_ahead(source: Path) -> dict[str, str]:
                 reason = reason or error_line(error)
         reasons[name] = reason
     return reasons
-
-
-def cache_folder() -> Path:
-    """Return this user's directory for compiled code, and create it if it is missing.
-
-    Raises:
-        OSError: If it cannot be created, or if others may write to it: its contents are executed.
-    """
-    failure = OSError("none was tried")
-    for folder in _wanted_folders():
-        try:
-            return _own_folder(folder)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def _wanted_folders() -> list[Path]:
-    named = os.environ.get(CACHE)
-    bases = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")]
-    # Without HOME and an entry in /etc/passwd, as in some containers, "~" stays as it is: it would become a directory.
-    wanted = [Path(named)] if named else [Path(base, "lapse-elmo") for base in bases if os.path.isabs(base)][:1]
-    return [*wanted, Path(tempfile.gettempdir()) / f"lapse-elmo-{os.getuid()}"]
-
-
-def _readable_folders() -> list[Path]:
-    """Return where libraries may be that were compiled ahead: compute nodes may mount home directories read-only."""
-    return [folder for folder in _wanted_folders() if folder.is_dir() and _is_own(folder)]
-
-
-def _own_folder(folder: Path) -> Path:
-    """Create ``folder`` if it is missing, and check that this user, and nobody else, may write to it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_own(folder):
-        raise PermissionError(f"others may write to {folder}")
-    _require_writable(folder)
-    return folder
-
-
-def _is_own(folder: Path) -> bool:
-    state = folder.stat()
-    return state.st_uid == os.getuid() and not state.st_mode & 0o022
-
-
-@functools.cache
-def _require_writable(folder: Path) -> None:
-    """Create a file in ``folder`` for a moment, but only once: thousands of ranks do so in a folder that they share.
-
-    Raises:
-        OSError: This is not possible.
-    """
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def share_openmp() -> None:
@@ -373,7 +325,7 @@ def main() -> int:
     status = 0
     if named := os.environ.get(CACHE):  # another directory would not do: other machines look into this one
         try:
-            _own_folder(Path(named))
+            own_folder(Path(named))
         except OSError as error:
             print(f"{CACHE} is {named}, which cannot be used: {error}")
             return 1

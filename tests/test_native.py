@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
 import platform
 import pwd
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from lapse_elmo import native
+from lapse_elmo import code_cache, native
 from tests import fork_server
 from tests.mpi import ROOT
 
@@ -56,7 +57,7 @@ exec cc "$@"
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(native.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(code_cache.CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(native.SWITCH, raising=False)
     path = tmp_path / "some.c"
     path.write_text(SOURCE)
@@ -94,7 +95,7 @@ def test_a_process_tries_once_whether_it_may_write(
     other.write_text(SOURCE + "int other;")
     for path in (source, other):
         native.load(path)
-    assert native.cache_folder() == tmp_path / "cache" and made == [tmp_path / "cache"]
+    assert code_cache.cache_folder() == tmp_path / "cache" and made == [tmp_path / "cache"]
 
 
 def test_shares_torchs_threads(library: ctypes.CDLL) -> None:
@@ -110,7 +111,7 @@ def test_shares_torchs_threads(library: ctypes.CDLL) -> None:
 
 
 def test_many_processes_build_at_once(source: Path, library: ctypes.CDLL, tmp_path: Path) -> None:
-    environment = {**os.environ, native.CACHE: str(tmp_path / "another")}
+    environment = {**os.environ, code_cache.CACHE: str(tmp_path / "another")}
     command = fork_server.command("-c", f"{LOADED} sys.exit(native.load(Path(sys.argv[1])) is None)", str(source))
     jobs = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(4)]
     assert [job.wait(timeout=60) for job in jobs] == [0] * 4
@@ -136,16 +137,16 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(source: Path, tmp_path
     folder = tmp_path / "cache"
     folder.mkdir()
     folder.chmod(0o777)
-    assert native.cache_folder() != folder
+    assert code_cache.cache_folder() != folder
     folder.chmod(0o700)
-    assert native.cache_folder() == folder
+    assert code_cache.cache_folder() == folder
 
 
 def test_make_native_does_not_build_where_no_other_machine_looks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A directory of a project is often writable by its group."""
-    monkeypatch.setenv(native.CACHE, str(tmp_path))
+    monkeypatch.setenv(code_cache.CACHE, str(tmp_path))
     tmp_path.chmod(0o775)
     assert native.main() == 1
     assert f"others may write to {tmp_path}" in capsys.readouterr().out
@@ -156,12 +157,12 @@ def test_without_a_home_the_folder_is_among_temporary_files(tmp_path: Path, monk
     def unknown(user: int) -> None:
         raise KeyError(user)
 
-    for name in ("HOME", "XDG_CACHE_HOME", native.CACHE):
+    for name in ("HOME", "XDG_CACHE_HOME", code_cache.CACHE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
-    assert native.cache_folder() == tmp_path / "temporary" / f"lapse-elmo-{os.getuid()}"
+    assert code_cache.cache_folder() == tmp_path / "temporary" / f"lapse-elmo-{os.getuid()}"
     assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
 
 
@@ -196,11 +197,35 @@ def test_what_is_built_ahead_serves_a_node_that_may_not_write_there(
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(source.parent / "temporary"))
     monkeypatch.setattr(native, "find_compiler", lambda: None)
-    native._require_writable.cache_clear()
+    code_cache._require_writable.cache_clear()
     native._load.cache_clear()
     found = native.load(source)
     assert found is not None and Path(found._name).parent == cache, native.problem(source)
-    assert native.cache_folder().parent == source.parent / "temporary"
+    assert code_cache.cache_folder().parent == source.parent / "temporary"
+
+
+def test_a_full_home_directory_does_not_cost_the_kernels(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, build = source.parent / "cache", native._build
+
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def build_elsewhere(source: Path, library: Path, *arguments: Any) -> None:
+        if library.parent == cache:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        build(source, library, *arguments)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(native, "_build", build_elsewhere)
+    assert native.load(source) is None and "No space left on device" in native.problem(source)
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full() if dir == cache else make(dir=dir))
+    native._load.cache_clear()
+    found = native.load(source)
+    assert found is not None and Path(found._name).parent == code_cache.temporary_folder()
 
 
 def test_make_native_builds_every_source(tmp_path: Path) -> None:
@@ -210,7 +235,7 @@ def test_make_native_builds_every_source(tmp_path: Path) -> None:
     compiler, folder = tmp_path / "cc", tmp_path / "cache"
     compiler.write_text(f'#!/bin/sh\nexec {native.find_compiler()} "$@" -O1\n')
     compiler.chmod(0o755)
-    environment = {**os.environ, native.CACHE: str(folder), "CC": str(compiler)}
+    environment = {**os.environ, code_cache.CACHE: str(folder), "CC": str(compiler)}
     command = fork_server.command("-m", "lapse_elmo.native")
     done = subprocess.run(command, env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lapse_elmo import native
+from lapse_elmo import code_cache, native
 from tests.mpi import ROOT
 from tests.sanitized_program import OPTIONS
 
@@ -44,7 +44,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:exitcode=77",  # Python leaves memory to the end of the process
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=77",
-        native.CACHE: str(tmp_path_factory.mktemp("sanitized")),
+        code_cache.CACHE: str(tmp_path_factory.mktemp("sanitized")),
     }
 
 
@@ -74,4 +74,4 @@ def test_sources_run_clean(environment: dict[str, str]) -> None:
     assert done.returncode in (0, 1) and re.search(r"\d+ passed", done.stdout), said[-4000:]
     assert "AddressSanitizer" not in said and "runtime error:" not in said, said[-4000:]
     for source in TESTS:
-        assert list(Path(environment[native.CACHE]).glob(f"{Path(source).stem}-*.so")), f"{source} was not compiled"
+        assert list(Path(environment[code_cache.CACHE]).glob(f"{Path(source).stem}-*.so")), f"{source} was not compiled"

@@ -137,6 +137,15 @@ def test_a_module_trains_all_of_its_parameters() -> None:
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
 
 
+def test_a_mix_begins_as_the_average_and_learns() -> None:
+    stored, ids = stored_model(2), torch.tensor([[4, 5, 4]])
+    layer = module.ElmoModule(stored, layers="mix")
+    torch.testing.assert_close(layer(ids), module.ElmoModule(stored, layers="average")(ids))
+    layer(ids).square().sum().backward()
+    assert layer.mix is not None and layer.mix.scalars.grad is not None and bool(layer.mix.scalars.grad.any())
+    assert {name for name in layer.state_dict() if name.startswith("mix.")} == {"mix.scalars", "mix.gamma"}
+
+
 def test_a_replica_of_data_parallel_needs_no_parameters() -> None:
     """``nn.DataParallel`` makes replicas whose weights are attributes, not parameters, as here on the CPU."""
     layer = module.ElmoModule(stored_model(1))

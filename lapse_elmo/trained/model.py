@@ -251,7 +251,7 @@ class TrainedModel:
 
         Raises:
             CorpusError: If the word is not in the vocabulary.
-            ValueError: If ``table`` is unknown or the vector has another shape.
+            ValueError: If ``table`` is unknown, or the vector has another shape or no direction.
             CheckpointError: If the softmax is asked for and the model has none.
 
         >>> [word for word, _ in load(MODEL).nearest("w01", count=2)]  # doctest: +ELLIPSIS
@@ -269,8 +269,8 @@ class TrainedModel:
             vector = rows.weights(np.array([excluded]))[0, :size]
         else:
             vector = np.asarray(word, np.float32)
-            if vector.shape != (size,):
-                raise ValueError(f"a vector of shape ({size},) is expected, not {vector.shape}")
+            if vector.shape != (size,) or not vector.any() or not np.isfinite(vector).all():
+                raise ValueError(f"a vector of shape ({size},) is expected, of finite numbers that are not all zero")
         products = np.concatenate([weights[:, :size] @ vector for _, weights in rows.chunks()])
         norms = self._norms_of(table, rows, size)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -326,7 +326,7 @@ class TrainedModel:
         """Return the model as a :class:`torch.nn.Module`; see :class:`~lapse_elmo.trained.module.ElmoModule`.
 
         Args:
-            layers: ``all``, ``average`` or ``top``, as in :meth:`embed`.
+            layers: ``all``, ``average`` or ``top``, as in :meth:`embed`, or ``mix`` for learned weights of the layers.
             requires_grad: Whether to fine-tune the LSTM.
 
         Raises:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lapse_elmo.corpus.vocabulary import BEGIN, END, PADDING
+from lapse_elmo.model.bilm import ScalarMix
 from lapse_elmo.model.packing import Packing
 from lapse_elmo.trained.sentences import words_of
 from lapse_elmo.trained.stored import StoredModel
@@ -23,7 +24,8 @@ class ElmoModule(nn.Module):
 
     Args:
         stored: An opened model (``lapse_elmo.load(PATH).stored``).
-        layers: Output layers: ``all`` returns (L + 1, B, T, 2D), ``average`` and ``top`` return (B, T, 2D).
+        layers: Output layers: ``all`` returns (L + 1, B, T, 2D); ``average``, ``top`` and ``mix`` return (B, T, 2D).
+            ``mix`` is ELMo's weighted sum of the layers, whose weights the network learns (:attr:`mix`).
         requires_grad: Whether to fine-tune the LSTM.
         precision: Precision of the LSTM's matrix products, ``fp32`` or ``bf16``; ``torch.autocast`` changes nothing.
 
@@ -34,25 +36,29 @@ class ElmoModule(nn.Module):
     Attributes:
         num_layers: L + 1, the number that AllenNLP's ``Elmo(None, None, n, module=...)`` expects.
         output_dim: 2D.
+        mix: The weights of ``layers="mix"``, at first those of the average; None for other ``layers``.
 
     >>> module = load(MODEL).module(layers="top")
     >>> ids = module.ids(["w01 w02 w00", "w05"])
     >>> ids.shape, module(ids).shape
     (torch.Size([2, 3]), torch.Size([2, 3, 32]))
+    >>> [name for name, p in load(MODEL).module(layers="mix").named_parameters() if p.requires_grad]
+    ['mix.scalars', 'mix.gamma']
     """
 
     def __init__(
         self, stored: StoredModel, *, layers: str = "all", requires_grad: bool = False, precision: str = "fp32"
     ) -> None:
         super().__init__()
-        if layers not in ("all", "average", "top"):
-            raise ValueError(f"layers should be all, average or top, not {layers!r}")
+        if layers not in ("all", "average", "top", "mix"):
+            raise ValueError(f"layers should be all, average, top or mix, not {layers!r}")
         self.stored, self.layers = stored, layers
         self.bilm = stored.bilm(precision).requires_grad_(requires_grad)
         if self.bilm.mix is not None:  # no output depends on it, which DistributedDataParallel would take for a fault
             self.bilm.mix.requires_grad_(False)
         self.num_layers = stored.options.num_layers + 1
         self.output_dim = 2 * stored.options.projection_size
+        self.mix = ScalarMix(self.num_layers) if layers == "mix" else None
 
     def train(self, mode: bool = True) -> ElmoModule:
         """Set the mode of this module; the biLM stays in evaluation mode.
@@ -110,6 +116,8 @@ class ElmoModule(nn.Module):
             vectors = vectors[:, :, 1 : ids.shape[1] + 1] * mask[None, :, :, None]
         if self.layers == "all":
             return vectors
+        if self.mix is not None:
+            return self.mix(vectors.unbind())
         return vectors[-1] if self.layers == "top" else vectors.mean(0)
 
     def activations(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 
-from lapse_elmo import checkpoint, evaluate, native, train
+from lapse_elmo import checkpoint, code_cache, evaluate, native, train
 from lapse_elmo.checkpoint.manifest import MANIFEST, encode
 from lapse_elmo.config.preprocessing import VocabOptions
 from lapse_elmo.config.training import parse_train
@@ -324,7 +324,7 @@ def test_a_compiler_that_misbehaves(
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     source.write_text("int f(void) { return 1; }\n")
-    for name, value in (("CC", str(compiler)), (native.CACHE, str(tmp_path / "cache")), (native.SWITCH, "1")):
+    for name, value in (("CC", str(compiler)), (code_cache.CACHE, str(tmp_path / "cache")), (native.SWITCH, "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(native, "_COMPILER_TIME_S", 1)
     monkeypatch.setattr(native, "_SHOWS_VERSION_S", 1)

@@ -170,6 +170,9 @@ def test_nearest_is_cosine(runs: dict[str, Path]) -> None:
         assert found[0][1] == pytest.approx(np.sort(cosines)[-2], abs=1e-6)
     vector = trained.stored.embedding.weights(np.array([trained.vocabulary.encode(["w03"])[0] - 1]))[0]
     assert trained.nearest(vector, 1)[0][0] == "w03"
+    for without_direction in (np.zeros_like(vector), np.full_like(vector, np.nan)):
+        with pytest.raises(ValueError, match="finite numbers that are not all zero"):
+            trained.nearest(without_direction)
 
 
 def test_the_rows_of_many_ranks(small: Prepared, drive: Drive, tmp_path: Path) -> None:
