@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from lapse_elmo import checkpoint
@@ -33,7 +34,7 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
     best = min(results, key=lambda result: result.heldout.mean) if results else None
     lines = [table([head, *rows]), "", f"Perplexity is exp(loss per target); the run is in {run_dir}."]
     if best is not None:
-        path = run_dir / checkpoint.BEST
+        path = shlex.quote(str(run_dir / checkpoint.BEST))
         lines += [
             f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
             f"To evaluate it: bin/evaluate {path} [--shards DIR]",
@@ -45,9 +46,9 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
 
 def stop_message(signal: str, step: int, run: RunConfig) -> str:
     """Return the line to print when a signal has stopped the run; ``signal`` is "" if another rank got it."""
-    repeated = ["--overwrite"] * run.overwrite + [f"--resume {run.resume}"] * (run.resume != "auto")
+    repeated = ["--overwrite"] * run.overwrite + [f"--resume {shlex.quote(run.resume)}"] * (run.resume != "auto")
     without = f" and without {' and '.join(repeated)}" if repeated else ""  # they would discard or refuse what is saved
     return (
         f"{signal or 'a signal to another rank'} ended the run: a checkpoint of step {step:,} is saved; the same "
-        f"command with --run-dir {run.run_dir}{without} resumes from it"
+        f"command with --run-dir {shlex.quote(run.run_dir)}{without} resumes from it"
     )

@@ -83,6 +83,7 @@ def test_the_message_of_a_stopped_run_names_what_must_not_be_repeated() -> None:
         "with --run-dir runs/a and without --overwrite resumes from it",
         "with --run-dir runs/a and without --overwrite and --resume old resumes from it",
     ]
+    assert "--run-dir 'runs/a b' resumes" in stop_message("SIGTERM", 5, RunConfig(run_dir="runs/a b"))
 
 
 def test_what_is_left_of_the_minutes(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
