@@ -32,10 +32,9 @@ class World(Collectives):
 
     Args:
         comm: All ranks; None for a process without MPI.
-        nodes: Split the ranks of each machine into this many nodes (0: one), to try several nodes on one machine.
     """
 
-    def __init__(self, comm: MPI.Comm | None = None, nodes: int = 0) -> None:
+    def __init__(self, comm: MPI.Comm | None = None) -> None:
         super().__init__(comm)
         self.host = socket.gethostname()
         self.node, self.local_rank, self.local_size = 0, 0, 1
@@ -54,8 +53,6 @@ class World(Collectives):
             self.oversubscribed = self.host_size > self.cores
             self._find_nodes()
             self._unlink_shared_files()
-        if nodes > 1:
-            self.split(nodes)
 
     def split(self, nodes: int) -> None:
         """Split the ranks of each machine into ``nodes`` nodes that do not share memory (collective).
