@@ -110,7 +110,7 @@ class ElmoModule(nn.Module):
         >>> vectors.shape, bool(vectors[:, 1, 1:].any())
         (torch.Size([3, 2, 3, 32]), False)
         """
-        vectors = self._layers(ids)[0]
+        vectors = self.activations(ids)[0]
         if self.stored.boundaries:
             mask = (ids != PADDING).to(vectors.device)
             vectors = vectors[:, :, 1 : ids.shape[1] + 1] * mask[None, :, :, None]
@@ -123,7 +123,7 @@ class ElmoModule(nn.Module):
     def activations(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return all layers including boundary tokens (L + 1, B, T + 2, 2D), and the mask (B, T + 2) bool.
 
-        For AllenNLP's ``Elmo``, which removes the boundaries itself.
+        For AllenNLP's ``Elmo``, which removes the boundaries itself. A model trained without them has T positions.
 
         Raises:
             ValueError: As :meth:`forward`.
@@ -133,9 +133,6 @@ class ElmoModule(nn.Module):
         >>> vectors.shape, mask.sum(1).tolist()
         (torch.Size([3, 2, 5, 32]), [5, 3])
         """
-        return self._layers(ids)
-
-    def _layers(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"ids should be integers (B, T), not {ids.dtype} of shape {tuple(ids.shape)}")
         # Not parameters(): a replica of DataParallel has none.
