@@ -19,7 +19,7 @@ _LEAST_USE = 0.25
 _POSITIONS = 27  # of a mean sentence of the 1 Billion Word Benchmark
 
 
-class Shape(Protocol):
+class NumbersOfRanks(Protocol):
     """The numbers of ranks and nodes."""
 
     @property
@@ -31,7 +31,7 @@ class Shape(Protocol):
         """The number of nodes."""
 
 
-def num_frequent(config: Config, num_classes: int, shape: Shape) -> tuple[int, int]:
+def num_frequent(config: Config, num_classes: int, shape: NumbersOfRanks) -> tuple[int, int]:
     """Return the numbers of frequent rows of the embedding and of the softmax; 0 on one node.
 
     Args:

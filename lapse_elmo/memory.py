@@ -18,7 +18,7 @@ from lapse_elmo import cgroups
 from lapse_elmo.config.training import Config
 from lapse_elmo.corpus.shards import ShardSet
 from lapse_elmo.errors import ConfigError
-from lapse_elmo.frequent_rows import num_frequent
+from lapse_elmo.frequent_rows import NumbersOfRanks, num_frequent
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.mpi.node_memory import free_bytes as free_shared_bytes
 from lapse_elmo.mpi.world import World
@@ -39,16 +39,12 @@ _CGROUP_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("mem
 _NO_LIMIT = 1 << 60
 
 
-class Shape(Protocol):
+class Shape(NumbersOfRanks, Protocol):
     """How ranks are placed on machines: a :class:`~lapse_elmo.mpi.world.World`, or one that is planned."""
 
     @property
     def rank(self) -> int:
         """The rank whose memory is estimated."""
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
 
     @property
     def local_size(self) -> int:
@@ -57,10 +53,6 @@ class Shape(Protocol):
     @property
     def host_size(self) -> int:
         """The number of ranks on its machine."""
-
-    @property
-    def num_nodes(self) -> int:
-        """The number of nodes."""
 
 
 @dataclass(frozen=True)
