@@ -43,16 +43,6 @@ def elmo_lstm() -> Any:
     return modules("elmo_lstm").ElmoLstm
 
 
-def scalar_mix() -> Any:
-    """Return AllenNLP's ScalarMix class."""
-    return modules("scalar_mix").ScalarMix
-
-
-def sampled_softmax_loss() -> Any:
-    """Return AllenNLP's SampledSoftmaxLoss class, which by default samples from NumPy's global generator."""
-    return modules("sampled_softmax_loss").SampledSoftmaxLoss
-
-
 @functools.cache
 def modules(name: str) -> ModuleType:
     """Return the module ``allennlp.modules.<name>``, imported without the rest of AllenNLP.

@@ -125,7 +125,7 @@ def test_no_tokens(lstm: str) -> None:
 
 def test_scalar_mix_equals_allennlps() -> None:
     ours: Any = ScalarMix(3).double()
-    theirs = reference.scalar_mix()(3, initial_scalar_parameters=[0.5, -1.0, 2.0]).double()
+    theirs = reference.modules("scalar_mix").ScalarMix(3, initial_scalar_parameters=[0.5, -1.0, 2.0]).double()
     with torch.no_grad():
         ours.scalars.copy_(torch.tensor([0.5, -1.0, 2.0]))
         for gamma in (ours.gamma, theirs.gamma):

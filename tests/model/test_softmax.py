@@ -79,7 +79,8 @@ def test_equals_plain_autograd(num_targets: int, chunk: int, repeats: bool, corr
 def test_equals_allennlp_with_the_same_draws(sparse: bool) -> None:
     num_classes, num_samples = 60, 25
     samples, tries = np.random.default_rng(1).permutation(num_classes)[:num_samples], 41
-    theirs = reference.sampled_softmax_loss()(num_classes, 6, num_samples, sparse=sparse).double()
+    loss = reference.modules("sampled_softmax_loss").SampledSoftmaxLoss
+    theirs = loss(num_classes, 6, num_samples, sparse=sparse).double()
     theirs.choice_func = lambda *_: (samples, tries)
     target = indices(num_classes, 50)
     context, weight, bias = leaves(50, num_classes)
