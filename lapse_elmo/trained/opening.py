@@ -49,7 +49,7 @@ def open_stored(
         raise CheckpointError(f"there is no model at {folder}: give the directory of a run, a checkpoint or an export")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give the directory of a run, a checkpoint or an export")
-    if (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir():
+    if _holds_checkpoint(folder):
         stored = open_checkpoint(folder, vocab, verify)
     elif holds_huggingface_files(folder):
         stored = open_huggingface_files(folder, vocab)
@@ -137,17 +137,20 @@ def _map_dense(files: OpenFiles, path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def open_together(
-    path: str, vocab: str, world: World, *, embedding: str = ""
-) -> StoredModel:
+def open_together(path: str, vocab: str, world: World) -> StoredModel:
     """Open a model on every rank (collective); the ranks divide the verification of a checkpoint among themselves.
 
     The ranks of a node map the same files, so the tables are in its memory only once.
     """
     folder = Path(path)
-    if world.agree(lambda: (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()):
+    if world.agree(lambda: _holds_checkpoint(folder)):
         checkpoint = world.agree(lambda: find(folder))
         with OpenFiles(checkpoint) as files:  # a rank maps the tables from the files that it has verified
             manifest = verified(files, world)
             return world.together(lambda: open_checkpoint(checkpoint, vocab, manifest=manifest, files=files))
-    return world.together(lambda: open_stored(folder, vocab=vocab, embedding=embedding))
+    return world.together(lambda: open_stored(folder, vocab=vocab))
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    """Return whether ``folder`` looks like a checkpoint, or like a run, which has a folder of them."""
+    return (folder / MANIFEST).is_file() or (folder / FOLDER).is_dir()
