@@ -23,7 +23,6 @@ not. bilm-tf also carries its LSTM's state from one batch to the next, so its ve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from lapse_elmo import __version__
 from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
 from lapse_elmo.corpus.hdf5 import Hdf5Output
 from lapse_elmo.corpus.vocabulary import Vocabulary
-from lapse_elmo.export.folder import refuse_foreign
+from lapse_elmo.export.folder import encode_json, refuse_foreign
 from lapse_elmo.trained.elmo_files import OWN_VERSION, reordered
 from lapse_elmo.trained.stored import OWN, StoredModel, Table
 
@@ -66,8 +65,8 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
             for name, array in dense_arrays(stored):
                 file.write(name, array)
             _write_tables(file, stored)
-        atomic_write(temporary / OPTIONS, _json(bilm_options(stored, vocabulary)))
-        atomic_write(temporary / META, _json(nlpl_meta(stored)))
+        atomic_write(temporary / OPTIONS, encode_json(bilm_options(stored, vocabulary)))
+        atomic_write(temporary / META, encode_json(nlpl_meta(stored)))
         vocabulary.save(temporary / VOCABULARY)
         sync_directory(temporary)
     sizes = stored.options
@@ -173,7 +172,3 @@ def dense_arrays(stored: StoredModel) -> Iterator[tuple[str, np.ndarray]]:
     if stored.options.context == "mix":
         yield "mix/scalars", stored.dense["mix.scalars"]
         yield "mix/gamma", stored.dense["mix.gamma"]
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -1,12 +1,13 @@
-"""Checks that several export formats share."""
+"""What the formats that write a directory share."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from lapse_elmo.corpus.files import refuse_existing
-from lapse_elmo.errors import CheckpointError, OutputError
-from lapse_elmo.trained.stored import StoredModel, Table
+from lapse_elmo.errors import OutputError
 
 
 def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
@@ -29,12 +30,6 @@ def refuse_foreign(folder: Path, overwrite: bool, names: set[str]) -> None:
         raise OutputError(f"{folder} holds other files ({others[0]}), which would be lost: give another --output")
 
 
-def softmax_of(stored: StoredModel) -> Table:
-    """Return the model's softmax table.
-
-    Raises:
-        CheckpointError: If the model came without a softmax.
-    """
-    if stored.softmax is None:
-        raise CheckpointError(f"{stored.path} came without a softmax, which this format requires: export from the run")
-    return stored.softmax
+def encode_json(content: dict[str, Any]) -> bytes:
+    """Return the bytes of a JSON file, in a form that people can read, too."""
+    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"

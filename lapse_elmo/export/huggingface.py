@@ -22,7 +22,8 @@ import numpy as np
 from lapse_elmo import __version__
 from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
 from lapse_elmo.corpus.vocabulary import PADDING_TOKEN, SPECIAL, Vocabulary
-from lapse_elmo.export.folder import refuse_foreign, softmax_of
+from lapse_elmo.errors import CheckpointError
+from lapse_elmo.export.folder import encode_json, refuse_foreign
 from lapse_elmo.trained.huggingface_files import CONFIG, MODEL_TYPE, OWN_VERSION, TOKENIZER, VOCABULARY, WEIGHTS
 from lapse_elmo.trained.stored import OWN, StoredModel, Table
 
@@ -59,21 +60,23 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
         OutputError: If the directory cannot be written.
         CheckpointError: If the model has no softmax.
     """
-    softmax = softmax_of(stored)
+    softmax = stored.softmax
+    if softmax is None:
+        raise CheckpointError(f"{stored.path} came without a softmax, which this format requires: export from the run")
     padding = _free_name(PADDING_TOKEN, stored)
     vocabulary = Vocabulary.from_words(stored.vocabulary.words)
     with atomic_output(folder, overwrite) as temporary:
         temporary.mkdir()
         write_safetensors(temporary / WEIGHTS, list(_tensors(stored, softmax)))
-        atomic_write(temporary / CONFIG, _json(config_of(stored, vocabulary.sha256)))
+        atomic_write(temporary / CONFIG, encode_json(config_of(stored, vocabulary.sha256)))
         vocabulary.save(temporary / VOCABULARY)
-        atomic_write(temporary / TOKENIZER, _json(tokenizer_of(stored, padding)))
-        atomic_write(temporary / TOKENIZER_CONFIG, _json(_tokenizer_config(padding)))
+        atomic_write(temporary / TOKENIZER, encode_json(tokenizer_of(stored, padding)))
+        atomic_write(temporary / TOKENIZER_CONFIG, encode_json(_tokenizer_config(padding)))
         atomic_write(temporary / MODELING, (Path(__file__).parent / MODELING).read_bytes())
         atomic_write(temporary / CARD, card_of(stored).encode())
         atomic_write(temporary / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
         pooling = {"word_embedding_dimension": 2 * stored.options.projection_size, "pooling_mode_mean_tokens": True}
-        atomic_write(temporary / POOLING / "config.json", _json(pooling))
+        atomic_write(temporary / POOLING / "config.json", encode_json(pooling))
         sync_directory(temporary)
     return [f"{folder}: a Hugging Face directory ({stored.vocabulary.size:,} words) of {stored.path}"]
 
@@ -228,7 +231,3 @@ with torch.no_grad():
 starts from zero state, so its vectors do not depend on earlier sentences. With sentence-transformers,
 `SentenceTransformer(PATH, trust_remote_code=True)` returns the mean of the top layer's word vectors.
 """
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
