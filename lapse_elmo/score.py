@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import IO
 
 from lapse_elmo.config.trained_model import ScoreConfig, parse_score
-from lapse_elmo.corpus.files import atomic_output, atomic_write, refuse_existing, write_failed
+from lapse_elmo.corpus.files import atomic_output, atomic_write, flush_file, refuse_existing, write_failed
 from lapse_elmo.corpus.text import find_texts
 from lapse_elmo.devices import choose_device
 from lapse_elmo.errors import CorpusError
@@ -70,16 +69,11 @@ def _open(options: ScoreConfig, stack: contextlib.ExitStack) -> IO[str]:
     hidden = stack.enter_context(atomic_output(options.output, options.overwrite))
     try:
         file = stack.enter_context(open(hidden, "w", encoding="utf-8", newline="\n"))  # noqa: SIM115 (the stack closes it)
-        stack.callback(_flush, file)
+        stack.callback(flush_file, file)
         file.write(HEADER)
     except OSError as error:
         raise write_failed(options.output, error) from None
     return file
-
-
-def _flush(file: IO[str]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def require_targets(totals: Totals) -> None:

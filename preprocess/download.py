@@ -25,7 +25,7 @@ import requests
 from tqdm import tqdm
 
 from lapse_elmo.config.preprocessing import DownloadOptions
-from lapse_elmo.corpus.files import atomic_write, sync_directory, write_failed
+from lapse_elmo.corpus.files import atomic_write, flush_file, flush_path, write_failed
 from lapse_elmo.errors import CorpusError, OutputError
 from lapse_elmo.mpi.world import World
 
@@ -98,7 +98,7 @@ def _get(url: str, path: Path, options: DownloadOptions, sleep: Callable[[float]
             )
         # A file under the final name is complete: _store has synced its content.
         os.replace(part, path)
-        sync_directory(path.parent)
+        flush_path(path.parent)
         _validator(part).unlink(missing_ok=True)
         print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {digest}", flush=True)
     if _recorded(recorded) != digest:
@@ -187,8 +187,7 @@ def _store(answer: requests.Response, part: Path, offset: int, total: int | None
         for data in answer.iter_content(_READ_BYTES):
             file.write(data)
             progress.update(len(data))
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
         size = file.tell()
     if total is not None and size < total:
         raise _ConnectionLost(f"the connection ended after {size:,} of {total:,} bytes")
@@ -226,7 +225,7 @@ def _extract(archive: Path, output: Path) -> None:
         for folder, _, files in os.walk(temporary):  # what has its name counts as whole, also after a crash
             for path in (*(os.path.join(folder, name) for name in files), folder):
                 if not os.path.islink(path):
-                    sync_directory(path)
+                    flush_path(path)
         for name in names:
             os.rename(temporary / name, output / name)
     except OSError as error:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from lapse_elmo.corpus.files import lock_at_once, refuse_existing, replace, sync_directory, write_failed
+from lapse_elmo.corpus.files import flush_path, lock_at_once, refuse_existing, replace, write_failed
 from lapse_elmo.errors import OutputError, UserError
 from lapse_elmo.mpi.world import World
 
@@ -158,11 +158,11 @@ class Staging:
         try:
             # Its entries must be on the disk before the name is, or a crash could leave an output that is not whole.
             if new.is_dir():
-                sync_directory(new)
+                flush_path(new)
             if new.is_dir() and self.output.is_dir():
                 _check_replaceable(self.output, self._display_name)
             replace(new, self.output, self.directory / _OLD)  # which __exit__ removes with the hidden directory
-            sync_directory(self.output.parent)
+            flush_path(self.output.parent)
         except OSError as error:
             raise write_failed(self._display_name, error) from None
 

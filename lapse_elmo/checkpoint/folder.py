@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lapse_elmo.checkpoint.manifest import MANIFEST, cannot_read
-from lapse_elmo.corpus.files import replace, sync_directory
+from lapse_elmo.corpus.files import flush_path, replace
 from lapse_elmo.errors import CheckpointError
 
 FOLDER, BEST = "checkpoints", "best"
@@ -78,10 +78,10 @@ def find(path: Path) -> Path:
 
 def publish(partial: Path, final: Path) -> None:
     """Rename the complete checkpoint ``partial`` to ``final``, replacing an older one, and flush it to the disk."""
-    sync_directory(partial)  # before the rename: after a crash, a directory of the final name must be complete
+    flush_path(partial)  # before the rename: after a crash, a directory of the final name must be complete
     older = _unused_name(final)
     replace(partial, final, older)
-    sync_directory(final.parent)  # so that the rename itself survives a crash
+    flush_path(final.parent)  # so that the rename itself survives a crash
     shutil.rmtree(older, ignore_errors=True)  # last: it takes long, and a kill meanwhile must leave one of them
 
 

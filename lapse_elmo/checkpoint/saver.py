@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from lapse_elmo.checkpoint.files import (
 from lapse_elmo.checkpoint.folder import mark_best, partial_of, path_of, prune, publish
 from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, SENTENCES, VERSION, Manifest, encode, table_file
 from lapse_elmo.checkpoint.sentences import gather_sentences
+from lapse_elmo.corpus.files import flush_file
 from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import OutputError, in_one_line
 from lapse_elmo.metrics.versions import versions
@@ -244,8 +244,7 @@ class Saver:
         try:
             with open(partial / MANIFEST, "wb") as file:
                 file.write(encode(manifest))
-                file.flush()
-                os.fsync(file.fileno())
+                flush_file(file)
             publish(partial, final)
         except (OSError, RuntimeError):
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from lapse_elmo.errors import OutputError
 
@@ -66,7 +66,7 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         _remove(hidden)  # of a process that was killed and had our number, as in a container, where numbers are small
         yield hidden
         replace(hidden, path, old)
-        sync_directory(path.parent)
+        flush_path(path.parent)
     except OSError as error:
         raise write_failed(path, error) from None
     finally:
@@ -111,8 +111,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes, overwrite: bool = Fa
         raise OutputError(f"cannot write {path}: it is a directory, expected the name of a file")
     with atomic_output(path, overwrite) as hidden, open(hidden, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
 
 
 def _remove(path: Path) -> None:
@@ -123,13 +122,27 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Flush the directory ``path`` to the disk, so that files created or renamed in it survive a crash; or a file."""
+def flush_path(path: str | os.PathLike[str]) -> None:
+    """Flush a file to the disk, or a directory, so that what was created or renamed in it survives a crash.
+
+    Raises:
+        OSError: It cannot be opened or flushed.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_file(file: IO[Any]) -> None:
+    """Flush an open file, with what it has buffered, to the disk.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class DeferredErrorFile(io.FileIO):

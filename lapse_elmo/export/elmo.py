@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from lapse_elmo import __version__
-from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
+from lapse_elmo.corpus.files import atomic_output, atomic_write, flush_path
 from lapse_elmo.corpus.hdf5 import Hdf5Output
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.export.folder import encode_json, refuse_foreign
@@ -68,7 +68,7 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
         atomic_write(temporary / OPTIONS, encode_json(bilm_options(stored, vocabulary)))
         atomic_write(temporary / META, encode_json(nlpl_meta(stored)))
         vocabulary.save(temporary / VOCABULARY)
-        sync_directory(temporary)
+        flush_path(temporary)
     sizes = stored.options
     lines = [f"{folder}: {OPTIONS}, {WEIGHTS}, {VOCABULARY} ({vocabulary.size:,} words) of {stored.path}"]
     if not stored.boundaries:

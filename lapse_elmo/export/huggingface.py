@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lapse_elmo import __version__
-from lapse_elmo.corpus.files import atomic_output, atomic_write, sync_directory
+from lapse_elmo.corpus.files import atomic_output, atomic_write, flush_file, flush_path
 from lapse_elmo.corpus.vocabulary import PADDING_TOKEN, SPECIAL, Vocabulary
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.export.folder import encode_json, refuse_foreign
@@ -77,7 +76,7 @@ def write(stored: StoredModel, folder: Path, overwrite: bool) -> list[str]:
         atomic_write(temporary / MODULES, json.dumps(_SENTENCE_TRANSFORMERS, indent=1).encode())
         pooling = {"word_embedding_dimension": 2 * stored.options.projection_size, "pooling_mode_mean_tokens": True}
         atomic_write(temporary / POOLING / "config.json", encode_json(pooling))
-        sync_directory(temporary)
+        flush_path(temporary)
     return [f"{folder}: a Hugging Face directory ({stored.vocabulary.size:,} words) of {stored.path}"]
 
 
@@ -177,8 +176,7 @@ def write_safetensors(path: Path, tensors: list[TensorBlocks]) -> None:
         for _, _, blocks in tensors:
             for block in blocks:
                 file.write(np.ascontiguousarray(block, "<f4").data.cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
 
 
 def card_of(stored: StoredModel) -> str:

@@ -8,13 +8,12 @@ contain white space cannot be represented; they are omitted and counted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lapse_elmo.corpus.files import atomic_output, refuse_existing
+from lapse_elmo.corpus.files import atomic_output, flush_file, refuse_existing
 from lapse_elmo.corpus.vocabulary import SPECIAL, UNKNOWN
 from lapse_elmo.errors import OutputError
 from lapse_elmo.trained.stored import StoredModel
@@ -52,8 +51,7 @@ def write(stored: StoredModel, path: Path, overwrite: bool) -> list[str]:
             for index, vector in enumerate(vectors, first - _FIRST):
                 if index >= 0 and index not in omitted:
                     file.write(words[index].encode() + b" " + vector)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
     kind = "binary" if binary else "text"
     lines = [f"{path}: {len(words) - len(omitted):,} word vectors of {stored.path}, word2vec {kind}"]
     if omitted:

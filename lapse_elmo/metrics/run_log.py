@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lapse_elmo.config.training import RunConfig
-from lapse_elmo.corpus.files import atomic_output, write_failed
+from lapse_elmo.corpus.files import atomic_output, flush_file, write_failed
 from lapse_elmo.errors import log_line
 from lapse_elmo.metrics.terminal import stderr_is_terminal
 from lapse_elmo.step_report import StepResult
@@ -312,8 +311,7 @@ def truncate_after(path: Path, last_step: int) -> None:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= last_step:
                     kept.write(line.rstrip(b"\n") + b"\n")
-        kept.flush()
-        os.fsync(kept.fileno())
+        flush_file(kept)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import zipfile
@@ -12,6 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
+from lapse_elmo.corpus.files import flush_file
 from lapse_elmo.errors import CorpusError
 from lapse_elmo.inputs import MOST_VOCABULARY_BYTES, read_small
 
@@ -104,5 +104,4 @@ class TargetVectors:
                         if stored.exists():
                             with open(stored, "rb") as file:
                                 shutil.copyfileobj(file, entry, 1 << 20)
-            output.flush()
-            os.fsync(output.fileno())  # before the caller renames it
+            flush_file(output)  # before the caller renames it
