@@ -25,7 +25,7 @@ T = TypeVar("T")
 _SPIN_S = 0.002  # a rank with a core of its own spins this long before it starts to sleep
 _LONGEST_SLEEP_S = 0.001
 _MESSAGE_BYTES = 1 << 28  # of a large array at a time: MPI counts in 32 bits
-_MERGE = 33  # the tag of messages of merge(); handover.py has 31 and 32
+_SENT = 33  # the tag of messages of send()
 
 
 class Collectives:
@@ -138,25 +138,27 @@ class Collectives:
         distance = 1
         while distance < self.size:
             if self.rank % (2 * distance):
-                self._send(pickle.dumps(part()), self.rank - distance)
+                self.send(pickle.dumps(part()), self.rank - distance)
                 return
             if self.rank + distance < self.size:
-                add(pickle.loads(self._receive(self.rank + distance)))
+                add(pickle.loads(self.receive(self.rank + distance)))
             distance *= 2
 
-    def _send(self, data: bytes, rank: int) -> None:
+    def send(self, data: bytes, rank: int) -> None:
+        """Send ``data`` to ``rank``, which calls :meth:`receive`; messages to a rank arrive in their order."""
         assert self.comm is not None
-        self.wait(self.comm.Isend(np.array([len(data)], np.int64), rank, _MERGE))
+        self.wait(self.comm.Isend(np.array([len(data)], np.int64), rank, _SENT))
         for start in range(0, len(data), _MESSAGE_BYTES):
-            self.wait(self.comm.Isend(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _MERGE))
+            self.wait(self.comm.Isend(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _SENT))
 
-    def _receive(self, rank: int) -> bytearray:
+    def receive(self, rank: int) -> bytearray:
+        """Return the next data that ``rank`` sends to this rank by :meth:`send`."""
         assert self.comm is not None
         length = np.empty(1, np.int64)
-        self.wait(self.comm.Irecv(length, rank, _MERGE))
+        self.wait(self.comm.Irecv(length, rank, _SENT))
         data = bytearray(int(length[0]))
         for start in range(0, len(data), _MESSAGE_BYTES):
-            self.wait(self.comm.Irecv(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _MERGE))
+            self.wait(self.comm.Irecv(memoryview(data)[start : start + _MESSAGE_BYTES], rank, _SENT))
         return data
 
     def allgather(self, obj: T) -> list[T]:
