@@ -42,12 +42,12 @@ from lapse_elmo.checkpoint.manifest import (
 from lapse_elmo.checkpoint.model import SavedModel
 from lapse_elmo.checkpoint.restoring import restore
 from lapse_elmo.checkpoint.saved_rows import SavedTable
-from lapse_elmo.checkpoint.saver import Saver, save
+from lapse_elmo.checkpoint.saver import Saver
 from lapse_elmo.checkpoint.sentences import read_cursor
 
 __all__ = [
     "BEST", "FOLDER", "MANIFEST", "Manifest", "OpenFiles", "SavedModel", "SavedTable",
     "Saver", "candidates", "check_files",
     "config_of", "find", "order_of", "path_of", "prune", "read_cursor", "read_manifest", "require_vocabulary",
-    "restore", "save", "verified", "vocabulary_path",
+    "restore", "verified", "vocabulary_path",
 ]

@@ -318,21 +318,6 @@ class Saver:
             raise OutputError(message) from None
 
 
-def save(run_dir: Path, parameters: Parameters, cursor: Cursor, manifest: Manifest, world: World) -> Path:
-    """Save one checkpoint and wait for it (collective).
-
-    Returns:
-        The checkpoint's directory.
-
-    Raises:
-        OutputError: On every rank, if it cannot be written. Nothing of it is left behind.
-    """
-    saver = Saver(run_dir, world)
-    path = saver.start(parameters, cursor, manifest, None)
-    saver.finish()
-    return path
-
-
 def _make(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

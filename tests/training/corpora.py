@@ -12,8 +12,11 @@ import h5py
 import numpy as np
 
 from lapse_elmo import evaluate, train
+from lapse_elmo.checkpoint import Manifest, Saver
 from lapse_elmo.config.preprocessing import ShardsOptions, VocabOptions
-from lapse_elmo.mpi.world import solo
+from lapse_elmo.cursor import Cursor
+from lapse_elmo.mpi.world import World, solo
+from lapse_elmo.parameters import Parameters
 from preprocess.shards import make_shards
 from preprocess.vocab import make_vocabulary
 from tests import mpi
@@ -129,3 +132,11 @@ def assert_same_run(first: Path, second: Path) -> None:
     for name, values in mine.items():
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
     assert without_times(records(first)) == without_times(records(second))
+
+
+def save_once(run_dir: Path, parameters: Parameters, cursor: Cursor, manifest: Manifest, world: World) -> Path:
+    """Save one checkpoint and wait for it (collective); return its directory."""
+    saver = Saver(run_dir, world)
+    path = saver.start(parameters, cursor, manifest, None)
+    saver.finish()
+    return path

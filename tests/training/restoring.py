@@ -28,6 +28,7 @@ from lapse_elmo.cursor import Cursor, Position
 from lapse_elmo.mpi.launch import launch
 from lapse_elmo.mpi.world import World
 from lapse_elmo.parameters import Parameters
+from tests.training.corpora import save_once
 
 NUM_CLASSES, NUM_SENTENCES = 6007, 1003
 EPOCH = np.delete(np.arange(NUM_SENTENCES), np.arange(300, 700, 7))  # what was left of it when a run was resumed
@@ -66,7 +67,7 @@ def save(folder: Path, parameters: Parameters, world: World) -> None:
         "vocabulary_sha256": "", "num_classes": NUM_CLASSES, "config": as_tables(parameters.config), "state": {},
         "corpus": {"training": "", "held-out": ""}, "results": {},
     }
-    checkpoint.save(folder, parameters, cast("Cursor", FixedCursor(world)), entries, world)
+    save_once(folder, parameters, cast("Cursor", FixedCursor(world)), entries, world)
 
 
 def save_known(folder: Path, world: World) -> None:

@@ -29,7 +29,7 @@ from lapse_elmo.errors import CheckpointError, OutputError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
 from lapse_elmo.perplexity import Perplexity
-from tests.training.corpora import TINY, Prepared, checkpoints, records, train_alone
+from tests.training.corpora import TINY, Prepared, checkpoints, records, save_once, train_alone
 
 ENTRIES: dict[str, Any] = {
     "vocabulary_sha256": "v", "num_classes": 43, "corpus": {"training": "t", "held-out": "h"},
@@ -66,7 +66,7 @@ def cursor_at(config: Config, shards: ShardSet, step: int) -> Cursor:
 
 def save(folder: Path, parameters: Parameters, cursor: Cursor) -> Path:
     entries = {**ENTRIES, "config": as_tables(parameters.config)}
-    return checkpoint.save(folder, parameters, cursor, entries, solo())
+    return save_once(folder, parameters, cursor, entries, solo())
 
 
 def test_the_manifest_tells_everything(

@@ -15,7 +15,7 @@ from lapse_elmo.cursor import Cursor
 from lapse_elmo.errors import CheckpointError
 from lapse_elmo.mpi.world import solo
 from lapse_elmo.parameters import Parameters
-from tests.training.corpora import TINY, Prepared
+from tests.training.corpora import TINY, Prepared, save_once
 
 
 def test_steps_are_counted_beyond_what_float32_counts(small: Prepared, tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_steps_are_counted_beyond_what_float32_counts(small: Prepared, tmp_path:
             "vocabulary_sha256": "v", "num_classes": 43, "corpus": {"training": "t", "held-out": "h"}, "results": {},
             "state": {}, "config": as_tables(config),
         }
-        path = checkpoint.save(tmp_path, parameters, Cursor(config, solo(), shards), entries, solo())
+        path = save_once(tmp_path, parameters, Cursor(config, solo(), shards), entries, solo())
     optimizer.num_steps.zero_()
     checkpoint.restore(checkpoint.OpenFiles(path), checkpoint.read_manifest(path), parameters, solo())
     assert int(optimizer.num_steps) == many
