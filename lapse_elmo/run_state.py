@@ -84,14 +84,10 @@ class RunState:
             CheckpointError: If it is damaged.
         """
         try:
-            return cls._of(plain)
+            results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
+            return cls(
+                Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"],
+                plain["trained_s"], plain["served"], Watch.of(plain.get("watch", {})),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the state of the run in the checkpoint is damaged: {in_one_line(error)}") from None
-
-    @classmethod
-    def _of(cls, plain: dict[str, Any]) -> RunState:
-        results = [EpochResult(**{**row, "heldout": Perplexity(**row["heldout"])}) for row in plain["results"]]
-        return cls(
-            Meter.of(plain["meter"]), Meter.of(plain["whole"]), results, plain["evaluation_due"], plain["trained_s"],
-            plain["served"], Watch.of(plain.get("watch", {})),
-        )

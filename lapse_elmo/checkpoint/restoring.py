@@ -42,22 +42,18 @@ def restore(files: OpenFiles, manifest: Manifest, parameters: Parameters, world:
     Raises:
         CheckpointError: On every rank, if the checkpoint cannot be read or does not have every row.
     """
-    with files:
-        _restore(files, manifest, parameters, world)
-
-
-def _restore(files: OpenFiles, manifest: Manifest, parameters: Parameters, world: World) -> None:
     path = files.path
-    own = world.together(lambda: _guarded(path, lambda: _restore_rows(files, manifest, parameters, world)))
-    counts = world.sum_(own)
-    for table, count in zip(parameters.tables, counts.tolist(), strict=True):
-        if count != table.segment.num_rows:
-            raise CheckpointError(
-                f"{path} has {count:,} rows of the table {table.segment.name}, expected {table.segment.num_rows:,}; "
-                "use another checkpoint"
-            ).on_every_rank()
-    keeps_state = config_of(manifest, path).dense_optimizer == parameters.config.dense_optimizer
-    _restore_dense(files, parameters, world, keeps_state)
+    with files:
+        own = world.together(lambda: _guarded(path, lambda: _restore_rows(files, manifest, parameters, world)))
+        counts = world.sum_(own)
+        for table, count in zip(parameters.tables, counts.tolist(), strict=True):
+            if count != table.segment.num_rows:
+                raise CheckpointError(
+                    f"{path} has {count:,} rows of the table {table.segment.name}, expected "
+                    f"{table.segment.num_rows:,}; use another checkpoint"
+                ).on_every_rank()
+        keeps_state = config_of(manifest, path).dense_optimizer == parameters.config.dense_optimizer
+        _restore_dense(files, parameters, world, keeps_state)
     parameters.sync_parameters()
 
 
