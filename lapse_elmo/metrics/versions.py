@@ -9,7 +9,9 @@ import sys
 
 from lapse_elmo import __version__
 from lapse_elmo.config.training import ROOT
+from lapse_elmo.subprocesses import output_of
 
+_GIT_TIME_S = 10  # a file system that hangs may keep git longer
 _PACKAGES = ("torch", "allennlp", "numpy", "h5py", "mpi4py", "mpich")
 
 
@@ -35,7 +37,6 @@ def git_commit() -> str:
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return output_of(command, _GIT_TIME_S).strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip()
