@@ -38,12 +38,12 @@ def leave(world: World, status: int) -> None:
     flush_to_launcher()
     if world.size == 1:
         os._exit(status)
-    if world.rank and not highest_status_counts():
-        time.sleep(_ABORT_S)  # rank 0's abort ends this rank
     if highest_status_counts():
         _finalise(world, status)
         time.sleep(0 if world.rank else _LAST_S)
         os._exit(0 if world.rank else status)
+    if world.rank:
+        time.sleep(_ABORT_S)  # rank 0's abort ends this rank
     abort(world, status, quietly=True)
 
 
