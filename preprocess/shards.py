@@ -6,6 +6,7 @@ are complete. A run after a kill uses what was complete, once it has verified it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -78,7 +79,8 @@ def make_shards(options: ShardsOptions, world: World) -> None:
         every = [part for some in parts for part in some]
         encoded = _encode(every, found, new_word_encoder(vocabulary), work, world, staging)
         done = [[(encoded[part.paths], part.paths) for part in some] for some in parts]
-        world.agree(lambda: _check_texts(splits, done))
+        for split, chunks in zip(splits, done, strict=True):
+            world.agree(functools.partial(_check_text, split, chunks))
         summary = [
             _write_shards(split, chunks, options, vocabulary, work, world, staging)
             for split, chunks in zip(splits, done, strict=True)
@@ -235,16 +237,11 @@ def _is_shard(path: Path, header: Header, sources: list[str]) -> bool:
         return False
 
 
-def _check_texts(splits: Sequence[_Split], done: Sequence[Sequence[tuple[EncodedChunk, ChunkPaths]]]) -> None:
-    for split, chunks in zip(splits, done, strict=True):
-        _check_text(split, [chunk for chunk, _ in chunks])
-
-
-def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
+def _check_text(split: _Split, done: Sequence[tuple[EncodedChunk, ChunkPaths]]) -> None:
     """Check that every file has sentences, and that there are at least as many as shards."""
     by_path: dict[str, int] = dict.fromkeys(split.texts, 0)
-    for chunk, encoded_chunk in zip(split.chunks, encoded, strict=True):
-        by_path[chunk.path] += encoded_chunk.num_sentences
+    for chunk, (encoded, _) in zip(split.chunks, done, strict=True):
+        by_path[chunk.path] += encoded.num_sentences
     for path, count in by_path.items():
         if not count:
             raise CorpusError(f"text {path} has no words; expected one sentence per line")
