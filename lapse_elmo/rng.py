@@ -13,9 +13,9 @@ def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(_sequence(seed, purpose, indices)))
 
 
-def torch_stream(seed: int, purpose: str, *indices: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return the torch generator for ``purpose`` and ``indices``."""
-    generator = torch.Generator(device)
+def torch_stream(seed: int, purpose: str, *indices: int) -> torch.Generator:
+    """Return the torch generator, on the CPU, for ``purpose`` and ``indices``."""
+    generator = torch.Generator()
     generator.manual_seed(int(_sequence(seed, purpose, indices).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     return generator
 
