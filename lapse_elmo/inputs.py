@@ -11,13 +11,19 @@ import errno
 import gzip
 import os
 import stat
+import sys
 from collections.abc import Callable
-from typing import BinaryIO, Generic, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # Deflate can expand by a factor of 1,032, but text does not compress by more than 20.
 _MOST_EXPANSION = 100
 MOST_VOCABULARY_BYTES = 1 << 30
-MOST_TOML_BYTES = 1 << 24
+_MOST_TOML_BYTES = 1 << 24
 MOST_JSON_BYTES = 1 << 28  # enough for the manifest of 100,000 ranks, and for the options and the words of a model
 UNCHECKED_BYTES = 64 << 20  # expanded size up to which any ratio is allowed: a short text may repeat one word
 
@@ -65,6 +71,17 @@ def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     if len(data) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes >> 20:,} MiB, the limit for such files", str(path))
     return data
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    Raises:
+        OSError: Where :func:`read_small` does.
+        ValueError: It is not UTF-8 or not TOML, or has a number of thousands of digits.
+        RecursionError: It is nested too deeply.
+    """
+    return tomllib.loads(read_small(path, _MOST_TOML_BYTES).decode())
 
 
 def open_gzip(file: BinaryIO) -> BinaryIO:

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import itertools
 import re
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lapse_elmo.errors import ConfigError, in_one_line
-from lapse_elmo.inputs import MOST_TOML_BYTES, read_small
+from lapse_elmo.inputs import read_toml
 from lapse_elmo.program import as_called
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 T = TypeVar("T")
 _MAX_INTEGER = 1 << 53  # the largest that is exact in a float64
@@ -314,10 +308,10 @@ def _build(schema: type[T], namespace: argparse.Namespace) -> T:
 
 def _read_file(schema: type, path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(read_small(path, MOST_TOML_BYTES).decode())
+        tables = read_toml(path)
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {in_one_line(error)}") from None
     known = {(group, field.name): (field, hint) for group, field, hint in options_of(schema)}
     groups = {group for group, _ in known if group}

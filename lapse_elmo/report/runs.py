@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lapse_elmo.errors import ConfigError, UserError
-from lapse_elmo.inputs import MOST_TOML_BYTES, read_small
+from lapse_elmo.inputs import read_small, read_toml
 from lapse_elmo.metrics.run_log import METRICS
 from lapse_elmo.trained import load
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Records = list[dict[str, Any]]
 
@@ -146,7 +140,7 @@ def read_metrics(run_dir: Path) -> Records:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_small(path, MOST_TOML_BYTES).decode())
+        return read_toml(path)
     except (OSError, ValueError, RecursionError):  # the report only needs the metrics: accept partial copies
         return {}
 
