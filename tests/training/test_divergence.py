@@ -14,14 +14,14 @@ from tests.training.corpora import Prepared, checkpoints, records, train_alone, 
 
 def test_a_diverging_job_says_so_in_one_line(small: Prepared, tmp_path: Path) -> None:
     """A job that diverges prints one line, although all ranks raise the error, and its status is not 0."""
-    with train_job(2, small, tmp_path / "run", "--learning-rate", "30", "--epochs", "6", "--batch-size", "4") as job:
+    with train_job(2, small, tmp_path / "run", "--learning-rate", "3", "--epochs", "6", "--batch-size", "4") as job:
         ended = job.wait(90)
     assert ended.returncode == 2, ended.output
     lines = [line for line in ended.output.splitlines() if "diverges" in line]
-    assert len(lines) == 1
+    assert len(lines) == 1, ended.output
     assert re.search(
         r"training diverges at step \d+: .*(unigram's|word frequencies).*; no evaluated checkpoint is saved yet; lower "
-        r"--learning-rate \(now 30\)", lines[0],
+        r"--learning-rate \(now 3\)", lines[0],
     )
     assert "unigram  " not in ended.output and not checkpoints(tmp_path / "run")
 
