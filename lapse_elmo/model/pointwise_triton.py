@@ -134,8 +134,8 @@ class TritonPointwise(TorchPointwise):
         self, gates: Tensor, bias: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor,
         clip: float,
     ) -> None:
-        _cell_forward[_grid(cells)](
-            gates, bias, cells if previous_cells is None else previous_cells, cells, cell_output, cells.shape[1],
+        _launch(
+            _cell_forward, cells, gates, bias, cells if previous_cells is None else previous_cells, cells, cell_output,
             **_constexprs(gates, clip), HAS_PREVIOUS=previous_cells is not None,
         )
 
@@ -143,25 +143,34 @@ class TritonPointwise(TorchPointwise):
         self, gates: Tensor, previous_cells: Tensor | None, cells: Tensor, cell_output: Tensor, d_cell_output: Tensor,
         d_cells: Tensor, clip: float,
     ) -> None:
-        _cell_backward[_grid(cells)](
-            gates, cells if previous_cells is None else previous_cells, cells, cell_output, d_cell_output, d_cells,
-            cells.shape[1], **_constexprs(gates, clip), HAS_PREVIOUS=previous_cells is not None,
+        _launch(
+            _cell_backward, cells, gates, cells if previous_cells is None else previous_cells, cells, cell_output,
+            d_cell_output, d_cells, **_constexprs(gates, clip), HAS_PREVIOUS=previous_cells is not None,
         )
 
     def clip_forward(self, hidden: Tensor, mask: Tensor | None, clip: float) -> None:
         if mask is not None or clip < math.inf:
-            _clip_forward[_grid(hidden)](
-                hidden, hidden if mask is None else mask, hidden.shape[1],
-                **_constexprs(hidden, clip), HAS_MASK=mask is not None,
+            _launch(
+                _clip_forward, hidden, hidden, hidden if mask is None else mask, **_constexprs(hidden, clip),
+                HAS_MASK=mask is not None,
             )
 
     def clip_backward(
         self, d_hidden: Tensor, d_recurrent: Tensor, hidden: Tensor, mask: Tensor | None, clip: float
     ) -> None:
-        _clip_backward[_grid(hidden)](
-            d_hidden, d_recurrent, hidden, hidden if mask is None else mask, hidden.shape[1],
+        _launch(
+            _clip_backward, hidden, d_hidden, d_recurrent, hidden, hidden if mask is None else mask,
             **_constexprs(hidden, clip), HAS_MASK=mask is not None,
         )
+
+
+def _launch(kernel: Any, rows: Tensor, *pointers: Tensor, **constants: Any) -> None:
+    """Run a kernel over all ``rows`` (n, width) and their columns.
+
+    Triton launches kernels on torch's current device, not on that of their tensors.
+    """
+    with torch.cuda.device_of(rows):
+        kernel[_grid(rows)](*pointers, rows.shape[1], **constants)
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Without a GPU Triton's kernels are interpreted here, and compiled for two GPUs; 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import subprocess
@@ -288,6 +289,32 @@ def test_nan_passes_through(kernels: Callable, storage: torch.dtype) -> None:
     zeros = torch.zeros(9, dtype=wide)
     kind.softmax_rows(logits, zeros, torch.tensor([0.0, math.nan], dtype=wide), *outputs, zeros.clone())
     assert outputs[0].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", ["Triton"], indirect=True)
+def test_triton_runs_on_the_device_of_the_tensors(kernels: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, as Triton does by itself: a model may be on another GPU."""
+    module, inside, launched = importlib.import_module("lapse_elmo.model.pointwise_triton"), [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda *pointers, **_: launched.append(any(pointers[0].device == one.device for one in inside))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("_cell_forward", "_cell_backward", "_clip_forward", "_clip_backward"):
+        monkeypatch.setattr(module, name, Kernel())
+    kind, cells, gates = kernels(torch.float32), torch.zeros(2, 3), torch.zeros(2, 12)
+    kind.cell_forward(gates, gates[0], None, cells, cells, 1.0)
+    kind.cell_backward(gates, None, cells, cells, cells, cells, 1.0)
+    kind.clip_forward(cells, None, 1.0)
+    kind.clip_backward(cells, cells, cells, None, 1.0)
+    assert launched == [True] * 4 and not inside
 
 
 def test_kernels_become_machine_code() -> None:
