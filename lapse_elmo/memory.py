@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -83,15 +83,26 @@ class Estimate:
         return self.dense + self.activations + self.copy + self.libraries
 
 
-def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -> Estimate:
-    """Estimate the memory of a run, for this rank and its machine."""
+def estimate(
+    config: Config, num_classes: int, shards: ShardSet, world: Shape, on_gpu: Sequence[bool] = ()
+) -> Estimate:
+    """Estimate the memory of a run, for this rank and its machine; that of GPUs is not counted.
+
+    Args:
+        config: The options.
+        num_classes: V.
+        shards: The training sentences.
+        world: How ranks are placed on machines.
+        on_gpu: Whether each rank computes on a GPU; by default none does.
+    """
     model, size = config.model, config.model.projection_size
     rule = rule_of(config.optimizer)
     row_bytes = 4 * sum(width + rule.state_width(width) for width in (size, size + 1))
     copies = 1 + _STATE_ARRAYS[config.dense_optimizer] + (config.dense_average > 0)  # of dense numbers
     num_dense = dense_size(size, model.cell_size, model.num_layers)
     in_server = config.training.dense == "ps"
-    in_node = world.size > 1 and not in_server  # on CPUs; with GPUs this counts too much
+    own_gpu = bool(on_gpu) and on_gpu[world.rank]
+    in_node = world.size > 1 and not in_server and not any(on_gpu)
     rows = num_classes * row_bytes + in_server * 4 * copies * math.ceil(num_dense / DENSE_ROW) * DENSE_ROW
     nodes_here = world.host_size // world.local_size if world.local_size else 1
     mean = shards.num_tokens / max(shards.num_sentences, 1) + 2
@@ -110,10 +121,13 @@ def estimate(config: Config, num_classes: int, shards: ShardSet, world: Shape) -
     # The parts' gradients of rows are kept until all are summed, and joined for that. The sum of those of the LSTM is
     # kept while the next part's are computed.
     row_copies = 4 if parts == 1 else 3 + 2 * parts
-    softmax = 2 * _CHUNK_TARGETS * samples + row_copies * pulled * (size + 1)
+    pulled_rows = row_copies * pulled * (size + 1)
+    activations = 4 * (lstm + 2 * _CHUNK_TARGETS * samples + pulled_rows + 8 * positions * size) + _COMPILED_BYTES
+    dense = 4 * num_dense * ((1 if in_node else max(2 + copies, 4)) + (parts > 1))
+    if own_gpu:  # the host has copies of the rows, in pinned memory of up to twice their size, and of the gradients
+        activations, dense = 4 * (pulled_rows + 2 * pulled * (size + 1)), 4 * num_dense * 2
     return Estimate(
-        rows, shared, 4 * num_dense * ((1 if in_node else max(2 + copies, 4)) + (parts > 1)),
-        4 * (lstm + softmax + 8 * positions * size) + _COMPILED_BYTES,
+        rows, shared, dense, activations,
         rows // world.size + (4 * copies * num_dense if world.rank == 0 else 0), _resident_bytes(),
     )
 
@@ -195,8 +209,17 @@ def dense_size(projection_size: int, cell_size: int, num_layers: int) -> int:
     return 2 * num_layers * cell + num_layers + 2
 
 
-def check_memory(config: Config, num_classes: int, shards: ShardSet, world: World) -> tuple[str, ...]:
-    """Check that the run fits into the memory of each machine (collective).
+def check_memory(
+    config: Config, num_classes: int, shards: ShardSet, world: World, on_gpu: Sequence[bool] = ()
+) -> tuple[str, ...]:
+    """Check that the run fits into the memory of each machine, GPUs aside (collective).
+
+    Args:
+        config: The options.
+        num_classes: V.
+        shards: The training sentences.
+        world: The ranks.
+        on_gpu: Whether each rank computes on a GPU; by default none does.
 
     Returns:
         One line per machine, for the log: what the run needs and what is free.
@@ -204,7 +227,7 @@ def check_memory(config: Config, num_classes: int, shards: ShardSet, world: Worl
     Raises:
         ConfigError: On every rank, if it does not fit; the message suggests settings that do.
     """
-    own = estimate(config, num_classes, shards, world)
+    own = estimate(config, num_classes, shards, world, on_gpu)
     free = free_memory_bytes()
     by_host: dict[str, list[tuple[Estimate, int, int]]] = {}
     for host, rank, room, shared_room in world.allgather((world.host, own, free, free_shared_bytes())):

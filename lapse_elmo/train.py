@@ -56,7 +56,8 @@ def main(argv: list[str], enter: Callable[[], World]) -> int:
             world.progress.enter("start, looking for a checkpoint")
             start = find_resume_point(config, data, world)
             device = choose_device(config.devices, world)
-            memory = check_memory(config, data.vocabulary.size, data.train, world)
+            on_gpu = [kind != "cpu" for kind in world.allgather(device.device.type)]
+            memory = check_memory(config, data.vocabulary.size, data.train, world, on_gpu)
             if not only_plan:
                 return train(config, world, data, device, start, stop, memory)
             if config.plan.plan_nodes:

@@ -94,6 +94,23 @@ def test_replicas_are_counted_where_there_are_any(shards: ShardSet, monkeypatch:
     assert one.shared == one.rows + 2 * 100_000 * 45 + shards.kept_bytes(1)
 
 
+def test_what_is_on_gpus_takes_no_memory_of_the_machine(shards: ShardSet) -> None:
+    """Activations, dense parameters and their optimizer's state are there; rows cross, and are counted."""
+
+    def of(cells: int, *on_gpu: bool) -> memory.Estimate:
+        words = ("--cell-size", str(cells), "--batch-size", "1000")
+        return estimate(config_of(*words), 100_000, shards, TwoNodes(), on_gpu)
+
+    here, there, mixed = of(512), of(512, *[True] * 8), of(512, False, *[True] * 7)
+    assert there.activations == of(1024, *[True] * 8).activations < here.activations / 2
+    assert there.activations > 0
+    model = config_of("--cell-size", "512").model
+    numbers = 4 * dense_size(model.projection_size, 512, model.num_layers)
+    assert here.shared - there.shared == (4 + 4) * numbers  # weights, state and averages; each rank's gradients
+    # Where some ranks have GPUs, the others share nothing.
+    assert mixed.activations == here.activations and mixed.shared == there.shared and mixed.dense == 6 * numbers
+
+
 def test_what_several_parts_take_is_counted(shards: ShardSet) -> None:
     """The gradients of a rank's parts: of the LSTM their sum and the newest, of rows all until they are summed."""
 
