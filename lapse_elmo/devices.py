@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from lapse_elmo.mpi.world import World
 _MAX_THREADS, _MAX_THREADS_PER_CORE = 64, 4  # --threads may be at most the larger of the two limits
 # Parameters of glibc's mallopt: the size from which a block is a mapping of its own, and how much freed memory is kept.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _UNLIMITED = -3, -1, 2_000_000_000
+_DEVICE_FILES = Path("/dev")
 _FLOAT32_ERROR = 2e-6  # largest relative error of true float32 products; with bfloat16 or TF32 it is about 1e-3
 
 
@@ -41,8 +43,8 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
         for number in wanted:
             if number >= available:
                 raise ConfigError(
-                    f"GPU {number} was asked for, but {world.host} has {available} GPUs: give --device cpu or other "
-                    "--device-ids"
+                    f"GPU {number} was asked for, but torch sees {available} GPUs on {world.host}"
+                    f"{_why_none(available)}: give --device cpu or other --device-ids"
                 )
 
         if config.threads > max(_MAX_THREADS, _MAX_THREADS_PER_CORE * world.cores):
@@ -64,6 +66,22 @@ def choose_device(config: DeviceConfig, world: World) -> Device:
     # Products of bfloat16 are summed in float32, as on CPUs. By default cuBLAS may add up parts in bfloat16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return Device(device, threads)
+
+
+def unused_gpus(config: DeviceConfig, device: torch.device) -> list[str]:
+    """Return a line for the log if ``--device auto`` took the CPU of a machine that has NVIDIA GPUs."""
+    if config.device != "auto" or device.type != "cpu" or not any(_DEVICE_FILES.glob("nvidia[0-9]*")):
+        return []
+    return [f"this machine has a GPU that torch does not see{_why_none(0)}: the CPU computes"]
+
+
+def _why_none(available: int) -> str:
+    """Return, for a message, which CUDA a torch that sees no GPU is for; "" if it sees some."""
+    if available:
+        return ""
+    built = torch.version.cuda or torch.version.hip
+    kind = f"is for CUDA {built}, which needs a driver that supports it" if built else "was built without CUDA"
+    return f" (torch {torch.__version__} {kind})"
 
 
 def keep_freed_memory() -> bool:

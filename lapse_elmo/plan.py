@@ -6,7 +6,7 @@ import os
 
 from lapse_elmo.config.training import Config
 from lapse_elmo.cursor import Cursor
-from lapse_elmo.devices import Device
+from lapse_elmo.devices import Device, unused_gpus
 from lapse_elmo.fallbacks import model_fallbacks, product_lines
 from lapse_elmo.metrics.run_log import table
 from lapse_elmo.mpi.world import World
@@ -45,6 +45,7 @@ def plan_lines(
         how = "with the same batches" if cursor.exact else "the rest of the epoch is redistributed over the ranks"
         lines.append(f"resumes from {start.path}: step {cursor.step:,}, epoch {cursor.epoch + 1}, {how}")
     own = [*model_fallbacks(config.model, device.device), *server_fallbacks(config.server.ps)]
+    own += unused_gpus(config.devices, device.device)
     lines += lines_of_all(world, [*own, *product_lines(config.model, device.device)])
     if config.softmax.num_samples >= data.vocabulary.size:
         lines.append(

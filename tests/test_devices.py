@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from lapse_elmo import devices, fallbacks, native
-from lapse_elmo.config.training import ModelConfig
+from lapse_elmo.config.training import DeviceConfig, ModelConfig
+from lapse_elmo.errors import ConfigError
+from lapse_elmo.mpi.world import solo
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,25 @@ def test_fallbacks_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == len(fast)
     monkeypatch.setenv(native.SWITCH, "0")
     assert len(fallbacks.model_fallbacks(ModelConfig(), cpu)) == 4
+
+
+@pytest.mark.parametrize(
+    ("cuda", "says"), [(None, r"torch \S+ was built without CUDA"), ("13.0", r"torch \S+ is for CUDA 13\.0, ")]
+)
+def test_what_is_missing_for_a_gpu_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, says: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_DEVICE_FILES", tmp_path)
+    with pytest.raises(ConfigError, match=rf"GPU 0 was asked for, but torch sees 0 GPUs on \S+ \({says}"):
+        devices.choose_device(DeviceConfig(device="cuda"), solo())
+    auto, cpu = DeviceConfig(), torch.device("cpu")
+    assert not devices.unused_gpus(auto, cpu)
+    (tmp_path / "nvidia0").touch()
+    (line,) = devices.unused_gpus(auto, cpu)
+    assert re.search(rf"a GPU that torch does not see \({says}", line)
+    assert not devices.unused_gpus(DeviceConfig(device="cpu"), cpu)
 
 
 FREED = """
