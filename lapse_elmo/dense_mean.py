@@ -14,7 +14,9 @@ from torch import Tensor
 from lapse_elmo.errors import in_one_line
 from lapse_elmo.mpi.host import own_address
 from lapse_elmo.mpi.world import World
+from lapse_elmo.native import switched_on
 
+SWITCH = "LAPSE_ELMO_NCCL"
 _START_S = 60.0
 # How late a rank may be for a sum. By default NCCL aborts the job after 10 minutes, even if the rank only waits for its
 # file system, or all ranks were suspended; finding ranks that hang is the watchdog's task. (As milliseconds, 31 bits.)
@@ -48,11 +50,15 @@ def open_dense_mean(world: World, device: torch.device, numbers: int) -> tuple[D
         The averager, and the reason why several GPUs do not use NCCL (to be logged), or "".
     """
     over_mpi = MpiMean(world, device, numbers)
-    gpus = world.allgather(_gpu(device))
+    gpus, allowed = zip(*world.allgather((_gpu(device), switched_on(SWITCH))), strict=True)
     if world.size == 1 or None in gpus or len(set(gpus)) == 1:
         return over_mpi, ""
+    if not all(allowed):
+        return over_mpi, f"switched off by {SWITCH}: the dense gradients are summed by the host over MPI, not by NCCL"
     if len(set(gpus)) < world.size:
         return over_mpi, "ranks share a GPU: the dense gradients are summed by the host over MPI, not by NCCL"
+    # It may wait without a limit, say where a firewall blocks its connections: the watchdog then tells where.
+    world.progress.enter(f"start, joining NCCL ({SWITCH}=0 does without)")
     found, why = open_torch_mean(world, device, numbers, "nccl")
     if found is None:
         return over_mpi, f"NCCL does not work here: the dense gradients are summed by the host over MPI: {why}"

@@ -90,7 +90,12 @@ def problem(source: Path) -> str:
 
 def enabled() -> bool:
     """Return whether native code is enabled: the environment may switch it off."""
-    return os.environ.get(SWITCH, "1").lower() not in ("0", "no", "off", "false")
+    return switched_on(SWITCH)
+
+
+def switched_on(variable: str) -> bool:
+    """Return whether what an environment variable switches is on, as it is by default."""
+    return os.environ.get(variable, "1").lower() not in ("0", "no", "off", "false")
 
 
 @functools.cache

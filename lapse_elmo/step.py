@@ -272,12 +272,13 @@ class TrainingStep:
         take_embedding, take_softmax = (self.uploader.start(w) for w in weights)
         dropout = torch_stream(self.config.training.seed, "dropout", worker, step)
         embedding = take_embedding().requires_grad_()
-        index = self._to_device(batch.input_index)
+        # All copies to a GPU come before the LSTM: one from pageable memory waits for what the GPU was given before.
+        index, targets, samples = map(self._to_device, (batch.input_index, pulled.targets, pulled.samples))
+        log_expected = self._log_expected(pulled.softmax_rows)
         context = self.model.context_vectors(embedding, index, batch.packing, dropout)
         softmax = take_softmax().requires_grad_()
         nll = sampled_softmax_nll(
-            context, softmax, self._to_device(pulled.targets), self._to_device(pulled.samples),
-            self._log_expected(pulled.softmax_rows), precision=self.config.model.precision,
+            context, softmax, targets, samples, log_expected, precision=self.config.model.precision
         )
         (nll * self._loss_factor(batch)).backward()
         return float(nll.detach()), _gradient(embedding), _gradient(softmax)

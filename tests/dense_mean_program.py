@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -90,6 +91,12 @@ class Checks:
             mean, said[name] = open_dense_mean(self.world, CPU, NUMBERS)
             self.means(mean)
         assert "NCCL does not work here" in said["own"] or self.world.size == 1
+        if self.world.rank == self.world.size - 1:
+            os.environ[dense_mean.SWITCH] = "0"
+        dense_mean._gpu = lambda _: str(self.world.rank)  # type: ignore[assignment]
+        mean, reason = open_dense_mean(self.world, CPU, NUMBERS)
+        assert isinstance(mean, MpiMean)
+        assert reason.startswith("switched off by LAPSE_ELMO_NCCL") == (self.world.size > 1)
         assert said["one"] == ""
         assert ("ranks share a GPU" in said["shared"]) == (self.world.size > 2)
 

@@ -183,7 +183,7 @@ class BiLM(nn.Module):
         if not self.training or probability == 0.0:
             return tokens
         device = torch.device("cpu") if generator is None else generator.device
-        kept = torch.rand(tokens.shape, generator=generator, device=device).to(tokens.device) >= probability
+        kept = (torch.rand(tokens.shape, generator=generator, device=device) >= probability).to(tokens.device)
         return tokens * kept.to(tokens.dtype).div_(1.0 - probability)
 
     def _run(

@@ -174,7 +174,7 @@ class FusedElmoLstm(nn.Module):
             return None
         device = torch.device("cpu") if generator is None else generator.device
         kept = torch.rand(num_sentences, self.hidden_size, generator=generator, device=device) > probability
-        return kept.to(like.dtype).div_(1.0 - probability).to(like.device)
+        return kept.to(like.device).to(like.dtype).div_(1.0 - probability)
 
     def _initial_state(self, layer: int, direction: int, packing: Packing, dropout_mask: Tensor | None) -> LayerStart:
         """Return the initial state and the dropout mask of the sorted sentences."""

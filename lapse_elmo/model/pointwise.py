@@ -7,8 +7,10 @@ float32 for bfloat16 rows and otherwise that of the rows. An instance must be us
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lapse_elmo import native
+from lapse_elmo.code_cache import cache_folder
 from lapse_elmo.errors import in_one_line
 from lapse_elmo.model.pointwise_torch import TorchPointwise, wide_dtype
 
@@ -135,6 +138,8 @@ def triton_problem(device: torch.device) -> str:
 
 @functools.cache
 def _triton_problem(device: torch.device) -> str:
+    with contextlib.suppress(OSError):  # Triton's own default is a home directory that may be read-only
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     try:
         from lapse_elmo.model import pointwise_triton
 

@@ -102,6 +102,9 @@ def _fail(world: World | None, prog: str, error: BaseException) -> None:
         # Also from threads of libraries: TensorBoard's meets a full disk first if the run's own files fit.
         log_line(f"{prog}: {prefix}error: cannot write {error.filename or 'a file'}: {error.strerror}; free some space")
         status = USER_ERROR
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU, whose memory is not checked before
+        log_line(f"{prog}: {prefix}error: {str(error).splitlines()[0]}; lower --batch-size, or give --device cpu")
+        status = USER_ERROR
     else:
         if world is not None and isinstance(error, sys.modules["mpi4py.MPI"].Exception):
             time.sleep(_CAUSE_FIRST_S)  # usually the launcher ends this process meanwhile

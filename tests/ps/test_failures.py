@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.mpi import mpirun
+from tests.mpi import ROOT, mpirun
 from tests.ps import failing_program
 
 # Rank 0 has an error of MPI, as if in a transfer, a moment before rank 1 tells why it ends.
@@ -45,3 +47,14 @@ def test_the_rank_with_the_cause_is_heard_before_those_whose_transfers_it_broke(
 def test_an_error_of_mpi_alone_has_a_traceback() -> None:
     job = mpirun(2, ["-c", BROKEN_TRANSFER, "alone"], timeout=60)
     assert job.returncode == 1 and "mpi4py.MPI.Exception: " in job.stderr, job.output
+
+
+def test_a_gpu_without_room_is_reported_in_one_line() -> None:
+    program = (
+        "import torch; from lapse_elmo.mpi.launch import launch\n"
+        "def main(argv, join): raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.\\nGPU 0 has ...')\n"
+        "launch(main, [], prog='program')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    line = "program: error: CUDA out of memory. Tried 2 GiB.; lower --batch-size, or give --device cpu\n"
+    assert (ended.returncode, ended.stderr) == (2, line)
