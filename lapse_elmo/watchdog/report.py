@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import itertools
 import os
@@ -31,8 +32,14 @@ def own_stacks() -> bytes:
     """Return the stacks of the main thread and of other threads that run code of this package, except the caller.
 
     They are made by faulthandler, which does not read source files: the file system may be what hangs.
+
+    Raises:
+        OSError: If there is no descriptor left.
     """
-    file = os.memfd_create("stacks")
+    # Not os.memfd_create: conda's and uv's builds of Python lack it, because they were built for an older C library.
+    file = ctypes.CDLL(None, use_errno=True).memfd_create(b"stacks", 0)
+    if file < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     try:
         faulthandler.dump_traceback(file, all_threads=True)
         text = os.pread(file, 1 << 20, 0).decode(errors="replace")

@@ -217,3 +217,10 @@ def test_equal_stacks_are_shown_once() -> None:
     assert stack.startswith(b"MainThread:\n") and b"test_equal_stacks" in stack
     lines = stack_lines([0, 1, 4], [b"a:\nx\n\nb:\ny", b"a:\nx", b""])
     assert lines == ["  ranks 0-1, a:", "    x", "  rank 0, b:", "    y"]
+
+
+def test_stacks_by_a_python_that_was_built_for_an_old_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of conda and uv, which run on new systems, too."""
+    monkeypatch.delattr(os, "memfd_create")
+    with ThreadPoolExecutor(1) as pool:
+        assert b"test_stacks_by_a_python" in pool.submit(own_stacks).result()
