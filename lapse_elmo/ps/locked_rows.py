@@ -18,6 +18,7 @@ from lapse_elmo.ps.rows import DIRTY, PRESENT, REPLICA, SOURCE, NativeRows, Rows
 from lapse_elmo.ps.rules import Rule
 
 _ROWS_PER_LOCK = 1024
+_OFD_SETLKW = 38  # of Linux; builds of Python for a C library before 2.20, such as uv's, lack fcntl.F_OFD_SETLKW
 
 
 def open_rows(memory: NodeMemory, segment: Segment, is_native: bool) -> Rows:
@@ -223,7 +224,7 @@ class LockedRows(Rows):
     def _lock(self, kind: int, first: int, end: int) -> None:
         # ``struct flock`` of 64-bit Linux.
         flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, self._first_key + first, end - first, 0)
-        fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, flock)
+        fcntl.fcntl(self._file, _OFD_SETLKW, flock)
 
 
 def _as_array(indices: slice | np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -262,3 +263,17 @@ def test_addresses() -> None:
         strided.flags.writeable = writeable
         with pytest.raises(AssertionError, match="48, 16"):
             _address(strided)
+
+
+def test_locks_by_a_python_that_was_built_for_an_old_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of uv, which runs on new systems, too."""
+    monkeypatch.delattr(fcntl, "F_OFD_SETLKW")
+    segment = Layout.of(("rows", ROWS, 2, None))["rows"]
+    memory = NodeMemory(solo(), array_shapes(segment, False))
+    rows, values = LockedRows(memory, segment), np.ones((ROWS, 2), np.float32)
+    rows.put(np.arange(ROWS), np.arange(ROWS), values, as_replica=False)
+    pulled = np.zeros_like(values)
+    rows.pull(np.arange(ROWS), pulled)
+    np.testing.assert_array_equal(pulled, values)
+    rows.close()
+    memory.close()
