@@ -76,15 +76,22 @@ static int64_t prefetch_distance(int64_t width) {
     return rows < FEWEST_AHEAD ? FEWEST_AHEAD : rows > MOST_AHEAD ? MOST_AHEAD : rows;
 }
 
+/* Prefetch the cache line at `at`, for reading or for writing. The built-in function takes literal numbers only: Clang
+ * refuses even a constant that an inlined function is passed. */
+static inline __attribute__((always_inline)) void prefetch_line(const void *at, const int change) {
+    if (change) __builtin_prefetch(at, 1);
+    else __builtin_prefetch(at, 0);
+}
+
 static inline __attribute__((always_inline)) void prefetch(const float *row, int64_t width, const int change) {
-    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) __builtin_prefetch((const char *)row + j, change);
+    for (int64_t j = 0; j < width * 4 && j < FETCHED; j += 64) prefetch_line((const char *)row + j, change);
 }
 
 /* Prefetch `used` floats of a row some way after rows[i], and the entry of a later one, for reading or for writing. */
 static inline __attribute__((always_inline)) void prefetch_row(entry *entries, float *main, float *replica,
                                                                int64_t width, int64_t used, const int64_t *rows,
                                                                int64_t i, int64_t n, const int change) {
-    if (i + FAR_AHEAD < n) __builtin_prefetch(entries + rows[i + FAR_AHEAD], change);
+    if (i + FAR_AHEAD < n) prefetch_line(entries + rows[i + FAR_AHEAD], change);
     const int64_t ahead = prefetch_distance(used);
     if (i + ahead >= n) return;
     entry next = load_entry(entries + rows[i + ahead]);
