@@ -61,6 +61,7 @@ _TARGETS: tuple[tuple[str, tuple[str, ...], frozenset[str]], ...] = (
     ("avx2", ("-march=x86-64-v3",), _V3),
     ("any", (), frozenset()),
 )
+_THREADS = ("-fopenmp", "-fopenmp-simd")  # of these libraries, best first
 _COMPILER_TIME_S = 60  # each source takes a second
 _SHOWS_VERSION_S = 20
 _HANGS_FOR_S = 600  # how long a compiler that hung is not tried again: longer than a job takes to start
@@ -100,8 +101,7 @@ def switched_on(variable: str) -> bool:
 
 @functools.cache
 def _load(source: Path) -> tuple[ctypes.CDLL | None, str]:
-    if "omp parallel" in source.read_text(encoding="utf-8"):
-        share_openmp()
+    _prepare(source)
     reason = "there is no C compiler (cc, gcc or clang), and no library compiled ahead (make native) runs here"
     if (compiler := find_compiler()) is not None:
         try:
@@ -159,19 +159,32 @@ def build_ahead(source: Path) -> dict[str, str]:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang)")
+    _prepare(source)
     folder, reasons = cache_folder(), {}
-    for name, target, _ in _TARGETS:
-        path, reason = _path_ahead(folder, source, name, compiler), ""
-        for threads in ("-fopenmp", "-fopenmp-simd"):
+    kinds = list(_THREADS)
+    for name, target, _ in reversed(_TARGETS):  # the one for any processor, which loads here if any does, is the first
+        reason = ""
+        for threads in tuple(kinds):
+            path = _path_ahead(folder, source, name, compiler, threads)
             try:
                 if not _is_whole(path):
                     _build(source, path, compiler, (*_OPTIONS, *target, threads))
+                if not target:
+                    ctypes.CDLL(str(path))
                 reason = ""
                 break
             except (subprocess.SubprocessError, OSError) as error:
                 reason = reason or error_line(error)
+                if not target:  # Clang's OpenMP is another one than torch's
+                    kinds.remove(threads)
         reasons[name] = reason
-    return reasons
+    return {name: reasons[name] for name, *_ in _TARGETS}
+
+
+def _prepare(source: Path) -> None:
+    """Make torch's OpenMP library visible to the library of ``source`` if that uses threads."""
+    if "omp parallel" in source.read_text(encoding="utf-8"):
+        share_openmp()
 
 
 def share_openmp() -> None:
@@ -198,9 +211,9 @@ def _stem_ahead(source: Path, target: str) -> str:
     return f"{source.stem}-{target}-{key}-"
 
 
-def _path_ahead(folder: Path, source: Path, target: str, compiler: str) -> Path:
+def _path_ahead(folder: Path, source: Path, target: str, compiler: str, threads: str = _THREADS[0]) -> Path:
     """Return where ``compiler`` puts its library for ``target``: another compiler or C library builds another one."""
-    return folder / f"{_stem_ahead(source, target)}{_libc()}-{_hash(compiler, _version(compiler))}.so"
+    return folder / f"{_stem_ahead(source, target)}{_libc()}-{_hash(compiler, _version(compiler), threads)}.so"
 
 
 def _paths_ahead(folder: Path, source: Path, target: str) -> list[Path]:

@@ -182,6 +182,22 @@ def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, libr
     assert subprocess.run(command, env=bare, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout == "None\n"
 
 
+def test_what_is_built_ahead_loads_with_the_openmp_that_is_there(
+    source: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clang's code with threads calls an OpenMP library that no process has, as this source does with any compiler."""
+    source.write_text("""
+#ifdef _OPENMP
+void not_here(void);
+void (*called)(void) = not_here;
+#endif
+""")
+    assert not native.build_ahead(source)["any"]
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    native._load.cache_clear()
+    assert native.load(source) is not None
+
+
 def test_what_is_built_ahead_serves_a_node_that_may_not_write_there(
     source: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
