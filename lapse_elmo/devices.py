@@ -13,8 +13,9 @@ from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.world import World
 
 _MAX_THREADS, _MAX_THREADS_PER_CORE = 64, 4  # --threads may be at most the larger of the two limits
-# Parameters of glibc's mallopt: the size from which a block is a mapping of its own, and how much freed memory is kept.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _UNLIMITED = -3, -1, 2_000_000_000
+# Parameters of glibc's mallopt: the size from which a block is a mapping of its own, how many of these there may be,
+# and how much freed memory is kept.
+_MMAP_THRESHOLD, _MMAP_MAX, _TRIM_THRESHOLD, _UNLIMITED = -3, -4, -1, 2_000_000_000
 _DEVICE_FILES = Path("/dev")
 _FLOAT32_ERROR = 2e-6  # largest relative error of true float32 products; with bfloat16 or TF32 it is about 1e-3
 
@@ -94,7 +95,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # not glibc
         return False
-    return all(mallopt(parameter, _UNLIMITED) == 1 for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    # Older versions, such as 2.31, refuse a size above 32 MiB.
+    without_mappings = mallopt(_MMAP_THRESHOLD, _UNLIMITED) == 1 or mallopt(_MMAP_MAX, 0) == 1
+    return mallopt(_TRIM_THRESHOLD, _UNLIMITED) == 1 and without_mappings
 
 
 def speed_up_float32() -> bool:

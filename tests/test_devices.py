@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +100,18 @@ def test_freed_memory_is_used_again() -> None:
     if found[1][0] == "False":
         pytest.skip("the C library has no mallopt")
     assert int(found[1][1]) <= int(found[0][1]) / 10
+
+
+def test_an_older_c_library_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of Debian 11 or RHEL 8 refuses a threshold above 32 MiB."""
+    found: dict[int, int] = {}
+
+    def mallopt(parameter: int, value: int) -> int:
+        if parameter == -3 and value > 32 << 20:
+            return 0
+        found[parameter] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert devices.keep_freed_memory()
+    assert found == {-4: 0, -1: 2_000_000_000}
