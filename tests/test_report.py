@@ -7,9 +7,11 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lapse_elmo.mpi.world import solo
 from lapse_elmo.report.charts import _draw_bands, _draw_local_share, _draw_owners, charts_of, figure_of
 from lapse_elmo.report.runs import Run, read_run
 from lapse_elmo.trained import load
+from tests.mpi import ROOT
 from tests.training.corpora import prepare, train_alone
 
 CONFIG = '[data]\nshards = "corpus/shards"\n[model]\nprojection_size = 16\n[training]\nseed = 7\n'
@@ -248,3 +251,16 @@ def test_bands_cover_all_rows(num_rows: int) -> None:
     ends = band_ends(num_rows)
     assert ends[-1] == num_rows
     assert (np.diff(ends, prepend=0) > 0).all()
+
+
+def test_a_chart_for_a_user_without_a_home() -> None:
+    """As in a container that knows nothing of its user."""
+    code = (
+        "import pwd; pwd.getpwuid = {}.__getitem__; from lapse_elmo.report.charts import figure_of; "
+        "figure_of(lambda axis: None)"
+    )
+    hidden = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

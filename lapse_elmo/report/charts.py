@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lapse_elmo.code_cache import own_folder, temporary_folder
 from lapse_elmo.report.runs import PHASES, Run
 
 if TYPE_CHECKING:
@@ -104,6 +106,8 @@ def _chart(title: str, text: str, draw: Callable[[Axes], None]) -> Chart:
 
 def figure_of(draw: Callable[[Axes], None]) -> Figure:
     """Return a figure with one chart."""
+    if not os.path.isabs(os.path.expanduser("~")):  # as in some containers, where matplotlib cannot be imported then
+        os.environ.setdefault("MPLCONFIGDIR", str(own_folder(temporary_folder())))
     from matplotlib.figure import Figure
 
     figure = Figure((7, 4), layout="constrained")
