@@ -21,7 +21,7 @@ from lapse_elmo.errors import ConfigError
 from lapse_elmo.mpi.world import World
 
 _FOLDER = "/dev/shm"
-_ALIGNMENT = 4096  # bytes of a page
+_ALIGNMENT = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23  # map pages now (Linux 5.14); the module mmap does not name it
 
 
