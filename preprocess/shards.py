@@ -22,7 +22,7 @@ import numpy as np
 from lapse_elmo.config.preprocessing import ShardsOptions
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.corpus.shards import Header, ShardFile, ShardWriter, shard_name
-from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, split_into_chunks
+from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, refuse_text, split_into_chunks
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import WordEncoder, fallback_reason, new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError
@@ -67,7 +67,8 @@ def make_shards(options: ShardsOptions, world: World) -> None:
 
     Raises:
         CorpusError: On all ranks: a text or the vocabulary cannot be used.
-        ConfigError: On all ranks: there are fewer sentences than shards, or a text is both training and held-out text.
+        ConfigError: On all ranks: there are fewer sentences than shards, a text is both training and held-out text, or
+            the vocabulary is one of the texts.
         OutputError: On all ranks: the output exists or cannot be written.
     """
     started = time.perf_counter()
@@ -100,6 +101,8 @@ def _plan(options: ShardsOptions) -> list[_Split]:
             f"{min(both)} is both training and held-out text, which makes held-out perplexity meaningless; give "
             "different files"
         )
+    # As by ``--vocab text/vocab.txt`` with the texts ``text/*.txt``: each of its words would be a sentence.
+    refuse_text(options.vocab, [*train, *heldout], "the vocabulary")
     return [
         _Split("train", train, split_into_chunks(train), options.num_shards),
         _Split("heldout", heldout, split_into_chunks(heldout), options.num_heldout_shards),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lapse_elmo.config.preprocessing import VocabOptions
-from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, read_blocks, split_into_chunks
+from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, read_blocks, refuse_text, split_into_chunks
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.corpus.words import WordCounter, fallback_reason, most_frequent, new_word_counter
 from lapse_elmo.errors import CorpusError
@@ -30,10 +30,11 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
 
     Raises:
         CorpusError: On all ranks: a text cannot be used, or no word is frequent enough.
+        ConfigError: On all ranks: the output is one of the texts.
         OutputError: On all ranks: the output exists or cannot be written.
     """
     started = time.perf_counter()
-    chunks = world.agree(lambda: split_into_chunks(find_texts(options.texts)))
+    chunks = world.agree(lambda: _find_chunks(options))
     mine = [chunks[number] for number in assign_chunks(chunks, world.size)[world.rank]]
     with Staging(world, options.output, options.overwrite) as staging:
         counter = new_word_counter()
@@ -50,6 +51,12 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
     if reason := fallback_reason():
         print_once(world, reason)
     print_once(world, f"{options.output}: {summary}; {time.perf_counter() - started:.1f} s")
+
+
+def _find_chunks(options: VocabOptions) -> list[TextChunk]:
+    texts = find_texts(options.texts)
+    refuse_text(options.output, texts, "the output")  # --overwrite would replace a text, or count an old vocabulary
+    return split_into_chunks(texts)
 
 
 def _count(

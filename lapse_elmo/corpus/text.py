@@ -19,7 +19,7 @@ import numpy as np
 
 from lapse_elmo.ahead import read_ahead
 from lapse_elmo.corpus.compressed import DamagedError, compression_of, decompress
-from lapse_elmo.errors import CorpusError
+from lapse_elmo.errors import ConfigError, CorpusError
 from lapse_elmo.inputs import open_regular
 
 #: Bytes of uncompressed text in memory at a time, apart from the rest of the last line.
@@ -127,6 +127,18 @@ def _check_readable(path: str) -> None:
                 raise CorpusError(f"text {path} is empty; expected one sentence per line")
     except OSError as error:
         raise CorpusError(f"cannot read text {path}: {error.strerror}") from None
+
+
+def refuse_text(path: str, texts: Iterable[str], role: str) -> None:
+    """Check that ``path``, a file with another role, is not one of the ``texts``.
+
+    Raises:
+        ConfigError: It is, under any name.
+    """
+    real = os.path.realpath(path)
+    for text in texts:
+        if os.path.realpath(text) == real:
+            raise ConfigError(f"{text} is {role} and one of the texts; name the texts without it, or move it")
 
 
 def split_into_chunks(paths: Iterable[str]) -> list[TextChunk]:

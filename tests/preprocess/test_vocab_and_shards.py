@@ -171,6 +171,23 @@ def test_mistakes_are_one_line(corpus: tuple[list[Path], Path], tmp_path: Path) 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_vocabulary_is_no_text(tmp_path: Path) -> None:
+    """As in ``vocab data/*.txt``, with the default output ``data/vocab.txt``, and then ``shards data/*.txt``."""
+    train = write(tmp_path / "train.txt", sentences(50))
+    heldout = write(tmp_path / "heldout", sentences(9, 200))
+    before = train.read_bytes()
+    pattern, link = tmp_path / "*.txt", tmp_path / "link"
+    link.symlink_to(train)
+    v = vocab([pattern], tmp_path / "v.txt")
+    with pytest.raises(ConfigError, match=r"v\.txt is the vocabulary and one of the texts"):
+        shards([pattern], [heldout], v, tmp_path / "out", num_shards=2)
+    for texts, output in (([pattern], v), ([train], link), ([train], train)):
+        with pytest.raises(ConfigError, match="is the output and one of the texts"):
+            vocab(texts, output, overwrite=True)
+    assert train.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_outputs_are_replaced_only_when_asked(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
     (train, *_), heldout = corpus
     v, out = vocab([train], tmp_path / "v"), tmp_path / "out"
