@@ -13,7 +13,8 @@ from lapse_elmo.inputs import UNCHECKED_BYTES, open_gzip, open_regular
 
 _MAGIC = {
     "gzip": (b"\x1f\x8b",),
-    "zstd": (b"\x28\xb5\x2f\xfd",),
+    # The program pzstd begins with a skippable frame.
+    "zstd": (b"\x28\xb5\x2f\xfd", *(b"%c\x2a\x4d\x18" % first for first in range(0x50, 0x60))),
     "xz": (b"\xfd7zXZ\0",),
     "bzip2": tuple(b"BZh%d" % level + block for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")),
 }
@@ -65,7 +66,8 @@ def _new_zstd_decompressor() -> Any:
         raise CorpusError(
             "reading zstd text needs a package that is not installed; run: pip install backports.zstd"
         ) from None
-    return zstd.ZstdDecompressor()
+    # The library's limit is 27, of 128 MiB; ``zstd --long=31`` makes windows of 2 GiB, which take as much memory.
+    return zstd.ZstdDecompressor(options={int(zstd.DecompressionParameter.window_log_max): 31})
 
 
 class _FrameReader(io.RawIOBase):

@@ -153,6 +153,20 @@ def test_frames_of_xz_may_be_padded(tmp_path: Path) -> None:
     assert lines_of(tmp_path / "t.xz") == ["a", "b", ""]
 
 
+def test_zstd_with_skippable_frames(tmp_path: Path) -> None:
+    """As of pzstd, which writes one before each frame, and of the seekable format, which ends with one."""
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4)
+    (tmp_path / "t").write_bytes((skippable + zstd.compress(b"a\n")) * 2 + skippable)
+    assert lines_of(tmp_path / "t") == ["a", "a", ""]
+
+
+def test_zstd_with_a_large_window(tmp_path: Path) -> None:
+    """As of zstd --long=28; a frame whose size is not known at first takes the whole window."""
+    compressor = zstd.ZstdCompressor(options={int(zstd.CompressionParameter.window_log): 28})
+    (tmp_path / "t").write_bytes(compressor.compress(b"a\n") + compressor.flush())
+    assert lines_of(tmp_path / "t") == ["a", ""]
+
+
 def test_text_that_begins_like_bzip2_is_text(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"BZh9 is no word\n")
     assert lines_of(tmp_path / "t") == ["BZh9 is no word", ""]
