@@ -6,7 +6,6 @@ are complete. A run after a kill uses what was complete, once it has verified it
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -22,7 +21,15 @@ import numpy as np
 from lapse_elmo.config.preprocessing import ShardsOptions
 from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.corpus.shards import Header, ShardFile, ShardWriter, shard_name
-from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, refuse_text, split_into_chunks
+from lapse_elmo.corpus.text import (
+    TextChunk,
+    assign_chunks,
+    find_texts,
+    refuse_text,
+    require_unchanged,
+    split_into_chunks,
+    text_states,
+)
 from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import WordEncoder, fallback_reason, new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError
@@ -40,7 +47,7 @@ class _Split:
     """Training or held-out text, and the number of its shards."""
 
     name: str
-    texts: list[str]
+    texts: dict[str, tuple[int, int]]  # paths, with what require_unchanged compares
     chunks: list[TextChunk]
     num_shards: int
 
@@ -80,8 +87,7 @@ def make_shards(options: ShardsOptions, world: World) -> None:
         every = [part for some in parts for part in some]
         encoded = _encode(every, found, new_word_encoder(vocabulary), work, world, staging)
         done = [[(encoded[part.paths], part.paths) for part in some] for some in parts]
-        for split, chunks in zip(splits, done, strict=True):
-            world.agree(functools.partial(_check_text, split, chunks))
+        world.agree(lambda: _check_texts(splits, done))
         summary = [
             _write_shards(split, chunks, options, vocabulary, work, world, staging)
             for split, chunks in zip(splits, done, strict=True)
@@ -104,8 +110,8 @@ def _plan(options: ShardsOptions) -> list[_Split]:
     # As by ``--vocab text/vocab.txt`` with the texts ``text/*.txt``: each of its words would be a sentence.
     refuse_text(options.vocab, [*train, *heldout], "the vocabulary")
     return [
-        _Split("train", train, split_into_chunks(train), options.num_shards),
-        _Split("heldout", heldout, split_into_chunks(heldout), options.num_heldout_shards),
+        _Split("train", text_states(train), split_into_chunks(train), options.num_shards),
+        _Split("heldout", text_states(heldout), split_into_chunks(heldout), options.num_heldout_shards),
     ]
 
 
@@ -240,11 +246,17 @@ def _is_shard(path: Path, header: Header, sources: list[str]) -> bool:
         return False
 
 
-def _check_text(split: _Split, done: Sequence[tuple[EncodedChunk, ChunkPaths]]) -> None:
+def _check_texts(splits: Sequence[_Split], done: Sequence[Sequence[tuple[EncodedChunk, ChunkPaths]]]) -> None:
+    for split, chunks in zip(splits, done, strict=True):
+        require_unchanged(split.texts)
+        _check_text(split, [chunk for chunk, _ in chunks])
+
+
+def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
     """Check that every file has sentences, and that there are at least as many as shards."""
     by_path: dict[str, int] = dict.fromkeys(split.texts, 0)
-    for chunk, (encoded, _) in zip(split.chunks, done, strict=True):
-        by_path[chunk.path] += encoded.num_sentences
+    for chunk, encoded_chunk in zip(split.chunks, encoded, strict=True):
+        by_path[chunk.path] += encoded_chunk.num_sentences
     for path, count in by_path.items():
         if not count:
             raise CorpusError(f"text {path} has no words; expected one sentence per line")

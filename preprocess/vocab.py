@@ -15,7 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lapse_elmo.config.preprocessing import VocabOptions
-from lapse_elmo.corpus.text import TextChunk, assign_chunks, find_texts, read_blocks, refuse_text, split_into_chunks
+from lapse_elmo.corpus.text import (
+    TextChunk,
+    assign_chunks,
+    find_texts,
+    read_blocks,
+    refuse_text,
+    require_unchanged,
+    split_into_chunks,
+    text_states,
+)
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.corpus.words import WordCounter, fallback_reason, most_frequent, new_word_counter
 from lapse_elmo.errors import CorpusError
@@ -34,12 +43,13 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
         OutputError: On all ranks: the output exists or cannot be written.
     """
     started = time.perf_counter()
-    chunks = world.agree(lambda: _find_chunks(options))
+    before, chunks = world.agree(lambda: _find_chunks(options))
     mine = [chunks[number] for number in assign_chunks(chunks, world.size)[world.rank]]
     with Staging(world, options.output, options.overwrite) as staging:
         counter = new_word_counter()
         with progress_bar(world, sum(chunk.size for chunk in mine), "B", "counting") as progress:
             with_words = set().union(*staging.phase(lambda: _count(mine, counter, progress.update, staging.check)))
+        world.agree(lambda: require_unchanged(before))
         world.agree(lambda: _check_words(chunks, with_words))
         world.merge(counter.frequent, counter.add)  # from here on, rank 0 has the counts of all ranks
 
@@ -53,10 +63,11 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
     print_once(world, f"{options.output}: {summary}; {time.perf_counter() - started:.1f} s")
 
 
-def _find_chunks(options: VocabOptions) -> list[TextChunk]:
+def _find_chunks(options: VocabOptions) -> tuple[dict[str, tuple[int, int]], list[TextChunk]]:
+    """Return the chunks of the texts, and what :func:`require_unchanged` compares."""
     texts = find_texts(options.texts)
     refuse_text(options.output, texts, "the output")  # --overwrite would replace a text, or count an old vocabulary
-    return split_into_chunks(texts)
+    return text_states(texts), split_into_chunks(texts)
 
 
 def _count(

@@ -129,6 +129,30 @@ def _check_readable(path: str) -> None:
         raise CorpusError(f"cannot read text {path}: {error.strerror}") from None
 
 
+def text_states(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the size and the time of modification of each text, for :func:`require_unchanged`.
+
+    Raises:
+        CorpusError: A text is gone.
+    """
+    try:
+        return {path: (status.st_size, status.st_mtime_ns) for path in paths for status in [os.stat(path)]}
+    except OSError as error:
+        raise CorpusError(f"cannot read text {error.filename}: {error.strerror}") from None
+
+
+def require_unchanged(before: dict[str, tuple[int, int]]) -> None:
+    """Check that texts are what they were when :func:`text_states` returned ``before``.
+
+    Raises:
+        CorpusError: A text has changed, as one that is still being written does: only a part of it was read.
+    """
+    now = text_states(before)
+    for path, state in before.items():
+        if now[path] != state:
+            raise CorpusError(f"text {path} has changed while it was read; start again once it is complete")
+
+
 def refuse_text(path: str, texts: Iterable[str], role: str) -> None:
     """Check that ``path``, a file with another role, is not one of the ``texts``.
 

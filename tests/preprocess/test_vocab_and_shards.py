@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError, UserError
 from preprocess import encoded_chunks
+from preprocess import vocab as vocab_command
 from tests.mpi import ROOT, Job
 from tests.preprocess.texts import sentences, shards, tree, vocab, write
 
@@ -186,6 +187,28 @@ def test_a_vocabulary_is_no_text(tmp_path: Path) -> None:
             vocab(texts, output, overwrite=True)
     assert train.read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_text_that_grows_while_it_is_read(
+    corpus: tuple[list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a tokeniser is still writing; only what it had at the start would be used."""
+    (train, *_), heldout = corpus
+    v = vocab([train], tmp_path / "v")
+
+    def grow(chunk: text.TextChunk) -> Iterator[text.Block]:
+        yield from text.read_blocks(chunk)
+        with train.open("a") as file:
+            file.write("more text\n")
+
+    monkeypatch.setattr(vocab_command, "read_blocks", grow)
+    monkeypatch.setattr(encoded_chunks, "read_blocks", grow)
+    with pytest.raises(CorpusError, match=f"text {train} has changed while it was read"):
+        vocab([train], tmp_path / "v2")
+    with pytest.raises(CorpusError, match=f"text {train} has changed while it was read"):
+        shards([train], [heldout], v, tmp_path / "out", num_shards=2)
+    assert not (tmp_path / "v2").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_outputs_are_replaced_only_when_asked(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
