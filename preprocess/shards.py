@@ -1,6 +1,6 @@
 """``shards``: encode training and held-out text into HDF5 shards; the bytes are the same for any number of ranks.
 
-All chunks of text are encoded first (encoded_chunks.py), then the shards are written. Both get their names when they
+All parts of the text are encoded first (encoded_chunks.py), then the shards are written. Both get their names when they
 are complete. A run after a kill uses what was complete, once it has verified it.
 """
 
@@ -23,8 +23,9 @@ from lapse_elmo.corpus.files import write_failed
 from lapse_elmo.corpus.shards import Header, ShardFile, ShardWriter, shard_name
 from lapse_elmo.corpus.text import (
     TextChunk,
-    assign_chunks,
+    assign,
     find_texts,
+    join_chunks,
     refuse_text,
     require_unchanged,
     split_into_chunks,
@@ -35,7 +36,7 @@ from lapse_elmo.corpus.words import WordEncoder, fallback_reason, new_word_encod
 from lapse_elmo.errors import ConfigError, CorpusError
 from lapse_elmo.mpi.world import World
 
-from .encoded_chunks import ChunkPaths, EncodedChunk, chunk_paths, encode_chunk, load_chunk, read_group, residue_of
+from .encoded_chunks import EncodedPart, PartPaths, encode_part, load_part, part_paths, read_group, residue_of
 from .progress import print_once, progress_bar
 from .staging import Staging
 
@@ -48,7 +49,7 @@ class _Split:
 
     name: str
     texts: dict[str, tuple[int, int]]  # paths, with what require_unchanged compares
-    chunks: list[TextChunk]
+    parts: list[tuple[TextChunk, ...]]
     num_shards: int
 
     def shard_names(self) -> list[str]:
@@ -62,11 +63,11 @@ class _Split:
 
 @dataclass(frozen=True)
 class _Part:
-    """A chunk of text to encode, with the number of groups and the files for the result."""
+    """A part of the text to encode, with the number of groups and the files for the result."""
 
-    chunk: TextChunk
+    chunks: tuple[TextChunk, ...]
     num_shards: int
-    paths: ChunkPaths
+    paths: PartPaths
 
 
 def make_shards(options: ShardsOptions, world: World) -> None:
@@ -89,8 +90,8 @@ def make_shards(options: ShardsOptions, world: World) -> None:
         done = [[(encoded[part.paths], part.paths) for part in some] for some in parts]
         world.agree(lambda: _check_texts(splits, done))
         summary = [
-            _write_shards(split, chunks, options, vocabulary, work, world, staging)
-            for split, chunks in zip(splits, done, strict=True)
+            _write_shards(split, encoded_parts, options, vocabulary, work, world, staging)
+            for split, encoded_parts in zip(splits, done, strict=True)
         ]
         staging.publish("new")
     if reason := fallback_reason():
@@ -110,8 +111,8 @@ def _plan(options: ShardsOptions) -> list[_Split]:
     # As by ``--vocab text/vocab.txt`` with the texts ``text/*.txt``: each of its words would be a sentence.
     refuse_text(options.vocab, [*train, *heldout], "the vocabulary")
     return [
-        _Split("train", text_states(train), split_into_chunks(train), options.num_shards),
-        _Split("heldout", text_states(heldout), split_into_chunks(heldout), options.num_heldout_shards),
+        _Split("train", text_states(train), join_chunks(split_into_chunks(train)), options.num_shards),
+        _Split("heldout", text_states(heldout), join_chunks(split_into_chunks(heldout)), options.num_heldout_shards),
     ]
 
 
@@ -132,8 +133,8 @@ def _prepare(
         new.mkdir(exist_ok=True)
         parts = [
             [
-                _Part(chunk, split.num_shards, chunk_paths(folder, chunk, vocabulary.sha256, split.num_shards))
-                for chunk in split.chunks
+                _Part(chunks, split.num_shards, part_paths(folder, chunks, vocabulary.sha256, split.num_shards))
+                for chunks in split.parts
             ]
             for split in splits
         ]
@@ -153,38 +154,39 @@ def _prepare(
 
 def _encode(
     parts: Sequence[_Part], found: Sequence[_Part], encoder: WordEncoder, work: Path, world: World, staging: Staging
-) -> dict[ChunkPaths, EncodedChunk]:
+) -> dict[PartPaths, EncodedPart]:
     """Encode all parts but those of ``found``, with a record of a killed run, that are complete (collective)."""
 
-    def load(part: _Part) -> EncodedChunk | None:
-        return load_chunk(part.paths, part.num_shards, staging.check)
+    def load(part: _Part) -> EncodedPart | None:
+        return load_part(part.paths, len(part.chunks), part.num_shards, staging.check)
 
     loaded = _shared_out(found, load, world, staging) if found else {}
-    encoded = {paths: chunk for paths, chunk in loaded.items() if chunk is not None}
+    encoded = {paths: part for paths, part in loaded.items() if part is not None}
     if found:
-        print_once(world, f"resumes: {len(encoded)} of {len(parts)} chunks of text are encoded already")
+        print_once(world, f"resumes: {len(encoded)} of {len(parts)} parts of the text are encoded already")
     left = [part for part in parts if part.paths not in encoded]
-    total = sum(part.chunk.size for part in _share(left, world))
+    total = sum(chunk.size for part in _share(left, world) for chunk in part.chunks)
     with progress_bar(world, total, "B", "encoding") as progress:
 
-        def encode(part: _Part) -> EncodedChunk:
+        def encode(part: _Part) -> EncodedPart:
             def on_block(num_bytes: int) -> None:
                 progress.update(num_bytes)
                 staging.check()
 
-            return encode_chunk(part.chunk, encoder, part.num_shards, part.paths, work, on_block)
+            return encode_part(part.chunks, encoder, part.num_shards, part.paths, work, on_block)
 
         return encoded | _shared_out(left, encode, world, staging)
 
 
 def _share(parts: Sequence[_Part], world: World) -> list[_Part]:
     """Return the parts of this rank."""
-    return [parts[n] for n in assign_chunks([part.chunk for part in parts], world.size)[world.rank]]
+    work = [sum(chunk.work for chunk in part.chunks) for part in parts]
+    return [parts[n] for n in assign(work, world.size)[world.rank]]
 
 
 def _shared_out(
     parts: Sequence[_Part], function: Callable[[_Part], T], world: World, staging: Staging
-) -> dict[ChunkPaths, T]:
+) -> dict[PartPaths, T]:
     """Call ``function`` for all parts, each on one rank, and return the results on all of them (collective)."""
     results = staging.phase(lambda: {part.paths: function(part) for part in _share(parts, world)})
     return {paths: result for some in results for paths, result in some.items()}
@@ -192,7 +194,7 @@ def _shared_out(
 
 def _write_shards(
     split: _Split,
-    chunks: Sequence[tuple[EncodedChunk, ChunkPaths]],
+    parts: Sequence[tuple[EncodedPart, PartPaths]],
     options: ShardsOptions,
     vocabulary: Vocabulary,
     work: Path,
@@ -200,9 +202,9 @@ def _write_shards(
     staging: Staging,
 ) -> str:
     """Write the shards of one split, but for those that a killed run has left (collective); returns a summary line."""
-    encoded = [chunk for chunk, _ in chunks]
+    encoded = [part for part, _ in parts]
     set_sha256 = _set_sha256(split, encoded, vocabulary)
-    starts = np.cumsum([0] + [chunk.num_sentences for chunk in encoded]).tolist()
+    starts = np.cumsum([0] + [part.num_sentences for part in encoded]).tolist()
     names = split.shard_names()
 
     def write() -> list[tuple[Header, bool]]:
@@ -210,13 +212,13 @@ def _write_shards(
         with progress_bar(world, len(shards), "shard", f"writing {split.name}") as progress:
             written = []
             for shard in shards:
-                # The shard's group in a chunk depends on how many sentences precede the chunk, known only now.
+                # The shard's group in a part depends on how many sentences precede the part, known only now.
                 residues = [residue_of(shard, start, split.num_shards) for start in starts[:-1]]
                 header = _header(split, shard, encoded, residues, vocabulary, set_sha256, options)
                 path = staging.directory / "new" / names[shard]
                 is_here = path.exists() and _is_shard(path, header, split.sources())
                 if not is_here:
-                    groups = ((*chunk, residue) for chunk, residue in zip(chunks, residues, strict=True))
+                    groups = ((*part, residue) for part, residue in zip(parts, residues, strict=True))
                     _write_shard(path, work / names[shard], header, split, groups, staging.check)
                 written.append((header, is_here))
                 progress.update(1)
@@ -246,17 +248,18 @@ def _is_shard(path: Path, header: Header, sources: list[str]) -> bool:
         return False
 
 
-def _check_texts(splits: Sequence[_Split], done: Sequence[Sequence[tuple[EncodedChunk, ChunkPaths]]]) -> None:
-    for split, chunks in zip(splits, done, strict=True):
+def _check_texts(splits: Sequence[_Split], done: Sequence[Sequence[tuple[EncodedPart, PartPaths]]]) -> None:
+    for split, encoded_parts in zip(splits, done, strict=True):
         require_unchanged(split.texts)
-        _check_text(split, [chunk for chunk, _ in chunks])
+        _check_text(split, [part for part, _ in encoded_parts])
 
 
-def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
+def _check_text(split: _Split, encoded: Sequence[EncodedPart]) -> None:
     """Check that every file has sentences, and that there are at least as many as shards."""
     by_path: dict[str, int] = dict.fromkeys(split.texts, 0)
-    for chunk, encoded_chunk in zip(split.chunks, encoded, strict=True):
-        by_path[chunk.path] += encoded_chunk.num_sentences
+    for chunks, part in zip(split.parts, encoded, strict=True):
+        for chunk, num_sentences in zip(chunks, part.contents[:, 0].tolist(), strict=True):
+            by_path[chunk.path] += num_sentences
     for path, count in by_path.items():
         if not count:
             raise CorpusError(f"text {path} has no words; expected one sentence per line")
@@ -269,9 +272,9 @@ def _check_text(split: _Split, encoded: Sequence[EncodedChunk]) -> None:
         )
 
 
-def _set_sha256(split: _Split, encoded: Sequence[EncodedChunk], vocabulary: Vocabulary) -> str:
+def _set_sha256(split: _Split, encoded: Sequence[EncodedPart], vocabulary: Vocabulary) -> str:
     # Only what determines the sentences and their order: not paths, times or ranks. Runs compare it when they resume.
-    content = [[chunk.num_sentences, chunk.checksum] for chunk in encoded]
+    content = [of_chunk for part in encoded for of_chunk in part.contents.tolist()]
     identity = [split.name, split.num_shards, vocabulary.sha256, content]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -279,13 +282,13 @@ def _set_sha256(split: _Split, encoded: Sequence[EncodedChunk], vocabulary: Voca
 def _header(
     split: _Split,
     shard: int,
-    encoded: Sequence[EncodedChunk],
+    encoded: Sequence[EncodedPart],
     residues: Sequence[int],
     vocabulary: Vocabulary,
     set_sha256: str,
     options: ShardsOptions,
 ) -> Header:
-    totals = sum(chunk.counts[residue] for chunk, residue in zip(encoded, residues, strict=True))
+    totals = sum(part.counts[residue] for part, residue in zip(encoded, residues, strict=True))
     num_sentences, num_tokens, num_unknown = (int(total) for total in totals)
     used = {"num_shards": options.num_shards, "num_heldout_shards": options.num_heldout_shards}
     return Header(
@@ -307,7 +310,7 @@ def _write_shard(
     hidden: Path,
     header: Header,
     split: _Split,
-    groups: Iterable[tuple[EncodedChunk, ChunkPaths, int]],
+    groups: Iterable[tuple[EncodedPart, PartPaths, int]],
     check: Callable[[], None],
 ) -> None:
     """Assemble one shard, under the name ``hidden`` until it is complete."""
@@ -315,8 +318,8 @@ def _write_shard(
     writer = None
     try:
         writer = ShardWriter(hidden, header, split.sources())
-        for chunk, paths, residue in groups:
-            for tokens, lengths in read_group(chunk, paths, residue):
+        for part, paths, residue in groups:
+            for tokens, lengths in read_group(part, paths, residue):
                 writer.append(tokens, lengths)
             check()
         writer.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 from lapse_elmo.config.preprocessing import VocabOptions
 from lapse_elmo.corpus.text import (
     TextChunk,
-    assign_chunks,
+    assign,
     find_texts,
     read_blocks,
     refuse_text,
@@ -44,7 +44,7 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
     """
     started = time.perf_counter()
     before, chunks = world.agree(lambda: _find_chunks(options))
-    mine = [chunks[number] for number in assign_chunks(chunks, world.size)[world.rank]]
+    mine = [chunks[number] for number in assign([chunk.work for chunk in chunks], world.size)[world.rank]]
     with Staging(world, options.output, options.overwrite) as staging:
         counter = new_word_counter()
         with progress_bar(world, sum(chunk.size for chunk in mine), "B", "counting") as progress:

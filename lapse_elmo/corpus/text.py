@@ -27,6 +27,8 @@ BLOCK_BYTES = 1 << 20
 #: Plain files are split into chunks of this many bytes, so that a single large file keeps many ranks busy. The size
 #: must not depend on the number of ranks, because the shards must be the same, byte for byte, for any number.
 CHUNK_BYTES = 64 << 20
+#: Neighbouring chunks are joined to about this many parts, so that what is done for each part costs little.
+NUM_PARTS = 2048
 #: A longer line means that the file is not text with one sentence per line.
 MAX_LINE_BYTES = 16 << 20
 
@@ -43,6 +45,11 @@ class TextChunk:
     end: int | None
     size: int  # bytes on disk, for balancing the work
     kind: str = ""  # compression format, empty for plain text
+
+    @property
+    def work(self) -> int:
+        """The size of the text: as on disk, or with a typical compression ratio."""
+        return self.size * (1 if self.end is not None else 3)
 
 
 @dataclass(frozen=True)
@@ -189,19 +196,33 @@ def split_into_chunks(paths: Iterable[str]) -> list[TextChunk]:
     return chunks
 
 
-def assign_chunks(chunks: Sequence[TextChunk], size: int) -> list[list[int]]:
-    """Distribute chunks over ranks, greedily: the largest chunk first, each to the rank with the least work so far.
+def join_chunks(chunks: Sequence[TextChunk]) -> list[tuple[TextChunk, ...]]:
+    """Join neighbours to at most ``NUM_PARTS`` parts and one; many files, or much text, have more chunks."""
+    enough = sum(chunk.work for chunk in chunks) // NUM_PARTS
+    parts: list[tuple[TextChunk, ...]] = []
+    part: list[TextChunk] = []
+    work = 0
+    for chunk in chunks:
+        part.append(chunk)
+        work += chunk.work
+        if work >= enough:
+            parts.append(tuple(part))
+            part, work = [], 0
+    return [*parts, tuple(part)] if part else parts
+
+
+def assign(work: Sequence[int], size: int) -> list[list[int]]:
+    """Distribute pieces of ``work`` over ranks, greedily: the largest first, each to the rank with the least so far.
 
     Returns:
-        For each of the ``size`` ranks the indices of its chunks, ascending.
+        For each of the ``size`` ranks the indices of its pieces, ascending.
     """
-    # Bytes of text and rank, as a heap: with thousands of ranks and of chunks, a search for the least would take long.
+    # Work and rank, as a heap: with thousands of ranks and of pieces, a search for the least would take long.
     load = [(0, rank) for rank in range(size)]
     mine: list[list[int]] = [[] for _ in range(size)]
-    for number in sorted(range(len(chunks)), key=lambda n: (-chunks[n].size, n)):
-        num_bytes, rank = load[0]
-        num_bytes += chunks[number].size * (1 if chunks[number].end is not None else 3)  # typical compression ratio
-        heapq.heapreplace(load, (num_bytes, rank))
+    for number in sorted(range(len(work)), key=lambda n: (-work[n], n)):
+        so_far, rank = load[0]
+        heapq.heapreplace(load, (so_far + work[number], rank))
         mine[rank].append(number)
     return [sorted(numbers) for numbers in mine]
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapse_elmo.corpus import compressed, text
-from lapse_elmo.corpus.text import assign_chunks, find_texts, read_blocks, split_into_chunks
+from lapse_elmo.corpus.text import assign, find_texts, read_blocks, split_into_chunks
 from lapse_elmo.errors import CorpusError
 
 CHECKSUMS = {int(zstd.CompressionParameter.checksum_flag): 1}  # as the program zstd
@@ -116,7 +116,7 @@ def test_every_part_has_one_rank(tmp_path: Path) -> None:
         (tmp_path / f"t{n}").write_bytes(b"x\n" * (n + 1))
     chunks = split_into_chunks(find_texts([str(tmp_path)]))
     for size in (1, 2, 3, 20):
-        assert sorted(n for mine in assign_chunks(chunks, size) for n in mine) == list(range(7))
+        assert sorted(n for mine in assign([chunk.work for chunk in chunks], size) for n in mine) == list(range(7))
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "xz", "bzip2"])

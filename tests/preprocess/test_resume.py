@@ -82,10 +82,10 @@ def test_a_killed_run_is_resumed(
     assert job.returncode == 0, job.output
     resumed = [line for line in job.stdout.splitlines() if line.startswith("resumes:")]
     if moment == IN_THIRD_CHUNK:
-        assert resumed == ["resumes: 2 of 4 chunks of text are encoded already"]
+        assert resumed == ["resumes: 2 of 4 parts of the text are encoded already"]
     else:
         assert resumed == [
-            "resumes: 4 of 4 chunks of text are encoded already", "resumes: 1 of 3 train shards are written already",
+            "resumes: 4 of 4 parts of the text are encoded already", "resumes: 1 of 3 train shards are written already",
         ]
     assert "removed" not in job.stdout
     train, heldout, vocabulary = corpus
@@ -100,13 +100,13 @@ def test_only_verified_parts_are_used(
     monkeypatch.setattr(text, "BLOCK_BYTES", 100)  # so that a chunk has several blocks
     train, heldout, vocabulary = corpus
     left = kill(corpus, tmp_path / "out", IN_SECOND_SHARD)
-    encode, encoded = command.encode_chunk, []
+    encode, encoded = command.encode_part, []
 
     def counted(*arguments: object) -> object:
         encoded.append(arguments[0])
         return encode(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(command, "encode_chunk", counted)
+    monkeypatch.setattr(command, "encode_part", counted)
 
     def flip(suffix: str, at: int) -> Callable[[Path], object]:
         def damage(directory: Path) -> None:
@@ -151,6 +151,24 @@ def test_only_verified_parts_are_used(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_part_of_several_texts_is_used(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(text, "NUM_PARTS", 1)
+    train, heldout, vocabulary = corpus
+    train.insert(1, write(tmp_path / "last", ["", "a ship"]))
+    fresh = shards(train, [heldout], vocabulary, tmp_path / "fresh", num_shards=3)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "read_group", interrupted)
+        shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3)
+    assert tree(shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3)) == tree(fresh)
+    assert "resumes: 2 of 2 parts" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_keeps_its_parts_and_an_error_does_not(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +183,7 @@ def test_an_interrupted_run_keeps_its_parts_and_an_error_does_not(
     assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
     with pytest.raises(command.ConfigError, match="cannot fill 99 shards"):
         shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3, num_heldout_shards=99)
-    assert "resumes: 3 of 4 chunks" in capsys.readouterr().out
+    assert "resumes: 3 of 4 parts" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
 
 

@@ -20,6 +20,7 @@ from lapse_elmo.corpus.vocabulary import Vocabulary
 from lapse_elmo.corpus.words import new_word_encoder
 from lapse_elmo.errors import ConfigError, CorpusError, OutputError, UserError
 from preprocess import encoded_chunks
+from preprocess import shards as command
 from preprocess import vocab as vocab_command
 from tests.mpi import ROOT, Job
 from tests.preprocess.texts import sentences, shards, tree, vocab, write
@@ -80,6 +81,30 @@ def test_every_sentence_once_in_its_shard(
         assert read.num_sentences == 9
 
 
+def test_thousands_of_small_texts_are_few_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard opens the files of every part: 20,000 texts took a hundred times as long as one text of that size."""
+    lines = sentences(200)
+    train = [write(tmp_path / f"{number:03}", ["", *lines[number : number + 1]]) for number in range(200)]
+    heldout, encoded = write(tmp_path / "heldout", sentences(9, 200)), []
+    v = vocab(train, tmp_path / "v")
+    encode = command.encode_part
+
+    def counted(*arguments: object) -> object:
+        encoded.append(arguments[0])
+        return encode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command, "encode_part", counted)
+    alone = tree(shards(train, [heldout], v, tmp_path / "alone", num_shards=3))
+    assert len(encoded) == len(train) + 1
+    encoded.clear()
+    monkeypatch.setattr(text, "NUM_PARTS", 10)
+    assert tree(shards(train, [heldout], v, tmp_path / "joined", num_shards=3)) == alone
+    assert len(encoded) <= 10 + 2
+    train[50].write_text("\n \n")
+    with pytest.raises(CorpusError, match="050 has no words"):
+        shards(train, [heldout], v, tmp_path / "blank", num_shards=3)
+
+
 def test_what_every_rank_knows_of_a_chunk_does_not_grow_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,10 +115,10 @@ def test_what_every_rank_knows_of_a_chunk_does_not_grow_with_it(
     for block in (1 << 20, 50):
         monkeypatch.setattr(text, "BLOCK_BYTES", block)
         (chunk,) = text.split_into_chunks([str(path)])
-        paths = encoded_chunks.chunk_paths(tmp_path, chunk, vocabulary.sha256, 5)
+        paths = encoded_chunks.part_paths(tmp_path, [chunk], vocabulary.sha256, 5)
         (work := tmp_path / f"{block}").mkdir()
-        encoded = encoded_chunks.encode_chunk(chunk, new_word_encoder(vocabulary), 5, paths, work, lambda _: None)
-        loaded = encoded_chunks.load_chunk(paths, 5, lambda: None)
+        encoded = encoded_chunks.encode_part([chunk], new_word_encoder(vocabulary), 5, paths, work, lambda _: None)
+        loaded = encoded_chunks.load_part(paths, 1, 5, lambda: None)
         sizes += [len(pickle.dumps(encoded)), len(pickle.dumps(loaded))]
     assert encoded.num_blocks > 50 and len(set(sizes)) == 1
 
@@ -106,11 +131,11 @@ def test_a_chunk_of_many_blocks_and_shards_takes_little_memory(
     vocabulary = Vocabulary.load(vocab([path], tmp_path / "v"))
     monkeypatch.setattr(text, "BLOCK_BYTES", 50)
     (chunk,) = text.split_into_chunks([str(path)])
-    paths, num_shards = encoded_chunks.chunk_paths(tmp_path, chunk, vocabulary.sha256, 2048), 2048
+    paths, num_shards = encoded_chunks.part_paths(tmp_path, [chunk], vocabulary.sha256, 2048), 2048
     encoder, peaks = new_word_encoder(vocabulary), []
     for code in (
-        lambda: encoded_chunks.encode_chunk(chunk, encoder, num_shards, paths, tmp_path, lambda _: None),
-        lambda: encoded_chunks.load_chunk(paths, num_shards, lambda: None),
+        lambda: encoded_chunks.encode_part([chunk], encoder, num_shards, paths, tmp_path, lambda _: None),
+        lambda: encoded_chunks.load_part(paths, 1, num_shards, lambda: None),
     ):
         tracemalloc.start()
         encoded = code()
