@@ -32,6 +32,9 @@ NUM_PARTS = 2048
 #: A longer line means that the file is not text with one sentence per line.
 MAX_LINE_BYTES = 16 << 20
 
+#: Before a chunk, lines are counted for a message. All ranks may have to: they would read a terabyte each.
+_MOST_COUNTED_BYTES = 1 << 30
+
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE = 10
 
@@ -77,9 +80,13 @@ class Block:
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = _lines_before(self.chunk) + self.num_lines + self.data.count(b"\n", 0, error.start) + 1
+            line = self.num_lines + self.data.count(b"\n", 0, error.start) + 1
+            if self.chunk.start > _MOST_COUNTED_BYTES:
+                where = f"line {line} of those that begin at byte {self.chunk.start:,} or later"
+            else:
+                where = f"line {_lines_before(self.chunk) + line}"
             raise CorpusError(
-                f"{self.chunk.path}, line {line}: byte 0x{self.data[error.start]:02x} is not valid UTF-8; convert the "
+                f"{self.chunk.path}, {where}: byte 0x{self.data[error.start]:02x} is not valid UTF-8; convert the "
                 "file with iconv"
             ) from None
 

@@ -91,6 +91,16 @@ def test_bad_utf8_names_file_and_line(tmp_path: Path, zipped: bool, monkeypatch:
             lines_of(path)
 
 
+def test_lines_before_a_far_chunk_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t"
+    path.write_bytes(b"abc def\n" * 5 + b"caf\xe9\n")
+    monkeypatch.setattr(text, "CHUNK_BYTES", 30)
+    for limit, where in ((30, "line 6"), (29, "line 2 of those that begin at byte 30 or later")):
+        monkeypatch.setattr(text, "_MOST_COUNTED_BYTES", limit)
+        with pytest.raises(CorpusError, match=f"t, {where}: byte 0xe9"):
+            lines_of(path)
+
+
 def test_damaged_gzip_and_endless_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gzip.compress(os.urandom(5000).hex().encode() + b"\n")
     for damaged in (data[:-100], data[:100] + b"\0\0\0\0" + data[104:], data[:12]):

@@ -82,7 +82,7 @@ def test_every_sentence_once_in_its_shard(
 
 
 def test_thousands_of_small_texts_are_few_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard opens the files of every part: 20,000 texts took a hundred times as long as one text of that size."""
+    """A shard opens the files of every part: 20,000 texts took fifty times as long as one text of that size."""
     lines = sentences(200)
     train = [write(tmp_path / f"{number:03}", ["", *lines[number : number + 1]]) for number in range(200)]
     heldout, encoded = write(tmp_path / "heldout", sentences(9, 200)), []
