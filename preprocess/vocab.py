@@ -28,6 +28,7 @@ from lapse_elmo.corpus.text import (
 from lapse_elmo.corpus.vocabulary import SPECIAL, Vocabulary
 from lapse_elmo.corpus.words import WordCounter, fallback_reason, most_frequent, new_word_counter
 from lapse_elmo.errors import CorpusError
+from lapse_elmo.inputs import MOST_VOCABULARY_BYTES
 from lapse_elmo.mpi.world import World
 
 from .progress import print_once, progress_bar
@@ -38,7 +39,7 @@ def make_vocabulary(options: VocabOptions, world: World) -> None:
     """Run the command (collective).
 
     Raises:
-        CorpusError: On all ranks: a text cannot be used, or no word is frequent enough.
+        CorpusError: On all ranks: a text cannot be used, or too few or too many words are frequent enough.
         ConfigError: On all ranks: the output is one of the texts.
         OutputError: On all ranks: the output exists or cannot be written.
     """
@@ -105,7 +106,13 @@ def _save(counter: WordCounter, options: VocabOptions, path: Path) -> str:
         raise CorpusError(
             f"no word occurs {options.threshold} times; the most frequent one occurs {most} times: lower --threshold"
         )
-    vocabulary = Vocabulary(b"\n".join([*special, *words, b""]))
+    data = b"\n".join([*special, *words, b""])
+    if len(data) > MOST_VOCABULARY_BYTES:  # no command would read it
+        raise CorpusError(
+            f"{len(words):,} words occur {options.threshold} times, which is a file of {len(data) >> 20:,} MiB; a "
+            f"vocabulary has at most {MOST_VOCABULARY_BYTES >> 20:,} MiB: raise --threshold or give --max-size"
+        )
+    vocabulary = Vocabulary(data)
     vocabulary.save(path)
     num_distinct, num_tokens = counter.totals()
     return (

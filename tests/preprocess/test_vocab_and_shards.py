@@ -55,6 +55,19 @@ def test_vocabulary_order_threshold_and_size(tmp_path: Path) -> None:
     assert not (tmp_path / "v3").exists()
 
 
+def test_a_vocabulary_that_no_command_would_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = write(tmp_path / "t", sentences(50))
+    size = len(vocab([train], tmp_path / "v").read_bytes())
+    for limit in (size, size - 1):
+        monkeypatch.setattr(vocab_command, "MOST_VOCABULARY_BYTES", limit)
+        if limit == size:
+            vocab([train], tmp_path / "v2")
+            continue
+        with pytest.raises(CorpusError, match="raise --threshold or give --max-size"):
+            vocab([train], tmp_path / "v3")
+    assert not (tmp_path / "v3").exists()
+
+
 def test_vocabulary_of_any_order_and_compression(corpus: tuple[list[Path], Path], tmp_path: Path) -> None:
     train, _ = corpus
     plain = write(tmp_path / "b.txt", sentences(31, 50))
