@@ -14,13 +14,15 @@ from lapse_elmo.run_state import EpochResult
 _MAX_ROWS = 20
 
 
-def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
+def summary(results: list[EpochResult], unigram: float, run_dir: Path, best: tuple[float, Path] | None) -> str:
     """Return what a completed run prints: a table of its last evaluations, and commands for its best model.
 
     Args:
         results: All evaluations of the run.
         unigram: Held-out perplexity of word frequencies alone.
         run_dir: The directory of the run.
+        best: Held-out perplexity and directory of the checkpoint to which ``RUN/best`` links, if there is one. A better
+            evaluation may have been before the run was resumed in another directory, where its checkpoint is not.
     """
     head = ("epochs", "tokens", "tokens/s", "training loss", "held-out forward", "backward", "mean", "unigram")
     rows = [
@@ -31,12 +33,11 @@ def summary(results: list[EpochResult], unigram: float, run_dir: Path) -> str:
         )
         for r in results[-_MAX_ROWS:]
     ]
-    best = min(results, key=lambda result: result.heldout.mean) if results else None
     lines = [table([head, *rows]), "", f"Perplexity is exp(loss per target); the run is in {run_dir}."]
     if best is not None:
-        path = shlex.quote(str(run_dir / checkpoint.BEST))
+        path, step = shlex.quote(str(run_dir / checkpoint.BEST)), checkpoint.step_of(best[1])
         lines += [
-            f"The best model, of step {best.step:,}, is {path}: perplexity {best.heldout.mean:.1f}.",
+            f"The best model, of step {step:,}, is {path}: perplexity {best[0]:.1f}.",
             f"To evaluate it: bin/evaluate {path} [--shards DIR]",
             f"To export it:   bin/export {path} --output DIR    (for AllenNLP, bilm-tf)",
             f"To embed text:  bin/embed {path} TEXT... --output FILE.hdf5",

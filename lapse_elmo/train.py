@@ -103,7 +103,7 @@ def train(
         raise
     if status == COMPLETE and world.rank == 0:
         unigram = math.exp(training.state.watch.bound - MARGIN_NATS)
-        print(summary(training.state.results, unigram, run_dir))
+        print(summary(training.state.results, unigram, run_dir, training.saver.best))
     parameters.server.close()
     return status
 

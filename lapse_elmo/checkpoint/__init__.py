@@ -30,7 +30,7 @@ The directory is written under a hidden name, flushed and renamed, so that a dir
 """
 
 from lapse_elmo.checkpoint.checksums import OpenFiles, check_files, verified
-from lapse_elmo.checkpoint.folder import BEST, FOLDER, candidates, find, order_of, path_of, prune
+from lapse_elmo.checkpoint.folder import BEST, FOLDER, candidates, find, order_of, path_of, prune, step_of
 from lapse_elmo.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -49,5 +49,5 @@ __all__ = [
     "BEST", "FOLDER", "MANIFEST", "Manifest", "OpenFiles", "SavedModel", "SavedTable",
     "Saver", "candidates", "check_files",
     "config_of", "find", "order_of", "path_of", "prune", "read_cursor", "read_manifest", "require_vocabulary",
-    "restore", "verified", "vocabulary_path",
+    "restore", "step_of", "verified", "vocabulary_path",
 ]

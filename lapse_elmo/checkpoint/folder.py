@@ -20,6 +20,11 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Return the step of the checkpoint at ``path``."""
+    return int(path.name.removeprefix("step-"))
+
+
 def partial_of(final: Path) -> Path:
     """Return the hidden name under which the checkpoint ``final`` is written."""
     return final.with_name(f".{final.name}.partial")

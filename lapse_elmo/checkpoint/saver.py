@@ -29,7 +29,7 @@ from lapse_elmo.checkpoint.files import (
     write_file,
     write_table_share,
 )
-from lapse_elmo.checkpoint.folder import mark_best, partial_of, path_of, prune, publish
+from lapse_elmo.checkpoint.folder import mark_best, partial_of, path_of, prune, publish, step_of
 from lapse_elmo.checkpoint.manifest import DENSE, FORMAT, MANIFEST, SENTENCES, VERSION, Manifest, encode, table_file
 from lapse_elmo.checkpoint.sentences import gather_sentences
 from lapse_elmo.corpus.files import flush_file
@@ -160,7 +160,7 @@ class Saver:
         final = path_of(self.run_dir, cursor.step)
         if perplexity is not None and (self.best is None or perplexity <= self.best[0]):
             self.best = perplexity, final
-        best = {"step": int(self.best[1].name.removeprefix("step-")), "perplexity": self.best[0]} if self.best else None
+        best = {"step": step_of(self.best[1]), "perplexity": self.best[0]} if self.best else None
         self._manifest = {
             "format": FORMAT, "version": VERSION, **vars(cursor.position), "world_size": self._world.size,
             "num_nodes": self._world.num_nodes, **manifest,

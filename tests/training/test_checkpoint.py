@@ -368,3 +368,19 @@ def test_evaluation_within_an_epoch(small: Prepared, tmp_path: Path, monkeypatch
     tokens = [line["train/epoch_tokens"] for line in evaluated]
     assert tokens[0] < tokens[1] < tokens[2] and tokens[3] < tokens[4] < tokens[2]
     assert (run_dir / "best").resolve().name == "step-00000004"
+
+
+def test_the_summary_names_the_model_to_which_best_links(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that resumes in another directory does not have the checkpoint of its best evaluation there."""
+    measured = iter([Perplexity(nll, nll, 100) for nll in (200.0, 300.0, 250.0)])
+    monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
+    run_dir = train_alone(small, tmp_path / "run", "--batch-size", "102")
+    capfd.readouterr()
+    options = ("--batch-size", "102", "--resume", str(run_dir))
+    fork = train_alone(small, tmp_path / "fork", *options, "--epochs", "3")
+    assert f"The best model, of step 6, is {fork}/best: perplexity {math.exp(2.5):.1f}." in capfd.readouterr().out
+    assert (fork / "best").resolve().name == "step-00000006"
+    train_alone(small, tmp_path / "complete", *options)
+    assert "best" not in capfd.readouterr().out
