@@ -329,10 +329,11 @@ class Training:
                 "--learning-rate, --loss-scale or --clip-norm"
             ).on_every_rank()
         self.refuse_divergence(state.watch.seen_heldout(math.log(heldout.mean)))
+        log.epoch = math.ceil(cursor.epochs_done)
         log.write(
             "epoch", cursor.step,
             {
-                "epoch": math.ceil(cursor.epochs_done), "train/epoch_loss_nats": epoch_meter.loss,
+                "epoch": log.epoch, "train/epoch_loss_nats": epoch_meter.loss,
                 "train/epoch_tokens": epoch_meter.num_tokens, "train/epoch_tokens_per_s": tokens_per_s,
                 "train/trained_tokens": self.trained_tokens,
                 "train/cut_sentences": epoch_meter.num_cut,
@@ -355,6 +356,8 @@ class Training:
         state.evaluation_due = False
         if not cursor.within_epoch:
             state.epoch_meter = Meter()
+        if self.out_of_patience and state.meter.num_steps:  # the last steps of the run; no report comes after them
+            self.report()
         return heldout.mean
 
 

@@ -347,9 +347,10 @@ def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The second epoch is the best; two epochs that are no better end the run, and more patience resumes it."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 200.0, 190.0)])
     monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
-    options = ("--epochs", "5", "--batch-size", "102")
+    options = ("--epochs", "5", "--batch-size", "102", "--report-every", "3")
     run_dir = train_alone(small, tmp_path / "run", *options, "--patience", "2")
     assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8]
+    assert [line["step"] for line in records(run_dir, "train")] == [3, 6, 8], "the last steps are reported, too"
     train_alone(small, run_dir, *options, "--patience", "2")
     assert len(records(run_dir, "epoch")) == 4
     train_alone(small, run_dir, *options, "--patience", "3")
