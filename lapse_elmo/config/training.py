@@ -337,7 +337,22 @@ def parse_train(argv: Sequence[str]) -> Config:
         "millions and billions).",
     )
     refuse_parts_of_a_plan(config)
+    _refuse_samples_that_vary(config)
     return config
+
+
+def _refuse_samples_that_vary(config: Config) -> None:
+    """Refuse --sync with samples that depend on where rows are; not for the configs of models, which may have both.
+
+    Raises:
+        ConfigError: The message names the options.
+    """
+    is_local = config.softmax.sampling_scheme == "local" and config.server.ps == "embedded"
+    if config.training.sync and is_local and config.server.technique_for(True) != "static":
+        raise ConfigError(
+            "--sync needs samples that repeat, but --sampling-scheme local draws from the rows that are on a node, and "
+            "when rows move varies from run to run: give another scheme, or --technique static"
+        )
 
 
 def from_tables(tables: dict) -> Config:

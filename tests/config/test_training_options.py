@@ -288,6 +288,7 @@ def test_configs_cannot_be_changed() -> None:
     [
         ([], "adaptive"), (["--sync"], "relocation"), (["--ps", "lapse"], "relocation"),
         (["--ps", "adapm"], "adaptive"), (["--technique", "static", "--sync"], "static"),
+        (["--technique", "static", "--sync", "--sampling-scheme", "local"], "static"),
     ],
 )
 def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str) -> None:
@@ -301,6 +302,7 @@ def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str
         (["--sync", "--technique", "adaptive"], "--sync needs rows with one copy.*give relocation or static"),
         (["--sync", "--technique", "replication"], "--sync needs rows with one copy"),
         (["--sync", "--ps", "adapm"], "--sync needs rows with one copy, and --ps adapm makes replicas"),
+        (["--sync", "--sampling-scheme", "local"], "--sync needs samples that repeat.*--technique static"),
         (["--nodes", "2", "--ps", "lapse"], "--nodes is for the embedded server"),
         (["--trace-rows", "1", "--ps", "lapse"], "--trace-rows is for the embedded server"),
         (["--trace-rows", "9-", "3"], "--trace-rows is 9-, expected a row number, a range as 0-99, or random:N"),
