@@ -21,7 +21,8 @@ class Milestones:
     def __init__(self, wanted: Sequence[int], saved: dict[str, Any] | None = None) -> None:
         self.num_tokens = saved["num_tokens"] if saved else 0
         self.reached: dict[int, int] = dict(saved["reached"]) if saved else {}
-        self._left = sorted(tokens for tokens in set(wanted) if tokens > self.num_tokens)
+        waiting = saved.get("waiting", []) if saved else []
+        self._left = sorted(tokens for tokens in set(wanted) if tokens > self.num_tokens or tokens in waiting)
 
     def add(self, num_tokens: int, step: int, *, savable: bool = True) -> bool:
         """Count the tokens of a step; return whether a checkpoint must be saved at this step and kept.
@@ -46,4 +47,7 @@ class Milestones:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for the manifest."""
-        return {"num_tokens": self.num_tokens, "reached": [list(pair) for pair in self.reached.items()]}
+        return {
+            "num_tokens": self.num_tokens, "reached": [list(pair) for pair in self.reached.items()],
+            "waiting": [tokens for tokens in self._left if tokens <= self.num_tokens],
+        }

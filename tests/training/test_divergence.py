@@ -53,3 +53,6 @@ def test_a_save_waits_for_a_good_step(small: Prepared, tmp_path: Path, monkeypat
     options = ("--max-steps", "12", "--save-every-steps", "6", "--save-at-tokens", "1", "--keep-checkpoints", "2")
     run_dir = train_alone(small, tmp_path / "run", "--batch-size", "4", *options)
     assert [path.name for path in checkpoints(run_dir)] == ["step-00000004", "step-00000007", "step-00000012"]
+    resumed = train_alone(small, tmp_path / "resumed", "--batch-size", "4", *options, "--max-steps", "3")
+    train_alone(small, resumed, "--batch-size", "4", *options)
+    assert [path.name for path in checkpoints(resumed)] == ["step-00000004", "step-00000007", "step-00000012"]
