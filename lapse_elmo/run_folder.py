@@ -39,7 +39,7 @@ _FIXED = {
 # Options that may change without a notice: where files are, how long and how fast to train.
 _FREE = {
     "data": ("shards", "vocab", "heldout"), "model": ("preset", "lstm"),
-    "training": ("epochs", "max_steps", "max_minutes", "evaluate_every", "patience"),
+    "training": ("max_minutes", "evaluate_every", "patience"),
 }
 
 
@@ -268,11 +268,12 @@ def require_same(path: Path, manifest: Manifest, config: Config, data: TrainingD
         raise CheckpointError(
             f"cannot resume from {path}: it was trained with {', '.join(refused)}; give the same, or another --run-dir"
         )
+    length = () if config.optimizer.falls_over_run else ("epochs", "max_steps")  # free if they change no rate
     groups = ("data", "model", "softmax", "optimizer", "training", "initial")
     others = {
         group: tuple(
             name for name in {**saved[group], **now[group]}
-            if name not in (*_FIXED.get(group, ()), *_FREE.get(group, ()))
+            if name not in (*_FIXED.get(group, ()), *_FREE.get(group, ()), *length)
         )
         for group in groups
     }

@@ -90,3 +90,8 @@ class OptimizerConfig:
             raise ConfigError("--schedule inverse-sqrt needs a time scale: give --decay-tokens N or --warmup-tokens N")
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 or more")
         require(self.initial_accumulator >= 0, "initial_accumulator", self.initial_accumulator, "0 or more")
+
+    @property
+    def falls_over_run(self) -> bool:
+        """Whether the learning rate falls until the end of the run, wherever that is."""
+        return self.schedule in ("linear", "cosine") and not self.decay_tokens

@@ -270,6 +270,13 @@ def test_other_options_are_told(small: Prepared, tmp_path: Path, capfd: pytest.C
     capfd.readouterr()
     train_alone(small, run_dir, "--max-steps", "2", "--learning-rate", "0.1", "--progress", "lines")
     assert "options changed since the checkpoint: --learning-rate 0.2 (now 0.1)\n" in capfd.readouterr().err
+    falling = ("--schedule", "linear", "--learning-rate", "0.1", "--progress", "lines", "--max-steps")
+    train_alone(small, run_dir, *falling, "3")
+    capfd.readouterr()
+    train_alone(small, run_dir, *falling, "4")
+    assert "options changed since the checkpoint: --max-steps 3 (now 4)\n" in capfd.readouterr().err
+    train_alone(small, run_dir, *falling, "5", "--decay-tokens", "9000")
+    assert "options changed since the checkpoint: --decay-tokens 0 (now 9000)\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
