@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import html
 import io
 import json
@@ -22,7 +23,15 @@ from lapse_elmo import report
 from lapse_elmo.errors import ConfigError, OutputError
 from lapse_elmo.metrics.server_meter import band_ends
 from lapse_elmo.mpi.world import solo
-from lapse_elmo.report.charts import _draw_bands, _draw_local_share, _draw_owners, charts_of, figure_of
+from lapse_elmo.report.charts import (
+    _draw_bands,
+    _draw_heldout,
+    _draw_local_share,
+    _draw_loss,
+    _draw_owners,
+    charts_of,
+    figure_of,
+)
 from lapse_elmo.report.runs import Run, read_run
 from lapse_elmo.trained import load
 from tests.mpi import ROOT
@@ -113,6 +122,14 @@ def test_charts_show_the_metrics(tmp_path: Path) -> None:
     assert [np.array(line.get_ydata()).tolist() for line in owners.lines] == [[12, 12], [4, 4], [6, 6], [4, 6]]
     bands = figure_of(lambda axis: _draw_bands(axis, run)).axes[0]
     np.testing.assert_allclose(np.array(bands.collections[0].get_array()).T, [[1, 1 / 2, 2 / 6], [1, 1 / 2, 3 / 6]])
+
+
+def test_more_than_ten_runs_look_different() -> None:
+    runs = [Run(f"run {number}", records(1)[:1], records(1)[-1:], []) for number in range(25)]
+    for draw in (_draw_loss, _draw_heldout):
+        (axis,) = figure_of(functools.partial(draw, runs=runs, tokens=False, x_label="step")).axes
+        named = [line for line in axis.lines if str(line.get_label()).startswith("run")]
+        assert len({(line.get_color(), line.get_linestyle()) for line in named}) == len(named) == 25
 
 
 def test_a_run_that_changes_its_number_of_nodes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     def curves(name: str, y_label: str, *, log: bool = False, zero: bool = False) -> Callable[[Axes], None]:
         def draw(axis: Axes) -> None:
             for number, run in enumerate(runs):
-                axis.plot(*run.series(name, tokens=tokens), color=f"C{number % 10}", label=run.name or None)
+                axis.plot(*run.series(name, tokens=tokens), label=run.name or None, **_style(number))
             _finish(axis, x_label, y_label, log=log, zero=zero)
 
         return draw
@@ -119,6 +119,11 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
 
 
+def _style(number: int) -> dict[str, Any]:
+    """Return how the lines of a run look; colours alone would repeat after ten runs."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+
+
 def _finish(axis: Axes, x_label: str, y_label: str, *, log: bool = False, zero: bool = False) -> None:
     from matplotlib.ticker import EngFormatter
 
@@ -157,16 +162,16 @@ def _log_scale(axis: Axes) -> None:
 
 def _draw_loss(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
     for number, run in enumerate(runs):
-        axis.plot(*run.series("train/loss_nats", tokens=tokens), color=f"C{number % 10}", label=run.name or None)
+        axis.plot(*run.series("train/loss_nats", tokens=tokens), label=run.name or None, **_style(number))
         positions, perplexities = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
-        axis.plot(positions, np.log(perplexities), "o", color=f"C{number % 10}")
+        axis.plot(positions, np.log(perplexities), **(_style(number) | {"marker": "o", "linestyle": ""}))
     _finish(axis, x_label, "loss (nats)")
 
 
 def _draw_heldout(axis: Axes, runs: Sequence[Run], tokens: bool, x_label: str) -> None:
     for number, run in enumerate(runs):
         points = run.series("heldout/mean_perplexity", of=run.epochs, tokens=tokens)
-        axis.plot(*points, "o-", color=f"C{number % 10}", label=run.name or None)
+        axis.plot(*points, marker="o", label=run.name or None, **_style(number))
     _finish(axis, x_label, "perplexity", log=True)
 
 
