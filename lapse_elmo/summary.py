@@ -53,3 +53,12 @@ def stop_message(signal: str, step: int, run: RunConfig) -> str:
         f"{signal or 'a signal to another rank'} ended the run: a checkpoint of step {step:,} is saved; the same "
         f"command with --run-dir {shlex.quote(run.run_dir)}{without} resumes from it"
     )
+
+
+def patience_message(patience: int) -> str:
+    """Return the line to print when early stopping has ended the run, long before its last step or at a resume."""
+    evaluations = "evaluation" if patience == 1 else f"{patience:,} evaluations"
+    return (
+        f"--patience {patience} ended the run: the last {evaluations} brought no better held-out perplexity; the same "
+        "command with a larger --patience resumes it"
+    )

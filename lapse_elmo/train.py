@@ -35,7 +35,7 @@ from lapse_elmo.run_state import EpochResult, RunState
 from lapse_elmo.schedule import Rates, Schedule
 from lapse_elmo.step import TrainingStep
 from lapse_elmo.step_report import Vote
-from lapse_elmo.summary import stop_message, summary
+from lapse_elmo.summary import patience_message, stop_message, summary
 from lapse_elmo.training_data import TrainingData, open_training_data, sentence_targets, sentence_tokens
 from lapse_elmo.watchdog import Watchdog
 
@@ -205,6 +205,8 @@ class Training:
         step_once.close()
         if stopped:
             log.log_line(stop_message(self.stop.asked, cursor.step, every))
+        elif self.out_of_patience:
+            log.log_line(patience_message(self.config.training.patience))
         log.close()
         return RESUMABLE if stopped else COMPLETE
 

@@ -343,7 +343,9 @@ def test_the_newest_two_and_the_best_are_kept(
     assert (run_dir / "best").resolve() == checkpoints(run_dir)[0]
 
 
-def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The second epoch is the best; two epochs that are no better end the run, and more patience resumes it."""
     measured = iter([Perplexity(nll, nll, 100) for nll in (300.0, 200.0, 260.0, 200.0, 190.0)])
     monkeypatch.setattr(train, "measure_perplexity", lambda *_: next(measured))
@@ -351,8 +353,10 @@ def test_patience(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run_dir = train_alone(small, tmp_path / "run", *options, "--patience", "2")
     assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8]
     assert [line["step"] for line in records(run_dir, "train")] == [3, 6, 8], "the last steps are reported, too"
-    train_alone(small, run_dir, *options, "--patience", "2")
+    capfd.readouterr()
+    train_alone(small, run_dir, *options, "--patience", "2", "--epochs", "9")
     assert len(records(run_dir, "epoch")) == 4
+    assert "--patience 2 ended the run: the last 2 evaluations brought no better" in capfd.readouterr().err
     train_alone(small, run_dir, *options, "--patience", "3")
     assert [line["step"] for line in records(run_dir, "epoch")] == [2, 4, 6, 8, 10]
     assert (run_dir / "best").resolve().name == "step-00000010"
