@@ -46,13 +46,10 @@ def initialise(parameters: Parameters, config: Config, file: VocabularyFile, wor
         Lines for the log that report where the values come from.
 
     Raises:
-        ConfigError: On every rank, if the options contradict each other.
         CheckpointError: On every rank, if the model of --init-from cannot be read or has other sizes.
         CorpusError: On every rank, if the file of --init-embedding has no word vectors of the run's size.
     """
     given = config.initial
-    if given.init_accumulators == "kept" and not given.init_from:
-        raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from").on_every_rank()
     if given.init_from:
         vocabulary = world.together(file.load)
         stored = open_together(given.init_from, "", world)

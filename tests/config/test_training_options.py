@@ -44,6 +44,7 @@ ALONE = (
 )
 # What an option needs in addition to be taken: another option of its group.
 NEEDS: dict[str, dict[str, object]] = {
+    "init_accumulators": {"init_from": "runs/first"},
     "decay_tokens": {"schedule": "linear"}, "final_rate": {"schedule": "cosine"},
     **{name: {"plan_nodes": 2} for name in ("plan_ranks", "network_gbit", "network_us")},
 }
