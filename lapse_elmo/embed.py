@@ -1,16 +1,17 @@
 """``bin/embed``: contextual vectors of text, in the formats that other programs read.
 
 Words (the default): an HDF5 file like bilm-tf's and AllenNLP's, with one float32 dataset per line of text, named by the
-number of the line, counted from 0 through all texts. Its shape is (L + 1, T, 2D) for T words, with the word vectors
-first and forward halves before backward ones, or (T, 2D) if only the top layer or the average of all is wanted. A line
+number of the line, counted from 0 over all texts. Its shape is (L + 1, T, 2D) for T words, with the word vectors
+first and forward halves before backward halves, or (T, 2D) with ``--layers top`` or ``--layers average``. A line
 without words has a dataset with T = 0. The vectors of sentence boundaries are left out, as in bilm-tf. With
 ``--sentence-to-index`` the file also has ``sentence_to_index`` (1,), a JSON string that maps each line to the name of
 its dataset.
 
-Sentences (``--pool mean``): an HDF5 file with one dataset ``means``, (N, 2D) or (N, L + 1, 2D), row i for line i.
+Sentences (``--pool mean``): an HDF5 file with one dataset ``means`` of shape (N, 2D) or (N, L + 1, 2D); row i belongs
+to line i.
 
-Target words (``--words FILE``): a NumPy archive (.npz) with an array (n, 2D) or (n, L + 1, 2D) for each word in FILE:
-its n occurrences in the order of the text.
+Target words (``--words FILE``): a NumPy archive (.npz) with an array of shape (n, 2D) or (n, L + 1, 2D) for each word
+in FILE, which has the vectors of its n occurrences in the order of the text.
 """
 
 from __future__ import annotations

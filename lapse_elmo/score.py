@@ -1,10 +1,11 @@
 """``bin/score``: the surprisal of every word of a text, and totals that can be compared between vocabularies.
 
 The table has one line per word, tab-separated, after a line of column names: ``sentence`` and ``position`` (both from
-0), ``word``, ``forward_bits`` and ``backward_bits`` (surprisal, -log2 p(word | words before) and (word | words after)),
-and ``unknown``, 1 for a word that is not in the vocabulary: its surprisal is then that of ``<UNK>``. A value is ``nan``
-where nothing predicts the word (in a model without boundaries). The totals include the ends of sentences, and their
-bits per character also what it takes to spell the unknown words (:class:`~lapse_elmo.trained.scores.Totals`).
+0), ``word``, ``forward_bits`` and ``backward_bits`` (surprisal, -log2 p(word | words before) and -log2 p(word | words
+after)), and ``unknown``, which is 1 for a word that is not in the vocabulary: its surprisal is then that of ``<UNK>``.
+A value is ``nan`` where nothing predicts the word (in a model without boundaries). The totals include the ends of
+sentences, and bits per character include the cost of spelling the unknown words
+(:class:`~lapse_elmo.trained.scores.Totals`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The sources are the docstrings and longer comments of the standard library and of the installed packages (read from the
 source files; nothing is imported), their text files, the service descriptions of botocore if it is installed, and the
-language reference of :mod:`pydoc`. :mod:`preprocess.prose` extracts sentences from them. Of sentences that differ only
-in names and numbers one is kept. The order is that of a hash, so the same installation always gives the same text.
+language reference of :mod:`pydoc`. :mod:`preprocess.prose` extracts sentences from them. If sentences differ only in
+names and numbers, one of them is kept. Sentences are ordered by a hash, so the same installation always gives the same
+text.
 """
 
 from __future__ import annotations

@@ -4,16 +4,15 @@ Sentence i of the whole text goes to shard i mod K, so that all shards are nearl
 A rank that encodes part p does not know how many sentences precede it. It therefore groups the sentences of each block
 by their index in the part modulo K (the *residue*) and writes the groups one after another to two raw files, tokens
 and lengths (both int32). Once all parts are counted, a shard is assembled by reading one group of every block. The
-text and the files are each read once, and memory holds one block.
+text and the files are each read once, and a rank holds one block in memory.
 
-A part is one or several chunks of text (:func:`join_chunks`): each shard opens the files of each part, and all ranks
-hold the counts of all parts, so there must not be one for each of 100,000 small files.
+A part consists of one or several chunks of text (:func:`join_chunks`). Each shard opens the files of each part, and all
+ranks hold the counts of all parts, so 100,000 small files must not become 100,000 parts.
 
-A third file, the record, gets its name last. It holds the place of every group in the other two: all ranks together
-need the places of all groups (a gigabyte for 20 GB of text and 2,048 shards), but each only those of its shards. It
-also holds the counts and the checksum, so that a run after a kill can use the files (:func:`load_part`). They are not
-flushed to the disk, which would cost time in every run; instead they are compared with the checksum when they are used
-again.
+A third file, the record, gets its name last. It holds the place of every group in the other two files: a gigabyte in
+all for 20 GB of text and 2,048 shards, of which each rank needs only the places of its own shards. It also holds the
+counts and the checksum, so that a run after a kill can use the files (:func:`load_part`). The files are not flushed to
+the disk, which would cost time in every run. Instead, their checksum is verified when they are used again.
 """
 
 from __future__ import annotations

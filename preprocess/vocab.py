@@ -4,8 +4,9 @@ Words of equal count are ordered by code point (which is also the order of the U
 file for any number of ranks and any order of its files. Each rank counts its own chunks; the counts are added up pair
 by pair in a tree, whose root is rank 0.
 
-A killed run starts over. A rank has one table of words for all its chunks, so saving what is complete would need a
-table for each chunk, and adding them up, in every run, to spare some seconds per gigabyte after a kill.
+A run that was killed starts from scratch. A rank has one table of words for all its chunks. To save complete chunks,
+every run would need a table for each chunk and would have to add them up, only to save some seconds per gigabyte after
+a kill.
 """
 
 from __future__ import annotations

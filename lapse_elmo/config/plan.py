@@ -1,4 +1,4 @@
-"""Define the options of ``bin/train`` for a plan: what a run would take on machines that are not there yet."""
+"""Define the options of ``bin/train`` for a plan, which predicts a run on other machines (``--plan-nodes``)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class ServerConfig:
     trace_rows: tuple[str, ...] = option(
         (), metavar="ROWS",
         help="trace accesses, relocations and replicas of these rows of both tables, to --run-dir/trace: a row number, "
-        f"a range as 0-99, or random:N; at most {MAX_TRACED_ROWS:,} in all (default: none)"
+        f"a range such as 0-99, or random:N; at most {MAX_TRACED_ROWS:,} in all (default: none)"
     )
 
     def __post_init__(self) -> None:

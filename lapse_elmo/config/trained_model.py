@@ -12,7 +12,9 @@ from lapse_elmo.config.training import DeviceConfig
 from lapse_elmo.errors import ConfigError
 
 LAYERS = ("all", "top", "average")
-_MODEL_HELP = "a run, one of its checkpoints, or a directory in bilm-tf's or Hugging Face's format, as of bin/export"
+_MODEL_HELP = (
+    "a run, one of its checkpoints, or a directory in bilm-tf's or Hugging Face's format, such as bin/export writes"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,9 @@ class EvaluateConfig(ComputeOptions):
     model: str = option(positional=True, metavar="MODEL", help="a run or one of its checkpoints")
     shards: str = option(
         "", metavar="DIR",
-        help="directory of the shards to evaluate on (default: those of the run, for held-out text its --heldout)",
+        help="directory of the shards to evaluate on (default: those of the run; for held-out text, its --heldout)",
     )
-    split: str = option("heldout", choices=("heldout", "train"), help="which shards of the directory")
+    split: str = option("heldout", choices=("heldout", "train"), help="which of these shards")
     output: str = option("", metavar="FILE", help="also write the result to this JSON file")
 
 
@@ -72,7 +74,8 @@ class ExportConfig(ModelOptions):
     """The options of ``bin/export``."""
 
     output: str = option(
-        metavar="PATH", help="directory to create; with word2vec the file, binary if its name ends in .bin, else text"
+        metavar="PATH",
+        help="directory to create; with --format word2vec, file to write, binary if its name ends in .bin, else text",
     )
     format: str = option(
         "elmo", choices=("elmo", "word2vec", "huggingface"),
@@ -168,9 +171,10 @@ def parse_score(argv: Sequence[str]) -> ScoreConfig:
     return parse(
         ScoreConfig, argv, prog="bin/score",
         description="Compute the surprisal of each word of a text in both directions, its perplexity, its fraction of "
-        "unknown words and its bits per character: mpirun -n RANKS bin/score RUN TEXT... --output FILE.tsv. Bits per "
-        "character compare models of different vocabularies: they include the bits that spell each unknown word, "
-        "log2(A + 1) per character and for its end, for a text of A distinct characters.",
+        "unknown words and its bits per character: mpirun -n RANKS bin/score RUN TEXT... --output FILE.tsv. Use bits "
+        "per character to compare models with different vocabularies: they include the cost of spelling each unknown "
+        "word, which is log2(A + 1) bits per character and for the end of the word, for a text of A distinct "
+        "characters.",
     )
 
 
@@ -184,7 +188,7 @@ class NearestConfig:
     count: int = option(10, metavar="N", help="number of neighbours per word")
     table: str = option(
         "embedding", choices=("embedding", "softmax"),
-        help="whose vectors to compare: those of input words, or of predicted words",
+        help="vectors to compare: embedding: those of input words; softmax: those of predicted words",
     )
 
     def __post_init__(self) -> None:

@@ -134,7 +134,7 @@ class TrainingConfig:
     epochs: int = option(2, metavar="N", help="number of passes over the training shards")
     max_steps: int = option(0, metavar="N", help="stop after N steps (0: after --epochs)")
     max_minutes: float = option(
-        0.0, metavar="N", help="stop after N minutes of training, in all starts of the run together (0: no limit)"
+        0.0, metavar="N", help="stop after N minutes of training, summed over all starts of the run (0: no limit)"
     )
     evaluate_every: int = option(
         0, metavar="N",
@@ -147,8 +147,8 @@ class TrainingConfig:
     batch_size: int = option(32, metavar="B", help="maximum number of sentences per step and rank")
     first_batch: int = option(
         8, metavar="N",
-        help="sentences of the first step, of all ranks together, which share them equally, or take turns if there are "
-        "more ranks than sentences (0: --batch-size per rank at every step)",
+        help="number of sentences in the first step, over all ranks, which share them equally, or take turns if there "
+        "are more ranks than sentences (0: --batch-size per rank at every step)",
     )
     growth_tokens: int = option(
         75_000, metavar="N",
@@ -162,7 +162,8 @@ class TrainingConfig:
     )
     lookahead: int = option(
         1, metavar="N",
-        help="how many steps ahead the server learns which rows a batch needs (its intent), and draws its samples",
+        help="number of steps ahead at which the server learns which rows a batch needs (its intent) and draws its "
+        "samples",
     )
     seed: int = option(1, metavar="N", help="seed of all random numbers")
     sync: bool = option(
@@ -176,14 +177,15 @@ class TrainingConfig:
     )
     node_sums: str = option(
         "fp32", choices=("fp32", "bf16"),
-        help="how nodes send each other gradients that are summed, those of LSTM parameters and of frequent rows: as "
-        "they are, or rounded to bfloat16, in half the bytes",
+        help="format in which nodes send each other the gradients that are summed, those of LSTM parameters and of "
+        "frequent rows: fp32, or bf16, which rounds them and halves the bytes",
     )
 
     local_steps: int = option(
         1, metavar="K",
-        help="for slow networks: each node updates its LSTM parameters by its own gradients, and nodes average them "
-        "every K steps, for which saves and evaluations wait (1: gradients are summed over all nodes at each step)",
+        help="for slow networks: each node updates its LSTM parameters with its own gradients, and nodes average the "
+        "parameters every K steps; saves and evaluations wait for these steps (1: gradients are summed over all nodes "
+        "at each step)",
     )
 
     def __post_init__(self) -> None:

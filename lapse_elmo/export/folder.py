@@ -1,4 +1,4 @@
-"""What the formats that write a directory share."""
+"""The functions that the formats ``elmo`` and ``huggingface`` share, which write a directory."""
 
 from __future__ import annotations
 

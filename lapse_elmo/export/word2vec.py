@@ -1,7 +1,8 @@
 """Export the word embeddings in the format of word2vec, for gensim, spaCy (``init vectors``), Flair and others.
 
-The first line has the number of words and D. Then follows each word with its D numbers, most frequent words first, as
-text or, if the file's name ends in ``.bin``, in the binary format (word, space, D little-endian float32, line break).
+The first line has the number of words and D. Each further entry has a word and its D numbers, most frequent words
+first: as text or, if the file's name ends in ``.bin``, in the binary format (word, space, D little-endian float32, line
+break).
 ``<UNK>`` comes first, for programs that need a vector for unknown words; ``<S>`` and ``</S>`` are omitted. Words that
 contain white space cannot be represented; they are omitted and counted.
 """
