@@ -66,7 +66,7 @@ class ServerConfig:
         ranges, num_random = [], 0
         for text in self.trace_rows:
             found = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?|random:(\d{1,12})", text)
-            require(found is not None, "trace_rows", text, "a row number, a range as 0-99, or random:N")
+            require(found is not None, "trace_rows", text, "a row number, a range such as 0-99, or random:N")
             assert found is not None
             first, last, number = found.groups()
             num_random += int(number or 0)

@@ -306,7 +306,7 @@ def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str
         (["--sync", "--sampling-scheme", "local"], "--sync needs samples that repeat.*--technique static"),
         (["--nodes", "2", "--ps", "lapse"], "--nodes is for the embedded server"),
         (["--trace-rows", "1", "--ps", "lapse"], "--trace-rows is for the embedded server"),
-        (["--trace-rows", "9-", "3"], "--trace-rows is 9-, expected a row number, a range as 0-99, or random:N"),
+        (["--trace-rows", "9-", "3"], "--trace-rows is 9-, expected a row number, a range such as 0-99, or random:N"),
         (["--trace-rows", "9-8"], "--trace-rows is 9-8, expected a range from low to high"),
         (["--trace-rows", "0-9999", "random:1"], "--trace-rows is 10,001 rows, expected at most 10,000"),
         (["--staleness", "1"], "--staleness is 1, expected 2 or more"),
