@@ -157,6 +157,17 @@ def test_modules_of_commands_exist(name: str) -> None:
     assert not module or callable(getattr(importlib.import_module(module), function))
 
 
+def test_what_a_program_imports_is_not_searched_for_garbage(tmp_path: Path) -> None:
+    (tmp_path / "imported.py").write_text(
+        "import gc\nimported = gc.isenabled()\n"
+        "def main(argv, enter): print(imported, gc.isenabled(), gc.get_freeze_count() > 1000)\n"
+    )
+    code = "from lapse_elmo import commands as c; c.COMMANDS['train'] = c.Command('', 'imported'); c.run('train', [])"
+    found = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(mpi.ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **found})
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr
+
+
 def test_programs_and_commands_are_the_same(installed: Installed) -> None:
     assert tuple(COMMANDS) == PROGRAMS
     assert {path.name for path in (mpi.ROOT / "bin").iterdir() if path.is_file()} == {*COMMANDS, "_venv.py", "_probe"}
