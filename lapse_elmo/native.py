@@ -74,7 +74,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     The caller then uses its fallback in torch, and logs :func:`problem`. Any number of processes and threads may call
     this at the same time. ctypes does not check the pointers that are passed to the library: callers must.
     """
-    return _load(Path(source).resolve())[0] if enabled() else None
+    return _load(_resolved(source))[0] if enabled() else None
 
 
 def address(function: Callable[..., None]) -> int:
@@ -86,7 +86,7 @@ def address(function: Callable[..., None]) -> int:
 
 def problem(source: Path) -> str:
     """Return in one line why :func:`load` returned None; empty if it returned a library."""
-    return _load(Path(source).resolve())[1] if enabled() else f"switched off by {SWITCH}={os.environ[SWITCH]}"
+    return _load(_resolved(source))[1] if enabled() else f"switched off by {SWITCH}={os.environ[SWITCH]}"
 
 
 def enabled() -> bool:
@@ -97,6 +97,12 @@ def enabled() -> bool:
 def switched_on(variable: str) -> bool:
     """Return whether what an environment variable switches is on, as it is by default."""
     return os.environ.get(variable, "1").lower() not in ("0", "no", "off", "false")
+
+
+@functools.cache
+def _resolved(source: Path) -> Path:
+    """Return the path without links; cached, since each of its directories is looked up, some 70 times a step."""
+    return Path(source).resolve()
 
 
 @functools.cache

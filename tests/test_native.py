@@ -182,6 +182,12 @@ def test_what_is_built_ahead_serves_a_node_without_a_compiler(source: Path, libr
     assert subprocess.run(command, env=bare, cwd=ROOT, timeout=60, capture_output=True, text=True).stdout == "None\n"
 
 
+def test_a_library_is_loaded_again_without_a_look_at_the_disk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.load(source)
+    monkeypatch.setattr(os, "lstat", lambda *_, **__: pytest.fail("a training step loads some 70 times"))
+    assert native.load(source) is library
+
+
 def test_what_is_built_ahead_loads_with_the_openmp_that_is_there(
     source: Path, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
