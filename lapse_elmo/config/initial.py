@@ -29,5 +29,3 @@ class InitialConfig:
     def __post_init__(self) -> None:
         if self.init_from and self.init_embedding:
             raise ConfigError("--init-from and --init-embedding both set the initial word vectors; drop one of them")
-        if self.init_accumulators == "kept" and not self.init_from:
-            raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from")

@@ -340,6 +340,9 @@ def parse_train(argv: Sequence[str]) -> Config:
     )
     refuse_parts_of_a_plan(config)
     _refuse_samples_that_vary(config)
+    # Not for the configs of models: a run that resumes needs no --init-from any more, and was once taken without.
+    if config.initial.init_accumulators == "kept" and not config.initial.init_from:
+        raise ConfigError("--init-accumulators kept needs a model that has them: give --init-from")
     return config
 
 

@@ -303,6 +303,7 @@ def test_the_technique_keeps_what_a_run_promises(argv: list[str], technique: str
         (["--sync", "--technique", "adaptive"], "--sync needs rows with one copy.*give relocation or static"),
         (["--sync", "--technique", "replication"], "--sync needs rows with one copy"),
         (["--sync", "--ps", "adapm"], "--sync needs rows with one copy, and --ps adapm makes replicas"),
+        (["--init-accumulators", "kept"], "--init-accumulators kept needs a model.*give --init-from"),
         (["--sync", "--sampling-scheme", "local"], "--sync needs samples that repeat.*--technique static"),
         (["--nodes", "2", "--ps", "lapse"], "--nodes is for the embedded server"),
         (["--trace-rows", "1", "--ps", "lapse"], "--trace-rows is for the embedded server"),

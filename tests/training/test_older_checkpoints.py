@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import lapse_elmo
-from lapse_elmo.checkpoint.manifest import encode, rank_file
+from lapse_elmo.checkpoint.manifest import MANIFEST, encode, rank_file
 from lapse_elmo.corpus.shards import WorkerPart
 from tests.training.conftest import Drive
 from tests.training.corpora import (
@@ -47,6 +47,18 @@ def test_a_model_of_version_2(run_dir: Path) -> None:
     np.testing.assert_array_equal(model.stored.embedding.weights(rows), arrays["embedding"][:, :4])
     assert model.stored.softmax is not None
     np.testing.assert_array_equal(model.stored.softmax.weights(rows), arrays["softmax"][:, :5])
+
+
+@pytest.mark.parametrize("run_dir", ["one"], indirect=True)
+def test_a_model_whose_run_resumed_with_options_that_are_now_refused(run_dir: Path) -> None:
+    """It resumed without the --init-from of its start, and with samples that did not repeat."""
+    path = checkpoints(run_dir)[0] / MANIFEST
+    manifest = json.loads(path.read_bytes())
+    del manifest["sha256"]
+    manifest["config"]["initial"] |= {"init_accumulators": "kept", "init_from": ""}
+    manifest["config"]["softmax"]["sampling_scheme"] = "local"
+    path.write_bytes(encode(manifest))
+    assert lapse_elmo.load(run_dir).stored.embedding.weights(np.arange(43)).shape == (43, 4)
 
 
 @pytest.mark.parametrize("run_dir", LEFT, indirect=True)
