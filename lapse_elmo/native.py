@@ -166,10 +166,10 @@ def build_ahead(source: Path) -> dict[str, str]:
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang)")
     _prepare(source)
-    folder, reasons = cache_folder(), {}
-    kinds = list(_THREADS)
+    folder, kinds = cache_folder(), list(_THREADS)
+    reasons: dict[str, str] = {}
     for name, target, _ in reversed(_TARGETS):  # the one for any processor, which loads here if any does, is the first
-        reason = ""
+        reason = "" if kinds else reasons[_TARGETS[-1][0]]  # what does not load for any processor is built for none
         for threads in tuple(kinds):
             path = _path_ahead(folder, source, name, compiler, threads)
             try:

@@ -202,6 +202,15 @@ void (*called)(void) = not_here;
     monkeypatch.setattr(native, "find_compiler", lambda: None)
     native._load.cache_clear()
     assert native.load(source) is not None
+    (source.parent / "cache").chmod(0o777)
+    native._load.cache_clear()
+    assert native.load(source) is None, "others may write there"
+
+
+def test_what_loads_with_no_openmp_is_built_for_no_processor(source: Path, library: ctypes.CDLL) -> None:
+    source.write_text("void not_here(void);\nvoid (*called)(void) = not_here;\n")
+    reasons = native.build_ahead(source)
+    assert all("not_here" in reason for reason in reasons.values()), reasons
 
 
 def test_what_is_built_ahead_serves_a_node_that_may_not_write_there(
