@@ -43,19 +43,26 @@ def use_groups(monkeypatch: pytest.MonkeyPatch, root: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("where", [0, 1, 2])
 @pytest.mark.parametrize(
     ("quota", "expected"), [("max", 64), ("200000", 2), ("50000", 1), ("6400000", 64), ("9900000", 64)]
 )
 def test_usable_cores_follow_the_quota(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, inner: bool, quota: str, expected: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, where: int, quota: str, expected: int
 ) -> None:
-    """A quota of the process's own group, or of one around it, as a login node's of all that a user runs."""
+    """A quota of the process's own group, or of one around it, as a login node's of all that a user runs.
+
+    In a container the root is its own group. What a group of another controller has does not count.
+    """
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    use_groups(monkeypatch, tmp_path, "4:cpu,cpuacct:/user/session" if version == 1 else "0::/user/session")
+    lines = {1: "4:cpu,cpuacct:/user/session\n5:cpuset:/other", 2: "0::/user/session"}
+    use_groups(monkeypatch, tmp_path, lines[version])
     own = tmp_path / ("cpu" if version == 1 else "") / "user" / "session"
     own.mkdir(parents=True)
-    for folder, number in ((own, quota if inner else "max"), (own.parent, "max" if inner else quota)):
+    (other := own.parents[1] / "other").mkdir()
+    groups = {own: "max", own.parent: "max", own.parents[1]: "max", other: "100000"}
+    groups[list(groups)[where]] = quota
+    for folder, number in groups.items():
         if version == 2:
             (folder / "cpu.max").write_text(f"{number} 100000\n")
         else:

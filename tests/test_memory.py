@@ -63,8 +63,9 @@ def test_rows_are_counted_with_their_accumulators(shards: ShardSet) -> None:
 class TwoNodes(World):
     """The world as a rank of one of two machines sees it, with 4 ranks on each."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
         super().__init__()
+        self.rank = rank
         self.size, self.local_size, self.host_size, self.leaders = 8, 4, 4, [0, 4]
 
 
@@ -97,9 +98,9 @@ def test_replicas_are_counted_where_there_are_any(shards: ShardSet, monkeypatch:
 def test_what_is_on_gpus_takes_no_memory_of_the_machine(shards: ShardSet) -> None:
     """Activations, dense parameters and their optimizer's state are there; rows cross, and are counted."""
 
-    def of(cells: int, *on_gpu: bool) -> memory.Estimate:
+    def of(cells: int, *on_gpu: bool, rank: int = 0) -> memory.Estimate:
         words = ("--cell-size", str(cells), "--batch-size", "1000")
-        return estimate(config_of(*words), 100_000, shards, TwoNodes(), on_gpu)
+        return estimate(config_of(*words), 100_000, shards, TwoNodes(rank), on_gpu)
 
     here, there, mixed = of(512), of(512, *[True] * 8), of(512, False, *[True] * 7)
     assert there.activations == of(1024, *[True] * 8).activations < here.activations / 2
@@ -109,6 +110,8 @@ def test_what_is_on_gpus_takes_no_memory_of_the_machine(shards: ShardSet) -> Non
     assert here.shared - there.shared == (4 + 4) * numbers  # weights, state and averages; each rank's gradients
     # Where some ranks have GPUs, the others share nothing.
     assert mixed.activations == here.activations and mixed.shared == there.shared and mixed.dense == 6 * numbers
+    other = of(512, False, *[True] * 7, rank=1)
+    assert other.activations == there.activations and other.dense == there.dense == 2 * numbers
 
 
 def test_what_several_parts_take_is_counted(shards: ShardSet) -> None:

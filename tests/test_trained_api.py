@@ -22,7 +22,7 @@ from lapse_elmo.errors import CheckpointError
 from lapse_elmo.export import elmo, huggingface
 from lapse_elmo.model.bilm import BiLM, BiLMOptions
 from lapse_elmo.rounds import take_windows
-from lapse_elmo.trained import SentenceScore, StoredModel, Totals, module
+from lapse_elmo.trained import SentenceScore, StoredModel, Totals, module, opening
 from lapse_elmo.trained.opening import open_stored
 from lapse_elmo.trained.stored import ArrayTable
 from lapse_elmo.trained.targets import TargetVectors
@@ -122,6 +122,26 @@ def test_an_opened_checkpoint_can_be_removed(tmp_path: Path) -> None:
     assert not opened.bilm().training
 
 
+def test_a_pickled_model_has_the_files_that_were_given_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary and word vectors that lie elsewhere; a path that holds another model meanwhile is told."""
+    elmo.write(stored_model(1), tmp_path / "elmo", False)
+    (tmp_path / "elmo" / "vocab.txt").rename(tmp_path / "words")
+    with h5py.File(tmp_path / "vectors.hdf5", "w") as file:
+        file["embedding"] = np.full((5, 2), 8, np.float32)
+    monkeypatch.chdir(tmp_path)
+    data = pickle.dumps(open_stored(Path("elmo"), vocab="words", embedding="vectors.hdf5"))
+    monkeypatch.chdir("/")
+    again = pickle.loads(data)
+    assert list(again.vocabulary.words) == ["a", "b"] and (again.embedding.weights(np.arange(5)) == 8).all()
+    data = pickle.dumps(trained.load(OLD_RUN))
+    huggingface.write(stored_model(1), tmp_path / "hub", False)
+    monkeypatch.setattr(opening, "open_checkpoint", lambda *_: open_stored(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match="not the model that was pickled"):
+        pickle.loads(data)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_export_that_transformers_has_saved_in_fewer_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     huggingface.write(stored_model(1), tmp_path / "hub", False)
@@ -174,6 +194,8 @@ def test_models_are_pickled_as_the_path_of_their_files(tmp_path: Path, monkeypat
     assert torch.equal(layer_again(layer.ids([words])), layer(layer.ids([words])))
     copied = copy.deepcopy(layer)
     assert copied.stored is layer.stored and copied.bilm is not layer.bilm
+    faster = pickle.loads(pickle.dumps(trained.load(tmp_path / "run", precision="bf16")))
+    assert faster.precision == "bf16"
     shutil.rmtree(tmp_path / "run")
     assert torch.equal(copied(layer.ids([words])), layer(layer.ids([words])))
     with pytest.raises(CheckpointError, match="there is no model"):

@@ -91,6 +91,20 @@ def test_bad_utf8_names_file_and_line(tmp_path: Path, zipped: bool, monkeypatch:
             lines_of(path)
 
 
+def test_a_text_that_is_written_again_has_changed(tmp_path: Path) -> None:
+    """Also to the same size; and the work of a compressed one is more than its size."""
+    path, zipped = tmp_path / "t", tmp_path / "z.gz"
+    path.write_bytes(b"a b\n")
+    zipped.write_bytes(gzip.compress(b"a b\n"))
+    plain, packed = split_into_chunks([str(path), str(zipped)])
+    assert plain.work == 4 and packed.work == 3 * zipped.stat().st_size
+    before = text.text_states([str(path)])
+    text.require_unchanged(before)
+    os.utime(path, ns=(0, before[str(path)][1] + 1))
+    with pytest.raises(CorpusError, match="has changed while it was read"):
+        text.require_unchanged(before)
+
+
 def test_lines_before_a_far_chunk_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t"
     path.write_bytes(b"abc def\n" * 5 + b"caf\xe9\n")

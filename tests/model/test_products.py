@@ -202,3 +202,5 @@ def test_few_numbers_of_rows_are_multiplied() -> None:
             assert parts.main + parts.rest == num_rows and 0 < parts.rest <= parts.padded_rest <= parts.main
             assert parts.main + parts.padded_rest <= num_rows * 17 / 16
     assert len(seen) < 60
+    assert {rows for rows in range(16, 1000) if split_rows(rows) is None and rows % 16 == 0} >= set(range(16, 257, 16))
+    assert split_rows(272) is not None and split_rows(27) is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 from lapse_elmo.log_uniform import log_uniform_probability
 from lapse_elmo.model import full_softmax, reference
 from lapse_elmo.model.full_softmax import full_softmax_nll
+from lapse_elmo.model.products import Matmul
 from lapse_elmo.model.softmax import (
     expected_num_tries,
     log_expected_count,
@@ -73,6 +74,27 @@ def test_equals_plain_autograd(num_targets: int, chunk: int, repeats: bool, corr
         (3.0 * loss).backward()
         results.append([loss.detach(), *(value.grad for value in values)])
     torch.testing.assert_close(*results, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("num_targets", "chunk", "sizes"),
+    [(70, 32, [32, 32, 16]), (64, 32, [32, 32]), (5, 256, [16]), (257, 256, [144, 128]), (9, 8, [5, 4])],
+)
+def test_chunks_are_of_whole_rows_and_no_larger(
+    monkeypatch: pytest.MonkeyPatch, num_targets: int, chunk: int, sizes: list[int]
+) -> None:
+    """The memory of a run is estimated from their size."""
+    once, found = Matmul.mm_into, []
+
+    def noted(self: Matmul, out: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        if second.shape[1] == 4:  # of the logits, not of their gradients
+            found.append(len(first))
+        return once(self, out, first, second)
+
+    monkeypatch.setattr(Matmul, "mm_into", noted)
+    context, weight, bias = leaves(num_targets, 9)
+    sampled_nll(context, weight, bias, indices(9, num_targets), indices(9, 4), chunk=chunk)
+    assert found == sizes
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -167,6 +167,13 @@ def test_a_part_of_several_texts_is_used(
         shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3)
     assert tree(shards(train, [heldout], vocabulary, tmp_path / "out", num_shards=3)) == tree(fresh)
     assert "resumes: 2 of 2 parts" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "read_group", interrupted)
+        shards(train, [heldout], vocabulary, tmp_path / "other", num_shards=3)
+    write(train[0], ["a ship", *sentences(9)])  # the first text of the first part
+    capsys.readouterr()
+    shards(train, [heldout], vocabulary, tmp_path / "other", num_shards=3)
+    assert "resumes: 1 of 2 parts" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_keeps_its_parts_and_an_error_does_not(

@@ -1,4 +1,4 @@
-"""bin/train that ends early on all ranks: ``ending.py HOW OPTIONS...``, by a signal or an error at step ``STEP``.
+"""bin/train that ends early: ``ending.py HOW OPTIONS...``, by a signal, or an error of all ranks or one, at ``STEP``.
 
 The last rank is slow to write its files, as on a busy file server.
 """
@@ -20,7 +20,7 @@ from lapse_elmo.step import AnnouncedBatch, TrainingStep
 from lapse_elmo.step_report import StepResult
 
 STEP, SLOW_S = 4, 1.0
-SIGNAL, ERROR = "signal", "error"
+SIGNAL, ERROR, ERROR_OF_ONE = "signal", "error", "error of one"
 
 
 def main(how: str, options: list[str]) -> None:
@@ -34,6 +34,8 @@ def main(how: str, options: list[str]) -> None:
             signal.raise_signal(signal.SIGUSR1)
         if number == STEP and how == ERROR:
             raise TrainingError("no more").on_every_rank()
+        if number == STEP and how == ERROR_OF_ONE and rank == size - 1:
+            raise TrainingError("no more")
         return once(self, announced, number, rates, last)
 
     def slow_close(self: _Log) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,13 @@ def test_runs_train_save_and_resume(
 
 
 def test_a_run_learns_as_on_a_cpu(small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, where = train.check_memory, []
+
+    def noted(*arguments: Any) -> tuple[str, ...]:
+        where.append(arguments[-1])
+        return check(*arguments)
+
+    monkeypatch.setattr(train, "check_memory", noted)
     given = ("--max-steps", "8", "--evaluate-every", "4", "--num-samples", "20")
     train_alone(small, tmp_path / "here", *given)
     train_there(small, tmp_path / "there", monkeypatch, *given)
@@ -64,3 +72,4 @@ def test_a_run_learns_as_on_a_cpu(small: Prepared, tmp_path: Path, monkeypatch: 
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert len(losses[0]) >= 1
+    assert where == [[False], [True]], "whether the memory is counted as that of a GPU"

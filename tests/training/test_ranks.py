@@ -17,7 +17,7 @@ from lapse_elmo.run_folder import TRACE
 from tests import mpi
 from tests.training.conftest import Drive
 from tests.training.corpora import TINY, Prepared, checkpoints, records, saved_arrays, train_alone
-from tests.training.ending import ERROR, SIGNAL, STEP
+from tests.training.ending import ERROR, ERROR_OF_ONE, SIGNAL, STEP
 
 BATCH = 8
 OPTIONS = (*TINY, "--epochs", "2", "--batch-size", str(BATCH), "--report-every", "3")
@@ -109,6 +109,13 @@ def test_a_run_that_ends_early_has_its_whole_trace(
         pushed = {event.clock for event in events if event.rank == rank and event.event == "push"}
         assert pushed == set(range(steps)), (rank, pushed)
     assert {event.node for event in events if event.rank is None} == {0, 1}
+
+
+def test_the_error_of_one_rank_does_not_wait_for_the_traces_of_others(small: Prepared, tmp_path: Path) -> None:
+    program, traced = Path(__file__).with_name("ending.py"), ["--trace-rows", "0-42"]
+    options = [*small.options, *OPTIONS, *traced, "--run-dir", str(tmp_path / "run")]
+    job = mpi.mpirun(2, [program, ERROR_OF_ONE, *options], timeout=60)
+    assert job.returncode == 2 and "error: no more" in job.stderr, job.output
 
 
 def test_a_trace_of_unknown_rows_is_refused(small: Prepared, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_the_message_of_a_stopped_run_names_what_must_not_be_repeated() -> None:
         "with --run-dir runs/a and without --overwrite resumes from it",
         "with --run-dir runs/a and without --overwrite and --resume old resumes from it",
     ]
+    quoted = stop_message("SIGTERM", 5, RunConfig(run_dir="runs/a", resume="runs/a b"))
+    assert "without --resume 'runs/a b' resumes" in quoted
     assert "--run-dir 'runs/a b' resumes" in stop_message("SIGTERM", 5, RunConfig(run_dir="runs/a b"))
 
 
