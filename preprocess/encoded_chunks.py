@@ -22,7 +22,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,21 +70,21 @@ class PartPaths(NamedTuple):
 
 
 def part_paths(
-    directory: Path, chunks: Sequence[TextChunk], vocabulary_sha256: str, num_shards: int
+    directory: Path, chunks: Sequence[TextChunk], states: Mapping[str, tuple[int, int]], vocabulary_sha256: str,
+    num_shards: int,
 ) -> PartPaths:
     """Return the files of a part. Their name is a checksum of all that their content depends on.
 
-    A text file counts as changed if its size or its time of modification differs, so call this before reading it.
-
-    Raises:
-        OSError: A text file is gone.
+    Args:
+        directory: Where the files are.
+        chunks: The chunks of the part.
+        states: What :func:`~lapse_elmo.corpus.text.text_states` returned for their texts before they were read.
+        vocabulary_sha256: Checksum of the vocabulary.
+        num_shards: K, the number of groups.
     """
     inputs: list[object] = [_FORMAT, lapse_elmo.__version__, text.BLOCK_BYTES, vocabulary_sha256, num_shards]
     for chunk in chunks:
-        status = os.stat(chunk.path)
-        inputs.append(
-            [os.path.realpath(chunk.path), status.st_size, status.st_mtime_ns, chunk.start, chunk.end]
-        )
+        inputs.append([os.path.realpath(chunk.path), *states[chunk.path], chunk.start, chunk.end])
     name = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     return PartPaths(*(directory / f"{name}.{kind}" for kind in PartPaths._fields))
 

@@ -133,7 +133,10 @@ def _prepare(
         new.mkdir(exist_ok=True)
         parts = [
             [
-                _Part(chunks, split.num_shards, part_paths(folder, chunks, vocabulary.sha256, split.num_shards))
+                _Part(
+                    chunks, split.num_shards,
+                    part_paths(folder, chunks, split.texts, vocabulary.sha256, split.num_shards),
+                )
                 for chunks in split.parts
             ]
             for split in splits

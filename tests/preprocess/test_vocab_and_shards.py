@@ -128,7 +128,7 @@ def test_what_every_rank_knows_of_a_chunk_does_not_grow_with_it(
     for block in (1 << 20, 50):
         monkeypatch.setattr(text, "BLOCK_BYTES", block)
         (chunk,) = text.split_into_chunks([str(path)])
-        paths = encoded_chunks.part_paths(tmp_path, [chunk], vocabulary.sha256, 5)
+        paths = encoded_chunks.part_paths(tmp_path, [chunk], text.text_states([str(path)]), vocabulary.sha256, 5)
         (work := tmp_path / f"{block}").mkdir()
         encoded = encoded_chunks.encode_part([chunk], new_word_encoder(vocabulary), 5, paths, work, lambda _: None)
         loaded = encoded_chunks.load_part(paths, 1, 5, lambda: None)
@@ -144,7 +144,8 @@ def test_a_chunk_of_many_blocks_and_shards_takes_little_memory(
     vocabulary = Vocabulary.load(vocab([path], tmp_path / "v"))
     monkeypatch.setattr(text, "BLOCK_BYTES", 50)
     (chunk,) = text.split_into_chunks([str(path)])
-    paths, num_shards = encoded_chunks.part_paths(tmp_path, [chunk], vocabulary.sha256, 2048), 2048
+    states, num_shards = text.text_states([str(path)]), 2048
+    paths = encoded_chunks.part_paths(tmp_path, [chunk], states, vocabulary.sha256, num_shards)
     encoder, peaks = new_word_encoder(vocabulary), []
     for code in (
         lambda: encoded_chunks.encode_part([chunk], encoder, num_shards, paths, tmp_path, lambda _: None),
