@@ -9,7 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import tomli_w
 
@@ -97,8 +97,7 @@ class RunLock:
         self._run_dir = run_dir
         self._world = world
         self._active = active
-        self._handle: int | None = None
-        self._files = contextlib.ExitStack()
+        self._locks: contextlib.ExitStack | None = None
 
     def __enter__(self) -> RunLock:
         if self._active:
@@ -106,37 +105,32 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
+        if self._locks is not None:
             with contextlib.suppress(OSError):
                 if not (self._run_dir / checkpoint.FOLDER).is_dir():  # no run has begun
                     (self._run_dir / LOCK).unlink()
                 self._run_dir.rmdir()
-            self._files.close()
-            os.close(self._handle)
+            self._locks.close()
 
     def _take(self) -> None:
-        try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self._run_dir, os.O_RDONLY)
-        except OSError as error:
-            raise _cannot_write(self._run_dir, error) from None
-        try:
-            lock_at_once(self._handle)
-            self._lock_file()
-        except BlockingIOError:
-            self._files.close()
-            os.close(self._handle)
-            raise OutputError(
-                f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
-            ) from None
+        with contextlib.ExitStack() as locks:
+            try:
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                folder = os.open(self._run_dir, os.O_RDONLY)
+                locks.callback(os.close, folder)
+                lock_at_once(folder)
+                self._lock_file(locks.enter_context(open(self._run_dir / LOCK, "ab")))
+            except BlockingIOError:
+                raise OutputError(
+                    f"another job is training in {self._run_dir}: wait for it, or choose another --run-dir"
+                ) from None
+            except OSError as error:
+                raise _cannot_write(self._run_dir, error) from None
+            self._locks = locks.pop_all()  # held until the end
 
-    def _lock_file(self) -> None:
+    def _lock_file(self, file: BinaryIO) -> None:
         try:
-            file = open(self._run_dir / LOCK, "ab")  # noqa: SIM115 (held until the end)
-        except OSError as error:
-            raise _cannot_write(self._run_dir, error) from None
-        try:
-            lock_at_once(self._files.enter_context(file))
+            lock_at_once(file)
         except BlockingIOError:
             # NFS 3 keeps the locks of a machine that has failed; the job that is requeued then must not wait for them.
             if not _begun_by_this_job(self._run_dir):

@@ -11,9 +11,10 @@ also has are named as there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -104,13 +105,11 @@ class _Log:
 
     def open(self, folder: Path) -> None:
         """Create the file, or append to that of the run which this one resumes."""
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / self._name
             last = _last_byte(path)
             file = open(path, "a", _BUFFER_BYTES, encoding="utf-8")  # noqa: SIM115 (open for as long as the server)
-        except OSError as error:
-            raise _cannot_write(folder, error) from None
         if not last:
             file.write("\t".join(COLUMNS) + "\n")
         elif last != b"\n":  # a line that a killed job has cut off must not run into the next one
@@ -120,20 +119,16 @@ class _Log:
     def flush(self) -> None:
         """Write what the buffer holds, if the file is open."""
         if self._file is not None:
-            try:
+            with _writing(Path(self._file.name).parent):
                 self._file.flush()
-            except OSError as error:
-                raise _cannot_write(Path(self._file.name).parent, error) from None
 
     def close(self) -> None:
         """Write what is left, if the file is open."""
         self._clocks = self._clocks.copy()  # else the view would keep the node's shared memory
         file, self._file = self._file, None
         if file is not None:
-            try:
+            with _writing(Path(file.name).parent):
                 file.close()
-            except OSError as error:
-                raise _cannot_write(Path(file.name).parent, error) from None
 
     def select(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
         """Return those of ``rows`` that are traced."""
@@ -157,13 +152,11 @@ class _Log:
         start, end = clocks or ("", "")
         before = f"{time.time():.6f}\t{self._clocks.min()}\t{self._who}\t{segment.name}"
         flags = [None] * rows.size if local is None else local.tolist()
-        try:
+        with _writing(Path(self._file.name).parent):
             self._file.writelines(
                 f"{before}\t{row}\t{event}\t{_LOCAL[flag]}\t{start}\t{end}\n"
                 for row, flag in zip(rows.tolist(), flags, strict=True)
             )
-        except OSError as error:
-            raise _cannot_write(Path(self._file.name).parent, error) from None
 
 
 def _last_byte(path: Path) -> bytes:
@@ -175,8 +168,15 @@ def _last_byte(path: Path) -> bytes:
         return file.read()
 
 
-def _cannot_write(folder: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write a trace to {folder}: {error.strerror}; make room, or drop --trace-rows")
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Report that a trace cannot be written to ``folder`` if what is within cannot write."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write a trace to {folder}: {error.strerror}; make room, or drop --trace-rows"
+        ) from None
 
 
 class _TracedState(SegmentState):
