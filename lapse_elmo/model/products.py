@@ -21,8 +21,8 @@ from lapse_elmo import native
 from lapse_elmo.model.prepacked import UNLIMITED, PrepackedWeight, Range, kernels, rows_prepacked
 
 PRECISIONS = ("fp32", "bf16")
-WHOLE_ROWS = 16  # products with a multiple of so many rows, up to _MOST_WHOLE_ROWS, are computed in one piece
-_MOST_WHOLE_ROWS = 256
+# A product of at most _MOST_WHOLE_ROWS rows is not split if their number is a multiple of WHOLE_ROWS.
+WHOLE_ROWS, _MOST_WHOLE_ROWS = 16, 256
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -165,7 +165,8 @@ def split_rows(num_rows: int) -> RowSplit | None:
 
     oneDNN generates code for each shape, which takes half a millisecond and, for up to 1,024 shapes, half a megabyte
     each; and the number of tokens differs from step to step. Both parts have 4, 5, 6 or 7 times a power of two rows, or
-    fewer than 16, and together at most 1/16 more than ``num_rows``.
+    fewer than 16, and together at most 1/16 more than ``num_rows``. Multiples of 16 up to 256 need no split: there are
+    few of them.
     """
     if num_rows < WHOLE_ROWS or (num_rows <= _MOST_WHOLE_ROWS and num_rows % WHOLE_ROWS == 0):
         return None

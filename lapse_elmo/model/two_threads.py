@@ -1,4 +1,4 @@
-"""Run two independent parts of a computation in parallel: the LSTM's directions, or two halves of an evaluation."""
+"""Run two independent parts of a computation in parallel: the LSTM's directions, or halves of the full softmax."""
 
 from __future__ import annotations
 
